@@ -1,0 +1,119 @@
+"""LoopFormer and its baselines (Jeddi, Ciccone, Taati, ICLR 2026, arXiv 2602.11451; sections are the paper's sheet's).
+
+    python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny
+
+Argument: size, then any of kind, ee, loops, dtype: `loopformer.py:small,kind=base_loop,ee=1`.
+
+    kind       loopformer   random short trajectories with shortcut consistency
+               base         not looped: as many layers as the loops apply (k times L)
+               base_loop    the same block L times, without conditioning
+               tmlt         conditioned on the integer index of the loop
+    ee         1: early exit, for base_loop and tmlt: a second pass of a random number of loops, same losses
+    size       tiny   D=128, k=2, L=8, T=128: minutes on two CPU cores
+               small  D=768, k=3, L=8, T=512: one GPU
+               paper  D=2048, k=3, L=8, T=1024: as published (50,000 steps of 480 sequences)
+
+Departures from the paper: the default corpus is Python's standard library, not the Pile; the tokenizer's vocabulary is
+small to match. Measured figures are in experiments/reports/loopformer/.
+"""
+import dataclasses
+import math
+
+from loopformer import plans
+from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm
+from loopformer.attention import Blockwise
+from loopformer.cells.plain import Plain
+from loopformer.cells.timed import Timed
+from loopformer.condition import LoopIndex, Modulation, Trajectory
+from loopformer.config import Experiment, arguments, choose
+from loopformer.embed import TokenEmbed
+from loopformer.evaluate import Depths
+from loopformer.model import Looped
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.optim import AdamW, WarmupCosine
+from loopformer.tasks.text import Text
+from loopformer.terms.cross_entropy import CE
+from loopformer.terms.match import Match
+from loopformer.tokenizer import TrainedPieces
+from loopformer.train import Train
+from loopformer.types import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+  """Dimensions of a size: k layers, width D, heads, hidden width F, vocabulary, length T."""
+  layers: int
+  width: int
+  heads: int
+  hidden: int
+  vocab: int
+  length: int
+  pieces: int
+  dtype: str
+  train: Train
+  schedule: WarmupCosine
+  block: int = 64
+
+
+SIZES = {
+    'tiny': Size(layers=2, width=128, heads=4, hidden=512, vocab=1024, length=128, pieces=1024, dtype='float32',
+                 train=Train(steps=800, batch=16), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=80)),
+    'small': Size(layers=3, width=768, heads=12, hidden=2048, vocab=8192, length=512, pieces=8192, dtype='bfloat16',
+                  train=Train(steps=5000, batch=64, eval_every=500, save_every=500),
+                  schedule=WarmupCosine(peak=6e-4, end=6e-5, warmup=300), block=128),
+    'paper': Size(layers=3, width=2048, heads=32, hidden=5120, vocab=50304, length=1024, pieces=50257,
+                  dtype='bfloat16',
+                  train=Train(steps=50_000, batch=480, accumulate=40, log_every=100, eval_every=1000, save_every=1000),
+                  schedule=WarmupCosine(), block=128),
+}
+KINDS = ('loopformer', 'base', 'base_loop', 'tmlt')
+
+
+def get_config(argument: str = '') -> Experiment:
+  """The experiment of an argument such as `tiny`, `small,kind=tmlt,ee=1` or `tiny,loops=4`."""
+  given = arguments(argument, size='tiny', kind='loopformer', ee=0, loops=8, dtype='')
+  size, kind, loops = choose('size', given['size'], SIZES), given['kind'], given['loops']
+  choose('kind', kind, dict.fromkeys(KINDS))
+  if given['ee'] and kind not in ('base_loop', 'tmlt'):
+    raise ConfigError(f'config argument ee = {given["ee"]}: early exit is a variant of base_loop and tmlt, not of {kind}')
+  layers = size.layers * loops if kind == 'base' else size.layers
+  once = kind == 'base'
+  return Experiment(
+      name=kind + ('_ee' if given['ee'] else ''),
+      model=Looped(
+          read_in=TokenEmbed(vocab=size.vocab, width=size.width, length=size.length),
+          cell=cell(kind, size, layers, given['dtype'] or size.dtype),
+          loops=1 if once else loops),
+      objective=objective(kind, bool(given['ee']), loops),
+      task=Text(tokenizer=TrainedPieces(vocab=size.pieces), length=size.length),
+      train=size.train,
+      optim=AdamW(schedule=size.schedule),
+      evals=Depths(budgets=(1,) if once else tuple(b for b in (1, 2, 4, 8, 16) if b < loops) + (loops,)))
+
+
+def cell(kind: str, size: Size, layers: int, dtype: str):
+  """The step of a kind: plain layers with learned norms, or modulated layers with bare ones."""
+  out_std = 0.02 / math.sqrt(2 * layers)
+  block = Block(
+      attn=SelfAttention(heads=size.heads, out_std=out_std, kernel=Blockwise(size=size.block)),
+      mlp=MLP(hidden=size.hidden, out_std=out_std),
+      norm=RMSNorm() if kind in ('base', 'base_loop') else UnitNorm(),
+      dtype=dtype)
+  core = Stack(block, layers)
+  if kind in ('base', 'base_loop'):
+    return Plain(core)
+  condition = Trajectory(size.width) if kind == 'loopformer' else LoopIndex(size.width)
+  return Timed(core, condition, Modulation(layers))
+
+
+def objective(kind: str, early_exit: bool, loops: int) -> Objective:
+  """The long rollout alone, or with a short one and the consistency of the two (section 3)."""
+  if kind == 'base':
+    return Objective(rolls={'long': Roll(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
+  rolls = {'long': Roll(plans.Uniform(loops))}
+  terms = {'lm': Weighted(1.0, CE(roll='long'))}
+  if kind == 'loopformer' or early_exit:
+    rolls['short'] = Roll(plans.Partition(loops) if kind == 'loopformer' else plans.RandomDepth(loops))
+    terms['lm_short'] = Weighted(0.1, CE(roll='short'))
+    terms['shortcut'] = Weighted(0.1, Match(roll='short', target='long'))
+  return Objective(rolls=rolls, terms=terms)

@@ -1,0 +1,1 @@
+"""Cells: what one step of the loop does. One file a part."""

@@ -1,0 +1,20 @@
+"""The plain cell: a step is the stack, whatever the step (the k(x)L loop; base and base_loop of LoopFormer)."""
+from __future__ import annotations
+
+from flax import linen as nn
+
+from loopformer.blocks import Stack
+from loopformer.types import KV, Array, Ctx, Plan
+
+
+class Plain(nn.Module):
+  """x = core(x)."""
+  core: Stack
+
+  def timetable(self, plan: Plan) -> None:
+    """Nothing: the step does not depend on the schedule."""
+    return None
+
+  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+    x, kv = self.core(x, ctx, None, kv)
+    return x, kv, {}

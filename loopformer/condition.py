@@ -1,0 +1,67 @@
+"""What a step is told about where it stands: embeddings of a plan's rows, and the modulations made from them.
+
+All of it depends on the plan alone, never on tokens, so it is computed for all steps before the loop.
+"""
+from __future__ import annotations
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from loopformer.blocks import Normal
+from loopformer.types import Array, Plan
+
+FEATURES = 256
+
+
+def sinusoid(s: Array) -> Array:
+  """f32[K] -> f32[K, 256]: cos(s f_j) for j < 128, then sin; f_j = 10000^(-j/128). s is used as it is."""
+  frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(FEATURES // 2) / (FEATURES // 2))
+  angle = s[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+class ScalarEmbed(nn.Module):
+  """f32[K] -> f32[K, D]: sinusoid, Linear with bias, SiLU, Linear with bias (LoopFormer section 2)."""
+  width: int
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, s: Array) -> Array:
+    hidden = nn.Dense(self.width, kernel_init=Normal(self.std), name='in')(sinusoid(s))
+    return nn.Dense(self.width, kernel_init=Normal(self.std), name='out')(jax.nn.silu(hidden))
+
+
+class Trajectory(nn.Module):
+  """c = TimeEmbed(t) + StepEmbed(dt): LoopFormer's condition."""
+  width: int
+
+  @nn.compact
+  def __call__(self, plan: Plan) -> Array:
+    return ScalarEmbed(self.width, name='time')(plan.t) + ScalarEmbed(self.width, name='step')(plan.dt)
+
+
+class LoopIndex(nn.Module):
+  """c = TimeEmbed(k), the integer index of the loop: the timestep-modulated looped transformer's condition."""
+  width: int
+
+  @nn.compact
+  def __call__(self, plan: Plan) -> Array:
+    return ScalarEmbed(self.width, name='time')(jnp.arange(plan.steps, dtype=jnp.float32))
+
+
+class Modulation(nn.Module):
+  """Gates and scales of all layers, [K, D] -> [K, N, 4, D] in the order g_a, g_m, s_a, s_m: Linear(SiLU(c)).
+
+  The paper starts it at zero (the default): every loop is an identity. The official code starts it, by accident, at
+  N(0, 0.02^2): give `init=Normal(0.02)` for that.
+  """
+  layers: int
+  init: Normal = Normal(0.0)
+
+  @nn.compact
+  def __call__(self, c: Array) -> Array:
+    width = c.shape[-1]
+    kernel = self.param('kernel', self.init, (self.layers, width, 4, width))
+    bias = self.param('bias', nn.initializers.zeros, (self.layers, 4, width))
+    return jnp.einsum('KD,NDgE->KNgE', jax.nn.silu(c), kernel, preferred_element_type=jnp.float32) + bias

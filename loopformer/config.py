@@ -1,0 +1,319 @@
+"""Experiments as data: frozen parts that can be printed, compared, overridden by dotted paths, and saved as JSON.
+
+A configuration holds live parts: frozen dataclasses and unbound Linen modules, which are dataclasses too. Nothing is
+looked up by name; a saved configuration names the classes that it is made of.
+"""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+import shutil
+import sys
+import types
+import typing
+from typing import Any, Callable, Iterator, Mapping
+
+from flax import linen as nn
+import numpy as np
+
+from loopformer.evaluate import Depths
+from loopformer.model import Looped
+from loopformer.objective import Objective
+from loopformer.optim import AdamW
+from loopformer.sharding import Mesh
+from loopformer.tasks.text import Text
+from loopformer.train import Train
+from loopformer.types import ConfigError, part
+
+LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
+DTYPES = ('float32', 'bfloat16')
+# Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
+FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'evals', 'mesh')
+
+
+@part
+class Experiment:
+  """All there is to know of a run."""
+  name: str
+  model: Looped
+  objective: Objective
+  task: Text = Text()
+  train: Train = Train()
+  optim: AdamW = AdamW()
+  mesh: Mesh = Mesh()
+  evals: Depths = Depths()
+
+
+def is_part(value: Any) -> bool:
+  return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def fields(value: Any) -> dict[str, Any]:
+  """Name -> value of the fields of a part, or of the entries of a mapping; nothing for other values."""
+  if is_part(value):
+    linen = ('parent', 'name') if isinstance(value, nn.Module) else ()
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init and f.name not in linen}
+  if isinstance(value, Mapping):
+    return dict(value)
+  return {}
+
+
+def flatten(value: Any, path: str = '') -> dict[str, str]:
+  """Dotted path -> text, in order: the resolved configuration, readable and comparable line by line."""
+  rows = {}
+  inner = fields(value)
+  if is_part(value):
+    rows[path] = _name_of(type(value))
+  elif not inner:
+    rows[path] = _name_of(value) if callable(value) else repr(value)
+  for name, field in inner.items():
+    rows.update(flatten(field, f'{path}.{name}' if path else name))
+  return rows
+
+
+def describe(config: Any) -> str:
+  """One line a field: `model.cell.core.depth = 2`."""
+  return '\n'.join(f'{path or "experiment"} = {text}' for path, text in flatten(config).items())
+
+
+def difference(old: Experiment, new: Experiment) -> Iterator[tuple[str, str, str]]:
+  """Paths at which two configurations compute something different, with both texts."""
+  before, after = flatten(old), flatten(new)
+  for path in dict.fromkeys([*before, *after]):
+    if not path.startswith(FREE) and before.get(path) != after.get(path):
+      yield path, before.get(path, '(absent)'), after.get(path, '(absent)')
+
+
+# Overrides -----------------------------------------------------------------------------------------------------------
+
+
+def override(config: Any, assignment: str) -> Any:
+  """The configuration with one field replaced: `train.steps=100`.
+
+  Raises:
+    ConfigError: no such field (the message lists those there are), or a value of another type.
+  """
+  path, equals, text = assignment.partition('=')
+  if not equals:
+    raise ConfigError(f'--set {assignment!r}: expected path=value, such as train.steps=100')
+  return _replace(config, path.strip().split('.'), text.strip(), path.strip())
+
+
+def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
+  name, rest = names[0], names[1:]
+  inner = fields(value)
+  if name not in inner:
+    close = difflib.get_close_matches(name, inner, 1)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    raise ConfigError(f'{path} = {text}: {_name_of(type(value))} has no field {name!r}{hint} '
+                      f'Its fields: {", ".join(inner) or "none"}')
+  new = _replace(inner[name], rest, text, path) if rest else _parse(text, inner[name], _annotation(value, name), path)
+  if isinstance(value, Mapping):
+    return {**value, name: new}
+  return value.clone(**{name: new}) if hasattr(value, 'clone') else dataclasses.replace(value, **{name: new})
+
+
+def _annotation(value: Any, name: str) -> Any:
+  """The declared type of a field; the type of its present value inside a mapping."""
+  for cls in type(value).__mro__ if is_part(value) else ():
+    declared = cls.__dict__.get('__annotations__', {}).get(name)
+    if declared is not None:
+      return eval(declared, dict(vars(sys.modules[cls.__module__]))) if isinstance(declared, str) else declared
+  return type(fields(value)[name])
+
+
+def _parse(text: str, old: Any, kind: Any, path: str) -> Any:
+  try:
+    new = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    new = text
+  if conforms(text, kind) and not conforms(new, kind):
+    new = text  # a string that looks like a number
+  if isinstance(new, int) and not isinstance(new, bool) and not conforms(new, kind) and conforms(float(new), kind):
+    new = float(new)
+  if isinstance(new, list):
+    new = tuple(new)
+  if conforms(new, kind):
+    return new
+  if is_part(old) or isinstance(old, Mapping):
+    raise ConfigError(f'{path} = {text}: {path} is a part ({_name_of(type(old))}), not a value; set one of its fields '
+                      f'({", ".join(fields(old)) or "it has none"}), or edit the configuration file')
+  raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, got {type(new).__name__}; it was {old!r}')
+
+
+def conforms(value: Any, kind: Any) -> bool:
+  """Whether a parsed value has the declared type."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind is Any:
+    return True
+  if origin in (typing.Union, types.UnionType):
+    return any(conforms(value, arg) for arg in args)
+  if kind in (None, type(None)):
+    return value is None
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      return False
+    if len(args) == 2 and args[1] is Ellipsis:
+      return all(conforms(item, args[0]) for item in value)
+    return len(args) == len(value) and all(map(conforms, value, args))
+  if kind is float:
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+  if kind in (int, str, bool):
+    return type(value) is kind
+  return False
+
+
+def _kind_name(kind: Any) -> str:
+  return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Experiment):
+  """Checks what concerns several parts at once, before anything is compiled or written.
+
+  Raises:
+    ConfigError: with field, value and remedy.
+  """
+  from loopformer.blocks import check_heads  # the rest of the library does not need a configuration to be checked
+  model, train = config.model, config.train
+  for name, stack in model.stacks().items():
+    attn = stack.block.attn
+    check_heads(attn.heads, attn.groups or attn.heads, model.read_in.width, f'model.{name}: ')
+    if stack.block.dtype not in DTYPES:
+      raise ConfigError(f'model.{name}: block.dtype = {stack.block.dtype!r}; use one of {", ".join(DTYPES)}')
+  if config.task.length > model.read_in.length:
+    raise ConfigError(f'task.length = {config.task.length} is more than model.read_in.length = {model.read_in.length}, '
+                      'the positions of the model; shorten the one or raise the other')
+  if config.objective.longest > model.loops:
+    raise ConfigError(f'objective: a plan of {config.objective.longest} steps is longer than model.loops = '
+                      f'{model.loops}; raise model.loops')
+  if train.batch % train.accumulate:
+    raise ConfigError(f'train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} '
+                      'microbatches; choose a divisor of the batch')
+  config.optim.make(train.steps)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
+  """The experiment of a configuration file: `path/to/file.py` or `path/to/file.py:argument`, then overrides.
+
+  The file defines `get_config()` or `get_config(argument: str)`.
+  """
+  path, _, argument = spec.partition(':')
+  module = _import_file(Path(path))
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'--config {path}: the file defines no get_config; see experiments/configs/ for examples')
+  config = module.get_config(*([argument] if argument else []))
+  for assignment in overrides:
+    config = override(config, assignment)
+  return config
+
+
+def _import_file(path: Path) -> types.ModuleType:
+  if not path.is_file():
+    raise ConfigError(f'--config {path}: no such file; give the path of a configuration, '
+                      'such as experiments/configs/loopformer.py:tiny')
+  name = LOADED + path.stem
+  module_spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(module_spec)
+  sys.modules[name] = module
+  module_spec.loader.exec_module(module)
+  return module
+
+
+def arguments(text: str, **defaults: Any) -> dict[str, Any]:
+  """Reads a configuration's argument: `arguments('small,loops=4', size='tiny', loops=8)`.
+
+  A word without `=` is the value of the first name. Raises ConfigError for names that are not among the defaults.
+  """
+  values = dict(defaults)
+  first = next(iter(defaults))
+  for word in filter(None, text.split(',')):
+    name, equals, value = word.partition('=')
+    name, value = (name, value) if equals else (first, word)
+    if name not in defaults:
+      raise ConfigError(f'config argument {word!r}: no {name!r} here; there are {", ".join(defaults)}')
+    values[name] = _parse(value, defaults[name], type(defaults[name]), f'config argument {name}')
+  return values
+
+
+def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
+  """The row of a configuration's table, or an error that lists the rows."""
+  if value not in table:
+    raise ConfigError(f'config argument {name} = {value!r}; choose one of {", ".join(table)}')
+  return table[value]
+
+
+def save(config: Experiment, workdir: Path):
+  """Writes config.json, and a copy of the configuration file where parts of it are defined there."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  encoded = json.dumps(_encode(config), indent=1)
+  for name, module in list(sys.modules.items()):
+    if name.startswith(LOADED) and f'"{name}:' in encoded:
+      shutil.copyfile(module.__file__, workdir / f'{name.removeprefix(LOADED)}.py')
+  target = workdir / 'config.json'
+  temporary = target.with_suffix('.tmp')
+  temporary.write_text(encoded + '\n')
+  temporary.replace(target)
+
+
+def read(workdir: Path) -> Experiment:
+  """The configuration of a work folder. Raises ConfigError where it holds none."""
+  path = Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
+                      'give the work folder of a training run')
+  return _decode(json.loads(path.read_text()), Path(workdir))
+
+
+def _name_of(thing: Any) -> str:
+  return f'{thing.__module__}.{thing.__qualname__}'
+
+
+def _encode(value: Any) -> Any:
+  if is_part(value):
+    return {'$part': f'{type(value).__module__}:{type(value).__qualname__}',
+            **{name: _encode(field) for name, field in fields(value).items()}}
+  if isinstance(value, Mapping):
+    return {name: _encode(field) for name, field in value.items()}
+  if isinstance(value, (tuple, list)):
+    return [_encode(item) for item in value]
+  if isinstance(value, (types.FunctionType, type)):
+    if '<' in value.__qualname__:
+      raise ConfigError(f'{value.__qualname__} is a lambda or a closure and cannot be saved; define it in a module')
+    return {'$name': f'{value.__module__}:{value.__qualname__}'}
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  if isinstance(value, np.generic):
+    return value.item()
+  raise ConfigError(f'a configuration holds {value!r}, which cannot be saved; use parts, numbers, text and tuples')
+
+
+def _decode(value: Any, workdir: Path) -> Any:
+  if isinstance(value, list):
+    return tuple(_decode(item, workdir) for item in value)
+  if not isinstance(value, dict):
+    return value
+  inner = {name: _decode(field, workdir) for name, field in value.items() if not name.startswith('$')}
+  if '$name' in value:
+    return _find(value['$name'], workdir)
+  return _find(value['$part'], workdir)(**inner) if '$part' in value else inner
+
+
+def _find(name: str, workdir: Path) -> Callable:
+  module, _, qualname = name.partition(':')
+  if module.startswith(LOADED) and module not in sys.modules:
+    _import_file(workdir / f'{module.removeprefix(LOADED)}.py')
+  found = importlib.import_module(module)
+  for attribute in qualname.split('.'):
+    found = getattr(found, attribute)
+  return found

@@ -1,0 +1,110 @@
+"""The model: read in, loop, read out. A paper is this module with its parts in the sockets."""
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from loopformer import loop, memory as memories
+from loopformer.blocks import Stack
+from loopformer.embed import TiedHead, TokenEmbed
+from loopformer.types import KV, Array, Ctx, Plan, Trace
+
+
+class Looped(nn.Module):
+  """e = prelude(read_in(tokens)); x = e; x = cell(x, e, ...) for every row of the plan; z = norm(coda(x)).
+
+  loops: L, the most loops that it is trained for, and the slots of its cache. remat: what the backward pass saves.
+  """
+  read_in: TokenEmbed
+  cell: nn.Module
+  read_out: TiedHead = TiedHead()
+  loops: int = 8
+  prelude: Stack | None = None
+  coda: Stack | None = None
+  memory: Any = memories.PerLoop()
+  remat: Any = loop.PerStep()
+
+  def __call__(self, tokens: Array, plan: Plan, pos: Array | None = None, seg: Array | None = None,
+               kv: dict[str, KV] | None = None, keep: Any = loop.Last(),
+               code: Any = None) -> Trace:
+    """Runs a plan.
+
+    Args:
+      tokens: i32[B, T].
+      plan: the steps to take.
+      pos: i32[B, T], positions in the document; 0..T-1 if absent; -1 marks padding (with a cache only).
+      seg: None or i32[B, T]; tokens attend within equal numbers only.
+      kv: None (the parallel pass), or the caches of `cache`, which are read and extended.
+      keep: which states the trace keeps besides the last.
+      code: `timetable(plan)`, where it was computed before (once for many tokens).
+    """
+    if pos is None:
+      pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    kv = dict(kv or {})
+    ctx = Ctx(pos=pos, seg=seg, memory=self.memory)
+    e = self.read_in(tokens, pos)
+    if self.prelude is not None:
+      e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
+    x, kv['loop'], xs, aux, steps = loop.run(self.cell, e, e, plan, ctx, kv.get('loop'), keep, self.remat, code)
+    out = x
+    if self.coda is not None:
+      out, kv['coda'] = self.coda(x, ctx, None, kv.get('coda'))
+    return Trace(x=x, z=self.read_out(out), xs=xs, aux=aux, kv=kv, steps=steps)
+
+  def table(self) -> Array:
+    """The head's matrix, [V, D]; logits are z @ table^T."""
+    return self.read_out.table(self.read_in)
+
+  def logits(self, z: Array) -> Array:
+    """[..., D] -> f32[..., V]: the head alone."""
+    return jnp.einsum('...D,VD->...V', z, self.table().astype(z.dtype), preferred_element_type=jnp.float32)
+
+  def timetable(self, plan: Plan) -> Any:
+    """What the cell computes ahead of the loop."""
+    return self.cell.timetable(plan)
+
+  def step(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, Any]:
+    """One application of the cell, for loops that stop by what they see."""
+    return self.cell(x, e, ctx, kv)
+
+  def stacks(self) -> dict[str, Stack]:
+    """The stacks by the names of their caches."""
+    stacks = {'prelude': self.prelude, 'loop': self.cell.core, 'coda': self.coda}
+    return {name: stack for name, stack in stacks.items() if stack is not None}
+
+  def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, KV]:
+    """Empty caches for `batch` rows of `length` positions and plans of up to `loops` steps."""
+    caches = {}
+    for name, stack in self.stacks().items():
+      attn = stack.block.attn
+      slots = self.memory.slots(loops or self.loops) if name == 'loop' else 1
+      caches[name] = memories.empty(slots, stack.depth, batch, length, attn.groups or attn.heads,
+                                    self.read_in.width // attn.heads, stack.block.dtype)
+    return caches
+
+  def flops(self, length: int, steps: float) -> float:
+    """Floating-point operations a token of a forward pass with `steps` loops, head included, embedding not.
+
+    Analytic, because XLA counts the body of a scan once.
+    """
+    width = self.read_in.width
+    count = {name: stack.flops(width, length) for name, stack in self.stacks().items()}
+    return sum(count.values()) + (steps - 1) * count['loop'] + 2.0 * width * self.read_in.vocab
+
+
+def init_params(model: Looped, key: Array) -> Any:
+  """Parameters of the model, a nested dict of float32 arrays; run it under `jax.jit` or `jax.eval_shape`."""
+  plan = Plan(t=jnp.zeros(1), dt=jnp.ones(1))
+  return model.init(key, jnp.zeros((1, 1), jnp.int32), plan, method=_touch_all)['params']
+
+
+def _touch_all(model, tokens, plan):
+  return model.logits(model(tokens, plan).z)
+
+
+def parameter_count(model: Looped) -> int:
+  """Number of parameters, without allocating them."""
+  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(model, jax.random.key(0)))))

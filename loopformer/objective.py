@@ -1,0 +1,75 @@
+"""Objectives: named rollouts, and weighted terms over them."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from loopformer import loop
+from loopformer.types import Array, Batch, ConfigError, Params, Planner, Term, Trace, part
+
+
+@dataclasses.dataclass(frozen=True)
+class Roll:
+  """One run of the model: how its steps are arranged, and which states it keeps."""
+  plan: Planner
+  keep: Any = loop.Last()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """`weight` times the mean of `term`."""
+  weight: float
+  term: Term
+
+
+@part
+class Objective:
+  """loss = sum over terms of weight * sum / weight-sum, over the rollouts in `rolls`.
+
+  Every mean is one sum over the whole global batch divided once by a weight that depends on the batch alone, so that
+  microbatches, devices and hosts agree whatever the padding.
+  """
+  rolls: Mapping[str, Roll]
+  terms: Mapping[str, Weighted]
+
+  def __post_init__(self):
+    for name, weighted in self.terms.items():
+      for roll in weighted.term.reads:
+        if roll not in self.rolls:
+          raise ConfigError(f'objective.terms[{name!r}] reads the rollout {roll!r}, which objective.rolls does not '
+                            f'have; it has {", ".join(self.rolls)}')
+
+  @property
+  def longest(self) -> int:
+    """Rows of the longest plan."""
+    return max(roll.plan.longest for roll in self.rolls.values())
+
+  def denominators(self, batch: Batch) -> dict[str, Array]:
+    """f32[] for every term: what its sum over this batch is divided by."""
+    return {name: weighted.term.weight(batch) for name, weighted in self.terms.items()}
+
+  def rollouts(self, model, params: Params, batch: Batch, key: Array) -> dict[str, Trace]:
+    """Runs every rollout; each draws its plan from a key of its own, named after it."""
+    traces = {}
+    for name, roll in self.rolls.items():
+      plan = roll.plan(jax.random.fold_in(key, zlib.crc32(name.encode())))
+      traces[name] = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'),
+                                 batch.get('segments'), keep=roll.keep)
+    return traces
+
+  def __call__(self, model, params: Params, batch: Batch, key: Array,
+               denominators: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}."""
+    rolls = self.rollouts(model, params, batch, key)
+    table = model.apply({'params': params}, method='table')
+    shares = {name: weighted.term(rolls, batch, table, params) / jnp.maximum(denominators[name], 1e-9)
+              for name, weighted in self.terms.items()}
+    return sum(self.terms[name].weight * share for name, share in shares.items()), shares
+
+  def flops(self, model, length: int) -> float:
+    """Floating-point operations a token of one training step: forward and twice that backward; no recomputation."""
+    return 3 * sum(model.flops(length, roll.plan.expected) for roll in self.rolls.values())

@@ -1,0 +1,1 @@
+"""Tasks: each turns a seed and an index into one training example."""

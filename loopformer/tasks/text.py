@@ -1,0 +1,71 @@
+"""Next-token prediction on text: windows of a corpus that is tokenised once into the work folder."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+
+from loopformer import data
+from loopformer.corpus import Files, StandardLibrary
+from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+  """Task: predict each token of `length`-token windows of a corpus.
+
+  `folder` is where the prepared data lives, or None for `data` in the work folder; give one to share it.
+  """
+
+  corpus: StandardLibrary | Files = StandardLibrary()
+  tokenizer: TrainedPieces | GivenPieces | Bytes = TrainedPieces()
+  length: int = 128
+  documents: data.Joined | data.Separate = data.Joined()
+  folder: str | None = None
+
+  def __post_init__(self):
+    if self.length < 1:
+      raise ValueError(f'Text.length={self.length}: give a positive number of tokens')
+
+  def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> Tokenizer:
+    """Tokenises the corpus, or reuses it; ValueError if a split does not fill one window."""
+    prepared = data.prepare(self.corpus, self.tokenizer, self._folder(workdir), log=log)
+    for split, counts in prepared.manifest['splits'].items():
+      if counts['tokens'] <= self.length:
+        raise ValueError(
+          f'Text.length={self.length}: the {split} split has only {counts["tokens"]} tokens, less than one '
+          'window and its last target; use a smaller task.length or a larger corpus'
+        )
+    return prepared.tokenizer
+
+  def tokenizer_of(self, workdir: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of the prepared data."""
+    return load_tokenizer(os.path.join(self._folder(workdir), 'tokenizer'))
+
+  def examples(self, workdir: str | os.PathLike, split: str, seed: int):
+    """Single examples as a grain MapDataset.
+
+    train: endless, every epoch in its own order, a pure function of (seed, index). validation: each window once,
+    in one order whatever the seed, so that the first n are a fair sample.
+    """
+    import grain
+
+    stream = data.open_split(self._folder(workdir), split)
+    eos = self.tokenizer_of(workdir).eos
+    windows = grain.MapDataset.source(data.Windows(stream, self.length, eos, self.documents))
+    if split == 'train':
+      return windows.shuffle(_mixed(seed)).repeat()
+    return windows.shuffle(_mixed(0))
+
+  def describe(self, workdir: str | os.PathLike) -> dict:
+    """Counts for logging: {split: {tokens, bytes, documents}}."""
+    splits = data.load_manifest(self._folder(workdir))['splits']
+    return {split: {n: counts[n] for n in ('tokens', 'bytes', 'documents')} for split, counts in splits.items()}
+
+  def _folder(self, workdir) -> str:
+    return os.path.join(workdir, 'data') if self.folder is None else self.folder
+
+
+def _mixed(seed: int) -> int:
+  """A seed for grain, which adds the epoch's number to it: mixed, so that seeds 0 and 1 do not share epochs."""
+  return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), 'big')

@@ -1,0 +1,1 @@
+"""Terms: what is learned from rollouts. One file a part."""

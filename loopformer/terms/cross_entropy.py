@@ -1,0 +1,100 @@
+"""Cross-entropy of the next token that never holds [tokens, vocabulary] whole."""
+from __future__ import annotations
+
+import functools
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.types import Array, Batch, Params, Trace, part
+
+CHUNK = 512
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Array:
+  """f32[]: sum of weights * -log softmax(z table^T)[targets], over chunks of tokens.
+
+  Differentiable in z and table alone. The gradient is formed in the forward pass, chunk by chunk: that saves the
+  backward pass the product that would recompute the logits, for a buffer of the size of z and one of the table's.
+
+  Args:
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; weights: f32[...]; chunk: tokens whose logits are held at once.
+  """
+  chunks = _chunks(z, targets, weights, chunk)
+  table = table.astype(z.dtype)
+
+  def body(total, row):
+    z_nD, target_n, weight_n = row
+    logits_nV, lse_n = _logits(z_nD, table)
+    return total + jnp.sum(weight_n * (lse_n - _pick(logits_nV, target_n))), None
+
+  return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+
+
+def _chunks(z, targets, weights, chunk):
+  """Flattened, padded by tokens of weight zero, and cut: [chunks, chunk, ...]."""
+  count = targets.size
+  chunk = min(chunk, count)
+  pad = -count % chunk
+
+  def cut(array, trailing):
+    array = jnp.pad(array.reshape(count, *trailing), ((0, pad), *((0, 0),) * len(trailing)))
+    return array.reshape(-1, chunk, *trailing)
+
+  return cut(z, z.shape[-1:]), cut(targets, ()), cut(weights, ())
+
+
+def _logits(z_nD, table_VD):
+  logits_nV = jnp.einsum('nD,VD->nV', z_nD, table_VD, preferred_element_type=jnp.float32)
+  return logits_nV, jax.nn.logsumexp(logits_nV, -1)
+
+
+def _pick(logits_nV, target_n):
+  return jnp.take_along_axis(logits_nV, target_n[:, None], -1)[:, 0]
+
+
+def _forward(z, table, targets, weights, chunk):
+  chunks = _chunks(z, targets, weights, chunk)
+  cast = table.astype(z.dtype)
+
+  def body(carry, row):
+    total, dtable_VD = carry
+    z_nD, target_n, weight_n = row
+    logits_nV, lse_n = _logits(z_nD, cast)
+    total += jnp.sum(weight_n * (lse_n - _pick(logits_nV, target_n)))
+    hit_nV = jnp.arange(cast.shape[0]) == target_n[:, None]
+    error_nV = ((jnp.exp(logits_nV - lse_n[:, None]) - hit_nV) * weight_n[:, None]).astype(z.dtype)
+    dtable_VD += jnp.einsum('nV,nD->VD', error_nV, z_nD, preferred_element_type=jnp.float32)
+    dz_nD = jnp.einsum('nV,VD->nD', error_nV, cast, preferred_element_type=jnp.float32).astype(z.dtype)
+    return (total, dtable_VD), dz_nD
+
+  (total, dtable), dz = jax.lax.scan(body, (jnp.float32(0), jnp.zeros(table.shape, jnp.float32)), chunks)
+  dz = dz.reshape(-1, z.shape[-1])[:targets.size].reshape(z.shape)
+  return total, (dz, dtable.astype(table.dtype))
+
+
+def _backward(chunk, saved, g):
+  dz, dtable = saved
+  return (dz * g).astype(dz.dtype), (dtable * g).astype(dtable.dtype), None, None
+
+
+nll_sum.defvjp(_forward, _backward)
+
+
+@part
+class CE:
+  """Cross-entropy at the end of the rollout `roll`; a mean over tokens by their weights."""
+  roll: str
+  chunk: int = CHUNK
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll,)
+
+  def weight(self, batch: Batch) -> Array:
+    return batch['weights'].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Array, params: Params) -> Array:
+    return nll_sum(rolls[self.roll].z, readout, batch['targets'], batch['weights'], self.chunk)

@@ -1,0 +1,153 @@
+"""The types that all parts of the library share.
+
+Letters in shape suffixes (`x_BTD`) and in docstrings:
+
+    B batch     T tokens of a sequence (query length)    S key length    D model width
+    H heads     G key/value groups   d width of a head   F hidden width  V vocabulary
+    K steps of a plan                N layers of a stack L most loops a model is trained for
+
+A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of a `Plan`; see docs/design.md.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping, Protocol
+
+from flax import struct
+import jax
+
+Array = jax.Array
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+
+
+@struct.dataclass
+class Plan:
+  """Timetable of one rollout. Arrays, so that it can be sampled inside a compiled program.
+
+  t, dt: f32[K], time at, and size of, each step; a whole trajectory has length one.
+  live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
+    or bool[K, B] (False: the step is computed, but passes this sequence through unchanged).
+  free: None or i32[]: steps that run first, without gradient, as many as this number says.
+  """
+  t: Array
+  dt: Array
+  live: Array | None = None
+  free: Array | None = None
+
+  @property
+  def steps(self) -> int:
+    """K, the number of rows, skipped ones included."""
+    return self.dt.shape[0]
+
+
+@struct.dataclass
+class Tick:
+  """Row k of a plan: all that a step knows of the schedule.
+
+  t, dt: f32[]; live: None, bool[] or bool[B]; k: i32[], the number of steps before this one;
+  code: what the cell computed for this row ahead of the loop (`Cell.timetable`), any pytree.
+  """
+  t: Array
+  dt: Array
+  live: Array | None
+  k: Array
+  code: Any = None
+
+
+@struct.dataclass
+class Ctx:
+  """What a block knows besides its input.
+
+  pos: i32[B, T], position of each token in its document; -1 marks padding (with a cache only).
+  seg: None or i32[B, T], tokens attend within equal numbers only.
+  tick: the row of the plan that is running; None in prelude and coda.
+  memory: how steps share the cache (a frozen part, static).
+  """
+  pos: Array
+  seg: Array | None = None
+  tick: Tick | None = None
+  memory: Any = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class KV:
+  """Keys and values of all slots of one stack.
+
+  k, v: [slots, N, B, S, G, d]; pos: i32[slots, B, S], the position that a place holds, -1 where it is empty.
+  """
+  k: Array
+  v: Array
+  pos: Array
+
+  @property
+  def bytes(self) -> int:
+    """Bytes that the arrays take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+@struct.dataclass
+class Trace:
+  """What a rollout leaves behind.
+
+  x: [B, T, D], the last state of the loop; z: [B, T, D], the same after coda and final norm, ready for the head.
+  xs: None or [K, B, T, D], the states that were kept; aux: per-step auxiliaries of the cell, leaves [K, ...].
+  kv: the caches; steps: i32[], steps that ran.
+  """
+  x: Array
+  z: Array
+  xs: Array | None
+  aux: Any
+  kv: Any
+  steps: Array
+
+
+class Planner(Protocol):
+  """How the steps of a rollout are arranged."""
+
+  @property
+  def longest(self) -> int:
+    """Rows of every plan it makes."""
+
+  @property
+  def expected(self) -> float:
+    """Mean number of steps that run; for counting arithmetic."""
+
+  def __call__(self, key: Array) -> Plan: ...
+
+
+class Memory(Protocol):
+  """What the steps of a loop keep of keys and values."""
+
+  def slots(self, loops: int) -> int: ...
+
+  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
+    """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, S, G, d] twice, positions [B, S]."""
+
+
+class Term(Protocol):
+  """What is learned from rollouts."""
+
+  def weight(self, batch: Batch) -> Array:
+    """f32[]: what the sum is divided by, a function of the batch alone."""
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Any, params: Params) -> Array:
+    """f32[]: the sum over the batch."""
+
+
+class Task(Protocol):
+  """Where examples come from."""
+
+  def prepare(self, workdir, log) -> Any: ...
+
+  def examples(self, workdir, split: str, seed: int) -> Any:
+    """A grain.MapDataset of single examples: tokens, targets, weights, positions, segments, each [T]."""
+
+
+class ConfigError(ValueError):
+  """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
+
+
+def part(cls):
+  """Class decorator of configuration parts: a frozen, keyword-only dataclass."""
+  return dataclasses.dataclass(frozen=True, kw_only=True)(cls)

@@ -1,0 +1,453 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import grain
+import numpy as np
+import pytest
+
+from loopformer import data
+from loopformer.corpus import Files
+from loopformer.tasks.text import Text
+from loopformer.tokenizer import Bytes, GivenPieces, TrainedPieces
+
+
+def quiet(_):
+  pass
+
+
+def write_corpus(folder, documents: int = 60):
+  folder.mkdir(parents=True, exist_ok=True)
+  for i in range(documents):
+    words = ' '.join(f'word{(i * 7 + j * j) % 97}' for j in range(3000 if i % 30 == 8 else 20 + 37 * (i % 11)))
+    (folder / f'{i:03}.txt').write_text(f'Document {i}.\n{words}\n')
+  return Files(train=(str(folder / '*.txt'),), validation=0.2)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return write_corpus(tmp_path / 'corpus')
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+  """A corpus, a task on it and its work folder, prepared once; tests leave it as it is."""
+  folder = tmp_path_factory.mktemp('shared')
+  corpus = write_corpus(folder / 'corpus')
+  task = Text(corpus=corpus, tokenizer=Bytes(), length=32)
+  task.prepare(folder, log=quiet)
+  return corpus, task, folder
+
+
+def expected_streams(corpus, tokenizer) -> dict[str, list[int]]:
+  import hashlib
+
+  order = sorted(corpus.documents(), key=lambda d: hashlib.blake2b(d.name.encode(), digest_size=8).digest())
+  streams = {'train': [], 'validation': []}
+  for d in order:
+    streams[d.split] += [*tokenizer.encode(d.text), tokenizer.eos]
+  return streams
+
+
+@pytest.mark.parametrize('part', [Bytes(), TrainedPieces(vocab=290)])
+@pytest.mark.parametrize('shard_tokens', [1, 9000, 2**27])
+def test_windows_equal_the_concatenated_stream(corpus, tmp_path, part, shard_tokens):
+  folder = tmp_path / 'data'
+  prepared = data.prepare(corpus, part, folder, shard_tokens=shard_tokens, log=quiet)
+  streams = expected_streams(corpus, prepared.tokenizer)
+  random = np.random.default_rng(0)
+  for split, expected in streams.items():
+    stream, counts = data.open_split(folder, split), prepared.manifest['splits'][split]
+    assert stream.tokens == len(expected) == counts['tokens'] == sum(s['tokens'] for s in counts['shards'])
+    assert stream.window(0, stream.tokens).tolist() == expected
+    edges = [(max(0, e - 3), 5) for e in range(0, stream.tokens - 5, data.RECORD)] + [(stream.tokens - 1, 1)]
+    for start, length in edges + [(int(random.integers(stream.tokens - 300)), 300) for _ in range(50)]:
+      window = stream.window(start, length)
+      assert window.dtype == np.int32 and window.tolist() == expected[start : start + length]
+    for start, length in [(-1, 4), (stream.tokens - 3, 4), (0, 0)]:
+      with pytest.raises(IndexError, match=f'stream of {stream.tokens}'):
+        stream.window(start, length)
+  per_shard = max(1, shard_tokens // data.RECORD)
+  records = -(-len(streams['train']) // data.RECORD)
+  assert len(prepared.manifest['splits']['train']['shards']) == -(-records // per_shard)
+
+
+def test_manifest_and_folder(shared):
+  corpus, task, folder = shared
+  manifest = data.load_manifest(folder / 'data')
+  assert manifest['version'] == data.VERSION and manifest['dtype'] == 'uint16'
+  assert manifest['fingerprint'] == task.tokenizer_of(folder).fingerprint()
+  assert manifest['corpus'] == repr(corpus) and manifest['tokenizer'] == 'Bytes()'
+  assert manifest['sources']['count'] == 60 and len(manifest['sources']['files']) == 60
+  documents = list(corpus.documents())
+  for split, counts in task.describe(folder).items():
+    texts = [d.text for d in documents if d.split == split]
+    assert counts['documents'] == len(texts)
+    assert counts['bytes'] == sum(len(t.encode()) for t in texts) == counts['tokens'] - len(texts)
+  names = [s['name'] for n in manifest['splits'].values() for s in n['shards']]
+  assert names[0] == 'train-00000-of-00001.array_record'
+  assert sorted(os.listdir(folder / 'data')) == sorted([*names, 'manifest.json', 'tokenizer'])
+  assert sorted(os.listdir(folder)) == ['corpus', 'data']
+
+
+def test_same_corpus_gives_the_same_bytes(corpus, tmp_path):
+  folders = [tmp_path / 'one', tmp_path / 'two']
+  manifests = [data.prepare(corpus, TrainedPieces(vocab=290), f, log=quiet).manifest for f in folders]
+  assert manifests[0] == manifests[1]
+
+
+class Unbuildable:
+  """Stands for a tokenizer part that must not be built again."""
+
+  def __repr__(self):
+    return 'Bytes()'
+
+  def build(self, texts):
+    raise AssertionError('the tokenizer was built again')
+
+  def sources(self):
+    return []
+
+
+def test_second_call_reuses(corpus, tmp_path):
+  lines = []
+  first = data.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append)
+  again = data.prepare(corpus, Unbuildable(), tmp_path / 'data', log=lines.append)
+  assert first == again and len(lines) == 2
+  assert 'train' in lines[0] and 'written to' in lines[0] and 'reused from' in lines[1]
+
+
+def test_a_changed_corpus_is_an_error_that_names_the_source(corpus, tmp_path):
+  folder, texts = tmp_path / 'data', tmp_path / 'corpus'
+  data.prepare(corpus, Bytes(), folder, log=quiet)
+  original = (texts / '007.txt').read_text()
+  (texts / '007.txt').write_text('something else')
+  with pytest.raises(ValueError, match=r'source .*007.txt has changed. Delete the folder or choose another'):
+    data.prepare(corpus, Bytes(), folder, log=quiet)
+  (texts / '007.txt').write_text(original)
+  (texts / '000a.txt').write_text('new')
+  with pytest.raises(ValueError, match=r'source .*000a.txt is new'):
+    data.prepare(corpus, Bytes(), folder, log=quiet)
+  (texts / '000a.txt').unlink()
+  (texts / '059.txt').unlink()
+  with pytest.raises(ValueError, match=r'source .*059.txt is gone'):
+    data.prepare(corpus, Bytes(), folder, log=quiet)
+
+
+def test_changed_parts_are_named(corpus, tmp_path):
+  data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  with pytest.raises(ValueError, match=r'tokenizer=TrainedPieces\(vocab=290.*it was Bytes\(\)'):
+    data.prepare(corpus, TrainedPieces(vocab=290), tmp_path / 'data', log=quiet)
+  other = Files(train=corpus.train, validation=0.3)
+  with pytest.raises(ValueError, match=r'corpus=Files\(.*validation=0.3.*it was Files\(.*validation=0.2'):
+    data.prepare(other, Bytes(), tmp_path / 'data', log=quiet)
+
+
+def test_a_changed_given_model_is_named(corpus, tmp_path):
+  path = tmp_path / 'given.model'
+  path.write_bytes(TrainedPieces(vocab=290).build(d.text for d in corpus.documents()).model)
+  data.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
+  path.write_bytes(TrainedPieces(vocab=291).build(d.text for d in corpus.documents()).model)
+  with pytest.raises(ValueError, match='source .*given.model has changed'):
+    data.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
+
+
+def test_many_sources_are_kept_as_one_digest(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(data, 'LISTED', 10)
+  manifest = data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet).manifest
+  assert manifest['sources']['files'] is None and manifest['sources']['count'] == 60
+  (tmp_path / 'corpus' / 'new.txt').write_text('new')
+  with pytest.raises(ValueError, match='the 61 sources have digest .* they were 60'):
+    data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+
+
+def test_a_failed_preparation_leaves_nothing(corpus, tmp_path):
+  with pytest.raises(ValueError, match='TrainedPieces.vocab=9'):
+    data.prepare(corpus, TrainedPieces(vocab=9), tmp_path / 'data', log=quiet)
+  assert os.listdir(tmp_path) == ['corpus']
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'mine.txt').write_text('keep')
+  with pytest.raises(FileNotFoundError, match="data' is not a prepared folder"):
+    data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  assert (tmp_path / 'data' / 'mine.txt').read_text() == 'keep'
+
+
+def test_two_processes_may_prepare_at_once(corpus, tmp_path):
+  results, errors = [], []
+
+  def work():
+    try:
+      results.append(data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet))
+    except Exception as e:
+      errors.append(e)
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for t in threads:
+    t.start()
+  for t in threads:
+    t.join()
+  assert not errors and all(r == results[0] for r in results) and len(results) == 4
+  assert sorted(os.listdir(tmp_path)) == ['corpus', 'data']
+
+
+def test_empty_corpora(tmp_path):
+  (tmp_path / 'a.txt').write_text('')
+  part = Files(train=(str(tmp_path / '*.txt'),))
+  with pytest.raises(ValueError, match=r'Files\(.*is empty'):
+    data.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
+  (tmp_path / 'a.txt').write_text('one document')
+  with pytest.raises(ValueError, match=r'has no (train|validation) document: give two different'):
+    data.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  'damage, message',
+  [
+    (flip, r'shard .*validation-00000-of-00001.array_record is damaged or stale \(sha256'),
+    (lambda p: p.write_bytes(p.read_bytes()[:-10]), r'shard .*validation-00000.*damaged or stale \(size'),
+    (lambda p: p.unlink(), r'shard .*validation-00000-of-00001.array_record is missing: delete .* and prepare'),
+  ],
+)
+def test_bad_shards_are_named(corpus, tmp_path, damage, message):
+  folder = tmp_path / 'data'
+  data.prepare(corpus, Bytes(), folder, log=quiet)
+  damage(folder / 'validation-00000-of-00001.array_record')
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    data.open_split(folder, 'validation')
+  data.open_split(folder, 'train')
+
+
+def test_open_errors(corpus, tmp_path):
+  folder = tmp_path / 'data'
+  with pytest.raises(FileNotFoundError, match="data' is not a prepared folder .*manifest.json is absent"):
+    data.open_split(folder, 'train')
+  data.prepare(corpus, Bytes(), folder, log=quiet)
+  with pytest.raises(ValueError, match="split='test' is none of train, validation"):
+    data.open_split(folder, 'test')
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  (folder / 'manifest.json').write_text(json.dumps({**manifest, 'version': 0}))
+  with pytest.raises(ValueError, match='manifest.json: version=0, this library reads 1: delete'):
+    data.open_split(folder, 'train')
+  (folder / 'manifest.json').write_text('{')
+  with pytest.raises(ValueError, match='manifest.json is damaged'):
+    data.open_split(folder, 'train')
+
+
+def test_more_than_uint16_ids(corpus, tmp_path):
+  class Wide:
+    vocab_size, eos = 70_000, 69_999
+
+    def encode_batch(self, texts):
+      return [[69_000 + ord(c) for c in text] for text in texts]
+
+    def fingerprint(self):
+      return 'wide'
+
+    def save(self, folder):
+      os.makedirs(folder)
+
+  class WidePart:
+    def build(self, texts):
+      return Wide()
+
+    def sources(self):
+      return []
+
+  manifest = data.prepare(corpus, WidePart(), tmp_path / 'data', log=quiet).manifest
+  window = data.open_split(tmp_path / 'data', 'train').window(0, 10)
+  assert manifest['dtype'] == 'uint32'
+  assert ''.join(chr(i - 69_000) for i in window) == 'Document 1'[:9] + chr(window[9] - 69_000)
+
+
+class ListStream:
+  def __init__(self, ids):
+    self._ids, self.tokens = ids, len(ids)
+
+  def window(self, start, length):
+    return np.array(self._ids[start : start + length], np.int32)
+
+
+IDS = [5, 6, 9, 7, 9, 9, 8, 5, 6, 7, 9, 5, 6]  # 9 ends a document
+
+
+def test_joined_by_hand():
+  windows = data.Windows(ListStream(IDS), 6, 9)
+  assert len(windows) == 2
+  w = windows[1]
+  assert w['tokens'].tolist() == [8, 5, 6, 7, 9, 5] and w['targets'].tolist() == [5, 6, 7, 9, 5, 6]
+  assert w['positions'].tolist() == [0, 1, 2, 3, 4, 5]
+  assert w['segments'].tolist() == [1] * 6 and w['weights'].tolist() == [1.0] * 6
+
+
+def test_separate_by_hand():
+  w, v = data.Windows(ListStream(IDS), 6, 9, data.Separate())
+  assert w['tokens'].tolist() == [5, 6, 9, 7, 9, 9] and w['targets'].tolist() == [6, 9, 7, 9, 9, 8]
+  assert w['segments'].tolist() == [1, 1, 1, 2, 2, 3]
+  assert w['positions'].tolist() == [0, 1, 2, 0, 1, 0]
+  assert w['weights'].tolist() == [1, 1, 0, 1, 0, 0]
+  assert v['segments'].tolist() == [1, 1, 1, 1, 1, 2]
+  assert v['positions'].tolist() == [0, 1, 2, 3, 4, 0]
+  assert v['weights'].tolist() == [1, 1, 1, 1, 0, 1]
+  for example in (w, v):
+    dtypes = {name: str(array.dtype) for name, array in example.items()}
+    assert dtypes.pop('weights') == 'float32' and set(dtypes.values()) == {'int32'} and len(dtypes) == 4
+
+
+def test_windows_tile_the_stream_and_bounds():
+  assert len(data.Windows(ListStream(IDS), 12, 9)) == 1 and len(data.Windows(ListStream(IDS), 13, 9)) == 0
+  with pytest.raises(IndexError, match='window 2 of 2'):
+    data.Windows(ListStream(IDS), 6, 9)[2]
+
+
+def first_tokens(dataset, indices):
+  return [tuple(dataset[i]['tokens']) for i in indices]
+
+
+def test_epochs_and_seeds(shared):
+  _, task, folder = shared
+  train = task.examples(folder, 'train', 0)
+  n = (task.describe(folder)['train']['tokens'] - 1) // task.length
+  epochs = [first_tokens(train, range(e * n, e * n + n)) for e in range(3)]
+  assert epochs[0] != epochs[1] != epochs[2]
+  assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+  assert first_tokens(task.examples(folder, 'train', 0), range(n)) == epochs[0]
+  other = task.examples(folder, 'train', 1)
+  assert first_tokens(other, range(n)) not in epochs
+
+  validation = task.examples(folder, 'validation', 0)
+  m = (task.describe(folder)['validation']['tokens'] - 1) // task.length
+  assert len(validation) == m
+  order = first_tokens(validation, range(m))
+  assert order == first_tokens(task.examples(folder, 'validation', 7), range(m))
+  stream = data.open_split(folder / 'data', 'validation')
+  assert sorted(order) == sorted(tuple(stream.window(i * 32, 32)) for i in range(m)) != order
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def same(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_are_rows_of_the_dataset(shared):
+  _, task, folder = shared
+  dataset = task.examples(folder, 'train', 0)
+  for s, batch in enumerate(take(iter(data.batches(dataset, batch=8)), 5)):
+    assert batch['tokens'].shape == (8, 32) and batch['weights'].dtype == np.float32
+    assert [tuple(row) for row in batch['tokens']] == first_tokens(dataset, range(8 * s, 8 * s + 8))
+
+
+def test_exact_resume_in_and_across_epochs(shared):
+  _, task, folder = shared
+  dataset = task.examples(folder, 'train', 3)
+  n = (task.describe(folder)['train']['tokens'] - 1) // task.length
+  total = 2 * n // 8 + 3
+  whole = take(iter(data.batches(dataset, batch=8)), total + 1)
+  for stop in (0, 1, n // 16, n // 8, n // 8 + 1, total - 1):
+    iterator = iter(data.batches(dataset, batch=8))
+    take(iterator, stop)
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = iter(data.batches(task.examples(folder, 'train', 3), batch=8))
+    take(resumed, 2)
+    resumed.set_state(state)
+    same(take(resumed, 2), whole[stop : stop + 2])
+
+
+def test_process_count_may_change_at_every_restart(shared):
+  _, task, folder = shared
+  dataset = task.examples(folder, 'train', 0)
+  whole = take(iter(data.batches(dataset, batch=8)), 12)
+  state, seen = None, []
+  for processes in (1, 2, 4, 1):
+    iterators = [iter(data.batches(dataset, batch=8, process=p, processes=processes)) for p in range(processes)]
+    for iterator in iterators:
+      if state is not None:
+        iterator.set_state(state)
+    for _ in range(3):
+      parts = [next(iterator) for iterator in iterators]
+      merged = {k: np.empty((8, *parts[0][k].shape[1:]), parts[0][k].dtype) for k in parts[0]}
+      for p, part in enumerate(parts):
+        for k in part:
+          merged[k][p::processes] = part[k]
+      seen.append(merged)
+    states = [iterator.get_state() for iterator in iterators]
+    assert all(s == states[0] for s in states)
+    state = states[0]
+  same(seen, whole)
+
+
+@pytest.mark.parametrize('examples', [16, 17, 19, 23, 24])
+def test_all_processes_have_the_same_number_of_batches(examples):
+  dataset = grain.MapDataset.range(examples).shuffle(0)
+  counts = [sum(1 for _ in data.batches(dataset, batch=8, process=p, processes=4)) for p in range(4)]
+  assert counts == [examples // 8] * 4
+
+
+def test_batches_errors(shared):
+  dataset = grain.MapDataset.range(5)
+  with pytest.raises(ValueError, match='train.batch=6 must be a positive multiple of processes=4'):
+    data.batches(dataset, batch=6, processes=4)
+  with pytest.raises(ValueError, match='process=2 is not one of the 2 processes'):
+    data.batches(dataset, batch=4, process=2, processes=2)
+  for d in (dataset, dataset.shuffle(1).repeat(), dataset.repeat()[1:]):
+    with pytest.raises(ValueError, match='holds 5 examples, fewer than train.batch=8.*smaller train.batch'):
+      data.batches(d, batch=8)
+
+
+def test_text_errors(corpus, tmp_path):
+  with pytest.raises(ValueError, match='Text.length=0'):
+    Text(length=0)
+  with pytest.raises(ValueError, match=r'Text.length=100000: the (train|validation) split has only \d+ tokens'):
+    Text(corpus=corpus, tokenizer=Bytes(), length=100_000).prepare(tmp_path, log=quiet)
+  with pytest.raises(FileNotFoundError, match='prepare the data first'):
+    Text(corpus=corpus).tokenizer_of(tmp_path / 'other')
+
+
+def test_folder_may_be_shared(corpus, tmp_path):
+  task = Text(corpus=corpus, tokenizer=Bytes(), folder=str(tmp_path / 'elsewhere'), documents=data.Separate())
+  assert task.prepare(tmp_path / 'work', log=quiet) == task.tokenizer_of(tmp_path / 'work')
+  assert not (tmp_path / 'work').exists()
+  example = task.examples(tmp_path / 'work', 'validation', 0)[0]
+  assert example['segments'].min() == 1
+
+
+def test_a_process_ends_while_batches_are_being_read(shared):
+  _, task, folder = shared
+  code = (
+    'from loopformer import data\n'
+    'import grain\n'
+    f"stream = data.open_split({str(folder / 'data')!r}, 'train')\n"
+    'windows = grain.MapDataset.source(data.Windows(stream, 32, 256)).shuffle(0).repeat()\n'
+    'iterator = iter(data.batches(windows, batch=8))\n'
+    'next(iterator), next(iterator)\n'
+    "print('done')"
+  )
+  env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+  result = subprocess.run([sys.executable, '-c', code], env=env, timeout=60, capture_output=True, text=True)
+  assert result.returncode == 0 and result.stdout == 'done\n', result.stderr
+
+
+def test_reads_from_many_threads_agree(shared):
+  from concurrent.futures import ThreadPoolExecutor
+
+  _, _, folder = shared
+  stream = data.open_split(folder / 'data', 'train')
+  starts = list(itertools.islice(range(0, stream.tokens - 40, 40), 300))
+  one = [stream.window(s, 40).tolist() for s in starts]
+  with ThreadPoolExecutor(8) as pool:
+    assert [w.tolist() for w in pool.map(lambda s: stream.window(s, 40), starts)] == one
