@@ -35,19 +35,21 @@ class ScalarEmbed(nn.Module):
 class Trajectory(nn.Module):
   """c = TimeEmbed(t) + StepEmbed(dt): LoopFormer's condition."""
   width: int
+  std: float = 0.02
 
   @nn.compact
   def __call__(self, plan: Plan) -> Array:
-    return ScalarEmbed(self.width, name='time')(plan.t) + ScalarEmbed(self.width, name='step')(plan.dt)
+    return ScalarEmbed(self.width, self.std, name='time')(plan.t) + ScalarEmbed(self.width, self.std, name='step')(plan.dt)
 
 
 class LoopIndex(nn.Module):
   """c = TimeEmbed(k), the integer index of the loop: the timestep-modulated looped transformer's condition."""
   width: int
+  std: float = 0.02
 
   @nn.compact
   def __call__(self, plan: Plan) -> Array:
-    return ScalarEmbed(self.width, name='time')(jnp.arange(plan.steps, dtype=jnp.float32))
+    return ScalarEmbed(self.width, self.std, name='time')(jnp.arange(plan.steps, dtype=jnp.float32))
 
 
 class Modulation(nn.Module):

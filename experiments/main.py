@@ -1,0 +1,152 @@
+"""The command line: train, evaluate at chosen depths, generate.
+
+    python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny [--set train.steps=100]
+    python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 [--schedules="0.5,0.25,0.25;1"] [--sweep=4]
+    python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
+"""
+import json
+from pathlib import Path
+import sys
+import time
+
+from absl import app, flags
+import jax
+import numpy as np
+
+import loopformer
+from loopformer import config as configs
+from loopformer import metrics, plans
+from loopformer.evaluate import evaluate
+from loopformer.model import parameter_count
+from loopformer.train import NotFinite, train
+from loopformer.types import ConfigError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate'], 'What to do.')
+flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results.', required=True)
+flags.DEFINE_string('config', None, 'train: file.py or file.py:argument; it defines get_config.')
+flags.DEFINE_multi_string('set', [], 'train: path=value replaces one field of the configuration; may be repeated.')
+flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last by default.')
+flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
+flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
+flags.DEFINE_integer('sweep', None, 'eval: rank all schedules of this budget on the grid of the finest trajectory.')
+flags.DEFINE_integer('eval_batches', None, "eval: batches of the validation split; the configuration's by default.")
+flags.DEFINE_multi_string('prompt', [], 'generate: a prompt; may be repeated.')
+flags.DEFINE_string('budget', None, 'generate: loops a token, or step sizes such as 0.5,0.25,0.25.')
+flags.DEFINE_integer('max_new_tokens', 64, 'generate: at most so many tokens.')
+flags.DEFINE_float('temperature', 1.0, 'generate: 0 takes the likeliest token.')
+flags.DEFINE_integer('top_k', None, 'generate: draw from the k likeliest tokens.')
+flags.DEFINE_float('top_p', None, 'generate: draw from the likeliest tokens that reach this probability.')
+flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
+
+
+def run_train(workdir: Path):
+  """Trains, or resumes the run that the work folder holds."""
+  if FLAGS.config is None and not (workdir / 'config.json').exists():
+    raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:tiny')
+  saved = configs.read(workdir) if (workdir / 'config.json').exists() else None
+  if FLAGS.config is None:
+    config = saved
+    for assignment in FLAGS.set:
+      config = configs.override(config, assignment)
+  else:
+    config = configs.load(FLAGS.config, FLAGS.set)
+  configs.check(config)
+  for path, old, new in configs.difference(saved, config) if saved else ():
+    raise ConfigError(f'workdir = {workdir} holds a run of another configuration: {path} is {old} there, {new} here. '
+                      'Give another --workdir, or the configuration that the run was started with')
+  print(configs.describe(config))
+  print(f'parameters: {parameter_count(config.model):,}; devices: {jax.device_count()} '
+        f'{jax.devices()[0].device_kind}', flush=True)
+  configs.save(config, workdir)
+  start = time.time()
+  train(config, workdir, log=lambda text: print(text, flush=True))
+  print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
+
+
+def run_eval(workdir: Path):
+  """Evaluates the checkpoint at budgets and schedules; writes eval/<name>.{csv,json,png} and prints the table."""
+  model, params, tokenizer, config = loopformer.load(workdir, FLAGS.step)
+  jobs = {}
+  if FLAGS.sweep:
+    jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops)}
+  if FLAGS.schedules:
+    given = [numbers(text, '--schedules') for text in FLAGS.schedules.split(';') if text.strip()]
+    jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given}
+  if FLAGS.depths or not jobs:
+    budgets = [int(n) for n in numbers(','.join(FLAGS.depths), '--depths', int)] if FLAGS.depths else config.evals.budgets
+    jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
+  batches = held_out(config, workdir, FLAGS.eval_batches or config.train.eval_batches)
+  for name, schedules in jobs.items():
+    loopformer_warn(model, schedules)
+    start = time.time()
+    rows = evaluate(model, params, batches, schedules, np.asarray(tokenizer.byte_lengths()))
+    if name.startswith('sweep'):
+      rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
+    write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
+    print(f'{name}: {rows[0]["tokens"]:,} validation tokens, {time.time() - start:.1f} s')
+    print(metrics.table(rows), flush=True)
+  print(f'written to {workdir / "eval"}')
+
+
+def held_out(config, workdir: Path, count: int) -> list[dict]:
+  """The first `count` batches of the validation split."""
+  from loopformer import data
+  batches = data.batches(config.task.examples(workdir, 'validation', 0), batch=config.train.batch)
+  return [batch for batch, _ in zip(batches, range(count))]
+
+
+def write(folder: Path, name: str, rows: list[dict], title: str):
+  """The rows as CSV, JSON and, where matplotlib is installed, a plot."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / f'{name}.json').write_text(json.dumps(rows, indent=1) + '\n')
+  lines = [','.join(rows[0]), *[','.join(f'"{value}"' if isinstance(value, str) else str(value)
+                                         for value in row.values()) for row in rows]]
+  (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
+  from experiments import plots
+  plots.depths(folder / f'{name}.png', {title: rows}) if name == 'depths' else plots.ranking(
+      folder / f'{name}.png', rows, title)
+
+
+def run_generate(workdir: Path):
+  """Prints a continuation of every prompt."""
+  model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step)
+  budget = None
+  if FLAGS.budget:
+    steps = numbers(FLAGS.budget, '--budget')
+    budget = int(steps[0]) if len(steps) == 1 and steps[0] != 1 else steps
+  prompts = FLAGS.prompt or ['']
+  texts = loopformer.generate(model, params, tokenizer, prompts, budget=budget, max_new_tokens=FLAGS.max_new_tokens,
+                              temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed)
+  for prompt, text in zip(prompts, texts):
+    print(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
+
+
+def numbers(text: str, flag: str, kind: type = float) -> tuple:
+  """Comma-separated numbers. Raises ConfigError naming the flag."""
+  try:
+    return tuple(kind(word) for word in text.split(','))
+  except ValueError:
+    raise ConfigError(f'{flag}={text}: expected {kind.__name__} numbers apart by commas') from None
+
+
+def label(steps) -> str:
+  return ' '.join(f'{step:g}' for step in steps)
+
+
+def loopformer_warn(model, schedules):
+  from loopformer.generate import warn_beyond
+  warn_beyond(model, max(schedules.values(), key=len))
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  try:
+    {'train': run_train, 'eval': run_eval, 'generate': run_generate}[FLAGS.mode](Path(FLAGS.workdir))
+  except (ConfigError, NotFinite, ValueError, FileNotFoundError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main)

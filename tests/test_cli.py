@@ -1,0 +1,248 @@
+"""The command line, end to end: train, kill, resume, evaluate, generate; and what it says of bad input."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import loopformer
+from loopformer import config as configs, metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIG = f'''
+import dataclasses
+from pathlib import Path
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from experiments.configs import loopformer as paper
+from loopformer import config as configs
+from loopformer.corpus import Files
+from loopformer.tokenizer import Bytes
+from loopformer.types import part
+
+@part
+class Here(Files):
+  """A part that is defined in a configuration file."""
+
+def get_config(folder):
+  config = paper.get_config('tiny,loops=4')
+  for change in ('model.read_in.vocab=300', 'model.read_in.length=64', 'task.length=32', 'train.batch=4',
+                 'train.steps=24', 'optim.schedule.warmup=2', 'train.save_every=4', 'train.eval_every=12',
+                 'train.log_every=1', 'train.eval_batches=2', 'model.cell.core.depth=1', 'model.cell.modulation.layers=1'):
+    config = configs.override(config, change)
+  task = dataclasses.replace(config.task, corpus=Here(train=(folder + '/*.txt',), validation=0.3), tokenizer=Bytes())
+  return dataclasses.replace(config, task=task)
+'''
+
+
+def command(workdir, *arguments):
+  return [sys.executable, '-m', 'experiments.main', f'--workdir={workdir}', *arguments]
+
+
+def run(workdir, *arguments):
+  """(exit status, stdout, stderr) of the command line."""
+  done = subprocess.run(command(workdir, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+  """--config of a corpus of generated text."""
+  folder = tmp_path_factory.mktemp('corpus')
+  rng = np.random.default_rng(0)
+  words = np.array('one two three loop again and so on\n'.split(' '))
+  for index in range(12):
+    (folder / f'{index}.txt').write_text(' '.join(rng.choice(words, 150)))
+  path = tmp_path_factory.mktemp('config') / 'mine.py'
+  path.write_text(CONFIG)
+  return f'--config={path}:{folder}'
+
+
+@pytest.fixture(scope='module')
+def undisturbed(setting, tmp_path_factory):
+  """A run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  status, out, err = run(workdir, setting)
+  assert status == 0, err
+  return workdir, out
+
+
+def weights(workdir):
+  _, params, _, _ = loopformer.load(workdir)
+  return params
+
+
+def rows(workdir, kind):
+  """The logged rows without what a clock measured."""
+  timed = ('tokens_per_s', 'mfu', 'seconds_per_step')
+  return [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_rows(workdir / 'metrics.jsonl')
+          if row['kind'] == kind]
+
+
+def assert_same_run(workdir, other):
+  import chex
+  chex.assert_trees_all_equal(weights(workdir), weights(other))
+  assert rows(workdir, 'train') == rows(other, 'train')
+  assert rows(workdir, 'eval') == rows(other, 'eval')
+
+
+def wait_for_step(process, workdir, step):
+  """Blocks until the run has logged `step`."""
+  deadline = time.time() + 240
+  while time.time() < deadline and process.poll() is None:
+    if any(row['step'] >= step for row in metrics.read_rows(workdir / 'metrics.jsonl')):
+      return
+    time.sleep(0.02)
+  raise AssertionError(f'the run never came to step {step}')
+
+
+def test_training_reports_and_learns(undisturbed):
+  workdir, out = undisturbed
+  train = rows(workdir, 'train')
+  assert [row['step'] for row in train] == list(range(1, 25))
+  assert train[-1]['lm'] < train[0]['lm'] - 0.5
+  assert set(train[0]) >= {'loss', 'lm', 'lm_short', 'shortcut', 'grad_norm'}
+  assert np.isclose(train[5]['loss'], train[5]['lm'] + 0.1 * train[5]['lm_short'] + 0.1 * train[5]['shortcut'])
+  assert 'tok/s' in out and 'MFU' in out and 'left' in out and 'validation loss at 1 loop' in out
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=['SIGKILL', 'SIGTERM'])
+def test_a_killed_run_resumes_bit_for_bit(setting, undisturbed, tmp_path, number):
+  workdir = tmp_path / 'killed'
+  process = subprocess.Popen(command(workdir, setting), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+  wait_for_step(process, workdir, 9)
+  os.kill(process.pid, number)
+  process.wait(60)
+  reached = max(row['step'] for row in metrics.read_rows(workdir / 'metrics.jsonl'))
+  assert reached < 24, 'the run was over before it could be killed'
+  assert process.returncode == (-number if number == signal.SIGKILL else 0)
+  status, out, err = run(workdir, setting)
+  assert status == 0, err
+  assert 'resumed from step' in out
+  assert_same_run(workdir, undisturbed[0])
+
+
+def test_eval_needs_the_work_folder_alone(undisturbed, tmp_path):
+  workdir, _ = undisturbed
+  status, out, err = run(workdir, '--mode=eval', '--depths=1,2,4', '--schedules=0.5,0.25,0.25;1', '--sweep=3')
+  assert status == 0, err
+  depths = json.loads((workdir / 'eval/depths.json').read_text())
+  assert [row['budget'] for row in depths] == [1, 2, 4]
+  for row in depths:
+    assert np.isclose(row['perplexity'], np.exp(row['loss']))
+    assert np.isclose(row['bits_per_byte'], row['loss'] / np.log(2), rtol=0.05)  # bytes; only document ends differ
+  logged = [row for row in rows(workdir, 'eval') if row['step'] == 24][0]
+  assert np.isclose(depths[-1]['loss'], logged['loss@4'], rtol=1e-5)
+  ranked = json.loads((workdir / 'eval/sweep3.json').read_text())
+  assert [row['rank'] for row in ranked] == [1, 2, 3]  # the partitions of 4 into 3 steps
+  assert [row['loss'] for row in ranked] == sorted(row['loss'] for row in ranked)
+  given = json.loads((workdir / 'eval/schedules.json').read_text())
+  assert [row['schedule'] for row in given] == ['0.5 0.25 0.25', '1']
+  same = [row for row in ranked if row['schedule'] == '0.5 0.25 0.25'][0]
+  assert np.isclose(given[0]['loss'], same['loss'], rtol=1e-6)
+  assert (workdir / 'eval/depths.csv').read_text().startswith('budget,schedule,loss,')
+  for name in ('depths', 'sweep3', 'schedules'):
+    assert (workdir / f'eval/{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_generate(undisturbed):
+  workdir, _ = undisturbed
+  first = run(workdir, '--mode=generate', '--prompt=one', '--prompt=three loop', '--budget=0.5,0.5',
+              '--max_new_tokens=8')
+  assert first[0] == 0, first[2]
+  assert '0.5,0.5 loops' in first[1] and 'three loop' in first[1]
+  assert first[1] == run(workdir, '--mode=generate', '--prompt=one', '--prompt=three loop', '--budget=0.5,0.5',
+                         '--max_new_tokens=8')[1]
+  status, _, err = run(workdir, '--mode=generate', '--prompt=one', '--budget=6', '--max_new_tokens=4')
+  assert status == 0 and '6 loops, but the model was trained with at most 4' in err
+
+
+def test_load_and_logits(undisturbed):
+  model, params, tokenizer, config = loopformer.load(undisturbed[0], step=24)
+  tokens = np.array([tokenizer.encode('one two three')])
+  out = loopformer.logits(model, params, tokens, steps=2)
+  assert out.shape == (1, tokens.shape[1], 300) and out.dtype == np.float32
+  assert np.allclose(out, loopformer.logits(model, params, tokens, steps=(0.5, 0.5)))
+  assert not np.allclose(out, loopformer.logits(model, params, tokens, steps=4))
+  assert config.task.length == 32
+
+
+REFUSED = {
+    'unknown field': (['--set', 'train.stps=3'], ['train.stps', "did you mean 'steps'", 'batch']),
+    'wrong type': (['--set', 'train.steps=many'], ['train.steps = many', 'int']),
+    'heads': (['--set', 'model.cell.core.block.attn.heads=3'], ['heads = 3', '128', 'divisor']),
+    'one loop': (['--set', 'objective.rolls.short.plan.loops=1'], ['Partition.loops = 1', '2']),
+    'length': (['--set', 'task.length=65'], ['task.length = 65', 'read_in.length = 64']),
+    'warmup': (['--set', 'optim.schedule.warmup=24'], ['warmup = 24', 'train.steps = 24']),
+    'dtype': (['--set', 'model.cell.core.block.dtype=float8'], ['float8', 'bfloat16']),
+    'no such file': (['--config=absent.py'], ['absent.py', 'no such file']),
+    'vocabulary': (['--set', 'model.read_in.vocab=200'], ['read_in.vocab = 200', '257']),
+    'corpus absent': (['--set', "task.corpus.train=('/nowhere/*.txt',)"], ['/nowhere/*.txt']),
+    'corpus too small': (['--set', 'train.batch=4096'], ['4096']),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_training_refuses(setting, tmp_path, name):
+  arguments, expected = REFUSED[name]
+  status, _, err = run(tmp_path / 'run', setting, *arguments)
+  assert status == 1
+  assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err, err
+  for text in expected:
+    assert text in err
+  assert not (tmp_path / 'run/checkpoints').exists()
+
+
+def test_another_configuration_is_refused(setting, undisturbed):
+  before = (undisturbed[0] / 'config.json').read_text()
+  status, _, err = run(undisturbed[0], setting, '--set', 'train.seed=7')
+  assert status == 1 and 'train.seed is 0 there, 7 here' in err
+  assert (undisturbed[0] / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize('arguments, expected', [
+    (['--mode=eval'], 'no config.json'),
+    (['--mode=generate'], 'no config.json'),
+    ([], '--config is missing'),
+], ids=['eval', 'generate', 'train'])
+def test_an_empty_work_folder_is_refused(tmp_path, arguments, expected):
+  status, _, err = run(tmp_path / 'empty', *arguments)
+  assert status == 1 and expected in err
+  assert not (tmp_path / 'empty').exists()
+
+
+@pytest.mark.parametrize('arguments, expected', [
+    (['--step=5'], 'no complete checkpoint of step 5'),
+    (['--schedules=0.5,0.25'], 'sum to 0.75'),
+    (['--depths=0'], '--depths = 0'),
+    (['--depths=two'], '--depths=two'),
+    (['--sweep=9'], 'budget = 9'),
+], ids=['step', 'schedule', 'zero', 'word', 'sweep'])
+def test_eval_refuses(undisturbed, arguments, expected):
+  status, _, err = run(undisturbed[0], '--mode=eval', *arguments)
+  assert status == 1 and expected in err and 'Traceback' not in err
+
+
+def test_unfinished_run_is_refused(setting, tmp_path):
+  config = configs.load(setting.removeprefix('--config='))
+  configs.save(config, tmp_path)
+  with pytest.raises(ValueError, match='no checkpoint was saved there yet'):
+    loopformer.load(tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(setting, tmp_path):
+  workdir = tmp_path / 'broken'
+  status, _, err = run(workdir, setting, '--set', 'train.steps=24', '--set', 'optim.schedule.peak=1e30',
+                       '--set', 'optim.schedule.warmup=12', '--set', 'optim.clip=1e30')
+  assert status == 1 and 'Traceback' not in err
+  step = int(err.rsplit('error: step ', 1)[1].split(':')[0])
+  assert 'not finite' in err and any(term in err for term in ('lm', 'shortcut'))
+  kept = [int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()]
+  assert all(saved < step for saved in kept)
