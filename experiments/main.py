@@ -135,7 +135,7 @@ def label(steps) -> str:
 
 
 def loopformer_warn(model, schedules):
-  from loopformer.generate import warn_beyond
+  from loopformer.generation import warn_beyond
   warn_beyond(model, max(schedules.values(), key=len))
 
 

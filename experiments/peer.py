@@ -88,8 +88,8 @@ def loss_of(model: Peer, tokens: torch.Tensor, targets: torch.Tensor, long: Sequ
   z_long, logits_long = model(tokens, long)
   z_short, logits_short = model(tokens, short)
   targets = targets.flatten()
-  return (F.cross_entropy(logits_long.flatten(0, 1), targets) + 0.1 * F.cross_entropy(logits_short.flatten(0, 1), targets)
-          + 0.1 * F.mse_loss(z_short, z_long.detach()))
+  lm, lm_short = (F.cross_entropy(logits.flatten(0, 1), targets) for logits in (logits_long, logits_short))
+  return lm + 0.1 * lm_short + 0.1 * F.mse_loss(z_short, z_long.detach())
 
 
 def make_optimizer(model: Peer, rate: float, decay: float) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 
 from loopformer import plans
-from loopformer.generate import generate, warn_beyond
+from loopformer.generation import generate, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
 
 __all__ = ['generate', 'load', 'logits']

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 import pytest
 
-from loopformer import data
+from loopformer import data, prepared
 from loopformer.corpus import Files
 from loopformer.tasks.text import Text
 from loopformer.tokenizer import Bytes, GivenPieces, TrainedPieces
@@ -56,29 +56,29 @@ def expected_streams(corpus, tokenizer) -> dict[str, list[int]]:
 @pytest.mark.parametrize('shard_tokens', [1, 9000, 2**27])
 def test_windows_equal_the_concatenated_stream(corpus, tmp_path, part, shard_tokens):
   folder = tmp_path / 'data'
-  prepared = data.prepare(corpus, part, folder, shard_tokens=shard_tokens, log=quiet)
-  streams = expected_streams(corpus, prepared.tokenizer)
+  done = prepared.prepare(corpus, part, folder, shard_tokens=shard_tokens, log=quiet)
+  streams = expected_streams(corpus, done.tokenizer)
   random = np.random.default_rng(0)
   for split, expected in streams.items():
-    stream, counts = data.open_split(folder, split), prepared.manifest['splits'][split]
+    stream, counts = prepared.open_split(folder, split), done.manifest['splits'][split]
     assert stream.tokens == len(expected) == counts['tokens'] == sum(s['tokens'] for s in counts['shards'])
     assert stream.window(0, stream.tokens).tolist() == expected
-    edges = [(max(0, e - 3), 5) for e in range(0, stream.tokens - 5, data.RECORD)] + [(stream.tokens - 1, 1)]
+    edges = [(max(0, e - 3), 5) for e in range(0, stream.tokens - 5, prepared.RECORD)] + [(stream.tokens - 1, 1)]
     for start, length in edges + [(int(random.integers(stream.tokens - 300)), 300) for _ in range(50)]:
       window = stream.window(start, length)
       assert window.dtype == np.int32 and window.tolist() == expected[start : start + length]
     for start, length in [(-1, 4), (stream.tokens - 3, 4), (0, 0)]:
       with pytest.raises(IndexError, match=f'stream of {stream.tokens}'):
         stream.window(start, length)
-  per_shard = max(1, shard_tokens // data.RECORD)
-  records = -(-len(streams['train']) // data.RECORD)
-  assert len(prepared.manifest['splits']['train']['shards']) == -(-records // per_shard)
+  per_shard = max(1, shard_tokens // prepared.RECORD)
+  records = -(-len(streams['train']) // prepared.RECORD)
+  assert len(done.manifest['splits']['train']['shards']) == -(-records // per_shard)
 
 
 def test_manifest_and_folder(shared):
   corpus, task, folder = shared
-  manifest = data.load_manifest(folder / 'data')
-  assert manifest['version'] == data.VERSION and manifest['dtype'] == 'uint16'
+  manifest = prepared.load_manifest(folder / 'data')
+  assert manifest['version'] == prepared.VERSION and manifest['dtype'] == 'uint16'
   assert manifest['fingerprint'] == task.tokenizer_of(folder).fingerprint()
   assert manifest['corpus'] == repr(corpus) and manifest['tokenizer'] == 'Bytes()'
   assert manifest['sources']['count'] == 60 and len(manifest['sources']['files']) == 60
@@ -95,7 +95,7 @@ def test_manifest_and_folder(shared):
 
 def test_same_corpus_gives_the_same_bytes(corpus, tmp_path):
   folders = [tmp_path / 'one', tmp_path / 'two']
-  manifests = [data.prepare(corpus, TrainedPieces(vocab=290), f, log=quiet).manifest for f in folders]
+  manifests = [prepared.prepare(corpus, TrainedPieces(vocab=290), f, log=quiet).manifest for f in folders]
   assert manifests[0] == manifests[1]
 
 
@@ -114,64 +114,64 @@ class Unbuildable:
 
 def test_second_call_reuses(corpus, tmp_path):
   lines = []
-  first = data.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append)
-  again = data.prepare(corpus, Unbuildable(), tmp_path / 'data', log=lines.append)
+  first = prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append)
+  again = prepared.prepare(corpus, Unbuildable(), tmp_path / 'data', log=lines.append)
   assert first == again and len(lines) == 2
   assert 'train' in lines[0] and 'written to' in lines[0] and 'reused from' in lines[1]
 
 
 def test_a_changed_corpus_is_an_error_that_names_the_source(corpus, tmp_path):
   folder, texts = tmp_path / 'data', tmp_path / 'corpus'
-  data.prepare(corpus, Bytes(), folder, log=quiet)
+  prepared.prepare(corpus, Bytes(), folder, log=quiet)
   original = (texts / '007.txt').read_text()
   (texts / '007.txt').write_text('something else')
   with pytest.raises(ValueError, match=r'source .*007.txt has changed. Delete the folder or choose another'):
-    data.prepare(corpus, Bytes(), folder, log=quiet)
+    prepared.prepare(corpus, Bytes(), folder, log=quiet)
   (texts / '007.txt').write_text(original)
   (texts / '000a.txt').write_text('new')
   with pytest.raises(ValueError, match=r'source .*000a.txt is new'):
-    data.prepare(corpus, Bytes(), folder, log=quiet)
+    prepared.prepare(corpus, Bytes(), folder, log=quiet)
   (texts / '000a.txt').unlink()
   (texts / '059.txt').unlink()
   with pytest.raises(ValueError, match=r'source .*059.txt is gone'):
-    data.prepare(corpus, Bytes(), folder, log=quiet)
+    prepared.prepare(corpus, Bytes(), folder, log=quiet)
 
 
 def test_changed_parts_are_named(corpus, tmp_path):
-  data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
   with pytest.raises(ValueError, match=r'tokenizer=TrainedPieces\(vocab=290.*it was Bytes\(\)'):
-    data.prepare(corpus, TrainedPieces(vocab=290), tmp_path / 'data', log=quiet)
+    prepared.prepare(corpus, TrainedPieces(vocab=290), tmp_path / 'data', log=quiet)
   other = Files(train=corpus.train, validation=0.3)
   with pytest.raises(ValueError, match=r'corpus=Files\(.*validation=0.3.*it was Files\(.*validation=0.2'):
-    data.prepare(other, Bytes(), tmp_path / 'data', log=quiet)
+    prepared.prepare(other, Bytes(), tmp_path / 'data', log=quiet)
 
 
 def test_a_changed_given_model_is_named(corpus, tmp_path):
   path = tmp_path / 'given.model'
   path.write_bytes(TrainedPieces(vocab=290).build(d.text for d in corpus.documents()).model)
-  data.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
+  prepared.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
   path.write_bytes(TrainedPieces(vocab=291).build(d.text for d in corpus.documents()).model)
   with pytest.raises(ValueError, match='source .*given.model has changed'):
-    data.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
+    prepared.prepare(corpus, GivenPieces(path=str(path)), tmp_path / 'data', log=quiet)
 
 
 def test_many_sources_are_kept_as_one_digest(corpus, tmp_path, monkeypatch):
-  monkeypatch.setattr(data, 'LISTED', 10)
-  manifest = data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet).manifest
+  monkeypatch.setattr(prepared, 'LISTED', 10)
+  manifest = prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet).manifest
   assert manifest['sources']['files'] is None and manifest['sources']['count'] == 60
   (tmp_path / 'corpus' / 'new.txt').write_text('new')
   with pytest.raises(ValueError, match='the 61 sources have digest .* they were 60'):
-    data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+    prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
 
 
 def test_a_failed_preparation_leaves_nothing(corpus, tmp_path):
   with pytest.raises(ValueError, match='TrainedPieces.vocab=9'):
-    data.prepare(corpus, TrainedPieces(vocab=9), tmp_path / 'data', log=quiet)
+    prepared.prepare(corpus, TrainedPieces(vocab=9), tmp_path / 'data', log=quiet)
   assert os.listdir(tmp_path) == ['corpus']
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data' / 'mine.txt').write_text('keep')
   with pytest.raises(FileNotFoundError, match="data' is not a prepared folder"):
-    data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+    prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
   assert (tmp_path / 'data' / 'mine.txt').read_text() == 'keep'
 
 
@@ -180,7 +180,7 @@ def test_two_processes_may_prepare_at_once(corpus, tmp_path):
 
   def work():
     try:
-      results.append(data.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet))
+      results.append(prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet))
     except Exception as e:
       errors.append(e)
 
@@ -197,10 +197,10 @@ def test_empty_corpora(tmp_path):
   (tmp_path / 'a.txt').write_text('')
   part = Files(train=(str(tmp_path / '*.txt'),))
   with pytest.raises(ValueError, match=r'Files\(.*is empty'):
-    data.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
+    prepared.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
   (tmp_path / 'a.txt').write_text('one document')
   with pytest.raises(ValueError, match=r'has no (train|validation) document: give two different'):
-    data.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
+    prepared.prepare(part, Bytes(), tmp_path / 'data', log=quiet)
 
 
 def flip(path):
@@ -219,27 +219,27 @@ def flip(path):
 )
 def test_bad_shards_are_named(corpus, tmp_path, damage, message):
   folder = tmp_path / 'data'
-  data.prepare(corpus, Bytes(), folder, log=quiet)
+  prepared.prepare(corpus, Bytes(), folder, log=quiet)
   damage(folder / 'validation-00000-of-00001.array_record')
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    data.open_split(folder, 'validation')
-  data.open_split(folder, 'train')
+    prepared.open_split(folder, 'validation')
+  prepared.open_split(folder, 'train')
 
 
 def test_open_errors(corpus, tmp_path):
   folder = tmp_path / 'data'
   with pytest.raises(FileNotFoundError, match="data' is not a prepared folder .*manifest.json is absent"):
-    data.open_split(folder, 'train')
-  data.prepare(corpus, Bytes(), folder, log=quiet)
+    prepared.open_split(folder, 'train')
+  prepared.prepare(corpus, Bytes(), folder, log=quiet)
   with pytest.raises(ValueError, match="split='test' is none of train, validation"):
-    data.open_split(folder, 'test')
+    prepared.open_split(folder, 'test')
   manifest = json.loads((folder / 'manifest.json').read_text())
   (folder / 'manifest.json').write_text(json.dumps({**manifest, 'version': 0}))
   with pytest.raises(ValueError, match='manifest.json: version=0, this library reads 1: delete'):
-    data.open_split(folder, 'train')
+    prepared.open_split(folder, 'train')
   (folder / 'manifest.json').write_text('{')
   with pytest.raises(ValueError, match='manifest.json is damaged'):
-    data.open_split(folder, 'train')
+    prepared.open_split(folder, 'train')
 
 
 def test_more_than_uint16_ids(corpus, tmp_path):
@@ -262,8 +262,8 @@ def test_more_than_uint16_ids(corpus, tmp_path):
     def sources(self):
       return []
 
-  manifest = data.prepare(corpus, WidePart(), tmp_path / 'data', log=quiet).manifest
-  window = data.open_split(tmp_path / 'data', 'train').window(0, 10)
+  manifest = prepared.prepare(corpus, WidePart(), tmp_path / 'data', log=quiet).manifest
+  window = prepared.open_split(tmp_path / 'data', 'train').window(0, 10)
   assert manifest['dtype'] == 'uint32'
   assert ''.join(chr(i - 69_000) for i in window) == 'Document 1'[:9] + chr(window[9] - 69_000)
 
@@ -328,7 +328,7 @@ def test_epochs_and_seeds(shared):
   assert len(validation) == m
   order = first_tokens(validation, range(m))
   assert order == first_tokens(task.examples(folder, 'validation', 7), range(m))
-  stream = data.open_split(folder / 'data', 'validation')
+  stream = prepared.open_split(folder / 'data', 'validation')
   assert sorted(order) == sorted(tuple(stream.window(i * 32, 32)) for i in range(m)) != order
 
 
@@ -429,9 +429,9 @@ def test_folder_may_be_shared(corpus, tmp_path):
 def test_a_process_ends_while_batches_are_being_read(shared):
   _, task, folder = shared
   code = (
-    'from loopformer import data\n'
+    'from loopformer import data, prepared\n'
     'import grain\n'
-    f"stream = data.open_split({str(folder / 'data')!r}, 'train')\n"
+    f"stream = prepared.open_split({str(folder / 'data')!r}, 'train')\n"
     'windows = grain.MapDataset.source(data.Windows(stream, 32, 256)).shuffle(0).repeat()\n'
     'iterator = iter(data.batches(windows, batch=8))\n'
     'next(iterator), next(iterator)\n'
@@ -446,7 +446,7 @@ def test_reads_from_many_threads_agree(shared):
   from concurrent.futures import ThreadPoolExecutor
 
   _, _, folder = shared
-  stream = data.open_split(folder / 'data', 'train')
+  stream = prepared.open_split(folder / 'data', 'train')
   starts = list(itertools.islice(range(0, stream.tokens - 40, 40), 300))
   one = [stream.window(s, 40).tolist() for s in starts]
   with ThreadPoolExecutor(8) as pool:

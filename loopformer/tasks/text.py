@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 
-from loopformer import data
+from loopformer import data, prepared
 from loopformer.corpus import Files, StandardLibrary
 from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 
@@ -29,14 +29,14 @@ class Text:
 
   def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> Tokenizer:
     """Tokenises the corpus, or reuses it; ValueError if a split does not fill one window."""
-    prepared = data.prepare(self.corpus, self.tokenizer, self._folder(workdir), log=log)
-    for split, counts in prepared.manifest['splits'].items():
+    done = prepared.prepare(self.corpus, self.tokenizer, self._folder(workdir), log=log)
+    for split, counts in done.manifest['splits'].items():
       if counts['tokens'] <= self.length:
         raise ValueError(
           f'Text.length={self.length}: the {split} split has only {counts["tokens"]} tokens, less than one '
           'window and its last target; use a smaller task.length or a larger corpus'
         )
-    return prepared.tokenizer
+    return done.tokenizer
 
   def tokenizer_of(self, workdir: str | os.PathLike) -> Tokenizer:
     """The tokenizer of the prepared data."""
@@ -50,7 +50,7 @@ class Text:
     """
     import grain
 
-    stream = data.open_split(self._folder(workdir), split)
+    stream = prepared.open_split(self._folder(workdir), split)
     eos = self.tokenizer_of(workdir).eos
     windows = grain.MapDataset.source(data.Windows(stream, self.length, eos, self.documents))
     if split == 'train':
@@ -59,7 +59,7 @@ class Text:
 
   def describe(self, workdir: str | os.PathLike) -> dict:
     """Counts for logging: {split: {tokens, bytes, documents}}."""
-    splits = data.load_manifest(self._folder(workdir))['splits']
+    splits = prepared.load_manifest(self._folder(workdir))['splits']
     return {split: {n: counts[n] for n in ('tokens', 'bytes', 'documents')} for split, counts in splits.items()}
 
   def _folder(self, workdir) -> str:

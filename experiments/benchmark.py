@@ -1,0 +1,410 @@
+"""Speed, memory and compile time of the library at one reference size, on whatever device JAX finds.
+
+    python -m experiments.benchmark [--suite=train,memory,compile,decode] [--peer=torch] [--out=FOLDER]
+
+train    seconds of a full LoopFormer step (two rollouts, consistency, AdamW), for every way to save activations and to
+         attend, beside the same computation in eager PyTorch (--peer=torch; the extra `peer`). Contestants take turns
+         inside one process, and ratios are taken within a turn, so that a noisy machine disturbs all alike.
+memory   temporary memory of the compiled step by XLA's own account, its growth per loop, and what it must not hold.
+compile  seconds to compile for several depths; programs compiled for several random trajectories.
+decode   tokens a second of generation at several budgets.
+
+With --out every suite writes FOLDER/<suite>.json and .md. The reference takes about 10 minutes on two CPU cores.
+"""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import re
+import statistics
+import sys
+import time
+from typing import Any, Callable, Iterable, Mapping
+
+from absl import app, flags
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer import generate, loop, metrics, plans, sharding
+from loopformer.attention import Blockwise, Fused
+from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
+from loopformer.cells.timed import Timed
+from loopformer.condition import Modulation, Trajectory
+from loopformer.embed import TokenEmbed
+from loopformer.model import Looped, init_params
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.optim import AdamW, WarmupCosine
+from loopformer.terms.cross_entropy import CE
+from loopformer.terms.match import Match
+from loopformer.train import init_state, make_step
+from loopformer.types import Plan, part
+
+SUITES = ('train', 'memory', 'compile', 'decode')
+FLAGS = flags.FLAGS
+flags.DEFINE_list('suite', list(SUITES), f'Which suites, in this order: {", ".join(SUITES)}.')
+flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')
+flags.DEFINE_string('out', None, 'Folder for tables as JSON and Markdown.')
+flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)
+
+MEGA = 1e6
+OPTIM = AdamW(schedule=WarmupCosine(warmup=10))
+TRAIN_STEPS = 1000  # what the learning-rate schedule spans
+
+
+@part
+class Size:
+  """What is measured. short: steps of the short trajectory; prompt and new: tokens read and drawn while decoding."""
+  batch: int = 8
+  length: int = 256
+  width: int = 256
+  heads: int = 8
+  hidden: int = 1024
+  vocab: int = 8192
+  layers: int = 3
+  loops: int = 8
+  short: int = 4
+  prompt: int = 64
+  new: int = 128
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a training step."""
+    return self.batch * self.length
+
+
+REFERENCE = Size()
+
+
+@part
+class Padded:
+  """`count` equal steps in a plan of `rows`, the rest skipped: what a random short trajectory costs on average."""
+  count: int
+  rows: int
+
+  @property
+  def longest(self) -> int:
+    return self.rows
+
+  @property
+  def expected(self) -> float:
+    return float(self.count)
+
+  def __call__(self, key: jax.Array) -> Plan:
+    return plans.schedule((1.0 / self.count,) * self.count, self.rows)
+
+
+def make_model(size: Size, remat: Any = loop.PerStep(), kernel: Any = Blockwise()) -> Looped:
+  """A LoopFormer with gates that are open from the start, as they are in training."""
+  out_std = 0.02 / math.sqrt(2 * size.layers)
+  block = Block(attn=SelfAttention(heads=size.heads, out_std=out_std, kernel=kernel),
+                mlp=MLP(hidden=size.hidden, out_std=out_std), norm=UnitNorm())
+  return Looped(read_in=TokenEmbed(vocab=size.vocab, width=size.width, length=size.length),
+                cell=Timed(Stack(block, size.layers), Trajectory(size.width), Modulation(size.layers, Normal(0.02))),
+                loops=size.loops, remat=remat)
+
+
+def long_alone(size: Size) -> Objective:
+  """One rollout of all loops."""
+  return Objective(rolls={'long': Roll(plans.Uniform(size.loops))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
+
+
+def with_short(size: Size, short: Any) -> Objective:
+  """LoopFormer's objective with the short trajectories of the planner `short`."""
+  return Objective(
+      rolls={'long': Roll(plans.Uniform(size.loops)), 'short': Roll(short)},
+      terms={'lm': Weighted(1.0, CE(roll='long')), 'lm_short': Weighted(0.1, CE(roll='short')),
+             'shortcut': Weighted(0.1, Match(roll='short', target='long'))})
+
+
+def short_of(size: Size) -> Padded:
+  """The short trajectory of the reference; fewer steps where L - 1 rows do not hold them."""
+  return Padded(count=min(size.short, size.loops - 1), rows=size.loops - 1)
+
+
+def make_batch(size: Size) -> dict[str, np.ndarray]:
+  """A batch as the text task makes it, of random tokens."""
+  tokens = np.random.default_rng(0).integers(size.vocab, size=(size.batch, size.length + 1), dtype=np.int32)
+  shape = (size.batch, size.length)
+  return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones(shape, np.float32),
+          'positions': np.broadcast_to(np.arange(size.length, dtype=np.int32), shape),
+          'segments': np.ones(shape, np.int32)}
+
+
+class Ours:
+  """The library's training step on one device."""
+
+  def __init__(self, size: Size, model: Looped, objective: Objective):
+    self.size, self.objective, self.model = size, objective, model
+    self._optimizer = OPTIM.make(TRAIN_STEPS)
+    self._mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
+    self.step = make_step(model, objective, self._optimizer, self._mesh)
+    self._make = functools.partial(init_state, model, self._optimizer, 0)
+    self._state = None
+
+  def lower(self) -> Any:
+    """The traced step; nothing is allocated."""
+    batch = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in make_batch(self.size).items()}
+    return self.step.lower(jax.eval_shape(self._make), batch)
+
+  def start(self):
+    """Allocates state and batch."""
+    shardings = sharding.state_shardings(jax.eval_shape(self._make), self._mesh)
+    self._state = jax.jit(self._make, out_shardings=shardings)()
+    self._batch = sharding.put_batch(make_batch(self.size), self._mesh)
+
+  def __call__(self) -> float:
+    """One step; its loss."""
+    self._state, values = self.step(self._state, self._batch)
+    return float(values['loss'])
+
+
+class Theirs:
+  """The same step in eager PyTorch, from the parameters that ours starts from."""
+
+  def __init__(self, size: Size, model: Looped):
+    import torch
+    from experiments import peer
+    device = 'cuda' if jax.default_backend() == 'gpu' and torch.cuda.is_available() else 'cpu'
+    params = jax.jit(functools.partial(init_params, model))(jax.random.fold_in(jax.random.key(0), 0))
+    self._peer, self._model = peer, peer.from_params(model, params).to(device)
+    self._optimizer = peer.make_optimizer(self._model, OPTIM.schedule.peak, OPTIM.decay)
+    batch = make_batch(size)
+    self._batch = [torch.tensor(batch[name], dtype=torch.long, device=device) for name in ('tokens', 'targets')]
+    short = short_of(size)
+    self._plans = (1.0 / size.loops,) * size.loops, (1.0 / short.count,) * short.count
+
+  def __call__(self) -> float:
+    """One step; its loss."""
+    return self._peer.train_step(self._model, self._optimizer, *self._batch, *self._plans, OPTIM.clip)
+
+
+def take_turns(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+  """Seconds of every call of every contestant; each has been called once before."""
+  seconds = {name: [] for name in contestants}
+  for _ in range(repeats):
+    for name, contestant in contestants.items():
+      start = time.perf_counter()
+      contestant()
+      seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def spread(values: list[float]) -> str:
+  """The range, as text."""
+  return f'{min(values):.3g}..{max(values):.3g}'
+
+
+def train_suite(size: Size, repeats: int, peer: str | None) -> list[dict]:
+  """Seconds a step; see the module's docstring. The first loss of every row shows that all compute the same."""
+  contestants = {}
+  for attention, kernel in (('Blockwise', Blockwise()), ('Fused', Fused())):
+    for remat in (loop.PerStep(), loop.KeepAll()):
+      ours = Ours(size, make_model(size, remat, kernel), with_short(size, short_of(size)))
+      ours.start()
+      contestants[f'{type(remat).__name__}, {attention}'] = ours
+  default = next(iter(contestants.values()))
+  if peer:
+    contestants['PyTorch, eager'] = Theirs(size, default.model)
+  losses = {name: contestant() for name, contestant in contestants.items()}
+  seconds = take_turns(contestants, repeats)
+  peak = metrics.measured_peak(1024 if jax.default_backend() == 'cpu' else 8192)
+  flops = default.objective.flops(default.model, size.length) * size.tokens
+  rows = []
+  for name, times in seconds.items():
+    median = statistics.median(times)
+    row = {'step': name, 's/step': median, 'range': spread(times), 'tokens/s': round(size.tokens / median),
+           'MFU %': 100 * flops / median / peak, 'first loss': losses[name]}
+    if peer:
+      theirs = seconds['PyTorch, eager']
+      ratios = [their / our for their, our in zip(theirs, times)]
+      row |= {'times as fast as PyTorch': statistics.median(ratios), 'range of that': spread(ratios),
+              'by the least seconds': min(theirs) / min(times)}
+    rows.append(row)
+  return rows
+
+
+def memory_suite(size: Size, depths: Iterable[int] = (2, 4, 8, 16, 32)) -> list[dict]:
+  """Temporary memory of compiled steps in MB, its growth per loop in states, and arrays of [tokens, V] in the program.
+
+  The program of the two rollouts keeps 2 L - 1 states, because skipped rows of the short one are kept as well.
+  """
+  rows = []
+  state = 4 * size.tokens * size.width
+  for remat in (loop.PerStep(), loop.KeepAll()):
+    rows.append(memory_row(size, remat, 'long and short', with_short(size, short_of(size))))
+  for name, make in (('long alone', long_alone), ('long and short', lambda size: with_short(size, short_of(size)))):
+    last = None
+    for depth in depths:
+      deep = dataclasses.replace(size, loops=depth)
+      row = memory_row(deep, loop.PerStep(), name, make(deep))
+      if last:
+        row['states a loop'] = (row['temp MB'] - last['temp MB']) * MEGA / state / (depth - last['loops'])
+      rows.append(row)
+      last = row
+  return rows
+
+
+def memory_row(size: Size, remat: Any, name: str, objective: Objective) -> dict:
+  """One compiled step: its memory, and arrays that it should not hold."""
+  compiled = Ours(size, make_model(size, remat), objective).lower().compile()
+  return {'rollouts': name, 'remat': type(remat).__name__, 'loops': size.loops,
+          'temp MB': compiled.memory_analysis().temp_size_in_bytes / MEGA, 'states a loop': '',
+          '[tokens, V] arrays': len(logit_arrays(compiled.as_text(), size))}
+
+
+def logit_arrays(program: str, size: Size) -> set[str]:
+  """Shapes in a program's text that have an axis of V and room for the logits of all tokens."""
+  shapes = set(re.findall(r'\[([\d,]+)\]', program))
+  dims = {shape: [int(number) for number in shape.split(',') if number] for shape in shapes}
+  return {shape for shape, axes in dims.items() if size.vocab in axes and math.prod(axes) >= size.tokens * size.vocab}
+
+
+def compile_suite(size: Size, repeats: int, loops: Iterable[int] = (2, 8, 32),
+                  layers: Iterable[int] = (1, 3, 12)) -> list[dict]:
+  """Seconds to trace and compile the training step, over L at the reference's k and over k at its L."""
+  sizes = {f'L={n}, k={size.layers}': dataclasses.replace(size, loops=n) for n in loops}
+  sizes |= {f'L={size.loops}, k={n}': dataclasses.replace(size, layers=n) for n in layers}
+  seconds, instructions = {name: [] for name in sizes}, {}
+  compile_step(next(iter(sizes.values())))  # what the process compiles once is nobody's
+  for _ in range(repeats):
+    for name, each in sizes.items():
+      start = time.perf_counter()
+      compiled = compile_step(each)
+      seconds[name].append(time.perf_counter() - start)
+      instructions[name] = count_instructions(compiled.as_text())
+  least = min(statistics.median(times) for times in seconds.values())
+  return [{'step': name, 'compile s': statistics.median(times), 'range': spread(times),
+           'of the least': statistics.median(times) / least, 'instructions': instructions[name]}
+          for name, times in seconds.items()]
+
+
+def compile_step(size: Size) -> Any:
+  """The step with random short trajectories, compiled afresh."""
+  return Ours(size, make_model(size), with_short(size, plans.Partition(size.loops))).lower().compile()
+
+
+def count_instructions(program: str) -> int:
+  """Instructions of a program's text."""
+  return len(re.findall(r'^\s+(?:ROOT )?%?[\w.-]+ = ', program, re.MULTILINE))
+
+
+def programs_suite(size: Size, steps: int = 5) -> list[dict]:
+  """Programs that `steps` training steps with short trajectories of their own need."""
+  planner = plans.Partition(size.loops)
+  ours = Ours(size, make_model(size), with_short(size, planner))
+  ours.start()
+  losses = [ours() for _ in range(steps)]
+  return [{'steps': steps, 'programs': ours.step._cache_size(), 'last loss': losses[-1]}]
+
+
+def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8),
+                 batches: Iterable[int] = (1, 8)) -> list[dict]:
+  """Tokens a second over a batch, the end of text never drawn; every budget runs the same program."""
+  model = make_model(size)
+  params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
+  rows = []
+  for batch in batches:
+    contestants = {budget: functools.partial(decode_once, size, model, params, budget, batch) for budget in budgets}
+    reads, draws = {budget: [] for budget in budgets}, {budget: [] for budget in budgets}
+    for turn in range(repeats + 1):
+      for budget, contestant in contestants.items():
+        read, drawn = contestant()
+        if turn:
+          reads[budget].append(read)
+          draws[budget].append(drawn)
+    for budget in budgets:
+      median = statistics.median(draws[budget])
+      rows.append({'rows': batch, 'loops': budget, f'prefill {size.prompt} s': statistics.median(reads[budget]),
+                   f'decode {size.new} s': median, 'range': spread(draws[budget]),
+                   'tokens/s': round(batch * size.new / median)})
+  return rows
+
+
+def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int) -> tuple[float, float]:
+  """Seconds to read the prompts, and to draw the new tokens."""
+  plan = plans.schedule((1.0 / budget,) * budget, size.loops)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(size.vocab, size=(batch, size.prompt), dtype=np.int32))
+  lengths = jnp.full(batch, size.prompt, jnp.int32)
+  kv = jax.block_until_ready(model.cache(batch, size.prompt + size.new, size.loops))
+  start = time.perf_counter()
+  logits, kv = jax.block_until_ready(generate.prefill(model, params, tokens, lengths, plan, kv=kv))
+  middle = time.perf_counter()
+  out, _ = generate.decode(model, size.new, params, logits, lengths, plan, kv=kv, key=jax.random.key(0),
+                           control=generate.controls(size.vocab), most=jnp.int32(size.new), eos=jnp.int32(-1))
+  if int(jnp.min(out)) < 0:
+    raise RuntimeError(f'decoding stopped before {size.new} tokens')
+  return middle - start, time.perf_counter() - middle
+
+
+def run_suite(name: str, size: Size, repeats: int, peer: str | None) -> dict[str, list[dict]]:
+  """The tables of a suite by their names."""
+  if name == 'train':
+    return {'train': train_suite(size, repeats, peer)}
+  if name == 'memory':
+    return {'memory': memory_suite(size)}
+  if name == 'compile':
+    return {'compile': compile_suite(size, min(repeats, 3)), 'programs': programs_suite(size)}
+  return {'decode': decode_suite(size, repeats)}
+
+
+def describe_machine(peer: str | None) -> dict[str, str]:
+  """Where the numbers are from: hardware, versions, date and command."""
+  versions = {'python': platform.python_version(), 'jax': jax.__version__, 'flax': flax.__version__}
+  if peer:
+    import torch
+    versions['torch'] = torch.__version__
+  kind = jax.devices()[0].device_kind
+  if jax.default_backend() == 'cpu':
+    kind = f'{cpu_model()}, {os.cpu_count()} cores'
+  return {'hardware': kind, 'versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
+          'date': datetime.date.today().isoformat(),
+          'command': ' '.join(['python -m experiments.benchmark', *sys.argv[1:]])}
+
+
+def cpu_model() -> str:
+  """The processor's name, where the system tells."""
+  info = Path('/proc/cpuinfo')
+  found = re.search(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else None
+  return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size, machine: Mapping[str, str]):
+  """The tables of a suite as JSON and as Markdown."""
+  folder.mkdir(parents=True, exist_ok=True)
+  record = {'machine': machine, 'size': dataclasses.asdict(size), 'tables': tables}
+  (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
+  facts = [f'- {fact}: {value}' for fact, value in machine.items()]
+  facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
+  parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]
+  (folder / f'{name}.md').write_text('\n\n'.join(parts) + '\n')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  unknown = [name for name in FLAGS.suite if name not in SUITES]
+  if unknown:
+    raise app.UsageError(f'--suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
+  machine = describe_machine(FLAGS.peer)
+  for fact, value in machine.items():
+    print(f'{fact}: {value}')
+  for name in FLAGS.suite:
+    start = time.time()
+    tables = run_suite(name, REFERENCE, FLAGS.repeats, FLAGS.peer)
+    print(f'\n{name}: {metrics.duration(time.time() - start)}')
+    for rows in tables.values():
+      print(metrics.table(rows), flush=True)
+    if FLAGS.out:
+      write(Path(FLAGS.out), name, tables, REFERENCE, machine)
+
+
+if __name__ == '__main__':
+  app.run(main)

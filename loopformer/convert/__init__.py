@@ -1,0 +1,8 @@
+"""Weights of other implementations, in and out.
+
+    model, params = loopformer.convert.from_official('loopformer', 'ckpt.pt', heads=32)
+    loopformer.logits(model, params, tokens, steps=4)
+"""
+from loopformer.convert.official import from_official, to_official
+
+__all__ = ['from_official', 'to_official']

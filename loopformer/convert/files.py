@@ -1,0 +1,72 @@
+"""Checkpoint files as mappings of names to arrays; the libraries that read them are extras, imported when needed."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+
+from loopformer.types import ConfigError
+
+OFFICIAL_MODULES = ('base', 'base_loop', 'loopformer', 'tmlt')
+
+
+def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+  """What a checkpoint holds, as it is nested there.
+
+  Args:
+    source: a path that ends in .safetensors, .npz, .pt or .pth, or a mapping, which is returned as it is.
+
+  Raises:
+    ConfigError: no such file, a format that is not read, or a file that cannot be read.
+    ImportError: the extra that reads the format is not installed.
+  """
+  if isinstance(source, Mapping):
+    return source
+  if not isinstance(source, (str, Path)):
+    raise ConfigError(f'source = {type(source).__name__}: give a path, or a dict of arrays (model.state_dict())')
+  path = Path(source)
+  if path.suffix not in READERS:
+    raise ConfigError(f'source = {path}: the format {path.suffix!r} is not read; save it as one of {", ".join(READERS)}')
+  if not path.is_file():
+    raise ConfigError(f'source = {path}: there is no such file; check the path')
+  try:
+    held = READERS[path.suffix](path)
+  except ImportError:
+    raise
+  except Exception as error:  # the readers have no common class of error for a damaged file
+    reason = (str(error).splitlines() or [''])[0]
+    raise ConfigError(f'source = {path}: cannot be read ({type(error).__name__}: {reason}); save the state dict alone, '
+                      'as .safetensors or by torch.save(model.state_dict(), path)') from error
+  if not isinstance(held, Mapping):
+    raise ConfigError(f'source = {path}: holds a {type(held).__name__}, not a state dict; '
+                      'save it by torch.save(model.state_dict(), path)')
+  return held
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+  with np.load(path, allow_pickle=False) as arrays:
+    return dict(arrays)
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+  try:
+    from safetensors.numpy import load_file
+  except ImportError as error:
+    raise ImportError(f"reading {path} needs safetensors: install the extra 'hf'") from error
+  return load_file(path)
+
+
+def _torch(path: Path) -> Any:
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(f"reading {path} needs torch: install the extra 'peer'") from error
+  # Official training checkpoints also hold an instance of the model module's GPTConfig. An empty class of that name
+  # lets the safe unpickler pass over it; nothing of the file is executed.
+  inert = [type('GPTConfig', (), {'__module__': f'models.{module}'}) for module in OFFICIAL_MODULES]
+  with torch.serialization.safe_globals(inert):
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)  # mmap: optimizer states stay on disk
+
+
+READERS = {'.safetensors': _safetensors, '.npz': _npz, '.pt': _torch, '.pth': _torch}

@@ -1,0 +1,306 @@
+"""Prepared text: a corpus tokenised once into array_record shards, and read back as a stream of tokens.
+
+A split is one stream of tokens, every document followed by `eos`, cut into records of RECORD tokens. A folder holds
+`manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards.
+array_record is imported only where it is used.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from loopformer.tokenizer import Tokenizer, load_tokenizer
+
+VERSION = 1
+RECORD = 4096  # tokens in a record
+BUCKETS = 64  # files through which documents are shuffled: one of them is held in memory at a time
+LISTED = 10_000  # sources listed in the manifest; of more, only one digest is kept
+SPLITS = ('train', 'validation')
+MANIFEST = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """A prepared folder, its manifest and its tokenizer."""
+
+  folder: str
+  manifest: dict
+  tokenizer: Tokenizer
+
+
+def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: Callable = print) -> Prepared:
+  """Tokenises a corpus into a folder, or reuses the folder if it was made from the same corpus and part.
+
+  Documents are put in the order of a hash of their names. Holds a batch of documents, or 1/BUCKETS of the tokens,
+  in memory. Written beside the folder and renamed, so the folder is whole or absent.
+  ValueError if a split is empty, or if the folder was made from something else (names the first difference).
+  """
+  folder, began = os.path.abspath(folder), time.monotonic()
+  inputs = {
+    'corpus': repr(corpus),
+    'tokenizer': repr(tokenizer_part),
+    'sources': _summary([*corpus.sources(), *tokenizer_part.sources()]),
+  }
+  if os.path.isdir(folder) and os.listdir(folder):
+    return _reuse(folder, inputs, log)
+  _check_splits(corpus)
+  work = f'{folder}.preparing-{secrets.token_hex(4)}'
+  os.makedirs(work)
+  try:
+    tokenizer = tokenizer_part.build(d.text for d in corpus.documents() if d.split == 'train')
+    tokenizer.save(os.path.join(work, 'tokenizer'))
+    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    manifest = {
+      'version': VERSION,
+      **inputs,
+      'fingerprint': tokenizer.fingerprint(),
+      'dtype': dtype,
+      'record': RECORD,
+      'splits': _tokenise(corpus, tokenizer, work, dtype, max(1, shard_tokens // RECORD)),
+    }
+    with open(os.path.join(work, MANIFEST), 'w', encoding='utf-8') as f:
+      json.dump(manifest, f, indent=1)
+    try:
+      os.rename(work, folder)
+    except OSError:
+      # Another process may have prepared the same folder meanwhile.
+      return _reuse(folder, inputs, log)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+  log(f'data: {_counts(manifest)}; written to {folder} in {time.monotonic() - began:.1f} s')
+  return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def load_manifest(folder) -> dict:
+  """The manifest of a prepared folder; FileNotFoundError if it is none, ValueError if of another version."""
+  path = os.path.join(folder, MANIFEST)
+  if not os.path.isfile(path):
+    raise FileNotFoundError(
+      f'{os.fspath(folder)!r} is not a prepared folder ({MANIFEST} is absent): prepare it, or choose another'
+    )
+  with open(path, encoding='utf-8') as f:
+    try:
+      manifest = json.load(f)
+    except ValueError as e:
+      raise ValueError(f'{path} is damaged ({e}): delete the folder and prepare the data again') from None
+  if manifest.get('version') != VERSION:
+    raise ValueError(
+      f'{path}: version={manifest.get("version")!r}, this library reads {VERSION}: delete the folder and prepare '
+      'the data again'
+    )
+  return manifest
+
+
+def _reuse(folder: str, inputs: dict, log) -> Prepared:
+  manifest = load_manifest(folder)
+  change = _first_change(manifest['sources'], inputs['sources'])
+  for part in ('corpus', 'tokenizer'):
+    if manifest[part] != inputs[part]:
+      change = f'{part}={inputs[part]}, it was {manifest[part]}'
+  if change:
+    raise ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
+  tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
+  if tokenizer.fingerprint() != manifest['fingerprint']:
+    raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
+  log(f'data: {_counts(manifest)}; reused from {folder}')
+  return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def _summary(sources: list) -> dict:
+  files = [list(source) for source in sources]
+  digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+  return {'count': len(files), 'sha256': digest, 'files': files if len(files) <= LISTED else None}
+
+
+def _first_change(old: dict, new: dict) -> str | None:
+  if old['sha256'] == new['sha256']:
+    return None
+  if old['files'] is None or new['files'] is None:
+    return f'the {new["count"]} sources have digest {new["sha256"]}, they were {old["count"]} of {old["sha256"]}'
+  was = {name: rest for name, *rest in old['files']}
+  now = {name: rest for name, *rest in new['files']}
+  for name in sorted(was | now):
+    if name not in now:
+      return f'source {name} is gone'
+    if name not in was:
+      return f'source {name} is new'
+    if was[name] != now[name]:
+      return f'source {name} has changed'
+  return 'the order of the sources has changed'
+
+
+def _counts(manifest: dict) -> str:
+  return ', '.join(
+    f'{split} {n["tokens"]:,} tokens of {n["documents"]:,} documents ({n["bytes"] / n["tokens"]:.2f} bytes a token)'
+    for split, n in manifest['splits'].items()
+  )
+
+
+def _check_splits(corpus) -> None:
+  seen = set()
+  for document in corpus.documents():
+    seen.add(document.split)
+    if len(seen) == len(SPLITS):
+      return
+  if not seen:
+    raise ValueError(f'{corpus!r} is empty: it has no document with text')
+  missing = next(split for split in SPLITS if split not in seen)
+  raise ValueError(f'{corpus!r} has no {missing} document: give two different documents, or files for validation')
+
+
+def _tokenise(corpus, tokenizer: Tokenizer, work: str, dtype: str, shard_records: int) -> dict:
+  stored = np.dtype(dtype).newbyteorder('<')
+  counts = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
+  with contextlib.ExitStack() as stack:
+    spills = {split: _Spill(work, split, stored, stack) for split in SPLITS}
+    for batch in _batched(corpus.documents(), 4_000_000):
+      for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+        n = counts[document.split]
+        n['documents'] += 1
+        n['tokens'] += len(ids) + 1
+        n['bytes'] += len(document.text.encode('utf-8', 'replace'))
+        spills[document.split].add(document.name, np.array([*ids, tokenizer.eos], stored))
+    for split in SPLITS:
+      counts[split]['shards'] = _write_shards(spills[split].drain(), work, split, shard_records)
+  return counts
+
+
+def _batched(documents: Iterator, characters: int):
+  batch, size = [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document.text)
+    if size >= characters:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+class _Spill:
+  """Sorts tokenised documents by a hash of their names, through files of which one at a time is in memory."""
+
+  def __init__(self, work: str, split: str, stored: np.dtype, stack: contextlib.ExitStack):
+    self._stored = stored
+    self._paths = [os.path.join(work, f'{split}.bucket-{i:02}') for i in range(BUCKETS)]
+    self._files = [stack.enter_context(open(path, 'w+b')) for path in self._paths]
+
+  def add(self, name: str, ids: np.ndarray) -> None:
+    key = hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+    file = self._files[key[0] * BUCKETS // 256]
+    file.write(key + struct.pack('<Q', ids.nbytes) + ids.tobytes())
+
+  def drain(self) -> Iterator[np.ndarray]:
+    for file, path in zip(self._files, self._paths):
+      file.seek(0)
+      data, at, entries = file.read(), 0, []
+      os.remove(path)
+      while at < len(data):
+        (size,) = struct.unpack_from('<Q', data, at + 8)
+        entries.append((data[at : at + 8], at + 16, size))
+        at += 16 + size
+      for _, start, size in sorted(entries):
+        yield np.frombuffer(data, self._stored, size // self._stored.itemsize, start)
+
+
+def _write_shards(documents: Iterator[np.ndarray], work: str, split: str, shard_records: int) -> list[dict]:
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  shards, records = [], _records(documents)
+  while (head := next(records, None)) is not None:
+    path = os.path.join(work, f'{split}-{len(shards):05}')
+    writer = ArrayRecordWriter(path, 'group_size:1')
+    n = tokens = 0
+    for record in itertools.chain([head], itertools.islice(records, shard_records - 1)):
+      writer.write(record.tobytes())
+      n, tokens = n + 1, tokens + len(record)
+    writer.close()
+    shards.append({'name': path, 'records': n, 'tokens': tokens, **_size(path)})
+  for shard in shards:
+    path = shard['name']
+    shard['name'] = f'{os.path.basename(path)}-of-{len(shards):05}.array_record'
+    os.rename(path, os.path.join(work, shard['name']))
+  return shards
+
+
+def _records(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+  pending, size = [], 0
+  for ids in documents:
+    pending.append(ids)
+    size += len(ids)
+    if size >= RECORD:
+      joined, whole = np.concatenate(pending), size - size % RECORD
+      yield from np.split(joined[:whole], whole // RECORD)
+      pending, size = [joined[whole:]], size - whole
+  if size:
+    yield np.concatenate(pending)
+
+
+def _size(path: str) -> dict:
+  with open(path, 'rb') as f:
+    digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return {'size': f.tell(), 'sha256': digest}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStream:
+  """The tokens of a split, readable anywhere from any thread."""
+
+  tokens: int
+  dtype: np.dtype
+  readers: tuple = dataclasses.field(repr=False)
+  first_records: tuple[int, ...] = dataclasses.field(repr=False)
+
+  def window(self, start: int, length: int) -> np.ndarray:
+    """Tokens start .. start + length - 1, i32[length]; IndexError if not all of them exist."""
+    if start < 0 or length < 1 or start + length > self.tokens:
+      raise IndexError(f'tokens {start} to {start + length} of a stream of {self.tokens}')
+    first, last = start // RECORD, (start + length - 1) // RECORD
+    parts = []
+    for reader, begin, end in zip(self.readers, self.first_records, self.first_records[1:]):
+      wanted = list(range(max(first, begin) - begin, min(last + 1, end) - begin))
+      if wanted:
+        parts += reader.read(wanted)
+    ids = np.frombuffer(b''.join(parts), self.dtype)
+    return ids[start - first * RECORD :][:length].astype(np.int32)
+
+
+def open_split(folder, split: str) -> TokenStream:
+  """Opens a split and checks every shard against the manifest, once.
+
+  FileNotFoundError or ValueError naming the shard that is missing, damaged or not of this manifest.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  manifest = load_manifest(folder)
+  if split not in manifest['splits']:
+    raise ValueError(f'split={split!r} is none of {", ".join(manifest["splits"])}')
+  remedy = f'delete {os.fspath(folder)} and prepare the data again'
+  readers = []
+  for shard in manifest['splits'][split]['shards']:
+    path = os.path.join(folder, shard['name'])
+    if not os.path.isfile(path):
+      raise FileNotFoundError(f'shard {path} is missing: {remedy}')
+    found = _size(path)
+    for what in found:
+      if found[what] != shard[what]:
+        raise ValueError(f'shard {path} is damaged or stale ({what} {found[what]}, not {shard[what]}): {remedy}')
+    # No readahead: windows are read in random order.
+    readers.append(ArrayRecordReader(path, options='readahead_buffer_size:0,max_parallelism:0'))
+  records = (shard['records'] for shard in manifest['splits'][split]['shards'])
+  return TokenStream(
+    tokens=manifest['splits'][split]['tokens'],
+    dtype=np.dtype(manifest['dtype']).newbyteorder('<'),
+    readers=tuple(readers),
+    first_records=tuple(itertools.accumulate(records, initial=0)),
+  )

@@ -1,0 +1,163 @@
+"""Small models, one row a cell or variant, and the compiled functions that the batteries share.
+
+A new cell or option is one row of ROWS: every battery picks it up.
+"""
+import dataclasses
+import functools
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer import loop, plans
+from loopformer.attention import Blockwise, Fused
+from loopformer.blocks import MLP, Block, Normal, RMSNorm, SelfAttention, Stack, UnitNorm
+from loopformer.cells.plain import Plain
+from loopformer.cells.timed import Timed
+from loopformer.condition import LoopIndex, Modulation, Trajectory
+from loopformer.embed import TokenEmbed
+from loopformer.model import Looped, init_params
+from loopformer.types import Ctx
+
+V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
+ROOT = Path(__file__).resolve().parent.parent
+UNEVEN = (0.5, 0.125, 0.375)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row: the model, how far two ways to the same value may be apart, and whether its step knows the schedule."""
+  model: Looped
+  tolerance: float = 1e-5
+  timed: bool = True
+
+
+def block(norm=UnitNorm(), **options) -> Block:
+  """A small layer; `options` are those of SelfAttention, and `dtype`."""
+  dtype = options.pop('dtype', 'float32')
+  return Block(attn=SelfAttention(**{'heads': 2, **options}), mlp=MLP(hidden=24), norm=norm, dtype=dtype)
+
+
+def plain(depth: int = N, norm=RMSNorm(), **options) -> Plain:
+  return Plain(Stack(block(norm, **options), depth))
+
+
+def timed(condition=Trajectory(D), init: float = 0.0, **options) -> Timed:
+  return Timed(Stack(block(**options), N), condition, Modulation(N, init=Normal(init)))
+
+
+def looped(cell, **options) -> Looped:
+  return Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options})
+
+
+def stack(depth: int) -> Stack:
+  return Stack(block(RMSNorm()), depth)
+
+
+ROWS = {
+    'loopformer': Row(looped(timed())),
+    'tmlt': Row(looped(timed(LoopIndex(D)))),
+    'base_loop': Row(looped(plain()), timed=False),
+    'base': Row(looped(plain(3), loops=1), timed=False),
+    'prelude_coda': Row(looped(plain(), prelude=stack(1), coda=stack(2)), timed=False),
+    'timed_prelude_coda': Row(looped(timed(), prelude=stack(2), coda=stack(1))),
+    'grouped': Row(looped(timed(heads=4, groups=2))),
+    'bfloat16': Row(looped(timed(dtype='bfloat16')), tolerance=4e-2),
+    'fused': Row(looped(timed(kernel=Fused()))),
+    'blocks_of_3': Row(looped(timed(kernel=Blockwise(size=3)))),
+    'keep_all': Row(looped(plain(), remat=loop.KeepAll()), timed=False),
+}
+assert T % 3, 'the row blocks_of_3 is there for a last block that is not full'
+all_rows = sorted(ROWS)
+time_free = [name for name in all_rows if not ROWS[name].timed]
+
+
+@functools.cache
+def params(model: Looped, noise: float = 0.2):
+  """Parameters far from the start, so that closed gates, zero biases and unit scales hide nothing."""
+  @jax.jit
+  def make():
+    leaves, treedef = jax.tree.flatten(init_params(model, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return treedef.unflatten([leaf + noise * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+  return make()
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'keep'))
+def forward(model, params, tokens, plan, seg=None, keep=loop.Last()):
+  """The parallel pass: a Trace."""
+  return model.apply({'params': params}, tokens, plan, None, seg, keep=keep)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def extend(model, params, tokens, plan, pos, kv):
+  """The pass with caches: logits and caches."""
+  trace = model.apply({'params': params}, tokens, plan, pos, kv=kv)
+  return model.apply({'params': params}, trace.z, method='logits'), trace.kv
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def resume(model, params, x, e, plan):
+  """The loop alone, from state x: (x, auxiliaries)."""
+  def run(model, x, e, plan):
+    ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    return loop.run(model.cell, x, e, plan, ctx, None, loop.Last(), model.remat)[0]
+  return model.apply({'params': params}, x, e, plan, method=run)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def logits(model, params, z):
+  return model.apply({'params': params}, z, method='logits')
+
+
+def tokens(rows: int = T + 1, length: int = T, seed: int = 0) -> jax.Array:
+  return jax.random.randint(jax.random.key(seed), (rows, length), 0, V)
+
+
+def poked(rows: int = T + 1) -> jax.Array:
+  """Row 0 is a text; row i + 1 is the same text with another token i."""
+  base = tokens(1)
+  same = jnp.repeat(base, rows, 0)
+  return same.at[jnp.arange(1, rows), jnp.arange(rows - 1)].set((base[0, :rows - 1] + 7) % V)
+
+
+def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[str, jax.Array]:
+  """A batch as tasks make it; a third of the weights is zero, unless they are given."""
+  stream = tokens(rows, length + 1, seed)
+  if weights is None:
+    weights = (jax.random.uniform(jax.random.key(seed + 1), (rows, length)) < 0.67).astype(jnp.float32)
+  return {'tokens': stream[:, :-1], 'targets': stream[:, 1:], 'weights': weights,
+          'positions': jnp.broadcast_to(jnp.arange(length), (rows, length)),
+          'segments': jnp.zeros((rows, length), jnp.int32)}
+
+
+def padded(steps, rows: int = L):
+  """The plan of a budget or schedule, padded to `rows`: one program for all."""
+  return plans.schedule(plans.resolve(steps), rows)
+
+
+def budgets(model: Looped) -> list:
+  """All budgets of a model, and an uneven schedule where it has room for one."""
+  return [*range(1, model.loops + 1), *([UNEVEN] if model.loops >= len(UNEVEN) else [])]
+
+
+def close(a, b, tolerance: float, message: str = ''):
+  """Every leaf of a equals that of b, absolutely and relative to the largest entry."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, np.abs(y).max()),
+                               err_msg=f'{message} {jax.tree_util.keystr(path)}')
+
+
+def python(code: str, *arguments: str, timeout: int = 300, **environment: str) -> str:
+  """The standard output of a program in a process of its own."""
+  path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+  done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=timeout,
+                        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path, **environment})
+  assert done.returncode == 0, done.stderr
+  return done.stdout

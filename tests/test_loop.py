@@ -1,0 +1,362 @@
+"""The battery: what every cell and variant must do. Rows are in tests/parts.py."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loopformer import loop, plans
+from loopformer.blocks import Stack, UnitNorm
+from loopformer.loop import Every, KeepAll, PerStep
+from loopformer.model import init_params, parameter_count
+from loopformer.types import Ctx, Plan, Tick
+from tests import parts
+from tests.parts import D, L, N, ROWS, T, V, all_rows, close, forward, padded, params, poked, time_free, tokens
+
+rows = pytest.mark.parametrize('name', all_rows)
+plain_rows = pytest.mark.parametrize('name', time_free)
+
+
+def budget(name: str) -> int:
+  return ROWS[name].model.loops
+
+
+# Shapes and compilation ----------------------------------------------------------------------------------------------
+
+
+@rows
+def test_init_has_the_shapes_of_eval_shape(name):
+  model = ROWS[name].model
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  real = params(model)
+  assert jax.tree.structure(shapes) == jax.tree.structure(real)
+  assert [(s.shape, s.dtype) for s in jax.tree.leaves(shapes)] == [(r.shape, r.dtype) for r in jax.tree.leaves(real)]
+  assert all(r.dtype == jnp.float32 for r in jax.tree.leaves(real))
+  assert parameter_count(model) == sum(r.size for r in jax.tree.leaves(real))
+
+
+@rows
+def test_output_shapes_and_dtypes(name):
+  row, rows = ROWS[name], T + 1
+  trace = jax.eval_shape(lambda: forward(row.model, params(row.model), tokens(), padded(1)))
+  assert trace.x.shape == trace.z.shape == (rows, T, D) and trace.x.dtype == trace.z.dtype == jnp.float32
+  assert trace.xs is None and trace.steps.shape == ()
+
+
+@rows
+def test_without_jit_equals_with_jit(name):
+  model = ROWS[name].model
+  plan = plans.Uniform(budget(name))(jax.random.key(0))
+  plainly = model.apply({'params': params(model)}, tokens(), plan)
+  close(plainly.z, forward(model, params(model), tokens(), plan).z, ROWS[name].tolerance)
+
+
+# Causality and documents ---------------------------------------------------------------------------------------------
+
+
+@rows
+def test_a_token_changes_itself_and_what_follows_alone(name):
+  model = ROWS[name].model
+  z = np.asarray(forward(model, params(model), poked(), plans.Uniform(budget(name))(jax.random.key(0))).z)
+  moved = np.abs(z[1:] - z[:1]).max(-1)  # [token that was poked, position]
+  before = np.tril(np.ones((T, T), bool), -1)
+  assert moved[before].max() <= 1e-6
+  assert moved[~before].min() > 1e-5  # this test can fail: every position from there on has moved
+
+
+@rows
+def test_documents_do_not_see_each_other(name):
+  model = ROWS[name].model
+  first = T // 2 - 1
+  seg = jnp.broadcast_to((jnp.arange(T) >= first).astype(jnp.int32), (T + 1, T))
+  z = np.asarray(forward(model, params(model), poked(), plans.Uniform(budget(name))(jax.random.key(0)), seg).z)
+  moved = np.abs(z[1:] - z[:1]).max(-1)
+  index = np.arange(T)
+  reached = (index[None] >= index[:, None]) & (seg[0][None] == seg[0][:, None])
+  assert moved[~reached].max() <= 1e-6
+  assert moved[reached].min() > 1e-5
+
+
+# The loop against other ways to the same value -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('times', [1, 3])
+@pytest.mark.parametrize('switched_off', ['plain', 'timed'])
+def test_tied_loop_equals_a_deep_net(switched_off, times):
+  """`times` steps of the block equal a net of times * N layers whose parameters are the block's, repeated."""
+  if switched_off == 'plain':
+    shallow, norm = ROWS['base_loop'].model, parts.RMSNorm()
+    weights = params(shallow)
+  else:  # a modulation that opens all gates and scales by nothing, whatever the step
+    shallow, norm = ROWS['loopformer'].model, UnitNorm()
+    weights = params(shallow)
+    bias = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0])[None, :, None], (N, 4, D))
+    weights = {**weights, 'cell': {**weights['cell'], 'modulation': {
+        'kernel': jnp.zeros((N, D, 4, D)), 'bias': bias}}}
+  deep = parts.looped(parts.plain(times * N, norm), loops=1)
+  core = jax.tree.map(lambda leaf: jnp.tile(leaf, (times, *(1,) * (leaf.ndim - 1))), weights['cell']['core'])
+  deep_weights = {**{name: weights[name] for name in ('read_in', 'read_out')}, 'cell': {'core': core}}
+  loops = forward(shallow, weights, tokens(), plans.Uniform(times)(jax.random.key(0)))
+  once = forward(deep, deep_weights, tokens(), plans.Uniform(1)(jax.random.key(0)))
+  close((loops.x, loops.z), (once.x, once.z), 1e-6)
+
+
+@plain_rows
+def test_twice_the_depth_is_the_loop_twice(name):
+  model = ROWS[name].model
+  e = model.bind({'params': params(model)})
+  e = e.read_in(tokens(), jnp.broadcast_to(jnp.arange(T), (T + 1, T)))
+  twice, four = plans.Uniform(2)(jax.random.key(0)), plans.Uniform(4)(jax.random.key(0))
+  half = parts.resume(model, params(model), e, e, twice)
+  whole = parts.resume(model, params(model), e, e, four)
+  close(parts.resume(model, params(model), half, e, twice), whole, 1e-6)
+  assert np.abs(np.asarray(whole - half)).max() > 1e-3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def by_while_loop(model, weights, e, plan):
+  """The steps of a plan by `lax.while_loop` over `model.step`."""
+  variables = {'params': weights}
+  code = model.apply(variables, plan, method='timetable')
+  pos = jnp.broadcast_to(jnp.arange(e.shape[1]), e.shape[:2])
+
+  def body(carry):
+    k, x = carry
+    tick = Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=k, code=jax.tree.map(lambda leaf: leaf[k], code))
+    return k + 1, model.apply(variables, x, e, Ctx(pos=pos, tick=tick), None, method='step')[0]
+
+  return jax.lax.while_loop(lambda carry: carry[0] < plan.steps, body, (jnp.int32(0), e))[1]
+
+
+@rows
+def test_scan_equals_while_loop(name):
+  row = ROWS[name]
+  model = row.model.clone(prelude=None, coda=None)  # the loop alone
+  plan = plans.Uniform(budget(name))(jax.random.key(0))
+  e = model.bind({'params': params(model)}).read_in(tokens(), jnp.broadcast_to(jnp.arange(T), (T + 1, T)))
+  close(by_while_loop(model, params(model), e, plan), forward(model, params(model), tokens(), plan).x,
+        min(row.tolerance, 1e-2) if row.model.cell.core.block.dtype == 'bfloat16' else 1e-6)
+
+
+# Skipped steps -------------------------------------------------------------------------------------------------------
+
+
+@rows
+def test_skipped_rows_change_nothing(name):
+  model = ROWS[name].model
+  steps = parts.budgets(model)[-1]
+  short = forward(model, params(model), tokens(), plans.schedule(plans.resolve(steps)))
+  long = forward(model, params(model), tokens(), padded(steps))
+  close((long.x, long.z), (short.x, short.z), 1e-6 if ROWS[name].tolerance < 1e-2 else 1e-2)
+  assert int(long.steps) == int(short.steps) == len(plans.resolve(steps))
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'prelude_coda'])
+def test_every_sequence_may_have_its_own_depth(name):
+  model = ROWS[name].model
+  depth = np.array([1, 4, 2, 0, 3])
+  text = tokens(len(depth))
+  full = plans.Uniform(L)(jax.random.key(0))
+  together = forward(model, params(model), text, full.replace(live=jnp.arange(L)[:, None] < depth))
+  assert int(together.steps) == depth.max()
+  for row, own in enumerate(depth):
+    alone = forward(model, params(model), text[row:row + 1], full.replace(live=jnp.arange(L) < own))
+    close(together.z[row], alone.z[0], 1e-6)
+  assert np.abs(np.asarray(together.x[1] - forward(model, params(model), text, full.replace(
+      live=jnp.arange(L) < 1)).x[1])).max() > 1e-3
+
+
+def loss(model, weights, plan, rows: int = 3, keep=loop.Last()):
+  trace = model.apply({'params': weights}, tokens(rows), plan, keep=keep)
+  return jnp.sum(jnp.sin(trace.z))
+
+
+gradient = functools.partial(jax.jit, static_argnums=0)(jax.value_and_grad(loss, argnums=1))
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'prelude_coda', 'bfloat16'])
+def test_gradients_pass_skipped_rows(name):
+  model = ROWS[name].model
+  short = gradient(model, params(model), plans.schedule(parts.UNEVEN))
+  long = gradient(model, params(model), padded(parts.UNEVEN))
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(long))
+  close(long, short, 1e-5 if ROWS[name].tolerance < 1e-2 else 2e-2)
+
+
+# Steps without gradient ----------------------------------------------------------------------------------------------
+
+
+def freed(steps: int, free: int) -> Plan:
+  return plans.Uniform(steps)(jax.random.key(0)).replace(free=jnp.int32(free))
+
+
+@plain_rows
+def test_free_steps_are_steps(name):
+  model = ROWS[name].model
+  steps = forward(model, params(model), tokens(), freed(2, 3))
+  whole = forward(model, params(model), tokens(), plans.Uniform(5)(jax.random.key(0)))
+  close((steps.x, steps.z), (whole.x, whole.z), 1e-6)
+  assert int(steps.steps) == 5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def truncated(model, weights, free):
+  """The gradient where the first steps see neither tangents of the state nor of the parameters, written by hand."""
+  text, plan = tokens(3), plans.Uniform(2)(jax.random.key(0))
+  ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(T), text.shape))
+
+  def total(weights):
+    def start(model, text):
+      e = model.read_in(text, ctx.pos)
+      return model.prelude(e, ctx, None, None)[0] if model.prelude is not None else e
+
+    def finish(model, x):
+      return model.read_out(x if model.coda is None else model.coda(x, ctx, None, None)[0])
+
+    e = model.apply({'params': weights}, text, method=start)
+    x, frozen = jax.lax.stop_gradient((e, weights))
+    for _ in range(free):
+      x = model.apply({'params': frozen}, x, e, ctx, None, method='step')[0]
+    x = jax.lax.stop_gradient(x)
+    for _ in range(plan.steps):
+      x = model.apply({'params': weights}, x, e, ctx, None, method='step')[0]
+    return jnp.sum(jnp.sin(model.apply({'params': weights}, x, method=finish)))
+
+  return jax.value_and_grad(total)(weights)
+
+
+@pytest.mark.parametrize('name', ['base_loop', 'prelude_coda'])
+def test_free_steps_have_no_gradient(name):
+  model = ROWS[name].model
+  value, grads = gradient(model, params(model), freed(2, 3))
+  by_hand = jax.jit(lambda weights: truncated.__wrapped__(model, weights, 3))(params(model))
+  close((value, grads), by_hand, 1e-5)
+  # That is not the gradient of all five steps.
+  whole = gradient(model, params(model), plans.Uniform(5)(jax.random.key(0)))[1]
+  assert np.abs(np.asarray(whole['read_in']['positions'] - grads['read_in']['positions'])).max() > 1e-3
+
+
+def test_one_program_serves_every_number_of_free_steps():
+  model = ROWS['base_loop'].model
+  step = jax.jit(jax.value_and_grad(lambda weights, plan: loss(model, weights, plan)))
+  values = [float(step(params(model), freed(2, free))[0]) for free in (0, 3, 7)]
+  assert step._cache_size() == 1
+  assert len(set(values)) == 3
+
+
+# What is saved and kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'prelude_coda'])
+def test_rematerialised_equals_plain(name):
+  model = ROWS[name].model
+  plan = padded(parts.UNEVEN)
+  close(gradient(model.clone(remat=PerStep()), params(model), plan),
+        gradient(model.clone(remat=KeepAll()), params(model), plan), 1e-5)
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'timed_prelude_coda', 'base_loop'])
+def test_every_state_is_kept(name):
+  model = ROWS[name].model
+  trace = forward(model, params(model), tokens(), padded(parts.UNEVEN), keep=Every())
+  assert trace.xs.shape == (L, T + 1, T, D)
+  np.testing.assert_array_equal(trace.xs[-1], trace.x)
+  np.testing.assert_array_equal(trace.xs[len(parts.UNEVEN) - 1], trace.x)  # the rest is skipped
+  if not ROWS[name].timed:
+    close(trace.xs[0], forward(model, params(model), tokens(), padded(1)).x, 1e-6)
+  assert np.abs(np.diff(np.asarray(trace.xs[:3]), axis=0)).max((1, 2, 3)).min() > 1e-3
+
+
+# LoopFormer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'tmlt', 'grouped', 'bfloat16'])
+def test_closed_gates_make_every_trajectory_the_embedding(name):
+  model = ROWS[name].model
+  weights = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+  bound = model.bind({'params': weights})
+  expected = bound.read_out(bound.read_in(tokens(), jnp.broadcast_to(jnp.arange(T), (T + 1, T))))
+  for steps in (*range(1, L + 1), parts.UNEVEN):
+    close(forward(model, weights, tokens(), padded(steps)).z, expected, 1e-6, str(steps))
+
+
+@pytest.mark.parametrize('name, differs', [('loopformer', True), ('tmlt', False), ('base_loop', False)])
+def test_only_a_cell_that_knows_the_trajectory_tells_schedules_apart(name, differs):
+  model = ROWS[name].model
+  z = [np.asarray(forward(model, params(model), tokens(), padded(steps)).z)
+       for steps in ((0.5, 0.25, 0.25), (0.25, 0.25, 0.5))]
+  assert (np.abs(z[0] - z[1]).max() > 1e-3) == differs
+
+
+def test_a_sinusoid_is_the_papers():
+  from loopformer.condition import sinusoid
+  s = np.array([0.0, 0.125, 1.0])
+  freqs = np.exp(-np.log(10000.0) * np.arange(128) / 128)
+  expected = np.concatenate([np.cos(s[:, None] * freqs), np.sin(s[:, None] * freqs)], 1)
+  np.testing.assert_allclose(sinusoid(jnp.asarray(s, jnp.float32)), expected, atol=1e-6)
+
+
+# Cached decoding -----------------------------------------------------------------------------------------------------
+
+LENGTHS = np.array([3, 1, T, 5])
+ROOM = T + 3  # a cache with room to spare
+
+
+def cached_by_token(model, weights, text, plan):
+  kv, outs = model.cache(len(text), ROOM, plan.steps), []
+  for i in range(T):
+    out, kv = parts.extend(model, weights, text[:, i:i + 1], plan, jnp.full((len(text), 1), i), kv)
+    outs.append(out)
+  return jnp.concatenate(outs, 1)
+
+
+def cached_after_prompts(model, weights, text, plan):
+  """Prompts of different lengths, padded on the right, then token by token: logits where they are defined."""
+  index = np.arange(T)
+  kv = model.cache(len(text), ROOM, plan.steps)
+  # What stands in the padding must not matter.
+  prompts = jnp.where(index < LENGTHS[:, None], text, (text + 11) % V)
+  out, kv = parts.extend(model, weights, prompts, plan, jnp.asarray(np.where(index < LENGTHS[:, None], index, -1)), kv)
+  result = np.array(out)
+  for i in range(T - LENGTHS.min()):
+    place = LENGTHS + i
+    on = place < T
+    token = jnp.asarray(np.asarray(text)[np.arange(len(text)), np.minimum(place, T - 1)])
+    out, kv = parts.extend(model, weights, token[:, None], plan, jnp.asarray(np.where(on, place, -1))[:, None], kv)
+    result[np.flatnonzero(on), place[on]] = np.asarray(out)[on, 0]
+  return result
+
+
+@rows
+@pytest.mark.parametrize('way', [cached_by_token, cached_after_prompts], ids=['by_token', 'after_prompts'])
+def test_cached_equals_parallel(name, way):
+  model = ROWS[name].model
+  weights, text = params(model), tokens(len(LENGTHS))
+  for steps in parts.budgets(model):
+    plan = padded(steps)
+    z = forward(model, weights, jnp.pad(text, ((0, T + 1 - len(text)), (0, 0))), plan).z[:len(text)]
+    close(way(model, weights, text, plan), parts.logits(model, weights, z), ROWS[name].tolerance, str(steps))
+
+
+@pytest.mark.parametrize('name', ['loopformer', 'grouped', 'bfloat16', 'timed_prelude_coda'])
+@pytest.mark.parametrize('loops', [1, L, L + 3])
+def test_cache_bytes(name, loops):
+  model, batch, length = ROWS[name].model, 3, 11
+  caches = jax.eval_shape(lambda: model.cache(batch, length, loops))
+  assert set(caches) == set(model.stacks())
+  for stack, kv in caches.items():
+    slots = loops if stack == 'loop' else 1
+    core = model.stacks()[stack]
+    attn, size = core.block.attn, {'float32': 4, 'bfloat16': 2}[core.block.dtype]
+    groups = attn.groups or attn.heads
+    formula = 2 * slots * core.depth * length * groups * (D // attn.heads) * size + 4 * slots * length
+    assert kv.bytes == batch * formula
+    assert (kv.pos.shape, kv.k.shape) == ((slots, batch, length),
+                                          (slots, core.depth, batch, length, groups, D // attn.heads))
+
+
+def test_cache_bytes_of_the_published_size():
+  kv = jax.eval_shape(lambda: __import__('experiments.configs.loopformer', fromlist=['get_config']).get_config(
+      'paper').model.cache(1, 1024))['loop']
+  assert kv.k.size * 2 + kv.v.size * 2 == 2 * 8 * 3 * 1024 * 2048 * 2 == 201_326_592  # the sheet's 201 MB
