@@ -9,7 +9,7 @@ from pathlib import Path
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import numpy as np
 
@@ -142,6 +142,7 @@ def loopformer_warn(model, schedules):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
   try:
     {'train': run_train, 'eval': run_eval, 'generate': run_generate}[FLAGS.mode](Path(FLAGS.workdir))
   except (ConfigError, NotFinite, ValueError, FileNotFoundError) as error:

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, keep: int = 3):
     import orbax.checkpoint as ocp
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells every step of every save otherwise
     self._ocp = ocp
     self._folder = Path(workdir).resolve() / FOLDER
     self._manager = ocp.CheckpointManager(

@@ -21,6 +21,7 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
+from loopformer.blocks import check_heads
 from loopformer.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.objective import Objective
@@ -181,7 +182,6 @@ def check(config: Experiment):
   Raises:
     ConfigError: with field, value and remedy.
   """
-  from loopformer.blocks import check_heads  # the rest of the library does not need a configuration to be checked
   model, train = config.model, config.train
   for name, stack in model.stacks().items():
     attn = stack.block.attn

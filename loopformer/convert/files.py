@@ -27,7 +27,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     raise ConfigError(f'source = {type(source).__name__}: give a path, or a dict of arrays (model.state_dict())')
   path = Path(source)
   if path.suffix not in READERS:
-    raise ConfigError(f'source = {path}: the format {path.suffix!r} is not read; save it as one of {", ".join(READERS)}')
+    raise ConfigError(f'source = {path}: the format {path.suffix!r} is not read; '
+                      f'save it as one of {", ".join(READERS)}')
   if not path.is_file():
     raise ConfigError(f'source = {path}: there is no such file; check the path')
   try:

@@ -51,10 +51,11 @@ class Row:
     return theirs, ours
 
   def convert(self, array: np.ndarray, sizes: Mapping[str, int], back: int = 1) -> np.ndarray:
-    """To the layout here, or with `back` = -1 to the official one; any dtype -> float32."""
+    """To the layout here, or with `back` = -1 to the official one; any dtype -> float32, always a copy."""
     source, target = (axes.replace(' ', '') for axes in self.layout[::back])
     array = array.astype(np.float32).reshape([sizes[c] for c in source])
-    return array.transpose([source.index(c) for c in target]).reshape(self.shapes(sizes)[::back][1])
+    array = array.transpose([source.index(c) for c in target]).reshape(self.shapes(sizes)[::back][1])
+    return np.ascontiguousarray(array)  # safetensors writes the memory of a transposed view, not its values
 
 
 def _row(theirs: str, ours: str, *layout: str) -> Row:
@@ -178,8 +179,7 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     layers = (arrays[f'{row.stack}{i}.{r.theirs}'] for i in range(sizes['N']))
     flat[r.ours] = np.stack([r.convert(array, sizes) for array in layers])
   model = row.model(sizes, loops, dtype)
-  # jnp.array, not asarray, which may share the memory of the caller's array.
-  params = unflatten_dict({path: jnp.array(array) for path, array in flat.items()}, sep='/')
+  params = unflatten_dict({path: jnp.asarray(array) for path, array in flat.items()}, sep='/')
   chex.assert_trees_all_equal_shapes_and_dtypes(
       params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
   return model, params
