@@ -1,7 +1,7 @@
 """The command line: train, evaluate at chosen depths, generate.
 
-    python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny [--set train.steps=100]
-    python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 [--schedules="0.5,0.25,0.25;1"] [--sweep=4]
+    python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny --set train.steps=100
+    python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
 """
 import json
@@ -74,7 +74,7 @@ def run_eval(workdir: Path):
     given = [numbers(text, '--schedules') for text in FLAGS.schedules.split(';') if text.strip()]
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given}
   if FLAGS.depths or not jobs:
-    budgets = [int(n) for n in numbers(','.join(FLAGS.depths), '--depths', int)] if FLAGS.depths else config.evals.budgets
+    budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else config.evals.budgets
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
   batches = held_out(config, workdir, FLAGS.eval_batches or config.train.eval_batches)
   for name, schedules in jobs.items():

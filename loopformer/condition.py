@@ -39,7 +39,8 @@ class Trajectory(nn.Module):
 
   @nn.compact
   def __call__(self, plan: Plan) -> Array:
-    return ScalarEmbed(self.width, self.std, name='time')(plan.t) + ScalarEmbed(self.width, self.std, name='step')(plan.dt)
+    time = ScalarEmbed(self.width, self.std, name='time')(plan.t)
+    return time + ScalarEmbed(self.width, self.std, name='step')(plan.dt)
 
 
 class LoopIndex(nn.Module):

@@ -14,8 +14,8 @@ Argument: size, then any of kind, ee, loops, dtype: `loopformer.py:small,kind=ba
                paper  D=2048, k=3, L=8, T=1024: as published (50,000 steps of 480 sequences)
 
 Departures from the paper: the default corpus is Python's standard library, not the Pile, and the tokenizer's vocabulary
-is small to match; initialisers keep the published std * sqrt(D) at other widths (0.02 at D=2048), because at 0.02 a
-narrow model with closed gates hardly leaves its start (150 steps at D=128: loss 5.29 against 4.90). Measured figures are in experiments/reports/loopformer/.
+is small to match. Initialisers keep the published std * sqrt(D), 0.02 at D=2048, at other widths, because at 0.02 a
+narrow model with closed gates hardly leaves its start. Measured figures: experiments/reports/loopformer/.
 """
 import dataclasses
 import math
@@ -62,8 +62,8 @@ class Size:
 
 
 SIZES = {
-    'tiny': Size(layers=2, width=128, heads=4, hidden=512, vocab=1024, length=128, pieces=1024, dtype='float32',
-                 train=Train(steps=800, batch=16), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=80)),
+    'tiny': Size(layers=2, width=128, heads=2, hidden=512, vocab=1024, length=128, pieces=1024, dtype='float32',
+                 train=Train(steps=1000, batch=8), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100)),
     'small': Size(layers=3, width=768, heads=12, hidden=2048, vocab=8192, length=512, pieces=8192, dtype='bfloat16',
                   train=Train(steps=5000, batch=64, eval_every=500, save_every=500),
                   schedule=WarmupCosine(peak=6e-4, end=6e-5, warmup=300), block=128),
@@ -81,7 +81,8 @@ def get_config(argument: str = '') -> Experiment:
   size, kind, loops = choose('size', given['size'], SIZES), given['kind'], given['loops']
   choose('kind', kind, dict.fromkeys(KINDS))
   if given['ee'] and kind not in ('base_loop', 'tmlt'):
-    raise ConfigError(f'config argument ee = {given["ee"]}: early exit is a variant of base_loop and tmlt, not of {kind}')
+    raise ConfigError(f'config argument ee = {given["ee"]}: early exit is a variant of base_loop and tmlt, '
+                      f'not of {kind}')
   layers = size.layers * loops if kind == 'base' else size.layers
   once = kind == 'base'
   return Experiment(
