@@ -4,8 +4,6 @@ All compute the softmax in float32 and return the dtype of the queries.
 """
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -26,13 +24,14 @@ class Blockwise:
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
     length = q.shape[1]
+    q, k, v = _heads_first(q, k, v)  # once, and not in every block: the products want heads among the leading axes
     blocks = []
     for start in range(0, length, self.size):
       stop = min(start + self.size, length)
       mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
       mask = mask[None] if seg is None else mask & (seg[:, start:stop, None] == seg[:, None, :stop])
-      blocks.append(jax.checkpoint(attend)(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
-    return jnp.concatenate(blocks, 1) if len(blocks) > 1 else blocks[0]
+      blocks.append(_attend(q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], mask))
+    return _heads_last(jnp.concatenate(blocks, -2) if len(blocks) > 1 else blocks[0])
 
 
 @part
@@ -46,14 +45,64 @@ class Fused:
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """q [B, T, H, d], k and v [B, S, G, d], mask bool[B or 1, T, S] -> [B, T, H, d]; H is a multiple of G."""
-  batch, length, heads, width = q.shape
+  return _heads_last(_attend(*_heads_first(q, k, v), mask))
+
+
+def _heads_first(q, k, v):
+  """[B, T, H, d], [B, S, G, d] twice -> [B, G, H/G, T, d], [B, G, S, d] twice."""
   groups = k.shape[2]
-  q_BTGrd = q.reshape(batch, length, groups, heads // groups, width)
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  att_BGrTS = dot('BTGrd,BSGd->BGrTS', q_BTGrd, k) * (width ** -0.5)
-  mask = mask[:, None, None]
-  att_BGrTS = jnp.where(mask, att_BGrTS, NEGATIVE)
-  att_BGrTS = jnp.exp(att_BGrTS - jax.lax.stop_gradient(att_BGrTS.max(-1, keepdims=True)))
+  q_BTGrd = q.reshape(*q.shape[:2], groups, q.shape[2] // groups, q.shape[3])
+  return q_BTGrd.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def _heads_last(out_BGrTd):
+  batch, groups, each, length, width = out_BGrTd.shape
+  return out_BGrTd.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * each, width)
+
+
+@jax.custom_vjp
+def _attend(q_BGrTd, k_BGSd, v_BGSd, mask_BTS):
+  """The backward pass is written out: it keeps one number a query, and recomputes the scores from it."""
+  return _forward(q_BGrTd, k_BGSd, v_BGSd, mask_BTS)[0]
+
+
+def _dot(equation, *operands):
+  return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _merged(x_BGrTd):
+  """The heads of a group and the queries as one axis: the products are then plain batched matrix products."""
+  batch, groups, each, length, width = x_BGrTd.shape
+  return x_BGrTd.reshape(batch, groups, each * length, width)
+
+
+def _scores(q_BGrTd, k_BGSd, mask_BTS):
+  scaled = q_BGrTd * q_BGrTd.shape[-1] ** -0.5
+  att_BGrTS = _dot('BGMd,BGSd->BGMS', _merged(scaled), k_BGSd).reshape(*q_BGrTd.shape[:-1], -1)
+  return jnp.where(mask_BTS[:, None, None], att_BGrTS, NEGATIVE)
+
+
+def _forward(q_BGrTd, k_BGSd, v_BGSd, mask_BTS):
+  att_BGrTS = _scores(q_BGrTd, k_BGSd, mask_BTS)
+  most_BGrT1 = att_BGrTS.max(-1, keepdims=True)
+  att_BGrTS = jnp.exp(att_BGrTS - most_BGrT1)
   total_BGrT1 = att_BGrTS.sum(-1, keepdims=True)
-  out = dot('BGrTS,BSGd->BTGrd', (att_BGrTS / total_BGrT1).astype(v.dtype), v)
-  return out.reshape(q.shape).astype(q.dtype)
+  out_BGMd = _dot('BGMS,BGSd->BGMd', _merged(att_BGrTS).astype(v_BGSd.dtype), v_BGSd)
+  out_BGrTd = (out_BGMd.reshape(q_BGrTd.shape) / total_BGrT1).astype(q_BGrTd.dtype)  # T * d divisions, not T * S
+  return out_BGrTd, (q_BGrTd, k_BGSd, v_BGSd, mask_BTS, out_BGrTd, most_BGrT1 + jnp.log(total_BGrT1))
+
+
+def _backward(saved, dout_BGrTd):
+  q_BGrTd, k_BGSd, v_BGSd, mask_BTS, out_BGrTd, lse_BGrT1 = saved
+  dtype, scale = q_BGrTd.dtype, q_BGrTd.shape[-1] ** -0.5
+  att_BGMS = _merged(jnp.exp(_scores(q_BGrTd, k_BGSd, mask_BTS) - lse_BGrT1))
+  dout_BGMd, out_BGMd = _merged(dout_BGrTd), _merged(out_BGrTd)
+  inner_BGM1 = jnp.sum(dout_BGMd.astype(jnp.float32) * out_BGMd, -1, keepdims=True)
+  dv_BGSd = _dot('BGMS,BGMd->BGSd', att_BGMS.astype(dtype), dout_BGMd)
+  datt_BGMS = (att_BGMS * (_dot('BGMd,BGSd->BGMS', dout_BGMd, v_BGSd) - inner_BGM1)).astype(dtype)
+  dq_BGMd = _dot('BGMS,BGSd->BGMd', datt_BGMS, k_BGSd) * scale
+  dk_BGSd = _dot('BGMS,BGMd->BGSd', datt_BGMS, _merged(q_BGrTd)) * scale
+  return dq_BGMd.reshape(q_BGrTd.shape).astype(dtype), dk_BGSd.astype(dtype), dv_BGSd.astype(dtype), None
+
+
+_attend.defvjp(_forward, _backward)

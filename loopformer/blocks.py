@@ -7,6 +7,7 @@ and softmax in float32; the residual state keeps the dtype that it came with.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Callable
 
 from flax import linen as nn
@@ -53,9 +54,18 @@ def _dense_backward(saved, dy):
 dense.defvjp(_dense_forward, _dense_backward)
 
 
+@jax.custom_jvp
 def gelu(x: Array) -> Array:
-  """Exact (erf) GELU."""
-  return jax.nn.gelu(x, approximate=False)
+  """Exact GELU, x/2 (1 + erf(x/sqrt 2)); by erf, which is several times cheaper than the erfc of `jax.nn.gelu`."""
+  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  cdf = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+  return x * cdf, (cdf + x * density) * dx
 
 
 class UnitNorm(nn.Module):

@@ -287,7 +287,7 @@ def _encode(value: Any) -> Any:
     return {name: _encode(field) for name, field in value.items()}
   if isinstance(value, (tuple, list)):
     return [_encode(item) for item in value]
-  if isinstance(value, (types.FunctionType, type)):
+  if callable(value) and hasattr(value, '__qualname__'):
     if '<' in value.__qualname__:
       raise ConfigError(f'{value.__qualname__} is a lambda or a closure and cannot be saved; define it in a module')
     return {'$name': f'{value.__module__}:{value.__qualname__}'}
