@@ -33,12 +33,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import generate, loop, metrics, plans, sharding
+from loopformer import loop, metrics, plans, sharding
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
 from loopformer.cells.timed import Timed
 from loopformer.condition import Modulation, Trajectory
 from loopformer.embed import TokenEmbed
+from loopformer.generation import controls, decode, prefill
 from loopformer.model import Looped, init_params
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
@@ -240,7 +241,8 @@ def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[An
 def memory_suite(size: Size, depths: Iterable[int] = (2, 4, 8, 16, 32)) -> list[dict]:
   """Temporary memory of compiled steps in MB, its growth per loop in states, and arrays of [tokens, V] in the program.
 
-  The program of the two rollouts keeps 2 L - 1 states, because skipped rows of the short one are kept as well.
+  The program of the two rollouts keeps 2 L - 1 states, because skipped rows of the short one are kept as well. At L = 2
+  the short one has a single row, whose loop XLA unrolls; what it then saves is not comparable with deeper programs.
   """
   rows = []
   state = 4 * size.tokens * size.width
@@ -341,10 +343,10 @@ def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int)
   lengths = jnp.full(batch, size.prompt, jnp.int32)
   kv = jax.block_until_ready(model.cache(batch, size.prompt + size.new, size.loops))
   start = time.perf_counter()
-  logits, kv = jax.block_until_ready(generate.prefill(model, params, tokens, lengths, plan, kv=kv))
+  logits, kv = jax.block_until_ready(prefill(model, params, tokens, lengths, plan, kv=kv))
   middle = time.perf_counter()
-  out, _ = generate.decode(model, size.new, params, logits, lengths, plan, kv=kv, key=jax.random.key(0),
-                           control=generate.controls(size.vocab), most=jnp.int32(size.new), eos=jnp.int32(-1))
+  out, _ = decode(model, size.new, params, logits, lengths, plan, kv=kv, key=jax.random.key(0),
+                  control=controls(size.vocab), most=jnp.int32(size.new), eos=jnp.int32(-1))
   if int(jnp.min(out)) < 0:
     raise RuntimeError(f'decoding stopped before {size.new} tokens')
   return middle - start, time.perf_counter() - middle

@@ -114,7 +114,8 @@ class SelfAttention(nn.Module):
     check_heads(self.heads, groups, width)
     head, each = width // self.heads, self.heads // groups
     qkv = Linear(groups * (each + 2) * head, self.std, name='qkv')(x).reshape(batch, length, groups, each + 2, head)
-    q, k, v = qkv[..., :each, :].reshape(batch, length, self.heads, head), qkv[..., each, :], qkv[..., each + 1, :]
+    q, k, v = jnp.split(qkv, [each, each + 1], 3)  # whose transpose is one concatenation
+    q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
     if kv is None:
       out = self.kernel(q, k, v, ctx.seg)
     else:

@@ -42,17 +42,28 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top
 
 
 def sample(logits: Array, key: Array, control: Controls) -> Array:
-  """f32[B, V] -> i32[B]. top-k first, then the fewest of those whose probability reaches top_p."""
-  order = jnp.sort(logits, -1, descending=True)
-  scaled = order / jnp.maximum(control.temperature, 1e-6)
-  rank = jnp.arange(logits.shape[-1])
-  probability = jax.nn.softmax(jnp.where(rank < control.top_k, scaled, -jnp.inf), -1)
+  """f32[B, V] -> i32[B]. top-k first, then the fewest of those whose probability reaches top_p.
+
+  A branch each, because to sort the vocabulary costs more than a small model's whole step.
+  """
+  filtered = (control.top_k < logits.shape[-1]) | (control.top_p < 1)
+  branch = jnp.where(control.temperature == 0, 0, jnp.where(filtered, 2, 1))
+  draw = jax.random.categorical
+  return jax.lax.switch(branch, [
+      lambda scaled: scaled.argmax(-1),
+      lambda scaled: draw(key, scaled, -1),
+      lambda scaled: draw(key, jnp.where(scaled >= _threshold(scaled, control), scaled, -jnp.inf), -1),
+  ], logits / jnp.where(control.temperature == 0, 1.0, control.temperature)).astype(jnp.int32)
+
+
+def _threshold(scaled, control):
+  """f32[B, 1]: the least logit that top-k and top-p leave."""
+  order = jnp.sort(scaled, -1, descending=True)
+  within = jnp.arange(scaled.shape[-1]) < control.top_k
+  probability = jax.nn.softmax(jnp.where(within, order, -jnp.inf), -1)
   before = jnp.cumsum(probability, -1) - probability  # of all likelier tokens; the likeliest is always kept
-  kept = ((rank < control.top_k) & (before < control.top_p)).sum(-1)
-  least = jnp.take_along_axis(order, kept[:, None] - 1, -1)
-  allowed = jnp.where(logits >= least, logits / jnp.maximum(control.temperature, 1e-6), -jnp.inf)
-  drawn = jax.random.categorical(key, allowed, -1)
-  return jnp.where(control.temperature == 0, logits.argmax(-1), drawn).astype(jnp.int32)
+  kept = (within & (before < control.top_p)).sum(-1)
+  return jnp.take_along_axis(order, kept[:, None] - 1, -1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames='kv')

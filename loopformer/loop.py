@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, Ctx, Plan, Tick, part
+from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
 
 
 @part
@@ -54,16 +54,25 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   if code is None:
     code = cell.timetable(plan)
   if plan.free is not None and not cell.is_initializing():
+    if code is not None:
+    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
+                        'them; use a plan without free steps')
     first = plan.free
-    x, e, kv = _free(cell, x, e, plan, ctx, kv)
+    tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
+    x, kv = _without_gradient(cell, x, jax.lax.stop_gradient(e), lambda k: tick.replace(k=k), first, ctx, kv)
+  rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
+  ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
+  if kv is not None and not cell.is_initializing():
+    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can be skipped.
+    if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
+      raise ConfigError('with a cache, the rows of a plan run up to its last live one: keep = Last(), live = bool[K]')
+    x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
+    return x, kv, None, {}, first + ran
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
-  index = first + jnp.arange(plan.steps)
-  rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=index, code=code)
   scan = nn.scan(remat.wrap(lambda cell, carry, tick: step(cell, carry, tick)),
                  variable_broadcast='params', split_rngs={'params': False}, length=plan.steps)
   (x, kv), (xs, aux) = scan(cell, (x, kv), rows)
-  ran = plan.steps if plan.live is None else plan.live.sum(0).max()
-  return x, kv, xs, aux, first + jnp.int32(ran)
+  return x, kv, xs, aux, first + ran
 
 
 def _step(cell, carry, tick, *, e, ctx, keep):
@@ -89,24 +98,21 @@ def _step(cell, carry, tick, *, e, ctx, keep):
   return (x, kv), (keep(x), aux)
 
 
-def _free(cell, x, e, plan, ctx, kv):
-  """`plan.free` steps without gradient, as many as the number says at run time.
-
-  Reverse mode goes through a while loop only if every input that carries a tangent is stopped, parameters included.
-  """
-  stop = jax.lax.stop_gradient
-  frozen = stop(e)
+def _walk(cell, x, e, tick_of, count, ctx, kv):
+  """The first `count` steps, as many as the number says at run time; no reverse mode."""
 
   def body(cell, carry):
     x, kv, k = carry
-    tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=k, code=None)
-    x, kv, _ = cell(x, frozen, ctx.replace(tick=tick), kv)
+    x, kv, _ = cell(x, e, ctx.replace(tick=tick_of(k)), kv)
     return x, kv, k + 1
 
-  def loop(cell, carry):
-    return nn.while_loop(lambda cell, carry: carry[2] < plan.free, body, cell, carry,
-                         carry_variables=(), broadcast_variables='params')
+  x, kv, _ = nn.while_loop(lambda cell, carry: carry[2] < count, body, cell, (x, kv, jnp.int32(0)),
+                           carry_variables=(), broadcast_variables='params')
+  return x, kv
 
-  stopped = nn.map_variables(loop, 'params', trans_in_fn=lambda tree: jax.tree.map(stop, tree))
-  x, kv, _ = stopped(cell, jax.tree.map(stop, (x, kv, jnp.int32(0))))
-  return x, e, kv
+
+def _without_gradient(cell, x, e, tick_of, count, ctx, kv):
+  """As `_walk`; reverse mode passes it because every input with a tangent is stopped, parameters included."""
+  stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
+  walk = nn.map_variables(lambda cell, x, kv: _walk(cell, x, e, tick_of, count, ctx, kv), 'params', trans_in_fn=stop)
+  return walk(cell, stop(x), stop(kv))

@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from loopformer import loop, metrics, plans
+from loopformer.model import init_params
+
+TINY = benchmark.Size(batch=2, length=16, width=16, heads=2, hidden=24, vocab=40, layers=2, loops=4, short=2, prompt=4,
+                      new=4)
+
+
+def lowered(objective, **changes):
+  size = dataclasses.replace(TINY, **changes)
+  return benchmark.Ours(size, benchmark.make_model(size), objective(size)).lower()
+
+
+def random_short(size):
+  return benchmark.with_short(size, plans.Partition(size.loops))
+
+
+def test_random_trajectories_share_one_program():
+  row, = benchmark.programs_suite(TINY)
+  assert row['programs'] == 1
+  assert np.isfinite(row['last loss'])
+
+
+def test_program_does_not_grow_with_depth():
+  texts = {(loops, layers): lowered(random_short, loops=loops, layers=layers).as_text()
+           for loops, layers in ((3, 2), (9, 2), (3, 7))}
+  counts = {case: benchmark.count_instructions(text) for case, text in texts.items()}
+  assert counts[3, 2] > 100
+  for count in counts.values():  # a scan per layer or loop would add hundreds; a few constants of the plan remain
+    assert abs(count - counts[3, 2]) < 0.05 * counts[3, 2], counts
+
+
+def test_memory_grows_by_one_state_a_loop():
+  size = dataclasses.replace(TINY, batch=8, length=32, width=32)
+  rows = [benchmark.memory_row(dataclasses.replace(size, loops=loops), loop.PerStep(), 'long alone',
+                               benchmark.long_alone(dataclasses.replace(size, loops=loops))) for loops in (3, 9)]
+  growth = (rows[1]['temp MB'] - rows[0]['temp MB']) * benchmark.MEGA / 6
+  state = 4 * size.tokens * size.width
+  modulations = 4 * 4 * size.width * size.layers
+  assert 0.5 * state < growth <= state + 6 * modulations  # modulations, their inputs and gradients grow as well
+
+
+def test_program_holds_no_logits_of_all_tokens():
+  size = dataclasses.replace(TINY, batch=12, length=64)  # more tokens than a chunk of the cross-entropy
+  row = benchmark.memory_row(size, loop.PerStep(), 'both', benchmark.with_short(size, benchmark.short_of(size)))
+  assert row['[tokens, V] arrays'] == 0
+
+
+def test_logits_are_seen_where_they_are():
+  def loss(z, table):
+    return jax.nn.logsumexp(z @ table.T, -1).sum()
+
+  z, table = jax.ShapeDtypeStruct((2, 16, 16), np.float32), jax.ShapeDtypeStruct((40, 16), np.float32)
+  program = jax.jit(jax.grad(loss)).lower(z, table).compile().as_text()
+  assert benchmark.logit_arrays(program, TINY)
+
+
+def test_padded_plan_runs_its_steps_and_skips_the_rest():
+  plan = benchmark.Padded(count=2, rows=3)(jax.random.key(0))
+  assert plan.live.tolist() == [True, True, False]
+  assert plan.dt.tolist() == [0.5, 0.5, 0.0]
+
+
+def test_train_rows(monkeypatch):
+  monkeypatch.setattr(metrics, 'measured_peak', lambda size: 1e12)
+  rows = benchmark.train_suite(TINY, 1, None, kernels=(benchmark.Blockwise(),), remats=(loop.PerStep(), loop.KeepAll()))
+  assert [row['step'] for row in rows] == ['PerStep, Blockwise', 'KeepAll, Blockwise']
+  np.testing.assert_allclose(rows[0]['first loss'], rows[1]['first loss'], rtol=1e-5)
+  assert rows[0]['MFU %'] > 0
+
+
+def test_decode_rows_and_files(tmp_path):
+  rows = benchmark.decode_suite(TINY, 1, budgets=(1, 4), batches=(2,))
+  assert [(row['rows'], row['loops']) for row in rows] == [(2, 1), (2, 4)]
+  assert all(row['tokens/s'] > 0 for row in rows)
+  machine = benchmark.describe_machine(None)
+  benchmark.write(tmp_path, 'decode', {'decode': rows}, TINY, machine)
+  assert json.loads((tmp_path / 'decode.json').read_text())['machine'] == machine
+  assert metrics.table(rows) in (tmp_path / 'decode.md').read_text()
+  assert set(machine) == {'hardware', 'versions', 'date', 'command'}
+
+
+@pytest.mark.parametrize('short', [(1.0,), (0.25, 0.75)])
+def test_peer_computes_the_same_loss_and_gradient(short):
+  torch = pytest.importorskip('torch')
+  from experiments import peer
+  model = benchmark.make_model(TINY)
+  params = init_params(model, jax.random.key(3))
+  batch = benchmark.make_batch(TINY)
+  objective = benchmark.with_short(TINY, plans.Fixed(steps=short))
+
+  def loss(params):
+    return objective(model, params, batch, jax.random.key(0), objective.denominators(batch))[0]
+
+  ours, grads = jax.jit(jax.value_and_grad(loss))(params)
+  theirs = peer.from_params(model, params)
+  tokens, targets = (torch.tensor(batch[name], dtype=torch.long) for name in ('tokens', 'targets'))
+  their_loss = peer.loss_of(theirs, tokens, targets, (1 / TINY.loops,) * TINY.loops, short)
+  their_loss.backward()
+  np.testing.assert_allclose(their_loss.item(), ours, rtol=1e-4)
+  theirs.load_state_dict({name: torch.zeros_like(value) if value.grad is None else value.grad
+                          for name, value in theirs.state_dict(keep_vars=True).items()})
+  expected = peer.from_params(model, grads).state_dict()
+  for name, value in theirs.state_dict().items():
+    if not name.endswith('frequencies'):
+      np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)

@@ -1,0 +1,343 @@
+import dataclasses
+import itertools
+from pathlib import Path
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import loopformer as paper
+from loopformer import config as configs
+from loopformer import plans
+from loopformer.blocks import Normal
+from loopformer.config import check, choose, describe, difference, flatten, override
+from loopformer.embed import TokenEmbed
+from loopformer.loop import Every
+from loopformer.model import init_params
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.terms.cross_entropy import CE
+from loopformer.types import ConfigError
+from tests import parts
+
+TINY = paper.get_config('tiny')
+FILE = parts.ROOT / 'experiments/configs/loopformer.py'
+VARIANTS = [f'{size},kind={kind},ee={ee}' for size, kind, ee in itertools.product(paper.SIZES, paper.KINDS, (0, 1))
+            if not ee or kind in ('base_loop', 'tmlt')]
+
+
+def changed(*assignments: str, config=TINY):
+  for assignment in assignments:
+    config = override(config, assignment)
+  return config
+
+
+def at(config, path: str):
+  for name in path.split('.'):
+    config = configs.fields(config)[name]
+  return config
+
+
+# Overrides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('path, text, value', [
+    ('train.steps', '500', 500),
+    ('name', 'mine', 'mine'),
+    ('name', '123', '123'),  # a text that looks like a number
+    ('optim.decay', '1', 1.0),  # int where a float is asked for
+    ('optim.schedule.peak', '3e-4', 3e-4),
+    ('model.cell.core.block.attn.groups', '2', 2),
+    ('model.cell.core.block.attn.groups', 'None', None),
+    ('model.cell.core.block.dtype', 'bfloat16', 'bfloat16'),
+    ('model.cell.modulation.init.std', '0.02', 0.02),
+    ('task.folder', '/data/text', '/data/text'),
+    ('task.folder', 'None', None),
+    ('evals.budgets', '(1, 3)', (1, 3)),
+    ('evals.budgets', '[1, 3]', (1, 3)),
+    ('evals.budgets', '2,', (2,)),
+    ('objective.terms.lm.weight', '0.5', 0.5),
+    ('objective.terms.shortcut.weight', '2', 2.0),
+    ('objective.rolls.short.plan.loops', '4', 4),
+    ('mesh.data', '-1', -1),
+], ids=lambda value: str(value))
+def test_override(path, text, value):
+  config = changed(f' {path} = {text} ')
+  assert at(config, path) == value and type(at(config, path)) is type(value)
+  moved = set(flatten(config).items()) ^ set(flatten(TINY).items())
+  assert {name for name, _ in moved} <= {path}  # nothing else
+  assert type(config) is type(TINY) and TINY == paper.get_config('tiny')  # and not in place
+
+
+@pytest.mark.parametrize('assignment, message', [
+    ('train.stpes=5', r"train\.stpes = 5: .*Train has no field 'stpes'; did you mean 'steps'\?.*steps, batch, accumul"),
+    ('train.warmth=5', r"no field 'warmth' Its fields: steps, batch"),
+    ('trian.steps=5', r"no field 'trian'; did you mean 'train'\?.*name, model, objective, task"),
+    ('objective.terms.lm_shrot.weight=1', r"no field 'lm_shrot'; did you mean 'lm_short'\?.*lm, lm_short, shortcut"),
+    ('train.steps.x=5', r"train\.steps\.x = 5: builtins\.int has no field 'x'.*none"),
+    ('train.steps=many', r"train\.steps = many: expected int, got str; it was"),
+    ('train.steps=1.5', r'train\.steps = 1\.5: expected int, got float'),
+    ('train.steps=True', r'expected int, got bool'),
+    ('train.steps=None', r'expected int, got NoneType'),
+    ('optim.decay=high', r'optim\.decay = high: expected float, got str; it was 0\.2'),
+    ('optim.decay=False', r'expected float, got bool'),
+    ('evals.budgets=3', r'evals\.budgets = 3: expected tuple'),
+    ('evals.budgets=(1, 2.5)', r'evals\.budgets = \(1, 2\.5\): expected tuple'),
+    ('model.cell=5', r'model\.cell = 5: model\.cell is a part \(.*Timed\), not a value; set one of its fields '
+                     r'\(core, condition, modulation\)'),
+    ('objective.terms=5', r'objective\.terms is a part .*lm, lm_short, shortcut'),
+    ('objective.terms.lm=5', r'objective\.terms\.lm is a part'),
+    ('model.read_out.norm=5', r'model\.read_out\.norm is a part .*it has none'),
+    ('train.steps', r"--set 'train\.steps': expected path=value"),
+    ('train.steps=0', r'train\.steps = 0: must be 1 or more'),  # the part's own check
+    ('objective.rolls.short.plan.loops=1', r'Partition\.loops = 1'),
+    ('model.cell.core.block.mlp.activation=relu', r'activation'),
+], ids=lambda value: value if '=' in value else None)
+def test_override_refuses(assignment, message):
+  with pytest.raises(ConfigError, match=message):
+    override(TINY, assignment)
+
+
+def test_an_optional_part_can_be_taken_out():
+  config = dataclasses.replace(TINY, model=TINY.model.clone(coda=parts.stack(1)))
+  assert changed('model.coda.depth=3', config=config).model.coda.depth == 3
+  assert changed('model.coda=None', config=config).model.coda is None
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_describe_has_a_line_for_every_field():
+  lines = describe(TINY).splitlines()
+  assert 'model.cell.core.depth = 2' in lines
+  assert 'objective.terms.lm.weight = 1.0' in lines
+  assert "model.cell.core.block.dtype = 'float32'" in lines
+  assert 'model.cell.core.block.mlp.activation = loopformer.blocks.gelu' in lines
+  assert 'model.cell = loopformer.cells.timed.Timed' in lines
+  assert 'model.prelude = None' in lines
+  assert len(lines) == len(flatten(TINY)) == len({line.split(' = ')[0] for line in lines})
+  assert '<' not in describe(TINY) and '0x' not in describe(TINY)  # no addresses: equal runs print equal texts
+
+
+@pytest.mark.parametrize('assignment, path', [
+    ('train.log_every=77', None), ('train.eval_every=77', None), ('train.eval_batches=77', None),
+    ('train.save_every=77', None), ('train.keep=77', None), ('evals.budgets=(3,)', None), ('mesh.data=2', None),
+    ('train.steps=77', 'train.steps'), ('train.seed=77', 'train.seed'), ('train.batch=77', 'train.batch'),
+    ('optim.decay=0.3', 'optim.decay'), ('model.loops=9', 'model.loops'), ('task.length=64', 'task.length'),
+    ('objective.terms.lm.weight=2', 'objective.terms.lm.weight'),
+])
+def test_difference_is_of_what_is_computed(assignment, path):
+  found = list(difference(TINY, changed(assignment)))
+  assert found == ([] if path is None else [(path, flatten(TINY)[path], flatten(changed(assignment))[path])])
+
+
+def test_difference_of_other_parts():
+  found = {path: (old, new) for path, old, new in difference(TINY, paper.get_config('tiny,kind=base_loop'))}
+  assert found['model.cell'] == ('loopformer.cells.timed.Timed', 'loopformer.cells.plain.Plain')
+  assert found['model.cell.modulation.layers'] == ('2', '(absent)')
+  assert not list(difference(TINY, paper.get_config('tiny')))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_saved_and_read_is_the_same(variant, tmp_path):
+  config = paper.get_config(variant)
+  configs.save(config, tmp_path)
+  back = configs.read(tmp_path)
+  assert back == config and describe(back) == describe(config)
+  assert hash(back.model) == hash(config.model)  # static arguments of compiled functions
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
+def test_unusual_parts_are_saved(tmp_path):
+  config = dataclasses.replace(
+      TINY, model=TINY.model.clone(prelude=parts.stack(1), cell=parts.timed(init=0.5, groups=1, heads=4)),
+      objective=Objective(rolls={'a': Roll(plans.Fixed(steps=(0.75, 0.25)), Every())},
+                          terms={'x': Weighted(np.float64(0.5), CE(roll='a'))}))
+  configs.save(config, tmp_path)
+  assert configs.read(tmp_path) == config
+
+
+def test_load_of_a_file_with_argument_and_overrides():
+  config = configs.load(f'{FILE}:tiny,kind=tmlt,ee=1,loops=4', ['train.steps=123', 'train.steps=321'])
+  assert config.name == 'tmlt_ee' and config.model.loops == 4 and config.train.steps == 321
+  assert configs.load(str(FILE)) == paper.get_config()
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('nowhere/mine.py', r'--config nowhere/mine\.py: no such file'),
+    (f'{FILE}:huge', r"config argument size = 'huge'; choose one of tiny, small, paper"),
+    (f'{FILE}:tiny,kind=plain', r"config argument kind = 'plain'; choose one of loopformer, base"),
+    (f'{FILE}:tiny,depth=4', r"config argument 'depth=4': no 'depth' here; there are size, kind, ee, loops, dtype"),
+    (f'{FILE}:tiny,loops=few', r'config argument loops = few: expected int, got str; it was 8'),
+    (f'{FILE}:tiny,ee=1', r'config argument ee = 1: early exit is a variant'),
+], ids=['missing', 'size', 'kind', 'name', 'type', 'ee'])
+def test_load_refuses(spec, message):
+  with pytest.raises(ConfigError, match=message):
+    configs.load(spec)
+
+
+def test_a_file_without_get_config_is_refused(tmp_path):
+  (tmp_path / 'empty_one.py').write_text('x = 1\n')
+  with pytest.raises(ConfigError, match='defines no get_config'):
+    configs.load(str(tmp_path / 'empty_one.py'))
+
+
+def test_arguments():
+  assert configs.arguments('', size='tiny', loops=8) == {'size': 'tiny', 'loops': 8}
+  assert configs.arguments('small,loops=4', size='tiny', loops=8) == {'size': 'small', 'loops': 4}
+  assert configs.arguments('loops=4,size=small', size='tiny', loops=8) == {'size': 'small', 'loops': 4}
+  assert choose('size', 'a', {'a': 1}) == 1
+
+
+def test_read_of_a_folder_without_a_run(tmp_path):
+  with pytest.raises(ConfigError, match=r'workdir = .*no config\.json'):
+    configs.read(tmp_path)
+
+
+def test_lambdas_are_refused(tmp_path):
+  block = TINY.model.cell.core.block
+  block = block.clone(mlp=block.mlp.clone(activation=lambda x: x))
+  core = TINY.model.cell.core.clone(block=block)
+  config = dataclasses.replace(TINY, model=TINY.model.clone(cell=TINY.model.cell.clone(core=core)))
+  with pytest.raises(ConfigError, match='lambda.*cannot be saved'):
+    configs.save(config, tmp_path)
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+  config = dataclasses.replace(TINY, name=jax.ShapeDtypeStruct((3,), np.float32))
+  with pytest.raises(ConfigError, match='cannot be saved'):
+    configs.save(config, tmp_path)
+
+
+OWN_PART = '''
+import dataclasses
+
+from experiments.configs import loopformer as paper
+from loopformer import plans
+from loopformer.objective import Objective, Roll
+from loopformer.types import part
+
+
+@part
+class Halved:
+  """One plan of two steps."""
+  first: float = {first}
+
+  @property
+  def longest(self):
+    return 2
+
+  @property
+  def expected(self):
+    return 2.0
+
+  def __call__(self, key):
+    return plans.schedule((self.first, 1 - self.first))
+
+
+def get_config(first: str = ''):
+  config = paper.get_config('tiny')
+  rolls = {{**config.objective.rolls, 'short': Roll(Halved(first=float(first)) if first else Halved())}}
+  return dataclasses.replace(config, objective=Objective(rolls=rolls, terms=config.objective.terms))
+'''
+
+
+def own_part(folder: Path, first: float = 0.5) -> Path:
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'own_part.py').write_text(OWN_PART.format(first=first))
+  return folder / 'own_part.py'
+
+
+@pytest.fixture
+def forget():
+  """As if no configuration file had been imported in this process."""
+  def clean():
+    for name in [name for name in sys.modules if name.startswith(configs.LOADED)]:
+      del sys.modules[name]
+  clean()
+  yield clean
+  clean()
+
+
+def test_a_part_of_the_configuration_file_is_read_from_the_work_folder(tmp_path, forget):
+  source = own_part(tmp_path / 'configs')
+  config = configs.load(f'{source}:0.75')
+  configs.save(config, tmp_path / 'run')
+  source.unlink()
+  plan = "config.objective.rolls['short'].plan"
+  out = parts.python('import sys; from loopformer import config as configs; from pathlib import Path; '
+                     f'config = configs.read(Path(sys.argv[1])); print(type({plan}).__name__, {plan}.first); '
+                     'print(configs.describe(config))', str(tmp_path / 'run'))
+  assert out == f'Halved 0.75\n{describe(config)}\n'
+
+
+def test_a_run_that_was_read_can_be_saved_where_it_came_from(tmp_path, forget):
+  """Resuming without --config reads the work folder's own copy of the configuration file, then saves."""
+  configs.save(configs.load(str(own_part(tmp_path / 'configs'))), tmp_path / 'run')
+  forget()
+  config = configs.read(tmp_path / 'run')
+  configs.save(config, tmp_path / 'run')
+  forget()
+  assert describe(configs.read(tmp_path / 'run')) == describe(config)
+
+
+def test_files_of_one_name_in_two_work_folders_are_two_files(tmp_path, forget):
+  """Runs of one configuration file, edited between them, are compared in one process."""
+  for run, first in (('a', 0.5), ('b', 0.25)):
+    configs.save(configs.load(str(own_part(tmp_path / 'configs', first))), tmp_path / run)
+    forget()
+  plan = {run: configs.read(tmp_path / run).objective.rolls['short'].plan for run in 'ab'}
+  assert [type(plan[run])().first for run in 'ab'] == [0.5, 0.25]  # each class by its own folder's file
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_variant_is_sound(variant):
+  check(paper.get_config(variant))
+
+
+@pytest.mark.parametrize('assignments, message', [
+    (['model.cell.core.block.attn.heads=5'], r'model\.loop: heads = 5 does not divide the width 128'),
+    (['model.cell.core.block.attn.heads=4', 'model.cell.core.block.attn.groups=3'], r'groups = 3 does not divide heads = 4'),
+    (['model.cell.core.block.dtype=float16'], r"block\.dtype = 'float16'; use one of float32, bfloat16"),
+    (['task.length=129'], r'task\.length = 129 is more than model\.read_in\.length = 128'),
+    (['model.loops=7'], r'a plan of 8 steps is longer than model\.loops = 7'),
+    (['train.batch=10', 'train.accumulate=4'], r'train\.batch = 10 .*train\.accumulate = 4'),
+    (['train.steps=100', 'optim.schedule.warmup=100'], r'optim\.schedule\.warmup = 100'),
+    (['model.cell.core.depth=3'], r'depth = 3.*modulation\.layers = 2|modulation\.layers = 2.*depth = 3'),
+    (['model.cell.modulation.layers=1'], r'layers = 1.*depth = 2|depth = 2.*layers = 1'),
+    (['model.read_in.width=64'], r'width = 128.*width = 64|width = 64.*width = 128'),
+    (['model.cell.condition.width=64'], r'width = 128.*width = 64|width = 64.*width = 128'),
+    (['model.read_in.dtype=float16'], r"read_in\.dtype = 'float16'"),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_check_refuses(assignments, message):
+  with pytest.raises(ConfigError, match=message):
+    check(changed(*assignments))
+
+
+def test_check_names_the_stack():
+  config = dataclasses.replace(TINY, model=TINY.model.clone(coda=parts.stack(1)))
+  with pytest.raises(ConfigError, match=r'model\.coda: heads = 3'):
+    check(changed('model.coda.block.attn.heads=3', config=config))
+
+
+def test_what_passes_the_check_can_be_built():
+  """Overrides that concern several parts at once, made together."""
+  config = changed('model.read_in.width=64', 'model.cell.condition.width=64', 'model.cell.core.depth=3',
+                   'model.cell.modulation.layers=3', 'model.cell.core.block.attn.groups=1')
+  check(config)
+  assert parts.shapes(config.model)['read_in']['embedding'].shape == (1024, 64)
+
+
+def test_parts_are_plain_values():
+  assert TINY.model == paper.get_config('tiny').model != changed('model.loops=9').model
+  assert {TINY.model: 1}[paper.get_config('tiny').model] == 1
+  assert TokenEmbed(vocab=1, width=1, length=1) == TokenEmbed(vocab=1, width=1, length=1)
+  assert Normal(0.0) == Normal(0.0) != Normal(0.1)
+  assert jax.eval_shape(lambda: init_params(TINY.model, jax.random.key(0)))

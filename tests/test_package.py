@@ -1,0 +1,50 @@
+"""What importing costs: no flags, no device, no library that the imported part does not need."""
+import json
+
+import pytest
+
+from tests import parts
+
+HEAVY = ('grain', 'array_record', 'sentencepiece', 'matplotlib', 'torch', 'tensorboardX', 'orbax', 'pyarrow',
+         'safetensors')
+REPORT = '''
+import importlib, json, sys
+importlib.import_module(sys.argv[1])
+from jax._src import xla_bridge
+print(json.dumps({'modules': sorted({name.split('.')[0] for name in sys.modules}), 'backends': list(xla_bridge._backends)}))
+'''
+
+
+def imported(module: str, *arguments: str) -> dict:
+  return json.loads(parts.python(REPORT, module, *arguments))
+
+
+@pytest.mark.parametrize('module', ['loopformer', 'loopformer.model', 'loopformer.generation', 'loopformer.api',
+                                    'loopformer.train', 'loopformer.convert', 'experiments.configs.loopformer'])
+def test_importing_loads_and_touches_little(module):
+  report = imported(module)
+  assert not set(HEAVY) & set(report['modules'])
+  assert report['backends'] == []
+
+
+def test_importing_parses_no_flags():
+  code = ('import sys, loopformer, loopformer.api, loopformer.train; from absl import flags; '
+          'assert not flags.FLAGS.is_parsed(); print(sys.argv[1:])')
+  assert parts.python(code, '--nonsense=1', 'x') == "['--nonsense=1', 'x']\n"
+
+
+def test_the_package_offers_its_functions_on_demand():
+  code = '''
+import sys
+import loopformer
+assert 'jax' not in sys.modules, 'importing the package alone loads nothing'
+assert {'generate', 'load', 'logits', 'convert'} <= set(dir(loopformer))
+import loopformer.generation, loopformer.api
+from loopformer import generate, load, logits
+assert loopformer.generate is generate is loopformer.generation.generate and callable(load) and callable(logits)
+try:
+  loopformer.nonsense
+except AttributeError as error:
+  print(error)
+'''
+  assert parts.python(code) == "module 'loopformer' has no attribute 'nonsense'\n"

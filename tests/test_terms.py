@@ -1,0 +1,244 @@
+import functools
+import zlib
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loopformer import plans
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.terms.cross_entropy import CE, nll_sum
+from loopformer.terms.match import Match
+from loopformer.types import ConfigError, Plan, Trace
+from tests import parts
+from tests.parts import D, L, ROWS, T, V, close, forward, params
+
+KEY = jax.random.key(5)
+
+
+def naive(z, table, targets, weights):
+  logp = jax.nn.log_softmax(jnp.einsum('...D,VD->...V', z, table, preferred_element_type=jnp.float32))
+  return -jnp.sum(weights * jnp.take_along_axis(logp, targets[..., None], -1)[..., 0])
+
+
+def inputs(rows: int = 3, length: int = 7, scale: float = 1.0, dtype=jnp.float32):
+  rng = np.random.default_rng(rows * length)
+  weights = rng.uniform(0, 2, (rows, length)) * (rng.uniform(size=(rows, length)) < 0.7)
+  return (jnp.asarray(scale * rng.standard_normal((rows, length, D)), dtype),
+          jnp.asarray(rng.standard_normal((V, D)), jnp.float32),
+          jnp.asarray(rng.integers(0, V, (rows, length))), jnp.asarray(weights, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def chunked(z, table, targets, weights, chunk):
+  return jax.value_and_grad(lambda z, table: 3 * nll_sum(z, table, targets, weights, chunk), (0, 1))(z, table)
+
+
+@jax.jit
+def whole(z, table, targets, weights):
+  return jax.value_and_grad(lambda z, table: 3 * naive(z, table, targets, weights), (0, 1))(z, table)
+
+
+# Cross-entropy -------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(chunk=st.integers(1, 40))
+@hypothesis.example(chunk=1)
+@hypothesis.example(chunk=8)  # does not divide the 21 tokens
+@hypothesis.example(chunk=21)
+@hypothesis.example(chunk=512)
+def test_nll_sum_equals_the_naive_one(chunk):
+  close(chunked(*inputs(), chunk), whole(*inputs()), 1e-5)
+
+
+def test_nll_sum_without_gradient_is_the_same():
+  np.testing.assert_allclose(nll_sum(*inputs(), 8), naive(*inputs()), rtol=1e-6)
+
+
+def test_tokens_of_weight_zero_do_not_count():
+  z, table, targets, weights = inputs()
+  out = weights == 0
+  assert 0 < out.sum() < out.size
+  other = jnp.where(out[..., None], z + 5, z), table, jnp.where(out, (targets + 1) % V, targets), weights
+  (value, (dz, dtable)), (other_value, (other_dz, other_dtable)) = chunked(*inputs(), 8), chunked(*other, 8)
+  close((value, dz, dtable), (other_value, other_dz, other_dtable), 1e-6)
+  assert not np.asarray(dz)[np.asarray(out)].any()
+  assert chunked(z, table, targets, jnp.zeros_like(weights), 8)[0] == 0
+
+
+@pytest.mark.parametrize('scale', [1e3, 1e6])
+def test_extreme_logits_are_finite(scale):
+  value, grads = chunked(*inputs(scale=scale), 8)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))
+  close((value, grads), whole(*inputs(scale=scale)), 1e-5)
+
+
+def test_bfloat16_states_are_close():
+  value, (dz, dtable) = chunked(*inputs(dtype=jnp.bfloat16), 8)
+  expected, (expected_dz, expected_dtable) = whole(*inputs())
+  assert value.dtype == dtable.dtype == jnp.float32 and dz.dtype == jnp.bfloat16
+  close((value, dz, dtable), (expected, expected_dz, expected_dtable), 2e-2)
+
+
+def largest(jaxpr) -> int:
+  """Elements of the largest value in a jaxpr and in what it calls."""
+  sizes = [0]
+  for equation in jaxpr.eqns:
+    sizes += [out.aval.size for out in equation.outvars if hasattr(out.aval, 'size')]
+    sizes += [largest(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)]
+  return max(sizes)
+
+
+@pytest.mark.parametrize('chunk, held', [(16, False), (192, True)], ids=['chunked', 'whole'])
+def test_logits_are_never_held_whole(chunk, held):
+  rows, length = 12, 16  # tokens * V is above everything else: tokens * D, V * D
+  z, table, targets, weights = inputs(rows, length)
+  trace = jax.make_jaxpr(functools.partial(chunked.__wrapped__, chunk=chunk))(z, table, targets, weights)
+  assert rows * length * V > max(z.size, table.size)
+  assert (largest(trace.jaxpr) >= rows * length * V) == held
+  text = chunked.lower(z, table, targets, weights, chunk).compile().as_text()
+  assert (f'f32[{rows * length},{V}]' in text) == held
+
+
+def test_ce_is_the_mean_by_weights():
+  z, table, targets, weights = inputs()
+  batch = {'targets': targets, 'weights': weights}
+  trace = Trace(x=None, z=z, xs=None, aux=None, kv=None, steps=None)
+  term = CE(roll='long', chunk=5)
+  np.testing.assert_allclose(term({'long': trace}, batch, table, None), naive(z, table, targets, weights), rtol=1e-6)
+  assert term.weight(batch) == weights.sum() and term.reads == ('long',)
+
+
+# Match ---------------------------------------------------------------------------------------------------------------
+
+
+def test_match_is_the_formula():
+  z, _, targets, weights = inputs()
+  other = inputs(scale=0.5)[0] + 0.1
+  rolls = {name: Trace(x=None, z=value, xs=None, aux=None, kv=None, steps=None)
+           for name, value in (('short', z), ('long', other))}
+  term, batch = Match(roll='short', target='long'), {'targets': targets, 'weights': weights}
+  squares = np.mean((np.asarray(other, np.float64) - np.asarray(z, np.float64)) ** 2, -1)
+  np.testing.assert_allclose(term(rolls, batch, None, None), np.sum(squares * np.asarray(weights)), rtol=1e-5)
+  ones = {**batch, 'weights': jnp.ones_like(weights)}
+  np.testing.assert_allclose(term(rolls, ones, None, None) / term.weight(ones), np.mean(squares), rtol=1e-5)
+  # Into the short state, and not into the long one.
+  grads = jax.grad(lambda short, long: term({'short': rolls['short'].replace(z=short),
+                                             'long': rolls['long'].replace(z=long)}, batch, None, None), (0, 1))
+  d_short, d_long = grads(z, other)
+  np.testing.assert_allclose(d_short, 2 / D * (z - other) * weights[..., None], atol=1e-6)
+  assert not d_long.any()
+
+
+MODEL = ROWS['loopformer'].model
+SHORTCUT = Objective(
+    rolls={'long': Roll(plans.Uniform(L)), 'short': Roll(plans.Partition(L))},
+    terms={'shortcut': Weighted(0.5, Match(roll='short', target='long'))})
+
+
+def full_objective(loops: int = L) -> Objective:
+  return Objective(
+      rolls={'long': Roll(plans.Uniform(loops)), 'short': Roll(plans.Partition(loops))},
+      terms={'lm': Weighted(1.0, CE(roll='long', chunk=8)), 'lm_short': Weighted(0.1, CE(roll='short', chunk=8)),
+             'shortcut': Weighted(0.3, Match(roll='short', target='long'))})
+
+
+def short_plan(key) -> Plan:
+  return plans.Partition(L)(jax.random.fold_in(key, zlib.crc32(b'short')))
+
+
+def test_the_long_pass_gets_no_gradient_from_the_shortcut():
+  batch = parts.batch()
+  total = SHORTCUT.denominators(batch)
+
+  @jax.jit
+  def ours(weights):
+    return jax.value_and_grad(lambda w: SHORTCUT(MODEL, w, batch, KEY, total)[0])(weights)
+
+  @jax.jit
+  def by_hand(weights):
+    def loss(w):
+      long = MODEL.apply({'params': jax.lax.stop_gradient(w)}, batch['tokens'], plans.Uniform(L)(KEY)).z
+      short = MODEL.apply({'params': w}, batch['tokens'], short_plan(KEY)).z
+      return 0.5 * jnp.sum(jnp.mean((long - short) ** 2, -1) * batch['weights']) / batch['weights'].sum()
+    return jax.value_and_grad(loss)(weights)
+
+  close(ours(params(MODEL)), by_hand(params(MODEL)), 1e-6)
+
+
+def test_what_the_long_pass_alone_sees_gets_no_gradient():
+  """Each pass is given a plan of its own to differentiate by."""
+  batch = parts.batch()
+
+  def moved(plan, times):
+    return lambda key: plan.replace(t=times)
+
+  def loss(times):
+    objective = Objective(rolls={name: Roll(moved(plan, times[name])) for name, plan in base.items()},
+                          terms=SHORTCUT.terms)
+    return objective(MODEL, params(MODEL), batch, KEY, objective.denominators(batch))[0]
+
+  base = {'long': plans.Uniform(L)(KEY), 'short': plans.schedule((0.5, 0.5))}
+  grads = jax.jit(jax.grad(loss))({name: plan.t for name, plan in base.items()})
+  assert not grads['long'].any()
+  assert np.abs(grads['short']).min() > 1e-6
+
+
+# Objectives ----------------------------------------------------------------------------------------------------------
+
+
+OBJECTIVE = full_objective()
+
+
+@jax.jit
+def share(weights, batch, total):
+  """((loss, {term: mean}), gradient)."""
+  return jax.value_and_grad(lambda w: OBJECTIVE(MODEL, w, batch, KEY, total), has_aux=True)(weights)
+
+
+def test_loss_is_the_sum_assembled_by_hand():
+  batch, weights = parts.batch(), params(MODEL)
+  (loss, shares), _ = share(weights, batch, OBJECTIVE.denominators(batch))
+  z = {'long': forward(MODEL, weights, batch['tokens'], plans.Uniform(L)(KEY), batch['segments']).z,
+       'short': forward(MODEL, weights, batch['tokens'], short_plan(KEY), batch['segments']).z}
+  table, count = weights['read_in']['embedding'], float(batch['weights'].sum())
+  ce = {name: float(naive(z[name], table, batch['targets'], batch['weights'])) / count for name in z}
+  match = float(jnp.sum(jnp.mean((z['long'] - z['short']) ** 2, -1) * batch['weights'])) / count
+  assert 0 < count < batch['weights'].size
+  np.testing.assert_allclose([shares['lm'], shares['lm_short'], shares['shortcut']],
+                             [ce['long'], ce['short'], match], rtol=1e-5)
+  np.testing.assert_allclose(loss, ce['long'] + 0.1 * ce['short'] + 0.3 * match, rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_it():
+  batch = parts.batch(8)
+  total = OBJECTIVE.denominators(batch)
+  halves = [jax.tree.map(lambda leaf: leaf[i:i + 4], batch) for i in (0, 4)]
+  assert len({float(half['weights'].sum()) for half in halves}) == 2  # unequal weights
+  shares = [share(params(MODEL), half, total) for half in halves]
+  close(jax.tree.map(jnp.add, *shares), share(params(MODEL), batch, total), 1e-6)
+
+
+def test_a_batch_without_targets_costs_nothing():
+  batch = parts.batch(weights=jnp.zeros((4, T)))
+  (loss, _), grads = share(params(MODEL), batch, OBJECTIVE.denominators(batch))
+  assert loss == 0 and all(not leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('term', [CE(roll='lnog'), Match(roll='short', target='lnog')], ids=['CE', 'Match'])
+def test_an_unknown_rollout_is_refused(term):
+  with pytest.raises(ConfigError, match=r"objective\.terms\['broken'\] reads the rollout 'lnog'.*long, short"):
+    Objective(rolls=SHORTCUT.rolls, terms={'broken': Weighted(1.0, term)})
+
+
+def test_longest_plan_and_arithmetic():
+  objective = full_objective(8)
+  assert objective.longest == 8
+  model = ROWS['base_loop'].model
+  one, two = (model.flops(T, steps) for steps in (1, 2))
+  np.testing.assert_allclose(objective.flops(model, T), 3 * (2 * one + (8 - 1 + 4 - 1) * (two - one)))
