@@ -55,15 +55,15 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
     code = cell.timetable(plan)
   if plan.free is not None and not cell.is_initializing():
     if code is not None:
-    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
-                        'them; use a plan without free steps')
+      raise ConfigError('plan.free: free steps have no row in the plan, so a cell that depends on the schedule cannot '
+                        'run them; use a plan without free steps')
     first = plan.free
     tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
     x, kv = _without_gradient(cell, x, jax.lax.stop_gradient(e), lambda k: tick.replace(k=k), first, ctx, kv)
   rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
   if kv is not None and not cell.is_initializing():
-    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can be skipped.
+    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
     if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
       raise ConfigError('with a cache, the rows of a plan run up to its last live one: keep = Last(), live = bool[K]')
     x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
