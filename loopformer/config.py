@@ -6,8 +6,10 @@ looked up by name; a saved configuration names the classes that it is made of.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -130,43 +132,45 @@ def _annotation(value: Any, name: str) -> Any:
 
 def _parse(text: str, old: Any, kind: Any, path: str) -> Any:
   try:
-    new = ast.literal_eval(text)
+    candidates = [ast.literal_eval(text), text]  # the text itself: a string that looks like a number
   except (ValueError, SyntaxError):
-    new = text
-  if conforms(text, kind) and not conforms(new, kind):
-    new = text  # a string that looks like a number
-  if isinstance(new, int) and not isinstance(new, bool) and not conforms(new, kind) and conforms(float(new), kind):
-    new = float(new)
-  if isinstance(new, list):
-    new = tuple(new)
-  if conforms(new, kind):
-    return new
+    candidates = [text]
+  for candidate in candidates:
+    try:
+      return fit(candidate, kind)
+    except TypeError:
+      continue
   if is_part(old) or isinstance(old, Mapping):
     raise ConfigError(f'{path} = {text}: {path} is a part ({_name_of(type(old))}), not a value; set one of its fields '
                       f'({", ".join(fields(old)) or "it has none"}), or edit the configuration file')
-  raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, got {type(new).__name__}; it was {old!r}')
+  raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, got {type(candidates[0]).__name__}; it was {old!r}')
 
 
-def conforms(value: Any, kind: Any) -> bool:
-  """Whether a parsed value has the declared type."""
+def fit(value: Any, kind: Any) -> Any:
+  """The parsed value as the declared type: integers become floats, lists tuples, where those are wanted.
+
+  Raises:
+    TypeError: the value does not have that type.
+  """
   origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if kind is Any:
-    return True
+  if kind is Any or kind in (None, type(None)) and value is None:
+    return value
   if origin in (typing.Union, types.UnionType):
-    return any(conforms(value, arg) for arg in args)
-  if kind in (None, type(None)):
-    return value is None
-  if origin is tuple:
-    if not isinstance(value, (tuple, list)):
-      return False
+    for exact in (True, False):  # of int | float, an integer is an int
+      for arg in args:
+        if not exact or type(value) is arg or value is None and arg is type(None):
+          with contextlib.suppress(TypeError):
+            return fit(value, arg)
+  elif origin is tuple and isinstance(value, (tuple, list)):
     if len(args) == 2 and args[1] is Ellipsis:
-      return all(conforms(item, args[0]) for item in value)
-    return len(args) == len(value) and all(map(conforms, value, args))
-  if kind is float:
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
-  if kind in (int, str, bool):
-    return type(value) is kind
-  return False
+      return tuple(fit(item, args[0]) for item in value)
+    if len(args) == len(value):
+      return tuple(map(fit, value, args))
+  elif kind is float and type(value) in (int, float):
+    return float(value)
+  elif kind in (int, str, bool) and type(value) is kind:
+    return value
+  raise TypeError(f'{value!r} is no {_kind_name(kind)}')
 
 
 def _kind_name(kind: Any) -> str:
@@ -183,6 +187,9 @@ def check(config: Experiment):
     ConfigError: with field, value and remedy.
   """
   model, train = config.model, config.train
+  if model.read_in.dtype not in DTYPES:
+    raise ConfigError(f'model.read_in.dtype = {model.read_in.dtype!r}; use one of {", ".join(DTYPES)}')
+  model.cell.check(model.read_in.width)
   for name, stack in model.stacks().items():
     attn = stack.block.attn
     check_heads(attn.heads, attn.groups or attn.heads, model.read_in.width, f'model.{name}: ')
@@ -219,15 +226,22 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
 
 
 def _import_file(path: Path) -> types.ModuleType:
+  """The file as a module that is named after it and its contents, so that two versions of it are two modules."""
   if not path.is_file():
     raise ConfigError(f'--config {path}: no such file; give the path of a configuration, '
                       'such as experiments/configs/loopformer.py:tiny')
-  name = LOADED + path.stem
-  module_spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(module_spec)
-  sys.modules[name] = module
-  module_spec.loader.exec_module(module)
-  return module
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+  name = LOADED + path.stem if path.stem.endswith(digest) else f'{LOADED}{path.stem}_{digest}'
+  if name not in sys.modules:
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+      module_spec.loader.exec_module(module)
+    except BaseException:
+      del sys.modules[name]
+      raise
+  return sys.modules[name]
 
 
 def arguments(text: str, **defaults: Any) -> dict[str, Any]:
@@ -259,7 +273,9 @@ def save(config: Experiment, workdir: Path):
   encoded = json.dumps(_encode(config), indent=1)
   for name, module in list(sys.modules.items()):
     if name.startswith(LOADED) and f'"{name}:' in encoded:
-      shutil.copyfile(module.__file__, workdir / f'{name.removeprefix(LOADED)}.py')
+      copy = workdir / f'{name.removeprefix(LOADED)}.py'
+      if not copy.exists():
+        shutil.copyfile(module.__file__, copy)
   target = workdir / 'config.json'
   temporary = target.with_suffix('.tmp')
   temporary.write_text(encoded + '\n')

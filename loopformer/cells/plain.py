@@ -11,6 +11,9 @@ class Plain(nn.Module):
   """x = core(x)."""
   core: Stack
 
+  def check(self, width: int):
+    """Nothing: its one part takes any width."""
+
   def timetable(self, plan: Plan) -> None:
     """Nothing: the step does not depend on the schedule."""
     return None

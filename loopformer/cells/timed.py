@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from loopformer.blocks import Stack
 from loopformer.condition import LoopIndex, Modulation, Trajectory
-from loopformer.types import KV, Array, Ctx, Plan
+from loopformer.types import KV, Array, ConfigError, Ctx, Plan
 
 
 class Timed(nn.Module):
@@ -13,6 +13,15 @@ class Timed(nn.Module):
   core: Stack
   condition: Trajectory | LoopIndex
   modulation: Modulation
+
+  def check(self, width: int):
+    """Raises ConfigError where the parts do not fit each other, or the model's width."""
+    if self.modulation.layers != self.core.depth:
+      raise ConfigError(f'model.cell.core.depth = {self.core.depth}, but model.cell.modulation.layers = '
+                        f'{self.modulation.layers}; every layer needs its modulation: set both to the same number')
+    if self.condition.width != width:
+      raise ConfigError(f'model.read_in.width = {width}, but model.cell.condition.width = {self.condition.width}; '
+                        'set both to the same number')
 
   def timetable(self, plan: Plan) -> Array:
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
