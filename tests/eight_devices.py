@@ -97,7 +97,8 @@ def main():
   report = {'steps': {}, 'collectives': {}}
   alone = Mesh(data=1).make(devices[:1])
   expected = None
-  for data, fsdp, accumulate in ((1, 1, 1), (1, 1, 4), (8, 1, 1), (8, 1, 2), (1, 8, 1), (1, 8, 2), (2, 4, 1), (2, 4, 2)):
+  runs = [(1, 1, 1), (1, 1, 4), (8, 1, 1), (8, 1, 2), (1, 8, 1), (1, 8, 2), (2, 4, 1), (2, 4, 2)]
+  for data, fsdp, accumulate in runs:
     mesh = alone if data * fsdp == 1 else Mesh(data=data, fsdp=fsdp).make(devices)
     state = state_on(mesh)
     kernel = state.params['cell']['core']['block']['mlp']['up']['kernel']

@@ -11,7 +11,7 @@ import loopformer
 from loopformer.generation import ROUND, controls, decode, generate, prefill, sample
 from loopformer.types import ConfigError
 from tests import parts
-from tests.parts import D, L, ROWS, UNEVEN, V
+from tests.parts import D, L, UNEVEN, V
 
 MODEL = parts.looped(parts.timed(), read_in=parts.TokenEmbed(vocab=V, width=D, length=80))
 PROMPTS = ('abc', 'q', 'hello there', '')
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused(prompt, new):
 
 def test_what_just_fits_is_served():
   """Lengths are rounded up to a multiple, and no further than the model's positions."""
-  assert ROUND < 76 < 80 and 80 % ROUND
+  assert MODEL.read_in.length % ROUND
   prompt = ('abcdefghij' * 8)[:76]
   (text,) = run((prompt,), max_new_tokens=4)
   ids = TOKENIZER.encode(prompt)
@@ -176,7 +176,8 @@ def reference(temperature: float, top_k: int | None, top_p: float | None) -> np.
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.5, 2.0])
-@pytest.mark.parametrize('top_k, top_p', [(None, None), (3, None), (None, 0.7), (4, 0.8), (100, 1.0), (5, 0.2)], ids=str)
+@pytest.mark.parametrize('top_k, top_p', [(None, None), (3, None), (None, 0.7), (4, 0.8), (100, 1.0), (5, 0.2)],
+                         ids=str)
 def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
   control = controls(len(LOGITS), temperature, top_k, top_p)
   drawn = jax.jit(sample)(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), jax.random.key(0), control)

@@ -8,7 +8,8 @@ import pytest
 
 from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
-from loopformer.blocks import UnitNorm
+from loopformer.attention import Blockwise, Fused, attend
+from loopformer.blocks import UnitNorm, dense, gelu
 from loopformer.condition import sinusoid
 from loopformer.loop import Every, KeepAll, PerStep
 from loopformer.model import init_params, parameter_count
@@ -185,6 +186,49 @@ def test_gradients_pass_skipped_rows(name):
   close(long, short, 1e-5 if ROWS[name].tolerance < 1e-2 else 2e-2)
 
 
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+def by_softmax(q, k, v, seg):
+  """Attention as it is defined, one head at a time."""
+  length, each = q.shape[1], q.shape[2] // k.shape[2]
+  k, v = jnp.repeat(k, each, 2), jnp.repeat(v, each, 2)
+  mask = (jnp.arange(length)[:, None] >= jnp.arange(length))[None]
+  mask = mask if seg is None else mask & (seg[:, :, None] == seg[:, None])
+  scores = jnp.einsum('bthd,bshd->bhts', q, k) / np.sqrt(q.shape[-1])
+  return jnp.einsum('bhts,bshd->bthd', jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), -1), v)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('segments', [False, True], ids=['joined', 'segments'])
+@pytest.mark.parametrize('kernel', [Blockwise(), Blockwise(size=3), Fused()], ids=['one_block', 'blocks_of_3', 'fused'])
+def test_attention_and_its_gradients(kernel, groups, segments):
+  rng = np.random.default_rng(0)
+  q, k, v, seed = (jnp.asarray(rng.standard_normal((2, T, heads, 5)), jnp.float32) for heads in (4, groups, groups, 4))
+  seg = jnp.asarray(rng.integers(0, 2, (2, T)).cumsum(1)) if segments else None
+
+  def value_and_gradients(attend):
+    return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(seed * attend(*qkv, seg)), (0, 1, 2)))(q, k, v)
+
+  close(value_and_gradients(kernel), value_and_gradients(by_softmax), 1e-5)
+
+
+def test_a_query_without_keys_is_finite():
+  q = jnp.ones((1, 2, 2, 4))
+  mask = jnp.array([[[True, False], [False, False]]])
+  values = jax.value_and_grad(lambda q, k, v: attend(q, k, v, mask).sum(), (0, 1, 2))(q, q, q)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values))
+
+
+def test_dense_and_gelu_have_the_gradients_of_their_formulas():
+  rng = np.random.default_rng(0)
+  x, w, seed = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
+  ours = jax.value_and_grad(lambda x, w: jnp.sum(seed * gelu(dense(x, w))), (0, 1))(x, w)
+  theirs = jax.value_and_grad(lambda x, w: jnp.sum(
+      seed * (x @ w) * 0.5 * (1 + jax.scipy.special.erf((x @ w) / np.sqrt(2)))), (0, 1))(x, w)
+  close(ours, theirs, 1e-5)
+
+
 # Steps without gradient ----------------------------------------------------------------------------------------------
 
 
@@ -338,6 +382,23 @@ def test_cached_equals_parallel(name, way):
     plan = padded(steps)
     z = forward(model, weights, jnp.pad(text, ((0, T + 1 - len(text)), (0, 0))), plan).z[:len(text)]
     close(way(model, weights, text, plan), parts.logits(model, weights, z), ROWS[name].tolerance, str(steps))
+
+
+@pytest.mark.parametrize('change', ['keep', 'live'])
+def test_what_a_cache_cannot_serve_is_refused(change):
+  model, plan = ROWS['loopformer'].model, plans.Uniform(L)(jax.random.key(0))
+  plan = plan.replace(live=jnp.ones((L, 2), bool)) if change == 'live' else plan
+  keep = Every() if change == 'keep' else loop.Last()
+  with pytest.raises(ConfigError, match='with a cache'):
+    jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(2), plan, kv=model.cache(2, T), keep=keep))
+
+
+def test_free_steps_with_a_cache():
+  model, text = ROWS['base_loop'].model, tokens(2)
+  pos = jnp.broadcast_to(jnp.arange(T), text.shape)
+  ours = parts.extend(model, params(model), text, freed(2, 2), pos, model.cache(2, T))
+  theirs = parts.extend(model, params(model), text, plans.Uniform(4)(jax.random.key(0)), pos, model.cache(2, T))
+  close(ours, theirs, 1e-6)
 
 
 @pytest.mark.parametrize('name', ['loopformer', 'grouped', 'bfloat16', 'prelude_coda'])

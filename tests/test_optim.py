@@ -75,7 +75,7 @@ def test_gradients_are_clipped_by_their_global_norm():
   weights = {'kernel': jnp.ones((3, 4)), 'bias': jnp.ones(4)}
   optimizer = AdamW(schedule=WarmupCosine(warmup=1), clip=1.0).make(10)
   for scale, expected in ((0.1, 0.1), (100.0, 1.0)):
-    grads = jax.tree.map(lambda leaf: scale * leaf / 4, weights)  # sixteen entries: norm = scale
+    grads = optax.tree.scale(scale / 4, weights)  # sixteen entries: norm = scale
     _, state = optimizer.update(grads, optimizer.init(weights), weights)
     first = next(s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu'))
     np.testing.assert_allclose(optax.tree.norm(first), 0.1 * expected, rtol=1e-5)

@@ -11,7 +11,8 @@ REPORT = '''
 import importlib, json, sys
 importlib.import_module(sys.argv[1])
 from jax._src import xla_bridge
-print(json.dumps({'modules': sorted({name.split('.')[0] for name in sys.modules}), 'backends': list(xla_bridge._backends)}))
+modules = sorted({name.split('.')[0] for name in sys.modules})
+print(json.dumps({'modules': modules, 'backends': list(xla_bridge._backends)}))
 '''
 
 
