@@ -65,7 +65,10 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   if kv is not None and not cell.is_initializing():
     # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
     if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
-      raise ConfigError('with a cache, the rows of a plan run up to its last live one: keep = Last(), live = bool[K]')
+      raise ConfigError('with a cache no states are kept, and all sequences step together: live = bool[K]')
+    if plan.live is not None:
+      order = jnp.argsort(~plan.live, stable=True)  # live rows first
+      rows = jax.tree.map(lambda leaf: leaf[order], rows)
     x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
     return x, kv, None, {}, first + ran
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)

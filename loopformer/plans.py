@@ -168,6 +168,8 @@ def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, .
     if steps < 1:
       raise ConfigError(f'{name} = {steps}: a budget is a number of loops, 1 or more')
     return (1.0 / int(steps),) * int(steps)
+  if isinstance(steps, float):
+    raise ConfigError(f'{name} = {steps}: give a budget as an integer, or step sizes as a tuple, such as ({steps},)')
   return check_steps(steps, name=name)
 
 

@@ -187,6 +187,15 @@ def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
   assert kept.sum() == 1 or stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue > 1e-3
 
 
+@pytest.mark.parametrize('top_k', [None, 5])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_k):
+  draw = jax.jit(sample)
+  for top_p in np.linspace(0.03, 0.97, 32):
+    control = controls(len(LOGITS), 2.0, top_k, float(top_p))
+    drawn = draw(jnp.broadcast_to(LOGITS, (2000, len(LOGITS))), jax.random.key(0), control)
+    np.testing.assert_array_equal(np.unique(drawn), np.flatnonzero(reference(2.0, top_k, top_p)), f'top_p = {top_p}')
+
+
 def test_temperature_zero_takes_the_likeliest():
   drawn = sample(jnp.broadcast_to(LOGITS, (50, len(LOGITS))), jax.random.key(0), controls(len(LOGITS), 0.0))
   assert (drawn == LOGITS.argmax()).all()

@@ -393,6 +393,13 @@ def test_what_a_cache_cannot_serve_is_refused(change):
     jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(2), plan, kv=model.cache(2, T), keep=keep))
 
 
+def test_a_cache_serves_a_plan_whose_skipped_rows_are_not_the_last():
+  model, text = ROWS['loopformer'].model, tokens(len(LENGTHS))
+  plan = plans.Uniform(L)(jax.random.key(0)).replace(live=jnp.array([True, False, True, False]))
+  z = forward(model, params(model), text, plan).z
+  close(cached_by_token(model, params(model), text, plan), parts.logits(model, params(model), z), 1e-5)
+
+
 def test_free_steps_with_a_cache():
   model, text = ROWS['base_loop'].model, tokens(2)
   pos = jnp.broadcast_to(jnp.arange(T), text.shape)
