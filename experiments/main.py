@@ -14,9 +14,11 @@ import jax
 import numpy as np
 
 import loopformer
+from experiments import plots
 from loopformer import config as configs
 from loopformer import metrics, plans
 from loopformer.evaluate import evaluate
+from loopformer.generation import warn_beyond
 from loopformer.model import parameter_count
 from loopformer.train import NotFinite, train
 from loopformer.types import ConfigError
@@ -78,7 +80,7 @@ def run_eval(workdir: Path):
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
   batches = held_out(config, workdir, FLAGS.eval_batches or config.train.eval_batches)
   for name, schedules in jobs.items():
-    loopformer_warn(model, schedules)
+    warn_beyond(model, max(schedules.values(), key=len))
     start = time.time()
     rows = evaluate(model, params, batches, schedules, np.asarray(tokenizer.byte_lengths()))
     if name.startswith('sweep'):
@@ -86,6 +88,7 @@ def run_eval(workdir: Path):
     write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
     print(f'{name}: {rows[0]["tokens"]:,} validation tokens, {time.time() - start:.1f} s')
     print(metrics.table(rows), flush=True)
+  plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
   print(f'written to {workdir / "eval"}')
 
 
@@ -103,9 +106,10 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
   lines = [','.join(rows[0]), *[','.join(f'"{value}"' if isinstance(value, str) else str(value)
                                          for value in row.values()) for row in rows]]
   (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
-  from experiments import plots
-  plots.depths(folder / f'{name}.png', {title: rows}) if name == 'depths' else plots.ranking(
-      folder / f'{name}.png', rows, title)
+  if name == 'depths':
+    plots.depths(folder / f'{name}.png', {title: rows})
+  else:
+    plots.ranking(folder / f'{name}.png', rows, title)
 
 
 def run_generate(workdir: Path):
@@ -132,11 +136,6 @@ def numbers(text: str, flag: str, kind: type = float) -> tuple:
 
 def label(steps) -> str:
   return ' '.join(f'{step:g}' for step in steps)
-
-
-def loopformer_warn(model, schedules):
-  from loopformer.generation import warn_beyond
-  warn_beyond(model, max(schedules.values(), key=len))
 
 
 def main(argv):

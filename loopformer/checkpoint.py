@@ -46,10 +46,6 @@ class Checkpoints:
         params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
         meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data})))
 
-  def wait(self):
-    """Blocks until what was saved is complete."""
-    self._manager.wait_until_finished()
-
   def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict]:
     """(params, optimizer, data state) of a step, laid out like the abstract arrays that are given.
 

@@ -148,7 +148,7 @@ def test_eval_needs_the_work_folder_alone(undisturbed, tmp_path):
   same = [row for row in ranked if row['schedule'] == '0.5 0.25 0.25'][0]
   assert np.isclose(given[0]['loss'], same['loss'], rtol=1e-6)
   assert (workdir / 'eval/depths.csv').read_text().startswith('budget,schedule,loss,')
-  for name in ('depths', 'sweep3', 'schedules'):
+  for name in ('depths', 'sweep3', 'schedules', 'training'):
     assert (workdir / f'eval/{name}.png').read_bytes().startswith(b'\x89PNG')
 
 

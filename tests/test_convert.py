@@ -381,7 +381,7 @@ def test_bad_weights(case):
 def test_weights_of_another_kind(wrong):
   with pytest.raises(ConfigError, match=f"kind = '{wrong}'.*kind"):
     from_official(wrong, weights('loopformer'), heads=HEADS)
-  with pytest.raises(ConfigError, match=f"kind = 'loopformer'.*kind"):
+  with pytest.raises(ConfigError, match="kind = 'loopformer'.*kind"):
     from_official('loopformer', weights(wrong), heads=HEADS)
 
 
