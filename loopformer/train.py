@@ -109,7 +109,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(step=state.step + 1, params=params, optimizer=optimizer_state), {
-        **values, 'grad_norm': optax.global_norm(grads)}
+        **values, 'grad_norm': optax.tree.norm(grads)}
 
   return jax.jit(step, donate_argnums=0)
 
