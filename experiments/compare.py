@@ -12,7 +12,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import numpy as np
 
@@ -77,6 +77,7 @@ def summary(runs: dict[str, list[dict]]) -> tuple[list[dict], dict, dict]:
 
 def main(argv):
   del argv
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   budgets = [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]

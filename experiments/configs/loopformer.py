@@ -63,7 +63,7 @@ class Size:
 
 SIZES = {
     'tiny': Size(layers=2, width=128, heads=2, hidden=512, vocab=1024, length=128, pieces=1024, dtype='float32',
-                 train=Train(steps=800, batch=8, eval_every=200, save_every=200), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100)),
+                 train=Train(steps=1000, batch=8), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100)),
     'small': Size(layers=3, width=768, heads=12, hidden=2048, vocab=8192, length=512, pieces=8192, dtype='bfloat16',
                   train=Train(steps=5000, batch=64, eval_every=500, save_every=500),
                   schedule=WarmupCosine(peak=6e-4, end=6e-5, warmup=300), block=128),
