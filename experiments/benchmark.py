@@ -83,6 +83,7 @@ class Size:
 
 
 REFERENCE = Size()
+REMATS = (loop.PerLayer(), loop.PerStep(), loop.KeepAll())
 
 
 @part
@@ -103,7 +104,7 @@ class Padded:
     return plans.schedule((1.0 / self.count,) * self.count, self.rows)
 
 
-def make_model(size: Size, remat: Any = loop.PerStep(), kernel: Any = Blockwise()) -> Looped:
+def make_model(size: Size, remat: Any = loop.PerLayer(), kernel: Any = Blockwise()) -> Looped:
   """A LoopFormer with gates that are open from the start, as they are in training."""
   out_std = 0.02 / math.sqrt(2 * size.layers)
   block = Block(attn=SelfAttention(heads=size.heads, out_std=out_std, kernel=kernel),
@@ -207,7 +208,7 @@ def spread(values: list[float]) -> str:
 
 
 def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[Any] = (Blockwise(), Fused()),
-                remats: Iterable[Any] = (loop.PerStep(), loop.KeepAll())) -> list[dict]:
+                remats: Iterable[Any] = REMATS) -> list[dict]:
   """Seconds a step; see the module's docstring. The first loss of every row shows that all compute the same.
 
   On a machine that others use, processor seconds and the least seconds say more than medians.
@@ -246,7 +247,7 @@ def memory_suite(size: Size, depths: Iterable[int] = (2, 4, 8, 16, 32)) -> list[
   """
   rows = []
   state = 4 * size.tokens * size.width
-  for remat in (loop.PerStep(), loop.KeepAll()):
+  for remat in REMATS:
     rows.append(memory_row(size, remat, 'long and short', with_short(size, short_of(size))))
   for name, make in (('long alone', long_alone), ('long and short', lambda size: with_short(size, short_of(size)))):
     last = None

@@ -5,10 +5,12 @@ All compute the softmax in float32 and return the dtype of the queries.
 from __future__ import annotations
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from loopformer.types import Array, part
 
+SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
 
 
@@ -19,7 +21,7 @@ class Blockwise:
   Half of the score matrix is never computed, and only one block's scores are held, in the backward pass too, where
   they are recomputed. Portable; the default.
   """
-  size: int = 64
+  size: int = 32
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
@@ -40,7 +42,7 @@ class Fused:
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     mask = None if seg is None else (seg[:, None, :, None] == seg[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), SAVED)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -89,7 +91,9 @@ def _forward(q_BGrTd, k_BGSd, v_BGSd, mask_BTS):
   total_BGrT1 = att_BGrTS.sum(-1, keepdims=True)
   out_BGMd = _dot('BGMS,BGSd->BGMd', _merged(att_BGrTS).astype(v_BGSd.dtype), v_BGSd)
   out_BGrTd = (out_BGMd.reshape(q_BGrTd.shape) / total_BGrT1).astype(q_BGrTd.dtype)  # T * d divisions, not T * S
-  return out_BGrTd, (q_BGrTd, k_BGSd, v_BGSd, mask_BTS, out_BGrTd, most_BGrT1 + jnp.log(total_BGrT1))
+  out_BGrTd = checkpoint_name(out_BGrTd, SAVED)
+  lse_BGrT1 = checkpoint_name(most_BGrT1 + jnp.log(total_BGrT1), SAVED)
+  return out_BGrTd, (q_BGrTd, k_BGSd, v_BGSd, mask_BTS, out_BGrTd, lse_BGrT1)
 
 
 def _backward(saved, dout_BGrTd):

@@ -30,25 +30,31 @@ class Normal:
 
 
 @jax.custom_vjp
-def dense(x: Array, kernel: Array) -> Array:
-  """x [..., I] @ kernel [I, O] -> [..., O], accumulated in float32 and returned in the dtype of x.
+def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
+  """gain [O] * (x [..., I] @ kernel [I, O]) -> [..., O], accumulated in float32 and returned in the dtype of x.
 
-  The backward pass is written out because it forms the weight's gradient with x as the left operand. Automatic
-  differentiation forms its transpose first, which was a fifth of a training step on CPU.
+  The backward pass is written out. It forms the weight's gradient with x as the left operand, whose transpose automatic
+  differentiation would form first; and it needs x alone: the gain's gradient is found in the weight's, so the product
+  itself is neither saved nor recomputed.
   """
-  return jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+  y = jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+  return (y if gain is None else y * gain).astype(x.dtype)
 
 
-def _dense_forward(x, kernel):
-  return dense(x, kernel), (x, kernel)
+def _dense_forward(x, kernel, gain):
+  return dense(x, kernel, gain), (x, kernel, gain)
 
 
 def _dense_backward(saved, dy):
-  x, kernel = saved
-  dx = jnp.einsum('...o,io->...i', dy, kernel.astype(dy.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
-  rows = (-1, x.shape[-1]), (-1, dy.shape[-1])
-  dkernel = jnp.einsum('ni,no->io', x.reshape(rows[0]), dy.reshape(rows[1]), preferred_element_type=jnp.float32)
-  return dx, dkernel.astype(kernel.dtype)
+  x, kernel, gain = saved
+  outer = jnp.einsum('ni,no->io', x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]),
+                     preferred_element_type=jnp.float32)
+  if gain is None:
+    scaled, dkernel, dgain = kernel, outer, None
+  else:
+    scaled, dkernel, dgain = kernel * gain, outer * gain, jnp.sum(outer * kernel, 0).astype(gain.dtype)
+  dx = jnp.einsum('...o,io->...i', dy, scaled.astype(dy.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+  return dx, dkernel.astype(kernel.dtype), dgain
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -93,8 +99,8 @@ class Linear(nn.Module):
   std: float = 0.02
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    return dense(x, self.param('kernel', Normal(self.std), (x.shape[-1], self.features)))
+  def __call__(self, x: Array, gain: Array | None = None) -> Array:
+    return dense(x, self.param('kernel', Normal(self.std), (x.shape[-1], self.features)), gain)
 
 
 class SelfAttention(nn.Module):
@@ -109,7 +115,8 @@ class SelfAttention(nn.Module):
   kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
+               gate: Array | None = None) -> tuple[Array, KV | None]:
     batch, length, width = x.shape
     groups = self.groups or self.heads
     check_heads(self.heads, groups, width)
@@ -123,7 +130,7 @@ class SelfAttention(nn.Module):
       kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
       mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
       out = attention.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTS)
-    return Linear(width, self.out_std, name='out')(out.reshape(x.shape)), kv
+    return Linear(width, self.out_std, name='out')(out.reshape(x.shape), gate), kv
 
 
 def check_heads(heads: int, groups: int, width: int, where: str = ''):
@@ -142,9 +149,9 @@ class MLP(nn.Module):
   activation: Callable[[Array], Array] = gelu
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, gate: Array | None = None) -> Array:
     hidden = self.activation(Linear(self.hidden, self.std, name='up')(x))
-    return Linear(x.shape[-1], self.out_std, name='down')(hidden)
+    return Linear(x.shape[-1], self.out_std, name='down')(hidden, gate)
 
 
 class Block(nn.Module):
@@ -160,10 +167,10 @@ class Block(nn.Module):
   def __call__(self, x: Array, ctx: Ctx, mod: Array | None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D], mod None or [4, D] (g_a, g_m, s_a, s_m) -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
-    branch, kv = self.attn(self._normed(self.norm_attn, x, s_a), ctx, kv, layer)
-    x = x + _gated(branch, g_a).astype(x.dtype)
-    branch = self.mlp(self._normed(self.norm_mlp, x, s_m))
-    return x + _gated(branch, g_m).astype(x.dtype), kv
+    branch, kv = self.attn(self._normed(self.norm_attn, x, s_a), ctx, kv, layer, g_a)
+    x = x + branch.astype(x.dtype)
+    branch = self.mlp(self._normed(self.norm_mlp, x, s_m), g_m)
+    return x + branch.astype(x.dtype), kv
 
   def _normed(self, norm, x, scale):
     x = norm(x)
@@ -174,10 +181,6 @@ class Block(nn.Module):
     groups = self.attn.groups or self.attn.heads
     matrices = width * (width + 2 * groups * width // self.attn.heads) + width * width + 2 * width * self.mlp.hidden
     return 2.0 * matrices + 4.0 * width * (length + 1) / 2
-
-
-def _gated(branch, gate):
-  return branch if gate is None else branch * gate.astype(branch.dtype)
 
 
 class Stack(nn.Module):
@@ -195,6 +198,7 @@ class Stack(nn.Module):
       return block(x, ctx, mod, kv, index), None
 
     # The cache is carried, not scanned over: as a scanned input and output it would be copied whole each time.
+    layer = ctx.remat.layer(layer) if ctx.remat else layer
     scan = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth)
     (x, kv), _ = scan(self.block, (x, kv), (jnp.arange(self.depth), mods))
     return x, kv

@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from loopformer import attention
 from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
 
 
@@ -31,16 +32,36 @@ class Every:
 class KeepAll:
   """Save every activation of every step for the backward pass: the least arithmetic, memory of L * N layers."""
 
-  def wrap(self, step):
+  def step(self, step):
     return step
+
+  def layer(self, layer):
+    return layer
 
 
 @part
 class PerStep:
   """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop."""
 
-  def wrap(self, step):
+  def step(self, step):
     return nn.remat(step, prevent_cse=False)
+
+  def layer(self, layer):
+    return layer
+
+
+@part
+class PerLayer:
+  """Save every layer's input and what its attention gave: memory grows by 2 N [B, T, D] a loop.
+
+  Neither attention nor a layer's last product is run again, two thirds of a layer's other products are.
+  """
+
+  def step(self, step):
+    return step
+
+  def layer(self, layer):
+    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(attention.SAVED))
 
 
 def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any,
@@ -72,7 +93,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
     x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
     return x, kv, None, {}, first + ran
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
-  scan = nn.scan(remat.wrap(lambda cell, carry, tick: step(cell, carry, tick)),
+  scan = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
                  variable_broadcast='params', split_rngs={'params': False}, length=plan.steps)
   (x, kv), (xs, aux) = scan(cell, (x, kv), rows)
   return x, kv, xs, aux, first + ran

@@ -44,7 +44,7 @@ class Looped(nn.Module):
     if pos is None:
       pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     kv = dict(kv or {})
-    ctx = Ctx(pos=pos, seg=seg, memory=self.memory)
+    ctx = Ctx(pos=pos, seg=seg, memory=self.memory, remat=self.remat)
     e = self.read_in(tokens, pos)
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))

@@ -63,11 +63,13 @@ class Ctx:
   seg: None or i32[B, T], tokens attend within equal numbers only.
   tick: the row of the plan that is running; None in prelude and coda.
   memory: how steps share the cache (a frozen part, static).
+  remat: what the backward pass saves (a frozen part, static); None saves everything.
   """
   pos: Array
   seg: Array | None = None
   tick: Tick | None = None
   memory: Any = struct.field(pytree_node=False, default=None)
+  remat: Any = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

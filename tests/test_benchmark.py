@@ -37,14 +37,17 @@ def test_program_does_not_grow_with_depth():
     assert abs(count - counts[3, 2]) < 0.05 * counts[3, 2], counts
 
 
-def test_memory_grows_by_one_state_a_loop():
+@pytest.mark.parametrize('remat, states', [(loop.PerStep(), 1), (loop.PerLayer(), 2 * TINY.layers)], ids=str)
+def test_memory_grows_by_the_states_that_are_saved(remat, states):
   size = dataclasses.replace(TINY, batch=8, length=32, width=32)
-  rows = [benchmark.memory_row(dataclasses.replace(size, loops=loops), loop.PerStep(), 'long alone',
+  rows = [benchmark.memory_row(dataclasses.replace(size, loops=loops), remat, 'long alone',
                                benchmark.long_alone(dataclasses.replace(size, loops=loops))) for loops in (3, 9)]
   growth = (rows[1]['temp MB'] - rows[0]['temp MB']) * benchmark.MEGA / 6
   state = 4 * size.tokens * size.width
+  sums = 4 * size.tokens * size.heads * size.layers * (states > 1)  # of the softmax, which attention saves
   modulations = 4 * 4 * size.width * size.layers
-  assert 0.5 * state < growth <= state + 6 * modulations  # modulations, their inputs and gradients grow as well
+  # Modulations, their inputs and gradients grow as well.
+  assert 0.5 * states * state < growth <= states * state + sums + 6 * modulations
 
 
 def test_program_holds_no_logits_of_all_tokens():

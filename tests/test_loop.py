@@ -11,7 +11,7 @@ from loopformer import loop, plans
 from loopformer.attention import Blockwise, Fused, attend
 from loopformer.blocks import UnitNorm, dense, gelu
 from loopformer.condition import sinusoid
-from loopformer.loop import Every, KeepAll, PerStep
+from loopformer.loop import Every, KeepAll, PerLayer, PerStep
 from loopformer.model import init_params, parameter_count
 from loopformer.types import ConfigError, Ctx, Plan, Tick
 from tests import parts
@@ -295,10 +295,11 @@ def test_free_steps_of_a_cell_that_knows_the_trajectory_are_refused(name):
 # What is saved and kept ----------------------------------------------------------------------------------------------
 
 
-def test_rematerialised_equals_plain():
+@pytest.mark.parametrize('remat', [PerStep(), PerLayer()], ids=repr)
+def test_rematerialised_equals_plain(remat):
   model = ROWS['prelude_coda'].model
   plan = padded(parts.UNEVEN)
-  close(gradient(model.clone(remat=PerStep()), params(model), plan),
+  close(gradient(model.clone(remat=remat), params(model), plan),
         gradient(model.clone(remat=KeepAll()), params(model), plan), 1e-5)
 
 

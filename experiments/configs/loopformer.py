@@ -20,7 +20,7 @@ narrow model with closed gates hardly leaves its start. Measured figures: experi
 import dataclasses
 import math
 
-from loopformer import plans
+from loopformer import loop, plans
 from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm
 from loopformer.attention import Blockwise
 from loopformer.cells.plain import Plain
@@ -53,7 +53,8 @@ class Size:
   dtype: str
   train: Train
   schedule: WarmupCosine
-  block: int = 64
+  block: int = 32
+  remat: loop.PerStep | loop.PerLayer = loop.PerStep()
 
   @property
   def std(self) -> float:
@@ -63,7 +64,8 @@ class Size:
 
 SIZES = {
     'tiny': Size(layers=2, width=128, heads=2, hidden=512, vocab=1024, length=128, pieces=1024, dtype='float32',
-                 train=Train(steps=1000, batch=8), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100)),
+                 train=Train(steps=1000, batch=8), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100),
+                 remat=loop.PerLayer()),
     'small': Size(layers=3, width=768, heads=12, hidden=2048, vocab=8192, length=512, pieces=8192, dtype='bfloat16',
                   train=Train(steps=5000, batch=64, eval_every=500, save_every=500),
                   schedule=WarmupCosine(peak=6e-4, end=6e-5, warmup=300), block=128),
@@ -90,7 +92,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(
           read_in=TokenEmbed(vocab=size.vocab, width=size.width, length=size.length, std=size.std),
           cell=cell(kind, size, layers, given['dtype'] or size.dtype),
-          loops=1 if once else loops),
+          loops=1 if once else loops, remat=size.remat),
       objective=objective(kind, bool(given['ee']), loops),
       task=Text(tokenizer=TrainedPieces(vocab=size.pieces), length=size.length),
       train=size.train,
