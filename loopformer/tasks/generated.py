@@ -1,0 +1,187 @@
+"""Tasks that are made, not read: example i of a split is a pure function of (seed, i).
+
+A generator is a frozen part that makes one example from a NumPy generator; `Generated` turns it into a task. Adding a
+task is adding a generator.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+import numpy as np
+
+from loopformer.tokenizer import Tokenizer
+from loopformer.types import ConfigError, part
+
+ENDLESS = 2**40  # examples of a training set that never repeats
+FILE = 'symbols.json'
+
+Example = dict[str, np.ndarray]
+
+
+class Generator(Protocol):
+  """Makes examples; a frozen part, all of whose fields are the task's own."""
+
+  @property
+  def length(self) -> int:
+    """T, tokens of every example."""
+
+  @property
+  def symbols(self) -> tuple[str, ...] | None:
+    """The text of every token id, the last of which is the padding and the end; None where inputs are vectors."""
+
+  def __call__(self, rng: np.random.Generator) -> Example:
+    """tokens i32[T] (or f32[T, width]), targets i32[T] (or f32[T]), weights f32[T] (1 where an answer is wanted),
+    positions i32[T], segments i32[T]; and whatever else a plan or term reads."""
+
+  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+    """Scores on `examples` of guesses that need no thought, by name; what a result has to be compared with."""
+
+
+def sequence(ids: Sequence[int], answers: Sequence[bool], length: int, pad: int) -> Example:
+  """The example in which the marked ids of a sequence are to be predicted from those before them.
+
+  Args:
+    ids: up to length + 1 of them; answers: of the same length, which of them are asked for; pad: fills the rest.
+
+  Raises:
+    ValueError: the sequence is longer than length + 1, or asks for its first id, which nothing precedes.
+  """
+  if len(ids) != len(answers) or len(ids) > length + 1 or answers[0]:
+    raise ValueError(f'{len(ids)} ids with {len(answers)} marks (the first: {answers[0]}) do not fit length = {length}')
+  whole = np.full(length + 1, pad, np.int32)
+  whole[:len(ids)] = ids
+  marks = np.zeros(length + 1, np.float32)
+  marks[:len(ids)] = answers
+  return aligned(whole[:-1], whole[1:], marks[1:])
+
+
+def aligned(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Example:
+  """The example whose position i is asked for targets[i]; one document from its first token to its last."""
+  length = len(tokens)
+  return {'tokens': tokens, 'targets': targets, 'weights': np.asarray(weights, np.float32),
+          'positions': np.arange(length, dtype=np.int32), 'segments': np.ones(length, np.int32)}
+
+
+def seed_of(*words: Any) -> int:
+  """A seed from anything that prints: streams of different words are independent."""
+  return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), 'big')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Random access to `count` examples; example i depends on (seed, i) alone."""
+  make: Callable[[np.random.Generator], Example]
+  seed: int
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index) -> Example:
+    if not 0 <= index < self.count:
+      raise IndexError(f'example {index} of {self.count}')
+    return self.make(np.random.default_rng((self.seed, int(index))))
+
+
+@dataclasses.dataclass(frozen=True)
+class SymbolTokenizer(Tokenizer):
+  """Ids are places in a list of symbols; text is symbols apart by spaces, or run together where each is one character.
+  """
+  symbols: tuple[str, ...]
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.symbols)
+
+  @property
+  def eos(self) -> int:
+    return len(self.symbols) - 1
+
+  @functools.cached_property
+  def _ids(self) -> dict[str, int]:
+    return {symbol: i for i, symbol in enumerate(self.symbols)}
+
+  def encode(self, text: str) -> list[int]:
+    words = text.split() if ' ' in text or text.strip() in self._ids else list(text)
+    unknown = [word for word in words if word not in self._ids]
+    if unknown:
+      raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '
+                        f'{" ".join(self.symbols)}')
+    return [self._ids[word] for word in words]
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    outside = [i for i in ids if not 0 <= i < self.vocab_size]
+    if outside:
+      raise ValueError(f'id {outside[0]} is outside 0..{self.vocab_size - 1}')
+    return ' '.join(self.symbols[i] for i in ids if i != self.eos)
+
+  def byte_lengths(self) -> np.ndarray:
+    return np.zeros(self.vocab_size, np.int32)  # symbols are not text, and have no bytes
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()
+
+  def save(self, folder: str | os.PathLike):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(self.symbols) + '\n')
+
+
+@part
+class Generated:
+  """Task: examples of the generator `of`.
+
+  pool: how many different ones to train on; None makes a fresh one every time. held_out: how many to validate on;
+  they are the same whatever the seed of the run. tests: other generators to evaluate on, by name (longer, harder).
+  """
+  of: Any
+  pool: int | None = None
+  held_out: int = 1024
+  tests: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name in ('pool', 'held_out'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ConfigError(f'task.{name} = {value}: must be 1 or more')
+
+  @property
+  def length(self) -> int:
+    return self.of.length
+
+  def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> SymbolTokenizer | None:
+    """The tokenizer; prints what simple guesses score on the held-out examples."""
+    shown = list(itertools.islice(iter(self.source('validation', 0)), 256))
+    for name, score in self.of.floors(shown).items():
+      log(f'floor: {name} {score:.3f}')
+    return self.tokenizer_of(workdir)
+
+  def tokenizer_of(self, workdir: str | os.PathLike) -> SymbolTokenizer | None:
+    """The symbols as a tokenizer; None where inputs are vectors."""
+    return None if self.of.symbols is None else SymbolTokenizer(self.of.symbols)
+
+  def source(self, split: str, seed: int) -> Source:
+    """The examples of 'train' (which depend on the seed), of 'validation', or of one of `tests`."""
+    if split == 'train':
+      return Source(self.of, seed_of('train', seed), self.pool or ENDLESS)
+    if split != 'validation' and split not in self.tests:
+      raise ConfigError(f'split {split!r}: there are train, validation{"".join(f", {name}" for name in self.tests)}')
+    return Source(self.tests.get(split, self.of), seed_of(split), self.held_out)
+
+  def examples(self, workdir: str | os.PathLike, split: str, seed: int) -> Any:
+    """As a grain.MapDataset: training examples without end, shuffled anew in every epoch; others once, in order."""
+    import grain
+    dataset = grain.MapDataset.source(self.source(split, seed))
+    if split != 'train':
+      return dataset
+    return dataset if self.pool is None else dataset.shuffle(seed_of('order', seed) % 2**32).repeat()
