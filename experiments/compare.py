@@ -46,7 +46,8 @@ def measure(workdir: Path, budgets: list[int]) -> dict:
   if model.loops == 1:
     budgets = [1]
   rows = evaluate(model, params, held_out(config, workdir, FLAGS.eval_batches or 64),
-                  {str(budget): plans.resolve(budget) for budget in budgets}, tokenizer.byte_lengths())
+                  {str(budget): plans.resolve(budget) for budget in budgets},
+                  tokenizer and tokenizer.byte_lengths(), config.task.measure)
   logged = [row for row in metrics.read_rows(workdir / 'metrics.jsonl') if 'seconds_per_step' in row]
   return {'rows': rows, 'tokens': config.train.steps * config.train.batch * config.task.length,
           'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -4,6 +4,7 @@
     python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
 """
+import itertools
 import json
 from pathlib import Path
 import sys
@@ -78,24 +79,28 @@ def run_eval(workdir: Path):
   if FLAGS.depths or not jobs:
     budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else config.evals.budgets
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
-  batches = held_out(config, workdir, FLAGS.eval_batches or config.train.eval_batches)
-  for name, schedules in jobs.items():
-    warn_beyond(model, max(schedules.values(), key=len))
+    jobs['depths'] |= {name: plan for name, plan in config.evals.schedules().items() if callable(plan)}
+  count = FLAGS.eval_batches or config.train.eval_batches
+  tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
+  lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
+  for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
+    warn_beyond(model, max((steps for steps in schedules.values() if not callable(steps)), key=len, default=()))
     start = time.time()
-    rows = evaluate(model, params, batches, schedules, np.asarray(tokenizer.byte_lengths()))
+    name += suffix
+    rows = evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths, config.task.measure)
     if name.startswith('sweep'):
       rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
     write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
-    print(f'{name}: {rows[0]["tokens"]:,} validation tokens, {time.time() - start:.1f} s')
+    print(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s')
     print(metrics.table(rows), flush=True)
   plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
   print(f'written to {workdir / "eval"}')
 
 
-def held_out(config, workdir: Path, count: int) -> list[dict]:
-  """The first `count` batches of the validation split."""
+def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
+  """The first `count` batches of a split that is not trained on."""
   from loopformer import data
-  batches = data.batches(config.task.examples(workdir, 'validation', 0), batch=config.train.batch)
+  batches = data.batches(config.task.examples(workdir, split, 0), batch=config.train.batch)
   return [batch for batch, _ in zip(batches, range(count))]
 
 
@@ -106,7 +111,7 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
   lines = [','.join(rows[0]), *[','.join(f'"{value}"' if isinstance(value, str) else str(value)
                                          for value in row.values()) for row in rows]]
   (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
-  if name == 'depths':
+  if name.startswith('depths'):
     plots.depths(folder / f'{name}.png', {title: rows})
   else:
     plots.ranking(folder / f'{name}.png', rows, title)
@@ -115,6 +120,8 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
 def run_generate(workdir: Path):
   """Prints a continuation of every prompt."""
   model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step)
+  if tokenizer is None:
+    raise ConfigError(f'workdir = {workdir}: its task has vectors as inputs, and no text that could be generated')
   budget = None
   if FLAGS.budget:
     steps = numbers(FLAGS.budget, '--budget')

@@ -30,7 +30,8 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
     return
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
   for name, rows in curves.items():
-    rows = sorted(rows, key=lambda row: row['budget'])
+    rows = sorted((row for row in rows if row['schedule'].isdigit()) if 'schedule' in rows[0] else rows,
+                  key=lambda row: row['budget'])
     axes.errorbar([row['budget'] for row in rows], [row['loss'] for row in rows],
                   [row.get('spread', 0.0) for row in rows], marker='o', capsize=3, label=name)
   for name, loss in (flat or {}).items():

@@ -7,8 +7,9 @@ and softmax in float32; the residual state keeps the dtype that it came with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Callable
+from typing import Any, Callable
 
 from flax import linen as nn
 import jax
@@ -27,6 +28,15 @@ class Normal:
 
   def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     return self.std * jax.random.normal(key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformWithin:
+  """Initialiser U(-bound, bound)."""
+  bound: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
 
 
 @jax.custom_vjp
@@ -75,44 +85,107 @@ def _gelu_backward(x, dy):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
+def squared_relu(x: Array) -> Array:
+  """relu(x)^2 / 2 (Parcae section 2)."""
+  return 0.5 * jnp.square(jax.nn.relu(x))
+
+
+def gelu_tanh(x: Array) -> Array:
+  """GELU by tanh, as in GPT-2."""
+  return jax.nn.gelu(x, approximate=True)
+
+
+class Identity(nn.Module):
+  """No norm."""
+
+  def __call__(self, x: Array) -> Array:
+    return x
+
+
 class UnitNorm(nn.Module):
   """RMSNorm without a learned scale: x / sqrt(mean(x^2) + eps), in float32."""
+  eps: float = EPSILON
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPSILON)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
   """RMSNorm with a learned scale, in float32."""
+  eps: float = EPSILON
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    return (UnitNorm()(x.astype(jnp.float32)) * scale).astype(x.dtype)
+    return (UnitNorm(self.eps)(x.astype(jnp.float32)) * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias, in float32."""
+  eps: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    return (UnitNorm(self.eps)(x32 - x32.mean(-1, keepdims=True)) * scale + bias).astype(x.dtype)
 
 
 class Linear(nn.Module):
-  """Bias-free projection of the last axis; kernel [I, O], N(0, std^2)."""
+  """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser.
+  """
   features: int
   std: float = 0.02
+  bias: Any = None
+  init: Any = None
 
   @nn.compact
   def __call__(self, x: Array, gain: Array | None = None) -> Array:
-    return dense(x, self.param('kernel', Normal(self.std), (x.shape[-1], self.features)), gain)
+    y = dense(x, self.param('kernel', self.init or Normal(self.std), (x.shape[-1], self.features)), gain)
+    if self.bias is None:
+      return y
+    bias = self.param('bias', self.bias, (self.features,)).astype(y.dtype)
+    return y + (bias if gain is None else bias * gain.astype(y.dtype))
+
+
+class ValueEmbed(nn.Module):
+  """v + g * E[tokens], g = 2 sigmoid(W_g x[..., :32]) for every key/value head (Parcae section 2); E ~ N(0, 1)."""
+  vocab: int
+  features: int = 32
+
+  @nn.compact
+  def __call__(self, v: Array, x: Array, tokens: Array) -> Array:
+    """v [B, T, G, d], x [B, T, D] -> [B, T, G, d]."""
+    groups, head = v.shape[2:]
+    table = self.param('embedding', Normal(1.0), (self.vocab, groups * head))
+    bound = 1 / math.sqrt(self.features)
+    weights = self.param('gate', UniformWithin(bound), (self.features, groups))
+    gate_BTG = 2 * jax.nn.sigmoid(x[..., :self.features].astype(jnp.float32) @ weights)
+    return v + (gate_BTG[..., None] * table[tokens].reshape(v.shape)).astype(v.dtype)
 
 
 class SelfAttention(nn.Module):
   """Causal self-attention with a fused projection; grouped keys and values when `groups` < `heads`.
 
   The fused kernel is laid out [D, G, H/G queries + 1 key + 1 value, d], so that it divides over groups.
+
+  position: where queries and keys learn their places (positions.py), if not from the input. norm_qk: of every query and
+  key, after that. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
   """
   heads: int
   groups: int | None = None
   std: float = 0.02
   out_std: float = 0.02
   kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  position: Any = None
+  norm_qk: nn.Module | None = None
+  biased: tuple[str, ...] = ()
+  values: ValueEmbed | None = None
+  init: Any = None
+  out_init: Any = None
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
@@ -121,16 +194,41 @@ class SelfAttention(nn.Module):
     groups = self.groups or self.heads
     check_heads(self.heads, groups, width)
     head, each = width // self.heads, self.heads // groups
-    qkv = Linear(groups * (each + 2) * head, self.std, name='qkv')(x).reshape(batch, length, groups, each + 2, head)
+    qkv = Linear(groups * (each + 2) * head, self.std, init=self.init, name='qkv')(x)
+    qkv = qkv.reshape(batch, length, groups, each + 2, head)
     q, k, v = jnp.split(qkv, [each, each + 1], 3)  # whose transpose is one concatenation
     q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
+    q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
+    if self.position is not None:
+      q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+    if self.norm_qk is not None:
+      q, k = self.norm_qk(q), self.norm_qk(k)
+    if self.values is not None:
+      v = self.values(v, x, ctx.tokens)
+    pos_BS = ctx.pos
+    if kv is not None:
+      kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
+      k, v = k.astype(q.dtype), v.astype(q.dtype)
+    if self.position is not None:
+      q, k, v = self.position.extend(q, k, v, pos_BS)
     if kv is None:
       out = self.kernel(q, k, v, ctx.seg)
     else:
-      kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
       mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
-      out = attention.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTS)
-    return Linear(width, self.out_std, name='out')(out.reshape(x.shape), gate), kv
+      out = attention.attend(q, k, v, mask_BTS)
+    out = out[..., :head].reshape(x.shape)
+    bias = Normal(0.0) if 'out' in self.biased else None
+    return Linear(width, self.out_std, bias, self.out_init, name='out')(out, gate), kv
+
+  def _biased(self, name, x):
+    if name not in self.biased:
+      return x
+    return x + self.param(f'{name}_bias', nn.initializers.zeros, x.shape[2:]).astype(x.dtype)
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
+    keys = (self.groups or self.heads) * width // self.heads
+    return 2.0 * width * (2 * width + 2 * keys) + 4.0 * width * (length + 1) / 2
 
 
 def check_heads(heads: int, groups: int, width: int, where: str = ''):
@@ -142,24 +240,64 @@ def check_heads(heads: int, groups: int, width: int, where: str = ''):
 
 
 class MLP(nn.Module):
-  """D -> F -> D without biases."""
+  """D -> F -> D. biased: which of up, down have a bias."""
   hidden: int
   std: float = 0.02
   out_std: float = 0.02
   activation: Callable[[Array], Array] = gelu
+  biased: tuple[str, ...] = ()
+  init: Any = None
+  out_init: Any = None
 
   @nn.compact
   def __call__(self, x: Array, gate: Array | None = None) -> Array:
-    hidden = self.activation(Linear(self.hidden, self.std, name='up')(x))
+    up, down = (Normal(0.0) if name in self.biased else None for name in ('up', 'down'))
+    hidden = self.activation(Linear(self.hidden, self.std, up, self.init, name='up')(x))
+    return Linear(x.shape[-1], self.out_std, down, self.out_init, name='down')(hidden, gate)
+
+  def flops(self, width: int) -> float:
+    """Floating-point operations a token, forward."""
+    return 4.0 * width * self.hidden
+
+
+class GatedMLP(nn.Module):
+  """down(silu(gate(x)) * up(x)), gate and up one matrix [D, 2, F] (SwiGLU)."""
+  hidden: int
+  std: float = 0.02
+  up_std: float | None = None
+  out_std: float = 0.02
+  activation: Callable[[Array], Array] = jax.nn.silu
+
+  @nn.compact
+  def __call__(self, x: Array, gate: Array | None = None) -> Array:
+    init = Halves(self.std, self.std if self.up_std is None else self.up_std)
+    both = Linear(2 * self.hidden, init=init, name='up')(x)
+    hidden = self.activation(both[..., :self.hidden]) * both[..., self.hidden:]
     return Linear(x.shape[-1], self.out_std, name='down')(hidden, gate)
+
+  def flops(self, width: int) -> float:
+    """Floating-point operations a token, forward."""
+    return 6.0 * width * self.hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+  """Initialiser of a matrix whose first and second half of columns have standard deviations of their own."""
+  first: float
+  second: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    half = shape[-1] // 2
+    return jax.random.normal(key, shape, dtype) * jnp.where(jnp.arange(shape[-1]) < half, self.first, self.second)
 
 
 class Block(nn.Module):
   """One pre-norm transformer layer; `norm` is cloned for both branches."""
   attn: SelfAttention
-  mlp: MLP
+  mlp: MLP | GatedMLP
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
+  layers = 1
 
   def setup(self):
     self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
@@ -177,20 +315,76 @@ class Block(nn.Module):
     return (x if scale is None else x * (1 + scale).astype(x.dtype)).astype(self.dtype)
 
   def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token and layer, forward; causal attention over `length` tokens on average half."""
-    groups = self.attn.groups or self.attn.heads
-    matrices = width * (width + 2 * groups * width // self.attn.heads) + width * width + 2 * width * self.mlp.hidden
-    return 2.0 * matrices + 4.0 * width * (length + 1) / 2
+    """Floating-point operations a token and layer, forward."""
+    return self.attn.flops(width, length) + self.mlp.flops(width)
+
+
+class Sandwich(nn.Module):
+  """A layer with norms around both branches and on both sums (Huginn section 2); `norm` is cloned four times.
+
+  y = n2(x + attn(n1(x))); x = n4(y + mlp(n3(y))): whatever the branches do, a loop ends on a normed state.
+  """
+  attn: SelfAttention
+  mlp: MLP | GatedMLP
+  norm: nn.Module = RMSNorm(1e-6)
+  dtype: str = 'float32'
+  layers = 1
+
+  def setup(self):
+    self.n1, self.n2, self.n3, self.n4 = (self.norm.clone(parent=None) for _ in range(4))
+
+  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
+    """x [B, T, D] -> (x, kv)."""
+    branch, kv = self.attn(self.n1(x).astype(self.dtype), ctx, kv, layer)
+    x = self.n2(x + branch.astype(x.dtype))
+    return self.n4(x + self.mlp(self.n3(x).astype(self.dtype)).astype(x.dtype)), kv
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token and layer, forward."""
+    return self.attn.flops(width, length) + self.mlp.flops(width)
+
+
+class Chain(nn.Module):
+  """Unlike layers in a row, as one block: a stack of chains alternates between them."""
+  blocks: tuple[nn.Module, ...]
+
+  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
+    """x [B, T, D] -> (x, kv)."""
+    for i, block in enumerate(self.blocks):
+      x, kv = block(x, ctx, mod, kv, layer * len(self.blocks) + i)
+    return x, kv
+
+  @property
+  def layers(self) -> int:
+    return len(self.blocks)
+
+  @property
+  def attn(self) -> SelfAttention:
+    return self.blocks[0].attn
+
+  @property
+  def dtype(self) -> str:
+    return self.blocks[0].dtype
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward, of all its layers."""
+    return sum(block.flops(width, length) for block in self.blocks)
 
 
 class Stack(nn.Module):
-  """`depth` layers with parameters of their own, stacked [N, ...] and scanned: compile time does not grow with N."""
-  block: Block
+  """`depth` blocks with parameters of their own, stacked [N, ...] and scanned: compile time does not grow with N.
+
+  order: which block runs when, if not each once from the first to the last: (0, 0, 1) applies the first twice. norm: of
+  what leaves the stack.
+  """
+  block: Block | Sandwich | Chain
   depth: int
+  order: tuple[int, ...] | None = None
+  norm: nn.Module | None = None
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mods: Array | None, kv: KV | None) -> tuple[Array, KV | None]:
-    """x [B, T, D], mods None or [N, 4, D] -> (x, kv)."""
+    """x [B, T, D], mods None or [applications, 4, D] -> (x, kv)."""
 
     def layer(block, carry, row):
       x, kv = carry
@@ -199,10 +393,32 @@ class Stack(nn.Module):
 
     # The cache is carried, not scanned over: as a scanned input and output it would be copied whole each time.
     layer = ctx.remat.layer(layer) if ctx.remat else layer
-    scan = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth)
-    (x, kv), _ = scan(self.block, (x, kv), (jnp.arange(self.depth), mods))
-    return x, kv
+    scan = functools.partial(nn.scan, layer, variable_axes={'params': 0}, split_rngs={'params': True})
+    if self.order is None or self.is_initializing():
+      (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), mods))
+    else:
+      order = jnp.asarray(self.order)
+      ordered = nn.map_variables(scan(length=order.size), 'params',
+                                 trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[order], tree))
+      (x, kv), _ = ordered(self.block, (x, kv), (jnp.arange(order.size), mods))
+    return (x if self.norm is None else self.norm(x)), kv
+
+  @property
+  def applications(self) -> int:
+    """Layers that run, and so the slots of keys and values."""
+    return self.block.layers * (self.depth if self.order is None else len(self.order))
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward, of one application."""
-    return self.depth * self.block.flops(width, length)
+    return self.applications / self.block.layers * self.block.flops(width, length)
+
+
+def repeated(times: tuple[int, ...]) -> tuple[int, ...]:
+  """The order in which layer l runs times[l] times in place (intra-layer recurrence): (2, 1) -> (0, 0, 1).
+
+  Raises:
+    ConfigError: no layers, or a count that is not a positive integer.
+  """
+  if not times or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in times):
+    raise ConfigError(f'repeats = {times}: give a positive whole number for every layer, such as (4, 2, 1, 1)')
+  return tuple(layer for layer, n in enumerate(times) for _ in range(n))

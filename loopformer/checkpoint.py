@@ -12,7 +12,7 @@ import jax
 from loopformer.types import ConfigError
 
 FOLDER = 'checkpoints'
-LAYOUT = 1  # raised whenever the meaning of what is stored changes
+LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
 class Checkpoints:
@@ -39,22 +39,25 @@ class Checkpoints:
     """All complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, params: Any, optimizer: Any, data: dict):
-    """Starts to save; returns as soon as the arrays may be overwritten. `data` is the state of the data iterator."""
+  def save(self, step: int, params: Any, optimizer: Any, data: dict, control: dict):
+    """Starts to save; returns as soon as the arrays may be overwritten.
+
+    `data` is the state of the data iterator, `control` the memory of the run's controller.
+    """
     args = self._ocp.args
     self._manager.save(step, args=args.Composite(
         params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
-        meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data})))
+        meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
 
-  def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict]:
-    """(params, optimizer, data state) of a step, laid out like the abstract arrays that are given.
+  def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict, dict]:
+    """(params, optimizer, data state, controller's memory) of a step, laid out like the abstract arrays that are given.
 
     Raises:
       ConfigError: the step is not there, or was written by another layout.
     """
     args = self._ocp.args
     restored = self._restore(step, params=args.StandardRestore(params), optimizer=args.StandardRestore(optimizer))
-    return restored['params'], restored['optimizer'], restored['meta']['data']
+    return restored['params'], restored['optimizer'], restored['meta']['data'], restored['meta']['control']
 
   def restore_params(self, step: int | None, params: Any) -> tuple[int, Any]:
     """(step, params), of the latest step if none is named."""

@@ -24,6 +24,7 @@ from flax import linen as nn
 import numpy as np
 
 from loopformer.blocks import check_heads
+from loopformer.control import Steady
 from loopformer.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.objective import Objective
@@ -45,11 +46,12 @@ class Experiment:
   name: str
   model: Looped
   objective: Objective
-  task: Text = Text()
+  task: Any = Text()
   train: Train = Train()
-  optim: AdamW = AdamW()
+  optim: Any = AdamW()
+  control: Any = Steady()
   mesh: Mesh = Mesh()
-  evals: Depths = Depths()
+  evals: Any = Depths()
 
 
 def is_part(value: Any) -> bool:
@@ -193,6 +195,10 @@ def check(config: Experiment):
   for name, stack in model.stacks().items():
     attn = stack.block.attn
     check_heads(attn.heads, attn.groups or attn.heads, model.read_in.width, f'model.{name}: ')
+    wrong = [layer for layer in stack.order or () if not 0 <= layer < stack.depth]
+    if wrong:
+      raise ConfigError(f'model.{name}: order = {stack.order} names layer {wrong[0]}, but depth = {stack.depth}; '
+                        f'layers are 0 to {stack.depth - 1}')
     if stack.block.dtype not in DTYPES:
       raise ConfigError(f'model.{name}: block.dtype = {stack.block.dtype!r}; use one of {", ".join(DTYPES)}')
   if config.task.length > model.read_in.length:

@@ -1,10 +1,10 @@
-"""Ways in and out of the model: token embedding, and the head that is tied to it."""
+"""Ways in and out of the model: embeddings of tokens and vectors, and heads."""
 from __future__ import annotations
 
 from flax import linen as nn
 import jax.numpy as jnp
 
-from loopformer.blocks import Normal, RMSNorm
+from loopformer.blocks import Linear, Normal, RMSNorm
 from loopformer.types import Array
 
 
@@ -32,6 +32,62 @@ class TokenEmbed(nn.Module):
     """E, [V, D]."""
     return self.embedding
 
+  def example(self) -> Array:
+    """The smallest input, for initialisation."""
+    return jnp.zeros((1, 1), jnp.int32)
+
+
+class Tokens(nn.Module):
+  """x = scale * E[tokens], E ~ N(0, std^2): positions, if any, are attention's (positions.py), or none.
+
+  length: the longest sequence that the model is meant for; nothing in it depends on that.
+  """
+  vocab: int
+  width: int
+  length: int
+  std: float = 0.02
+  scale: float = 1.0
+  dtype: str = 'float32'
+
+  def setup(self):
+    self.embedding = self.param('embedding', Normal(self.std), (self.vocab, self.width))
+
+  def __call__(self, tokens: Array, pos: Array) -> Array:
+    """i32[B, T] -> [B, T, D]."""
+    return (self.scale * self.embedding[tokens]).astype(self.dtype)
+
+  def table(self) -> Array:
+    """E, [V, D]."""
+    return self.embedding
+
+  def example(self) -> Array:
+    """The smallest input, for initialisation."""
+    return jnp.zeros((1, 1), jnp.int32)
+
+
+class Vectors(nn.Module):
+  """x = tokens W + b + P[positions]: inputs that are vectors already (in-context regression).
+
+  inputs: their width; length: rows of P.
+  """
+  inputs: int
+  width: int
+  length: int
+  std: float = 0.02
+  dtype: str = 'float32'
+  vocab = 0
+
+  @nn.compact
+  def __call__(self, tokens: Array, pos: Array) -> Array:
+    """f32[B, T, inputs], i32[B, T] -> [B, T, D]."""
+    positions = self.param('positions', Normal(self.std), (self.length, self.width))
+    x = Linear(self.width, self.std, bias=Normal(0.0), name='vectors')(tokens)
+    return (x + positions[jnp.maximum(pos, 0)]).astype(self.dtype)
+
+  def example(self) -> Array:
+    """The smallest input, for initialisation."""
+    return jnp.zeros((1, 1, self.inputs))
+
 
 class TiedHead(nn.Module):
   """z = norm(x); logits = z E^T, with the matrix of `read_in`."""
@@ -40,6 +96,30 @@ class TiedHead(nn.Module):
   def __call__(self, x: Array) -> Array:
     return self.norm(x)
 
-  def table(self, read_in: TokenEmbed) -> Array:
+  def table(self, read_in: TokenEmbed | Tokens) -> Array:
     """The head's matrix, [V, D]."""
     return read_in.table()
+
+  def outputs_of(self, read_in: TokenEmbed | Tokens) -> int:
+    """Rows of that matrix."""
+    return read_in.vocab
+
+
+class Head(nn.Module):
+  """z = norm(x); answers = z W^T with a matrix of its own, [outputs, D]: a vocabulary, or the numbers of a regression.
+  """
+  outputs: int
+  norm: nn.Module = RMSNorm()
+  std: float = 0.02
+
+  def __call__(self, x: Array) -> Array:
+    return self.norm(x)
+
+  @nn.compact
+  def table(self, read_in: nn.Module) -> Array:
+    """The head's matrix, [outputs, D]."""
+    return self.param('kernel', Normal(self.std), (self.outputs, read_in.width))
+
+  def outputs_of(self, read_in: nn.Module) -> int:
+    """Rows of that matrix."""
+    return self.outputs

@@ -29,6 +29,14 @@ class Every:
 
 
 @part
+class Norms:
+  """Keep the mean length of the states of a sequence's tokens, f32[B], after every step."""
+
+  def __call__(self, x: Array) -> Any:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1).mean(-1)
+
+
+@part
 class KeepAll:
   """Save every activation of every step for the backward pass: the least arithmetic, memory of L * N layers."""
 
@@ -78,9 +86,9 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
     if code is not None:
       raise ConfigError('plan.free: free steps have no row in the plan, so a cell that depends on the schedule cannot '
                         'run them; use a plan without free steps')
-    first = plan.free
+    first = plan.free.max()
     tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
-    x, kv = _without_gradient(cell, x, jax.lax.stop_gradient(e), lambda k: tick.replace(k=k), first, ctx, kv)
+    x, kv = _without_gradient(cell, x, e, lambda k: tick.replace(k=k, live=k < plan.free), first, ctx, kv)
   rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
   if kv is not None and not cell.is_initializing():
@@ -118,8 +126,13 @@ def _step(cell, carry, tick, *, e, ctx, keep):
     x, kv, aux = nn.cond(tick.live, apply, skip, cell, x, kv)
   else:
     new, kv, aux = apply(cell, x, kv)
-    x = jax.tree.map(lambda n, o: jnp.where(tick.live.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, x)
+    x = _of_live(tick.live, new, x)
   return (x, kv), (keep(x), aux)
+
+
+def _of_live(live, new, old):
+  """The new state of the sequences that live, the old one of the others."""
+  return jax.tree.map(lambda n, o: jnp.where(live.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
 
 
 def _walk(cell, x, e, tick_of, count, ctx, kv):
@@ -127,8 +140,9 @@ def _walk(cell, x, e, tick_of, count, ctx, kv):
 
   def body(cell, carry):
     x, kv, k = carry
-    x, kv, _ = cell(x, e, ctx.replace(tick=tick_of(k)), kv)
-    return x, kv, k + 1
+    tick = tick_of(k)
+    new, kv, _ = cell(x, e, ctx.replace(tick=tick), kv)
+    return new if tick.live is None or tick.live.ndim == 0 else _of_live(tick.live, new, x), kv, k + 1
 
   x, kv, _ = nn.while_loop(lambda cell, carry: carry[2] < count, body, cell, (x, kv, jnp.int32(0)),
                            carry_variables=(), broadcast_variables='params')
@@ -138,5 +152,5 @@ def _walk(cell, x, e, tick_of, count, ctx, kv):
 def _without_gradient(cell, x, e, tick_of, count, ctx, kv):
   """As `_walk`; reverse mode passes it because every input with a tangent is stopped, parameters included."""
   stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-  walk = nn.map_variables(lambda cell, x, kv: _walk(cell, x, e, tick_of, count, ctx, kv), 'params', trans_in_fn=stop)
-  return walk(cell, stop(x), stop(kv))
+  walk = nn.map_variables(lambda cell, x, e, kv: _walk(cell, x, e, tick_of, count, ctx, kv), 'params', trans_in_fn=stop)
+  return walk(cell, stop(x), stop(e), stop(kv))

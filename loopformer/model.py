@@ -7,52 +7,69 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, memory as memories
-from loopformer.blocks import Stack
-from loopformer.embed import TiedHead, TokenEmbed
-from loopformer.types import KV, Array, Ctx, Plan, Trace
+from loopformer import loop, memory as memories, starts
+from loopformer.blocks import Linear, Stack
+from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
+from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Trace
 
 
 class Looped(nn.Module):
-  """e = prelude(read_in(tokens)); x = e; x = cell(x, e, ...) for every row of the plan; z = norm(coda(x)).
+  """e = prelude(read_in(tokens)); x = start(e); x = cell(x, e, ...) for every row of the plan; z = norm(coda(bridge(x))).
 
-  loops: L, the most loops that it is trained for, and the slots of its cache. remat: what the backward pass saves.
+  loops: L, the most loops that it is trained for, and the slots of its cache. bridge: a projection between the loop and
+  what follows. remat: what the backward pass saves.
   """
-  read_in: TokenEmbed
+  read_in: TokenEmbed | Tokens | Vectors
   cell: nn.Module
-  read_out: TiedHead = TiedHead()
+  read_out: TiedHead | Head = TiedHead()
   loops: int = 8
   prelude: Stack | None = None
+  start: Any = starts.Embedded()
+  bridge: Linear | None = None
   coda: Stack | None = None
   memory: Any = memories.PerLoop()
   remat: Any = loop.PerStep()
 
   def __call__(self, tokens: Array, plan: Plan, pos: Array | None = None, seg: Array | None = None,
-               kv: dict[str, KV] | None = None, keep: Any = loop.Last(),
-               code: Any = None) -> Trace:
+               kv: dict[str, KV] | None = None, keep: Any = loop.Last(), code: Any = None,
+               noise: Array | None = None) -> Trace:
     """Runs a plan.
 
     Args:
-      tokens: i32[B, T].
+      tokens: i32[B, T], or f32[B, T, width] where inputs are vectors.
       plan: the steps to take.
       pos: i32[B, T], positions in the document; 0..T-1 if absent; -1 marks padding (with a cache only).
       seg: None or i32[B, T]; tokens attend within equal numbers only.
       kv: None (the parallel pass), or the caches of `cache`, which are read and extended.
       keep: which states the trace keeps besides the last.
       code: `timetable(plan)`, where it was computed before (once for many tokens).
+      noise: keys [B], for a start that is random; None for a fixed one.
     """
-    if pos is None:
-      pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     kv = dict(kv or {})
-    ctx = Ctx(pos=pos, seg=seg, memory=self.memory, remat=self.remat)
-    e = self.read_in(tokens, pos)
+    ctx = self._context(tokens, pos, seg, noise)
+    e = self.read_in(tokens, ctx.pos)
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
-    x, kv['loop'], xs, aux, steps = loop.run(self.cell, e, e, plan, ctx, kv.get('loop'), keep, self.remat, code)
-    out = x
+    x, kv['loop'], xs, aux, steps = loop.run(self.cell, self.start(e, ctx), e, plan, ctx, kv.get('loop'), keep,
+                                             self.remat, code)
+    z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
+    kv = {name: cache for name, cache in kv.items() if cache is not None}
+    return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, live=plan.live)
+
+  def _context(self, tokens, pos, seg, noise=None):
+    if pos is None:
+      pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
+    return Ctx(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
+
+  def _finish(self, x, ctx, kv):
+    x = x if self.bridge is None else self.bridge(x)
     if self.coda is not None:
-      out, kv['coda'] = self.coda(x, ctx, None, kv.get('coda'))
-    return Trace(x=x, z=self.read_out(out), xs=xs, aux=aux, kv=kv, steps=steps)
+      x, kv = self.coda(x, ctx, None, kv)
+    return self.read_out(x), kv
+
+  def read(self, x: Array, tokens: Array, pos: Array | None = None, seg: Array | None = None) -> Array:
+    """A state of the loop [B, T, D] -> z [B, T, D], ready for the head."""
+    return self._finish(x, self._context(tokens, pos, seg), None)[0]
 
   def table(self) -> Array:
     """The head's matrix, [V, D]; logits are z @ table^T."""
@@ -81,7 +98,7 @@ class Looped(nn.Module):
     for name, stack in self.stacks().items():
       attn = stack.block.attn
       slots = self.memory.slots(loops or self.loops) if name == 'loop' else 1
-      caches[name] = memories.empty(slots, stack.depth, batch, length, attn.groups or attn.heads,
+      caches[name] = memories.empty(slots, stack.applications, batch, length, attn.groups or attn.heads,
                                     self.read_in.width // attn.heads, stack.block.dtype)
     return caches
 
@@ -92,13 +109,32 @@ class Looped(nn.Module):
     """
     width = self.read_in.width
     count = {name: stack.flops(width, length) for name, stack in self.stacks().items()}
-    return sum(count.values()) + (steps - 1) * count['loop'] + 2.0 * width * self.read_in.vocab
+    count['loop'] += self.cell.own_flops(width)
+    bridge = 0 if self.bridge is None else 2.0 * width * width
+    return sum(count.values()) + (steps - 1) * count['loop'] + bridge + 2.0 * width * self.outputs
+
+  @property
+  def outputs(self) -> int:
+    """Rows of the head's matrix."""
+    return self.read_out.outputs_of(self.read_in)
+
+
+def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
+  """The way from states of this batch to answers."""
+  variables = {'params': params}
+
+  def read(x):
+    one = lambda x: model.apply(variables, x, batch['tokens'], batch.get('positions'), batch.get('segments'),
+                                method='read')
+    return one(x) if x.ndim == 3 else jax.vmap(one)(x)
+
+  return Readout(table=model.apply(variables, method='table'), read=read)
 
 
 def init_params(model: Looped, key: Array) -> Any:
   """Parameters of the model, a nested dict of float32 arrays; run it under `jax.jit` or `jax.eval_shape`."""
   plan = Plan(t=jnp.zeros(1), dt=jnp.ones(1))
-  return model.init(key, jnp.zeros((1, 1), jnp.int32), plan, method=_touch_all)['params']
+  return model.init(key, model.read_in.example(), plan, method=_touch_all)['params']
 
 
 def _touch_all(model, tokens, plan):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.types import Array, Batch, ConfigError, Params, Planner, Term, Trace, part
+from loopformer.model import make_readout
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, Planner, Term, Trace, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +53,31 @@ class Objective:
     """f32[] for every term: what its sum over this batch is divided by."""
     return {name: weighted.term.weight(batch) for name, weighted in self.terms.items()}
 
-  def rollouts(self, model, params: Params, batch: Batch, key: Array) -> dict[str, Trace]:
-    """Runs every rollout; each draws its plan from a key of its own, named after it."""
-    traces = {}
+  def rollouts(self, model, params: Params, draw: Draw) -> dict[str, Trace]:
+    """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
+    traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
-      plan = roll.plan(jax.random.fold_in(key, zlib.crc32(name.encode())))
-      traces[name] = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'),
-                                 batch.get('segments'), keep=roll.keep)
+      own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
+      noise = own.replace(key=jax.random.fold_in(own.key, 1)).keys()
+      traces[name] = model.apply({'params': params}, batch['tokens'], roll.plan(own), batch.get('positions'),
+                                 batch.get('segments'), keep=roll.keep, noise=noise)
     return traces
 
-  def __call__(self, model, params: Params, batch: Batch, key: Array,
+  def __call__(self, model, params: Params, draw: Draw,
                denominators: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
     """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}."""
-    rolls = self.rollouts(model, params, batch, key)
-    table = model.apply({'params': params}, method='table')
-    shares = {name: weighted.term(rolls, batch, table, params) / jnp.maximum(denominators[name], 1e-9)
+    rolls = self.rollouts(model, params, draw)
+    readout = make_readout(model, params, draw.batch)
+    shares = {name: weighted.term(rolls, draw.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
               for name, weighted in self.terms.items()}
     return sum(self.terms[name].weight * share for name, share in shares.items()), shares
 
   def flops(self, model, length: int) -> float:
-    """Floating-point operations a token of one training step: forward and twice that backward; no recomputation."""
-    return 3 * sum(model.flops(length, roll.plan.expected) for roll in self.rolls.values())
+    """Floating-point operations a token of one training step: forward, and twice that for what is differentiated; no
+    recomputation."""
+    total = 0.0
+    for roll in self.rolls.values():
+      steps = roll.plan.expected
+      graded = getattr(roll.plan, 'differentiated', steps)
+      total += model.flops(length, steps) + 2 * model.flops(length, graded)
+    return total

@@ -1,19 +1,19 @@
 """Plans: how the steps of a rollout are arranged.
 
-A planner is a frozen part, called with a key; it returns a `Plan` whose number of rows is static, so that one
+A planner is a frozen part, called with a `Draw` (a key, the step, the batch); it returns a `Plan` whose number of rows is static, so that one
 compiled program serves everything it samples.
 """
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Plan, part
+from loopformer.types import Array, ConfigError, Draw, Plan, part
 
 SUM_TOLERANCE = 1e-6
 
@@ -39,7 +39,7 @@ class Uniform:
   def expected(self) -> float:
     return float(self.loops)
 
-  def __call__(self, key: Array) -> Plan:
+  def __call__(self, draw: Draw) -> Plan:
     return schedule((1.0 / self.loops,) * self.loops)
 
 
@@ -80,8 +80,8 @@ class Partition:
     rows = (jnp.arange(self.longest), jax.random.split(size_key, self.longest))
     return jax.lax.scan(draw, jnp.int32(self.loops), rows)[1]
 
-  def __call__(self, key: Array) -> Plan:
-    sizes = self.sizes(key)
+  def __call__(self, draw: Draw) -> Plan:
+    sizes = self.sizes(draw.key)
     start = jnp.cumsum(sizes) - sizes
     return Plan(t=start / jnp.float32(self.loops), dt=sizes / jnp.float32(self.loops), live=sizes > 0)
 
@@ -102,8 +102,8 @@ class RandomDepth:
   def expected(self) -> float:
     return self.loops / 2
 
-  def __call__(self, key: Array) -> Plan:
-    count = jax.random.randint(key, (), 1, self.loops)
+  def __call__(self, draw: Draw) -> Plan:
+    count = jax.random.randint(draw.key, (), 1, self.loops)
     index = jnp.arange(self.longest)
     dt = jnp.full(self.longest, 1.0 / self.loops, jnp.float32)
     return Plan(t=index * dt, dt=dt, live=index < count)
@@ -125,8 +125,237 @@ class Fixed:
   def expected(self) -> float:
     return float(len(self.steps))
 
-  def __call__(self, key: Array) -> Plan:
+  def __call__(self, draw: Draw) -> Plan:
     return schedule(self.steps)
+
+
+# Depths that are drawn -------------------------------------------------------------------------------------------------
+
+
+@part
+class Constant:
+  """`loops`, always."""
+  loops: int
+
+  def __post_init__(self):
+    _at_least('depth.loops', self.loops, 1, 'a plan needs at least one step')
+
+  def mean(self, step: Array) -> Array:
+    """Mean number of loops at a training step."""
+    return jnp.float32(self.loops)
+
+  @property
+  def last_mean(self) -> float:
+    """The mean at the end of training, as a number."""
+    return float(self.loops)
+
+  def draw(self, key: Array, mean: Array) -> Array:
+    """i32[] loops, 1 or more, from a distribution with that mean."""
+    return jnp.int32(mean)
+
+
+@part
+class Poisson:
+  """max(1, Poisson(average)) (Parcae section 3)."""
+  average: float
+
+  def __post_init__(self):
+    if not self.average > 0:
+      raise ConfigError(f'depth.average = {self.average}: must be above 0')
+
+  def mean(self, step: Array) -> Array:
+    return jnp.float32(self.average)
+
+  @property
+  def last_mean(self) -> float:
+    return self.average + math.exp(-self.average)
+
+  def draw(self, key: Array, mean: Array) -> Array:
+    return jnp.maximum(jax.random.poisson(key, mean), 1).astype(jnp.int32)
+
+
+@part
+class LogNormalPoisson:
+  """Poisson(exp(tau)) + 1, tau ~ Normal(log(average) - sigma^2 / 2, sigma): heavy-tailed, mean average + 1 (Huginn 3).
+  """
+  average: float
+  sigma: float = 0.5
+
+  def __post_init__(self):
+    if not self.average > 0:
+      raise ConfigError(f'depth.average = {self.average}: must be above 0')
+
+  def mean(self, step: Array) -> Array:
+    return jnp.float32(self.average)
+
+  @property
+  def last_mean(self) -> float:
+    return self.average + 1
+
+  def draw(self, key: Array, mean: Array) -> Array:
+    rate_key, count_key = jax.random.split(key)
+    rate = mean * jnp.exp(self.sigma * jax.random.normal(rate_key) - self.sigma ** 2 / 2)
+    return (jax.random.poisson(count_key, rate) + 1).astype(jnp.int32)
+
+
+@part
+class Ramp:
+  """A curriculum: the mean of `of` grows to its value over the first `steps` steps, max(1, ceil(mean * f(step/steps))).
+
+  curve: f, `linear` or `one_minus_sqrt` of this module (retrofitted recurrence, Huginn section 11).
+  """
+  of: Constant | Poisson | LogNormalPoisson
+  steps: int
+  curve: Callable[[Array], Array]
+
+  def __post_init__(self):
+    _at_least('depth.steps', self.steps, 1, 'a ramp takes at least one step')
+
+  def mean(self, step: Array) -> Array:
+    share = jnp.minimum(step / self.steps, 1.0)
+    return jnp.maximum(1.0, jnp.ceil(self.of.mean(step) * self.curve(share) - 1e-4))
+
+  @property
+  def last_mean(self) -> float:
+    return self.of.last_mean
+
+  def draw(self, key: Array, mean: Array) -> Array:
+    return self.of.draw(key, mean)
+
+
+def linear(share: Array) -> Array:
+  """share."""
+  return share
+
+
+def one_minus_sqrt(share: Array) -> Array:
+  """1 - sqrt(1 - share): slow at first."""
+  return 1.0 - jnp.sqrt(1.0 - share)
+
+
+@part
+class Stairs:
+  """first, then `add` more every `every` steps, up to `last` (looped in-context learning, 3.1)."""
+  first: int
+  last: int
+  add: int = 2
+  every: int = 500
+
+  def __post_init__(self):
+    _at_least('depth.first', self.first, 1, 'a plan needs at least one step')
+    _at_least('depth.last', self.last, self.first, 'a curriculum does not go down')
+    _at_least('depth.every', self.every, 1, 'a stair takes at least one step')
+
+  def mean(self, step: Array) -> Array:
+    return jnp.minimum(self.first + self.add * (step // self.every), self.last).astype(jnp.float32)
+
+  @property
+  def last_mean(self) -> float:
+    return float(self.last)
+
+  def draw(self, key: Array, mean: Array) -> Array:
+    return jnp.int32(mean)
+
+
+@part
+class Together:
+  """One depth for the whole batch: steps beyond it are skipped, and cost nothing."""
+
+  def draw(self, depth: Any, draw: Draw, mean: Array) -> Array:
+    """i32[]."""
+    return depth.draw(draw.key, mean)
+
+
+@part
+class Each:
+  """A depth for every sequence: the batch runs as many steps as its deepest, a sequence that is done stands still."""
+
+  def draw(self, depth: Any, draw: Draw, mean: Array) -> Array:
+    """i32[B]."""
+    return jax.vmap(lambda key: depth.draw(key, mean))(draw.keys())
+
+
+@part
+class Truncated:
+  """T steps, T drawn from `depth`, of which the last min(T, graded) are differentiated (Parcae, Huginn section 3).
+
+  The T - graded before them run without gradient, as many as are needed, in one compiled program. For loops whose step
+  does not know the schedule. While the mean of a curriculum is below `graded`, so is the number of graded steps.
+  most: where given, T is cut there.
+  """
+  depth: Constant | Poisson | LogNormalPoisson | Ramp | Stairs
+  graded: int
+  over: Together | Each = Together()
+  most: int | None = None
+
+  def __post_init__(self):
+    _at_least('Truncated.graded', self.graded, 1, 'without a graded step nothing in the loop is learned')
+    if self.graded > math.ceil(self.depth.last_mean):
+      raise ConfigError(f'Truncated.graded = {self.graded} is more than the mean number of steps, '
+                        f'{self.depth.last_mean:g}; lower it')
+
+  @property
+  def longest(self) -> int:
+    return self.graded
+
+  @property
+  def expected(self) -> float:
+    return self.depth.last_mean
+
+  @property
+  def differentiated(self) -> float:
+    """Mean number of steps with a backward pass; for counting arithmetic."""
+    return min(self.depth.last_mean, self.graded)
+
+  def __call__(self, draw: Draw) -> Plan:
+    mean = self.depth.mean(draw.step)
+    total = self.over.draw(self.depth, draw, mean)
+    total = total if self.most is None else jnp.minimum(total, self.most)
+    graded = jnp.minimum(total, jnp.minimum(self.graded, jnp.ceil(mean).astype(jnp.int32)))
+    rows = jnp.arange(self.graded)
+    return Plan(t=jnp.zeros(self.graded), dt=jnp.ones(self.graded), live=(rows < graded[..., None]).T,
+                free=total - graded)
+
+
+@part
+class Given:
+  """As many steps as each sequence asks for in `batch['loops']`, up to `most` (length generalisation, section 3)."""
+  most: int
+
+  @property
+  def longest(self) -> int:
+    return self.most
+
+  @property
+  def expected(self) -> float:
+    return float(self.most)
+
+  def __call__(self, draw: Draw) -> Plan:
+    loops = draw.batch['loops']
+    return Plan(t=jnp.zeros(self.most), dt=jnp.ones(self.most), live=jnp.arange(self.most)[:, None] < loops)
+
+
+@part
+class Staged:
+  """`loops[stage]` steps, the stage being what the run's controller has decided (SHIFT): one program for all stages."""
+  loops: tuple[int, ...]
+
+  def __post_init__(self):
+    if not self.loops or min(self.loops) < 1:
+      raise ConfigError(f'Staged.loops = {self.loops}: give numbers of loops, each 1 or more')
+
+  @property
+  def longest(self) -> int:
+    return max(self.loops)
+
+  @property
+  def expected(self) -> float:
+    return float(self.loops[-1])
+
+  def __call__(self, draw: Draw) -> Plan:
+    index = jnp.arange(self.longest)
+    loops = jnp.asarray(self.loops)[draw.stage]
+    return Plan(t=index / jnp.maximum(loops, 1), dt=jnp.broadcast_to(1.0 / loops, index.shape), live=index < loops)
 
 
 def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'steps') -> tuple[float, ...]:

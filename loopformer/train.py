@@ -20,7 +20,7 @@ from loopformer import metrics, sharding
 from loopformer.checkpoint import Checkpoints, abstract
 from loopformer.evaluate import evaluate
 from loopformer.model import init_params
-from loopformer.types import Array, Batch, ConfigError, Params, part
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, part
 
 
 @part
@@ -65,8 +65,8 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int) -
 
 
 def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh,
-              accumulate: int = 1, seed: int = 0) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-  """The compiled training step: (state, batch of global arrays) -> (state, metrics f32[]); the state is donated.
+              accumulate: int = 1, seed: int = 0) -> Callable[..., tuple[State, dict[str, Array]]]:
+  """The compiled training step: (state, batch of global arrays, stage) -> (state, metrics f32[]); the state is donated.
 
   The gradient is taken inside a shard_map that is manual over the mesh: parameters are gathered once, all loops run on
   local weights, and each gradient is reduced once, whatever the number of loops.
@@ -84,10 +84,11 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
       return jax.lax.psum(leaf, sharding.AXES)
     return jax.lax.psum_scatter(jax.lax.psum(leaf, 'data'), 'fsdp', scatter_dimension=axis, tiled=True)
 
-  def gradient(shapes, params, batch, key):
+  def gradient(shapes, params, draw):
     params = jax.tree.map(gather, params, shapes)
-    total = jax.lax.psum(objective.denominators(batch), sharding.AXES)
-    share = jax.value_and_grad(lambda p, rows: objective(model, p, rows, key, total), has_aux=True)
+    total = jax.lax.psum(objective.denominators(draw.batch), sharding.AXES)
+    batch = draw.batch
+    share = jax.value_and_grad(lambda p, rows: objective(model, p, draw.replace(batch=rows), total), has_aux=True)
     if accumulate == 1:
       (loss, terms), grads = share(params, batch)
     else:
@@ -98,14 +99,16 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
           lambda sums, rows: (jax.tree.map(jnp.add, sums, share(params, rows)), None), zero, micro)[0]
     return jax.lax.psum({'loss': loss, **terms}, sharding.AXES), jax.tree.map(reduce, grads)
 
-  def step(state, batch):
-    key = jax.random.fold_in(run_key, state.step)
+  def step(state, batch, stage=0):
+    size = batch['tokens'].shape[0]
+    draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
+                batch={**batch, 'row': jnp.arange(size)})
     shapes = jax.tree.map(lambda leaf: leaf.shape, state.params)
     specs = jax.tree.map(lambda leaf: sharding.spec(leaf.shape, parts), state.params)
     mapped = jax.shard_map(
-        functools.partial(gradient, shapes), mesh=mesh, in_specs=(specs, P(sharding.AXES), P()),
+        functools.partial(gradient, shapes), mesh=mesh, in_specs=(specs, Draw(P(), P(), P(), P(sharding.AXES))),
         out_specs=(P(), specs), check_vma=False)
-    values, grads = mapped(state.params, batch, key)
+    values, grads = mapped(state.params, draw)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(step=state.step + 1, params=params, optimizer=optimizer_state), {
@@ -129,7 +132,7 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print) -> Sta
     raise ConfigError(f'train.batch / train.accumulate = {options.batch // options.accumulate} rows do not divide over '
                       f'{mesh.size} devices; choose a multiple of {mesh.size}')
   tokenizer = config.task.prepare(workdir, log)
-  if tokenizer.vocab_size > config.model.read_in.vocab:
+  if tokenizer is not None and tokenizer.vocab_size > config.model.read_in.vocab:
     raise ConfigError(f'model.read_in.vocab = {config.model.read_in.vocab} is smaller than the tokenizer\'s '
                       f'{tokenizer.vocab_size} entries; raise it to that or more')
 
@@ -143,12 +146,13 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print) -> Sta
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)
   shardings = sharding.state_shardings(shapes, mesh)
-  byte_lengths = jax.device_put(jnp.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
+  byte_lengths = tokenizer and jax.device_put(jnp.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
+  memory = config.control.start()
   with Checkpoints(workdir, options.keep) as checkpoints:
     first = checkpoints.latest() or 0
     if first:
       target = abstract(shapes, shardings)
-      params, optimizer_state, position = checkpoints.restore(first, target.params, target.optimizer)
+      params, optimizer_state, position, memory = checkpoints.restore(first, target.params, target.optimizer)
       stream.set_state(position)
       state = State(step=jax.device_put(jnp.int32(first), shardings.step), params=params, optimizer=optimizer_state)
       log(f'resumed from step {first}')
@@ -156,7 +160,7 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print) -> Sta
       state = jax.jit(make, out_shardings=shardings)()
     writer = metrics.Writer(workdir, first)
     run = _Run(config, mesh, make_step(config.model, config.objective, optimizer, mesh, options.accumulate,
-                                       options.seed), writer, checkpoints, held_out, byte_lengths, log)
+                                       options.seed), writer, checkpoints, held_out, byte_lengths, log, memory)
     try:
       return run(state, stream, first)
     finally:
@@ -177,8 +181,9 @@ class _Run:
   writer: metrics.Writer
   checkpoints: Checkpoints
   held_out: list
-  byte_lengths: Array
+  byte_lengths: Array | None
   log: Callable
+  memory: dict  # the controller's
 
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
@@ -186,7 +191,8 @@ class _Run:
     pending = None
     with _Terminated() as terminated:
       for number in range(first + 1, options.steps + 1):
-        state, values = self.step(state, sharding.put_batch(next(stream), self.mesh))
+        batch, stage = sharding.put_batch(next(stream), self.mesh), self.config.control.stage(self.memory)
+        state, values = self.step(state, batch, stage)
         self._report(pending, clock)
         pending = (number, values)
         if number % options.eval_every == 0 or number == options.steps:
@@ -197,7 +203,7 @@ class _Run:
         if number % options.save_every == 0 or number == options.steps or terminated.is_set():
           self._report(pending, clock)  # a state is saved once its loss is known to be finite
           pending = None
-          self.checkpoints.save(number, state.params, state.optimizer, stream.get_state())
+          self.checkpoints.save(number, state.params, state.optimizer, stream.get_state(), self.memory)
         if terminated.is_set() and number < options.steps:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
           raise SystemExit(0)
@@ -214,6 +220,7 @@ class _Run:
       raise NotFinite(f'step {number}: {term} = {values[term]} (not finite: {", ".join(broken)}). Nothing was saved '
                       f'since; the last good checkpoint is step {self.checkpoints.latest()}. Lower the learning rate '
                       'or the clipping norm, or raise the warm-up')
+    self._watch(number, values)
     options = self.config.train
     if number % options.log_every == 0 or number == options.steps or clock.fresh:
       speed = clock.read(number)
@@ -225,10 +232,27 @@ class _Run:
       self.log(f'step {number}/{options.steps}  loss {values["loss"]:.3f}  {terms}{left}')
 
   def _evaluate(self, number, state):
-    rows = evaluate(self.config.model, state.params, self.held_out, self.config.evals.schedules(), self.byte_lengths)
-    self.writer.write('eval', number, {f'loss@{row["schedule"]}': row['loss'] for row in rows})
-    self.log(f'step {number}  validation loss at ' + '  '.join(
-        f'{row["schedule"]} loop{"s" if row["budget"] > 1 else ""}: {row["loss"]:.3f}' for row in rows))
+    config = self.config
+    rows = evaluate(config.model, state.params, self.held_out, config.evals.schedules(), self.byte_lengths,
+                    config.task.measure)
+    values = {f'{name}@{row["schedule"]}': row[name] for row in rows
+              for name in row if name not in ('budget', 'schedule', 'tokens')}
+    values |= config.model.cell.diagnose(jax.device_get(state.params['cell']))
+    self.writer.write('eval', number, values)
+    shown = ('loss', 'accuracy', 'exact')
+    self.log(f'step {number}  validation ' + '  '.join(
+        f'{row["schedule"]} loop{"s" if row["budget"] != 1 else ""}: '
+        + ' '.join([f'{row["loss"]:.3f}', *(f'{name} {row[name]:.3f}' for name in shown[1:] if name in row)])
+        for row in rows))
+    self._watch(number, values)
+
+  def _watch(self, number, values):
+    control = self.config.control
+    before = control.stage(self.memory)
+    self.memory = control.watch(self.memory, number, values)
+    if control.stage(self.memory) != before:
+      self.log(f'step {number}: stage {before} has ended, stage {control.stage(self.memory)} begins')
+      self.writer.write('stage', number, {'stage': control.stage(self.memory)})
 
 
 class _Clock:

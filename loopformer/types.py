@@ -11,7 +11,7 @@ A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping, Protocol
+from typing import Any, Callable, Mapping, Protocol
 
 from flax import struct
 import jax
@@ -28,7 +28,7 @@ class Plan:
   t, dt: f32[K], time at, and size of, each step; a whole trajectory has length one.
   live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step is computed, but passes this sequence through unchanged).
-  free: None or i32[]: steps that run first, without gradient, as many as this number says.
+  free: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
   """
   t: Array
   dt: Array
@@ -39,6 +39,24 @@ class Plan:
   def steps(self) -> int:
     """K, the number of rows, skipped ones included."""
     return self.dt.shape[0]
+
+
+@struct.dataclass
+class Draw:
+  """What a plan may depend on.
+
+  key: of everything random in it, the same on all devices; step: i32[], training steps taken; stage: i32[], what the
+  run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a sequence's place in the
+  global batch, so that what is drawn for it does not depend on the devices that the batch is divided over.
+  """
+  key: Array
+  step: Array
+  stage: Array
+  batch: Batch
+
+  def keys(self) -> Array:
+    """A key for every sequence, [B]."""
+    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(self.batch['row'])
 
 
 @struct.dataclass
@@ -61,12 +79,16 @@ class Ctx:
 
   pos: i32[B, T], position of each token in its document; -1 marks padding (with a cache only).
   seg: None or i32[B, T], tokens attend within equal numbers only.
+  tokens: i32[B, T] or f32[B, T, width], the input.
+  noise: None, or keys [B] of the noise that a state starts from.
   tick: the row of the plan that is running; None in prelude and coda.
   memory: how steps share the cache (a frozen part, static).
   remat: what the backward pass saves (a frozen part, static); None saves everything.
   """
   pos: Array
   seg: Array | None = None
+  tokens: Array | None = None
+  noise: Array | None = None
   tick: Tick | None = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
@@ -94,7 +116,7 @@ class Trace:
 
   x: [B, T, D], the last state of the loop; z: [B, T, D], the same after coda and final norm, ready for the head.
   xs: None or [K, B, T, D], the states that were kept; aux: per-step auxiliaries of the cell, leaves [K, ...].
-  kv: the caches; steps: i32[], steps that ran.
+  kv: the caches; steps: i32[], steps that ran; live: that of the plan.
   """
   x: Array
   z: Array
@@ -102,6 +124,18 @@ class Trace:
   aux: Any
   kv: Any
   steps: Array
+  live: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+  """The way from a state to an answer, with its parameters in it.
+
+  table: f32[V, D], the head's matrix: answers are z @ table^T. read: a state of the loop [..., B, T, D] -> z, the same
+  after coda and final norm.
+  """
+  table: Array
+  read: Callable[[Array], Array]
 
 
 class Planner(Protocol):
@@ -115,7 +149,26 @@ class Planner(Protocol):
   def expected(self) -> float:
     """Mean number of steps that run; for counting arithmetic."""
 
-  def __call__(self, key: Array) -> Plan: ...
+  def __call__(self, draw: Draw) -> Plan: ...
+
+
+class Cell(Protocol):
+  """What one step does; a Linen module with a stack named `core`."""
+
+  def check(self, width: int):
+    """Raises ConfigError where its parts do not fit each other, or the model's width."""
+
+  def timetable(self, plan: Plan) -> Any:
+    """What it computes ahead of the loop, from the plan alone: leaves [K, ...]; None where there is nothing."""
+
+  def own_flops(self, width: int) -> float:
+    """Floating-point operations a token of a step, forward, beside the core's."""
+
+  def diagnose(self, params: Params) -> dict[str, float]:
+    """Numbers worth logging, from the cell's parameters."""
+
+  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, dict]:
+    """(state, input, context, cache) -> (state, cache, auxiliaries)."""
 
 
 class Memory(Protocol):
@@ -133,17 +186,20 @@ class Term(Protocol):
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by, a function of the batch alone."""
 
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Any, params: Params) -> Array:
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     """f32[]: the sum over the batch."""
 
 
 class Task(Protocol):
   """Where examples come from."""
 
+  length: int
+  measure: Any  # what is measured of it, a part of measures.py
+
   def prepare(self, workdir, log) -> Any: ...
 
   def examples(self, workdir, split: str, seed: int) -> Any:
-    """A grain.MapDataset of single examples: tokens, targets, weights, positions, segments, each [T]."""
+    """A grain.MapDataset of single examples: tokens, targets, weights, positions, segments, each [T, ...]."""
 
 
 class ConfigError(ValueError):

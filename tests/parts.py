@@ -15,13 +15,18 @@ import numpy as np
 
 from loopformer import loop, plans
 from loopformer.attention import Blockwise, Fused
-from loopformer.blocks import MLP, Block, Normal, RMSNorm, SelfAttention, Stack, UnitNorm
+from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, Sandwich,
+                               SelfAttention, Stack, UnitNorm, ValueEmbed, gelu_tanh, squared_relu)
 from loopformer.cells.plain import Plain
+from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, Trajectory
-from loopformer.embed import TokenEmbed
+from loopformer.embed import Head, TokenEmbed, Tokens
+from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
-from loopformer.types import Ctx
+from loopformer.positions import Alibi, Rotary
+from loopformer.starts import Noise, Zeros
+from loopformer.types import Ctx, Draw
 
 V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +59,35 @@ def looped(cell, **options) -> Looped:
   return Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options})
 
 
-def stack(depth: int) -> Stack:
-  return Stack(block(RMSNorm()), depth)
+def stack(depth: int, **options) -> Stack:
+  return Stack(block(RMSNorm()), depth, **options)
+
+
+def recur(inject, core=None, **options) -> Recur:
+  return Recur(core or stack(N), inject, **options)
+
+
+def gpt2() -> Block:
+  """A layer with LayerNorms and biases."""
+  attn = SelfAttention(heads=2, biased=('q', 'k', 'v', 'out'))
+  return Block(attn=attn, mlp=MLP(hidden=24, activation=gelu_tanh, biased=('up', 'down')), norm=LayerNorm())
+
+
+def valued() -> Chain:
+  """A plain layer and one with value embeddings, turned and normed queries and keys (Parcae)."""
+  options = {'heads': 2, 'position': Rotary(), 'norm_qk': UnitNorm()}
+  layers = [Block(attn=SelfAttention(**options, values=values), mlp=MLP(hidden=24, activation=squared_relu))
+            for values in (None, ValueEmbed(vocab=V, features=4))]
+  return Chain(tuple(layers))
+
+
+def sandwich() -> Sandwich:
+  return Sandwich(attn=SelfAttention(heads=2, position=Rotary(), biased=('q', 'k')), mlp=GatedMLP(hidden=24))
+
+
+def nowhere() -> Tokens:
+  """Tokens without positions."""
+  return Tokens(vocab=V, width=D, length=32)
 
 
 ROWS = {
@@ -69,6 +101,19 @@ ROWS = {
     'fused': Row(looped(timed(kernel=Fused()))),
     'blocks_of_3': Row(looped(timed(kernel=Blockwise(size=3)))),
     'keep_all': Row(looped(plain(), remat=loop.KeepAll()), timed=False),
+    'per_layer': Row(looped(timed(), remat=loop.PerLayer())),
+    'rotary': Row(looped(plain(position=Rotary()), read_in=nowhere()), timed=False),
+    'alibi': Row(looped(plain(position=Alibi(), heads=4, groups=2), read_in=nowhere()), timed=False),
+    'nowhere': Row(looped(plain(), read_in=nowhere()), timed=False),
+    'ordered': Row(looped(Plain(stack(3, order=(0, 0, 1, 2, 2))), loops=1), timed=False),
+    'added': Row(looped(recur(Add(), norm=LayerNorm(), core=Stack(gpt2(), N)), start=Zeros(),
+                        read_out=Head(outputs=V, norm=Identity())), timed=False),
+    'held': Row(looped(recur(Hold()), prelude=stack(1), coda=stack(1)), timed=False),
+    'parcae': Row(looped(recur(Diagonal(), core=Stack(valued(), 1)), read_in=nowhere(), start=Noise(std=0.3),
+                         prelude=Stack(valued(), 1, norm=RMSNorm()), coda=Stack(valued(), 1), bridge=Linear(D)),
+                  timed=False),
+    'huginn': Row(looped(recur(Concat(), core=Stack(sandwich(), N), norm=RMSNorm()), read_in=nowhere(),
+                         start=Noise(std=0.6), prelude=Stack(sandwich(), 1), coda=Stack(sandwich(), 1)), timed=False),
 }
 assert T % 3, 'the row blocks_of_3 is there for a last block that is not full'
 all_rows = sorted(ROWS)
@@ -105,11 +150,16 @@ def extend(model, params, tokens, plan, pos, kv):
   return model.apply({'params': params}, trace.z, method='logits'), trace.kv
 
 
+def context(x) -> Ctx:
+  """Of states x, [B, T, D], of the texts `tokens(B)`."""
+  return Ctx(pos=jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), tokens=tokens(len(x)))
+
+
 @functools.partial(jax.jit, static_argnames='model')
 def resume(model, params, x, e, plan):
   """The loop alone, from state x: (x, auxiliaries)."""
   def run(model, x, e, plan):
-    ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    ctx = context(x)
     return loop.run(model.cell, x, e, plan, ctx, None, loop.Last(), model.remat)[0]
   return model.apply({'params': params}, x, e, plan, method=run)
 
@@ -138,6 +188,14 @@ def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[s
   return {'tokens': stream[:, :-1], 'targets': stream[:, 1:], 'weights': weights,
           'positions': jnp.broadcast_to(jnp.arange(length), (rows, length)),
           'segments': jnp.zeros((rows, length), jnp.int32)}
+
+
+def draw(key, batch=None, step: int = 0, stage: int = 0) -> Draw:
+  """What a plan may depend on; rows are numbered as they stand in the batch."""
+  batch = batch or {}
+  if batch:
+    batch = {'row': jnp.arange(len(batch['tokens'])), **batch}
+  return Draw(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch)
 
 
 def padded(steps, rows: int = L):

@@ -8,6 +8,7 @@ import pytest
 from experiments import benchmark
 from loopformer import loop, metrics, plans
 from loopformer.model import init_params
+from tests import parts
 
 TINY = benchmark.Size(batch=2, length=16, width=16, heads=2, hidden=24, vocab=40, layers=2, loops=4, short=2, prompt=4,
                       new=4)
@@ -100,7 +101,7 @@ def test_peer_computes_the_same_loss_and_gradient(short):
   objective = benchmark.with_short(TINY, plans.Fixed(steps=short))
 
   def loss(params):
-    return objective(model, params, batch, jax.random.key(0), objective.denominators(batch))[0]
+    return objective(model, params, parts.draw(jax.random.key(0), batch), objective.denominators(batch))[0]
 
   ours, grads = jax.jit(jax.value_and_grad(loss))(params)
   theirs = peer.from_params(model, params)

@@ -87,7 +87,7 @@ def test_override(path, text, value):
                      r'\(core, condition, modulation\)'),
     ('objective.terms=5', r'objective\.terms is a part .*lm, lm_short, shortcut'),
     ('objective.terms.lm=5', r'objective\.terms\.lm is a part'),
-    ('model.read_out.norm=5', r'model\.read_out\.norm is a part .*it has none'),
+    ('model.read_out.norm=5', r'model\.read_out\.norm is a part .*\(eps\)'),
     ('train.steps', r"--set 'train\.steps': expected path=value"),
     ('train.steps=0', r'train\.steps = 0: must be 1 or more'),  # the part's own check
     ('objective.rolls.short.plan.loops=1', r'Partition\.loops = 1'),

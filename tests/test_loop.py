@@ -13,7 +13,7 @@ from loopformer.blocks import UnitNorm, dense, gelu
 from loopformer.condition import sinusoid
 from loopformer.loop import Every, KeepAll, PerLayer, PerStep
 from loopformer.model import init_params, parameter_count
-from loopformer.types import ConfigError, Ctx, Plan, Tick
+from loopformer.types import ConfigError, Plan, Tick
 from tests import parts
 from tests.parts import D, L, N, ROWS, T, V, all_rows, close, forward, padded, params, poked, time_free, tokens
 
@@ -122,14 +122,14 @@ def by_while_loop(model, weights, e, plan):
   """The steps of a plan by `lax.while_loop` over `model.step`."""
   variables = {'params': weights}
   code = model.apply(variables, plan, method='timetable')
-  pos = jnp.broadcast_to(jnp.arange(e.shape[1]), e.shape[:2])
+  ctx = parts.context(e)
 
   def body(carry):
     k, x = carry
     tick = Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=k, code=jax.tree.map(lambda leaf: leaf[k], code))
-    return k + 1, model.apply(variables, x, e, Ctx(pos=pos, tick=tick), None, method='step')[0]
+    return k + 1, model.apply(variables, x, e, ctx.replace(tick=tick), None, method='step')[0]
 
-  return jax.lax.while_loop(lambda carry: carry[0] < plan.steps, body, (jnp.int32(0), e))[1]
+  return jax.lax.while_loop(lambda carry: carry[0] < plan.steps, body, (jnp.int32(0), model.start(e, ctx)))[1]
 
 
 @rows

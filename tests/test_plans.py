@@ -14,6 +14,7 @@ from scipy import stats
 
 from loopformer import plans
 from loopformer.types import ConfigError
+from tests import parts
 
 DRAWS = 10_000
 LIKELY = 1e-3  # least p-value; the keys are fixed, so a test that passes once passes always
@@ -47,7 +48,7 @@ def probability(sizes: tuple[int, ...], loops: int) -> Fraction:
 @hypothesis.given(loops=st.integers(2, 24), seed=st.integers(0, 2 ** 31 - 1))
 def test_partition_is_a_trajectory(loops, seed):
   part = plans.Partition(loops)
-  draw = jax.jit(jax.vmap(lambda key: (part.sizes(key), part(key))))
+  draw = jax.jit(jax.vmap(lambda key: (part.sizes(key), part(parts.draw(key)))))
   sizes, plan = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(seed), 100)))
   count = (sizes > 0).sum(1, keepdims=True)
   live = np.arange(loops - 1) < count
@@ -97,7 +98,7 @@ def test_partition_draws_as_the_official_sampler():
 
 def test_random_depth_is_uniform():
   part = plans.RandomDepth(6)
-  drawn = jax.jit(jax.vmap(part))(jax.random.split(jax.random.key(0), 5000))
+  drawn = jax.jit(jax.vmap(lambda key: part(parts.draw(key))))(jax.random.split(jax.random.key(0), 5000))
   counts = np.bincount(drawn.live.sum(1), minlength=6)
   assert drawn.live.shape == (5000, 5) and counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > LIKELY
   assert (np.diff(drawn.live.astype(int), axis=1) <= 0).all()  # the first steps, without gaps
@@ -107,7 +108,7 @@ def test_random_depth_is_uniform():
 
 @pytest.mark.parametrize('part', [plans.Partition(8), plans.RandomDepth(8)], ids=lambda part: type(part).__name__)
 def test_expected_is_the_mean_number_of_steps(part):
-  steps = jax.jit(jax.vmap(part))(jax.random.split(jax.random.key(1), 4000)).live.sum(1)
+  steps = jax.jit(jax.vmap(lambda key: part(parts.draw(key))))(jax.random.split(jax.random.key(1), 4000)).live.sum(1)
   assert part.expected == 4 == part.longest - 3
   assert abs(float(steps.mean()) - part.expected) < 4 * 2 / math.sqrt(4000)
 

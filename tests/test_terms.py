@@ -13,7 +13,7 @@ from loopformer import plans
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.match import Match
-from loopformer.types import ConfigError, Plan, Trace
+from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
 from tests.parts import D, L, ROWS, T, V, close, forward, params
 
@@ -110,7 +110,7 @@ def test_ce_is_the_mean_by_weights():
   batch = {'targets': targets, 'weights': weights}
   trace = Trace(x=None, z=z, xs=None, aux=None, kv=None, steps=None)
   term = CE(roll='long', chunk=5)
-  np.testing.assert_allclose(term({'long': trace}, batch, table, None), naive(z, table, targets, weights), rtol=1e-6)
+  np.testing.assert_allclose(term({'long': trace}, batch, Readout(table=table, read=None), None), naive(z, table, targets, weights), rtol=1e-6)
   assert term.weight(batch) == weights.sum() and term.reads == ('long',)
 
 
@@ -149,7 +149,7 @@ def full_objective(loops: int = L) -> Objective:
 
 
 def short_plan(key) -> Plan:
-  return plans.Partition(L)(jax.random.fold_in(key, zlib.crc32(b'short')))
+  return plans.Partition(L)(parts.draw(jax.random.fold_in(key, zlib.crc32(b'short'))))
 
 
 def test_the_long_pass_gets_no_gradient_from_the_shortcut():
@@ -158,7 +158,7 @@ def test_the_long_pass_gets_no_gradient_from_the_shortcut():
 
   @jax.jit
   def ours(weights):
-    return jax.value_and_grad(lambda w: SHORTCUT(MODEL, w, batch, KEY, total)[0])(weights)
+    return jax.value_and_grad(lambda w: SHORTCUT(MODEL, w, parts.draw(KEY, batch), total)[0])(weights)
 
   @jax.jit
   def by_hand(weights):
@@ -181,7 +181,7 @@ def test_what_the_long_pass_alone_sees_gets_no_gradient():
   def loss(times):
     objective = Objective(rolls={name: Roll(moved(plan, times[name])) for name, plan in base.items()},
                           terms=SHORTCUT.terms)
-    return objective(MODEL, params(MODEL), batch, KEY, objective.denominators(batch))[0]
+    return objective(MODEL, params(MODEL), parts.draw(KEY, batch), objective.denominators(batch))[0]
 
   base = {'long': plans.Uniform(L)(KEY), 'short': plans.schedule((0.5, 0.5))}
   grads = jax.jit(jax.grad(loss))({name: plan.t for name, plan in base.items()})
@@ -198,7 +198,7 @@ OBJECTIVE = full_objective()
 @jax.jit
 def share(weights, batch, total):
   """((loss, {term: mean}), gradient)."""
-  return jax.value_and_grad(lambda w: OBJECTIVE(MODEL, w, batch, KEY, total), has_aux=True)(weights)
+  return jax.value_and_grad(lambda w: OBJECTIVE(MODEL, w, parts.draw(KEY, batch), total), has_aux=True)(weights)
 
 
 def test_loss_is_the_sum_assembled_by_hand():

@@ -4,7 +4,7 @@ from __future__ import annotations
 from flax import linen as nn
 
 from loopformer.blocks import Stack
-from loopformer.types import KV, Array, Ctx, Plan
+from loopformer.types import KV, Array, Ctx, Params, Plan
 
 
 class Plain(nn.Module):
@@ -17,6 +17,14 @@ class Plain(nn.Module):
   def timetable(self, plan: Plan) -> None:
     """Nothing: the step does not depend on the schedule."""
     return None
+
+  def own_flops(self, width: int) -> float:
+    """Nothing beside the core's."""
+    return 0.0
+
+  def diagnose(self, params: Params) -> dict[str, float]:
+    """Nothing."""
+    return {}
 
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, None, kv)

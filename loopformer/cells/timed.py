@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from loopformer.blocks import Stack
 from loopformer.condition import LoopIndex, Modulation, Trajectory
-from loopformer.types import KV, Array, ConfigError, Ctx, Plan
+from loopformer.types import KV, Array, ConfigError, Ctx, Params, Plan
 
 
 class Timed(nn.Module):
@@ -16,7 +16,7 @@ class Timed(nn.Module):
 
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
-    if self.modulation.layers != self.core.depth:
+    if self.modulation.layers != self.core.applications:
       raise ConfigError(f'model.cell.core.depth = {self.core.depth}, but model.cell.modulation.layers = '
                         f'{self.modulation.layers}; every layer needs its modulation: set both to the same number')
     if self.condition.width != width:
@@ -26,6 +26,14 @@ class Timed(nn.Module):
   def timetable(self, plan: Plan) -> Array:
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
     return self.modulation(self.condition(plan))
+
+  def own_flops(self, width: int) -> float:
+    """Nothing: per step and layer, modulations are a few products of one vector."""
+    return 0.0
+
+  def diagnose(self, params: Params) -> dict[str, float]:
+    """Nothing."""
+    return {}
 
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, ctx.tick.code, kv)

@@ -16,6 +16,7 @@ from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
+from loopformer import measures
 from loopformer.tokenizer import Tokenizer
 from loopformer.types import ConfigError, part
 
@@ -148,6 +149,7 @@ class Generated:
   pool: int | None = None
   held_out: int = 1024
   tests: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  measure: measures.Answers | measures.Errors = measures.Answers()
 
   def __post_init__(self):
     for name in ('pool', 'held_out'):

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 
-from loopformer import data, prepared
+from loopformer import data, measures, prepared
 from loopformer.corpus import Files, StandardLibrary
 from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 
@@ -22,6 +22,7 @@ class Text:
   length: int = 128
   documents: data.Joined | data.Separate = data.Joined()
   folder: str | None = None
+  measure: measures.Tokens = measures.Tokens()
 
   def __post_init__(self):
     if self.length < 1:

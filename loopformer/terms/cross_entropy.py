@@ -7,7 +7,7 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, Batch, Params, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 CHUNK = 512
 
@@ -96,5 +96,5 @@ class CE:
   def weight(self, batch: Batch) -> Array:
     return batch['weights'].sum()
 
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Array, params: Params) -> Array:
-    return nll_sum(rolls[self.roll].z, readout, batch['targets'], batch['weights'], self.chunk)
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    return nll_sum(rolls[self.roll].z, readout.table, batch['targets'], batch['weights'], self.chunk)

@@ -6,7 +6,7 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, Batch, Params, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
 @part
@@ -25,7 +25,7 @@ class Match:
   def weight(self, batch: Batch) -> Array:
     return batch['weights'].sum()
 
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Array, params: Params) -> Array:
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     target = jax.lax.stop_gradient(rolls[self.target].z).astype(jnp.float32)
     distance_BT = jnp.mean(jnp.square(target - rolls[self.roll].z.astype(jnp.float32)), -1)
     return jnp.sum(distance_BT * batch['weights'])

@@ -1,0 +1,33 @@
+"""The recurrent cell: the input is injected, then the layers run (Parcae, Huginn, looped in-context learning)."""
+from __future__ import annotations
+
+from flax import linen as nn
+
+from loopformer.blocks import Identity, Stack
+from loopformer.types import KV, Array, Ctx, Params, Plan
+
+
+class Recur(nn.Module):
+  """x = norm(core(inject(x, e)))."""
+  core: Stack
+  inject: nn.Module
+  norm: nn.Module = Identity()
+
+  def check(self, width: int):
+    """Nothing: its parts take any width."""
+
+  def timetable(self, plan: Plan) -> None:
+    """Nothing: the step does not depend on the schedule."""
+    return None
+
+  def own_flops(self, width: int) -> float:
+    """Floating-point operations a token of a step, forward, beside the core's."""
+    return self.inject.flops(width)
+
+  def diagnose(self, params: Params) -> dict[str, float]:
+    """Numbers worth logging, from the cell's parameters."""
+    return {'radius': self.inject.radius(params.get('inject', {}))}
+
+  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+    x, kv = self.core(self.inject(x, e), ctx, None, kv)
+    return self.norm(x), kv, {}

@@ -1,0 +1,77 @@
+"""Measures: what is reported of a batch. Frozen parts: sums over a batch, and the row that totals of them make."""
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.terms.cross_entropy import nll_sum
+from loopformer.types import Array, Batch, Readout, part
+
+Sums = dict[str, Array]
+
+
+@part
+class Tokens:
+  """Loss in nats a token, perplexity, bits per byte of text."""
+
+  def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
+    """f32[] each. byte_lengths: i32[V], UTF-8 bytes that each token stands for."""
+    size = (batch['weights'] * byte_lengths[batch['targets']]).sum()
+    return {'nll': nll_sum(z, readout.table, batch['targets'], batch['weights']), 'tokens': batch['weights'].sum(),
+            'bytes': size}
+
+  def row(self, total: Mapping[str, float]) -> dict[str, Any]:
+    """The row of a table."""
+    loss = total['nll'] / total['tokens']
+    return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),
+            'bits_per_byte': total['nll'] / math.log(2) / total['bytes'] if total['bytes'] else math.nan,
+            'tokens': int(total['tokens'])}
+
+
+@part
+class Answers:
+  """Loss; accuracy over all answer tokens; `exact`, sequences whose answers are all right; `last`, their last ones."""
+
+  def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
+    logits_BTV = jnp.einsum('BTD,VD->BTV', z, readout.table.astype(z.dtype), preferred_element_type=jnp.float32)
+    asked = batch['weights'] > 0
+    right = (logits_BTV.argmax(-1) == batch['targets']) & asked
+    last = jnp.where(asked, jnp.arange(asked.shape[1]), -1).argmax(-1)
+    return {'nll': nll_sum(z, readout.table, batch['targets'], batch['weights']), 'weight': batch['weights'].sum(),
+            'right': right.sum(), 'tokens': asked.sum(), 'exact': (right == asked).all(-1).sum(),
+            'last': jnp.take_along_axis(right, last[:, None], 1).sum(), 'rows': jnp.float32(asked.shape[0])}
+
+  def row(self, total: Mapping[str, float]) -> dict[str, Any]:
+    """The row of a table."""
+    return {'loss': total['nll'] / total['weight'], 'accuracy': total['right'] / total['tokens'],
+            'exact': total['exact'] / total['rows'], 'last': total['last'] / total['rows'],
+            'tokens': int(total['tokens'])}
+
+
+@part
+class Errors:
+  """Mean squared error over all answers, and over the last of every sequence, in units of `scale`."""
+  scale: float = 1.0
+
+  def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
+    error_BT = squared_error(readout, z, batch)
+    asked = batch['weights'] > 0
+    last = jnp.where(asked, jnp.arange(asked.shape[1]), -1).argmax(-1)
+    return {'error': (error_BT * batch['weights']).sum(), 'tokens': batch['weights'].sum(),
+            'last': jnp.take_along_axis(error_BT, last[:, None], 1).sum(), 'rows': jnp.float32(asked.shape[0])}
+
+  def row(self, total: Mapping[str, float]) -> dict[str, Any]:
+    """The row of a table."""
+    return {'loss': total['error'] / total['tokens'] / self.scale, 'last': total['last'] / total['rows'] / self.scale,
+            'tokens': int(total['tokens'])}
+
+
+def squared_error(readout: Readout, z: Array, batch: Batch) -> Array:
+  """f32[..., B, T]: of z [..., B, T, D] against targets f32[B, T] or [B, T, outputs], the mean over outputs."""
+  answers = jnp.einsum('...D,OD->...O', z, readout.table.astype(z.dtype), preferred_element_type=jnp.float32,
+                       precision=jax.lax.Precision.HIGHEST)
+  targets = batch['targets']
+  return jnp.square(answers - targets.reshape(*targets.shape[:2], -1)).mean(-1)

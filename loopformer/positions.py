@@ -1,0 +1,56 @@
+"""Positions inside attention: frozen parts, applied to queries and keys. Without one, order comes from the mask alone.
+
+`turn` acts on queries and keys before keys are cached; `extend` on queries and all keys that may be read, and may add
+to their width. Positions are those of the documents, the same in every loop.
+"""
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from loopformer.types import Array, ConfigError, part
+
+
+@part
+class Rotary:
+  """RoPE: pairs of channels (2 i, 2 i + 1) turn by pos * base^(-2 i / d), in float32."""
+  base: float = 10_000.0
+
+  def __post_init__(self):
+    if self.base <= 1:
+      raise ConfigError(f'position.base = {self.base}: must be above 1')
+
+  def turn(self, x: Array, pos: Array) -> Array:
+    """[B, T, H, d], i32[B, T] -> [B, T, H, d]."""
+    half = x.shape[-1] // 2
+    angle = pos[..., None].astype(jnp.float32) * self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
+
+  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array) -> tuple[Array, Array, Array]:
+    """Nothing to add."""
+    return q, k, v
+
+
+@part
+class Alibi:
+  """ALiBi: score - slope_h * (query position - key position), slope_h = 2^(-8 h / H) for h = 1..H.
+
+  A softmax forgets what all keys of a query share, so slope_h * (key position) is enough; it enters as one more channel
+  of queries (the slope) and keys (the position), and every attention kernel serves.
+  """
+
+  def turn(self, x: Array, pos: Array) -> Array:
+    """Nothing to turn."""
+    return x
+
+  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array) -> tuple[Array, Array, Array]:
+    """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 1 channels, scaled so that scores fit."""
+    heads, width = q.shape[2], q.shape[3]
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1) / heads) * (width + 1) ** 0.5
+    q = q * ((width + 1) / width) ** 0.5  # kernels divide by the root of the width that they see
+    slope = jnp.broadcast_to(slopes[:, None], (*q.shape[:3], 1)).astype(q.dtype)
+    place = jnp.broadcast_to(pos_BS[:, :, None, None], (*k.shape[:3], 1)).astype(k.dtype)
+    return (jnp.concatenate([q, slope], -1), jnp.concatenate([k, place], -1),
+            jnp.concatenate([v, jnp.zeros_like(v[..., :1])], -1))

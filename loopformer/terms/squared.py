@@ -1,0 +1,48 @@
+"""Squared error of numbers that are predicted, at the end of a rollout or at every state of a window of it."""
+from __future__ import annotations
+
+from typing import Mapping
+
+import jax.numpy as jnp
+
+from loopformer.measures import squared_error
+from loopformer.types import Array, Batch, Params, Readout, Trace, part
+
+
+@part
+class Squared:
+  """Mean squared error at the end of the rollout `roll`."""
+  roll: str
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll,)
+
+  def weight(self, batch: Batch) -> Array:
+    return batch['weights'].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    return jnp.sum(squared_error(readout, rolls[self.roll].z, batch) * batch['weights'])
+
+
+@part
+class Window:
+  """The mean over all graded steps that ran of the squared error after them (looped in-context learning, 3.1).
+
+  The rollout keeps every state; how many steps are graded is its plan's affair. Coda and head read each state.
+  """
+  roll: str
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll,)
+
+  def weight(self, batch: Batch) -> Array:
+    return batch['weights'].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    trace = rolls[self.roll]
+    error_KBT = squared_error(readout, readout.read(trace.xs), batch)
+    live = jnp.ones(error_KBT.shape[:2]) if trace.live is None else trace.live.reshape(len(error_KBT), -1)
+    share_KB = live / jnp.maximum(live.sum(0), 1)
+    return jnp.sum(error_KBT * share_KB[..., None] * batch['weights'])
