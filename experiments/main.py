@@ -18,7 +18,7 @@ import loopformer
 from experiments import plots
 from loopformer import config as configs
 from loopformer import metrics, plans
-from loopformer.evaluate import evaluate
+from loopformer.evaluate import Run, evaluate
 from loopformer.generation import warn_beyond
 from loopformer.model import parameter_count
 from loopformer.train import NotFinite, train
@@ -79,12 +79,12 @@ def run_eval(workdir: Path):
   if FLAGS.depths or not jobs:
     budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else config.evals.budgets
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
-    jobs['depths'] |= {name: plan for name, plan in config.evals.schedules().items() if callable(plan)}
+    jobs['depths'] |= {name: run for name, run in config.evals.schedules().items() if isinstance(run, Run)}
   count = FLAGS.eval_batches or config.train.eval_batches
   tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
-    warn_beyond(model, max((steps for steps in schedules.values() if not callable(steps)), key=len, default=()))
+    warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))
     start = time.time()
     name += suffix
     rows = evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths, config.task.measure)

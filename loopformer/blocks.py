@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from loopformer import attention
 from loopformer.types import KV, Array, ConfigError, Ctx
 
+DTYPES = ('float32', 'bfloat16')
 EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default for nn.RMSNorm in float32
 
 
@@ -37,6 +38,15 @@ class UniformWithin:
 
   def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+  """Initialiser of matrices [.., I, O] with orthogonal rows or columns and entries of standard deviation `std`."""
+  std: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    return nn.initializers.orthogonal(self.std * math.sqrt(max(shape)))(key, shape, dtype)
 
 
 @jax.custom_vjp
@@ -314,6 +324,16 @@ class Block(nn.Module):
     x = norm(x)
     return (x if scale is None else x * (1 + scale).astype(x.dtype)).astype(self.dtype)
 
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
+    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
+    if self.dtype not in DTYPES:
+      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return self.attn.groups or self.attn.heads, width // self.attn.heads
+
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token and layer, forward."""
     return self.attn.flops(width, length) + self.mlp.flops(width)
@@ -339,6 +359,16 @@ class Sandwich(nn.Module):
     x = self.n2(x + branch.astype(x.dtype))
     return self.n4(x + self.mlp(self.n3(x).astype(self.dtype)).astype(x.dtype)), kv
 
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
+    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
+    if self.dtype not in DTYPES:
+      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return self.attn.groups or self.attn.heads, width // self.attn.heads
+
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token and layer, forward."""
     return self.attn.flops(width, length) + self.mlp.flops(width)
@@ -358,9 +388,16 @@ class Chain(nn.Module):
   def layers(self) -> int:
     return len(self.blocks)
 
-  @property
-  def attn(self) -> SelfAttention:
-    return self.blocks[0].attn
+  def check(self, width: int, where: str):
+    """Raises ConfigError where one of its layers does, or their caches differ."""
+    for block in self.blocks:
+      block.check(width, where)
+    if len({block.heads_of(width) for block in self.blocks}) > 1:
+      raise ConfigError(f'{where}the layers of a chain share a cache, and need the same heads and groups')
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return self.blocks[0].heads_of(width)
 
   @property
   def dtype(self) -> str:

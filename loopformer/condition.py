@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.blocks import Normal
-from loopformer.types import Array, Plan
+from loopformer.types import Array, ConfigError, Plan
 
 FEATURES = 256
 
@@ -68,3 +68,28 @@ class Modulation(nn.Module):
     kernel = self.param('kernel', self.init, (self.layers, width, 4, width))
     bias = self.param('bias', nn.initializers.zeros, (self.layers, 4, width))
     return jnp.einsum('KD,NDgE->KNgE', jax.nn.silu(c), kernel, preferred_element_type=jnp.float32) + bias
+
+
+class StepNumber(nn.Module):
+  """[K, 1]: the number of each step, for a table that is indexed by it."""
+  width: int
+
+  def __call__(self, plan: Plan) -> Array:
+    return jnp.arange(plan.steps)[:, None]
+
+
+class Table(nn.Module):
+  """Gates and scales of every step and layer, learned directly: the control of a time code (timestep encoding, 7).
+
+  [K, 1] -> [K, N, 4, D]; zero at the start. A step beyond `loops` has no entry, and is refused.
+  """
+  layers: int
+  loops: int
+  width: int
+
+  @nn.compact
+  def __call__(self, index: Array) -> Array:
+    if index.shape[0] > self.loops:
+      raise ConfigError(f'modulation.loops = {self.loops}: a plan of {index.shape[0]} steps asks for modulations that '
+                        'were never learned; take at most that many steps')
+    return self.param('table', nn.initializers.zeros, (self.loops, self.layers, 4, self.width))[index[:, 0]]

@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer.blocks import check_heads
+from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
 from loopformer.model import Looped
@@ -35,7 +35,6 @@ from loopformer.train import Train
 from loopformer.types import ConfigError, part
 
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
-DTYPES = ('float32', 'bfloat16')
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'evals', 'mesh')
 
@@ -193,14 +192,11 @@ def check(config: Experiment):
     raise ConfigError(f'model.read_in.dtype = {model.read_in.dtype!r}; use one of {", ".join(DTYPES)}')
   model.cell.check(model.read_in.width)
   for name, stack in model.stacks().items():
-    attn = stack.block.attn
-    check_heads(attn.heads, attn.groups or attn.heads, model.read_in.width, f'model.{name}: ')
+    stack.block.check(model.read_in.width, f'model.{name}: ')
     wrong = [layer for layer in stack.order or () if not 0 <= layer < stack.depth]
     if wrong:
       raise ConfigError(f'model.{name}: order = {stack.order} names layer {wrong[0]}, but depth = {stack.depth}; '
                         f'layers are 0 to {stack.depth - 1}')
-    if stack.block.dtype not in DTYPES:
-      raise ConfigError(f'model.{name}: block.dtype = {stack.block.dtype!r}; use one of {", ".join(DTYPES)}')
   if config.task.length > model.read_in.length:
     raise ConfigError(f'task.length = {config.task.length} is more than model.read_in.length = {model.read_in.length}, '
                       'the positions of the model; shorten the one or raise the other')

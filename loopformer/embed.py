@@ -93,6 +93,30 @@ class TiedHead(nn.Module):
   """z = norm(x); logits = z E^T, with the matrix of `read_in`."""
   norm: nn.Module = RMSNorm()
 
+  def before(self, x: Array) -> Array:
+    """What a state passes on its way to the coda: nothing."""
+    return x
+
+  def __call__(self, x: Array) -> Array:
+    return self.norm(x)
+
+  def table(self, read_in: TokenEmbed | Tokens) -> Array:
+    """The head's matrix, [V, D]."""
+    return read_in.table()
+
+  def outputs_of(self, read_in: TokenEmbed | Tokens) -> int:
+    """Rows of that matrix."""
+    return read_in.vocab
+
+
+class TwiceNormedHead(nn.Module):
+  """As TiedHead, whose norm is also that of the state before the coda (Huginn's n_c)."""
+  norm: nn.Module = RMSNorm()
+
+  def before(self, x: Array) -> Array:
+    """What a state passes on its way to the coda."""
+    return self.norm(x)
+
   def __call__(self, x: Array) -> Array:
     return self.norm(x)
 
@@ -111,6 +135,10 @@ class Head(nn.Module):
   outputs: int
   norm: nn.Module = RMSNorm()
   std: float = 0.02
+
+  def before(self, x: Array) -> Array:
+    """What a state passes on its way to the coda: nothing."""
+    return x
 
   def __call__(self, x: Array) -> Array:
     return self.norm(x)

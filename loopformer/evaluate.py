@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import loop, measures, plans
+from loopformer import exits, loop, measures, plans
 from loopformer.model import make_readout
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, part
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part
 
 
 @part
@@ -28,29 +28,33 @@ class Depths:
 
 
 @part
-class Oracle:
-  """Besides budgets, as many steps as every example itself asks for, up to `most`."""
-  budgets: tuple[int, ...]
-  most: int
+class Run:
+  """A plan that may depend on the sequence, and the exit that picks from its states."""
+  plan: Planner
+  exit: exits.Final | exits.Confidence = exits.Final()
+
+
+@part
+class Named:
+  """Besides budgets, runs by name."""
+  runs: Mapping[str, Run]
+  budgets: tuple[int, ...] = ()
 
   def schedules(self) -> dict[str, Any]:
-    """Name -> step sizes, or a planner."""
-    return {**Depths(budgets=self.budgets).schedules(), 'oracle': plans.Given(most=self.most)}
+    """Name -> step sizes, or a run."""
+    return {**{str(budget): plans.resolve(budget) for budget in self.budgets}, **self.runs}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def score(model: Any, measure: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None) -> Any:
-  """Sums of `measure` over the batch, f32[] each, and of the length of its last states."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan,
+          byte_lengths: Array | None) -> Any:
+  """Sums of `measure` over the batch, f32[] each, of the length of its last states, and of steps."""
   trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'],
-                      keep=loop.Norms())
-  sums = measure.sums(make_readout(model, params, batch), trace.z, batch, byte_lengths)
-  last = loop.Norms()(trace.x)
-  return {**sums, 'state norm': last.sum(), 'sequences': jnp.float32(last.size), 'loops': _loops(plan, last.size)}
-
-
-def _loops(plan, rows):
-  live = jnp.ones(plan.steps) if plan.live is None else plan.live
-  return jnp.broadcast_to(live.sum(0), (rows,)).sum()
+                      keep=leave.keep)
+  readout = make_readout(model, params, batch)
+  z, steps = leave.pick(readout, trace, batch)
+  return {**measure.sums(readout, z, batch, byte_lengths), 'state norm': loop.Norms()(trace.x).sum(),
+          'steps': steps.sum(), 'sequences': jnp.float32(steps.size)}
 
 
 def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
@@ -58,26 +62,22 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
   """One row a schedule: budget, schedule, what `measure` reports, and the mean length of the states at its end.
 
   Args:
-    schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a planner,
-      whose steps may depend on the sequence.
+    schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
+      whose budget is the mean of the steps that sequences took.
     byte_lengths: i32[V], UTF-8 bytes that each token stands for.
   """
-  steps = {name: steps for name, steps in schedules.items() if not callable(steps)}
-  rows = max(map(len, steps.values()), default=1)
+  rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
   for batch in batches:
-    sums = {name: score(model, measure, params, batch, _plan(schedule, rows, batch), byte_lengths)
-            for name, schedule in schedules.items()}
+    draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0),
+                batch={**batch, 'row': jnp.arange(len(batch['tokens']))})
+    sums = {}
+    for name, steps in schedules.items():
+      run = steps if isinstance(steps, Run) else Run(plan=None)
+      plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
+      sums[name] = score(model, measure, run.exit, params, batch, plan, byte_lengths)
     for name, value in jax.device_get(sums).items():
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
-  return [{'budget': round(total['loops'] / total['sequences'], 2) if callable(schedules[name]) else len(steps[name]),
-           'schedule': name, **measure.row(total), 'state norm': total['state norm'] / total['sequences']}
-          for name, total in totals.items()]
-
-
-def _plan(schedule, rows, batch):
-  if not callable(schedule):
-    return plans.schedule(schedule, rows)
-  size = len(batch['tokens'])
-  return schedule(Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0),
-                       batch={**batch, 'row': jnp.arange(size)}))
+  return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)
+           else len(schedules[name]), 'schedule': name, **measure.row(total),
+           'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]

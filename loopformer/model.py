@@ -14,7 +14,7 @@ from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Trace
 
 
 class Looped(nn.Module):
-  """e = prelude(read_in(tokens)); x = start(e); x = cell(x, e, ...) for every row of the plan; z = norm(coda(bridge(x))).
+  """e = prelude(read_in(tokens)); x = start(e); x = cell(x, e) for every row of the plan; z = norm(coda(bridge(x))).
 
   loops: L, the most loops that it is trained for, and the slots of its cache. bridge: a projection between the loop and
   what follows. remat: what the backward pass saves.
@@ -62,6 +62,7 @@ class Looped(nn.Module):
     return Ctx(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
 
   def _finish(self, x, ctx, kv):
+    x = self.read_out.before(x)
     x = x if self.bridge is None else self.bridge(x)
     if self.coda is not None:
       x, kv = self.coda(x, ctx, None, kv)
@@ -96,10 +97,9 @@ class Looped(nn.Module):
     """Empty caches for `batch` rows of `length` positions and plans of up to `loops` steps."""
     caches = {}
     for name, stack in self.stacks().items():
-      attn = stack.block.attn
       slots = self.memory.slots(loops or self.loops) if name == 'loop' else 1
-      caches[name] = memories.empty(slots, stack.applications, batch, length, attn.groups or attn.heads,
-                                    self.read_in.width // attn.heads, stack.block.dtype)
+      caches[name] = memories.empty(slots, stack.applications, batch, length,
+                                    *stack.block.heads_of(self.read_in.width), stack.block.dtype)
     return caches
 
   def flops(self, length: int, steps: float) -> float:
@@ -123,9 +123,10 @@ def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
   """The way from states of this batch to answers."""
   variables = {'params': params}
 
+  def one(x):
+    return model.apply(variables, x, batch['tokens'], batch.get('positions'), batch.get('segments'), method='read')
+
   def read(x):
-    one = lambda x: model.apply(variables, x, batch['tokens'], batch.get('positions'), batch.get('segments'),
-                                method='read')
     return one(x) if x.ndim == 3 else jax.vmap(one)(x)
 
   return Readout(table=model.apply(variables, method='table'), read=read)

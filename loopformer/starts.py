@@ -40,5 +40,8 @@ class Noise:
     keys = ctx.noise
     if keys is None:
       keys = jnp.broadcast_to(jax.random.key(0), e.shape[:1])
-    draw = lambda key, pos: jax.random.truncated_normal(jax.random.fold_in(key, pos), -3.0, 3.0, e.shape[-1:])
+
+    def draw(key, pos):
+      return jax.random.truncated_normal(jax.random.fold_in(key, pos), -3.0, 3.0, e.shape[-1:])
+
     return (self.std * jax.vmap(jax.vmap(draw, (None, 0)))(keys, jnp.maximum(ctx.pos, 0))).astype(e.dtype)

@@ -20,7 +20,7 @@ from loopformer import metrics, sharding
 from loopformer.checkpoint import Checkpoints, abstract
 from loopformer.evaluate import evaluate
 from loopformer.model import init_params
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, part
+from loopformer.types import Array, ConfigError, Draw, Params, part
 
 
 @part

@@ -249,15 +249,12 @@ def test_free_steps_are_steps(name):
 def truncated(model, weights, free):
   """The gradient where the first steps see neither tangents of the state nor of the parameters, written by hand."""
   text, plan = tokens(3), plans.Uniform(2)(jax.random.key(0))
-  ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(T), text.shape))
+  ctx = parts.context(text)
 
   def total(weights):
     def start(model, text):
       e = model.read_in(text, ctx.pos)
       return model.prelude(e, ctx, None, None)[0] if model.prelude is not None else e
-
-    def finish(model, x):
-      return model.read_out(x if model.coda is None else model.coda(x, ctx, None, None)[0])
 
     e = model.apply({'params': weights}, text, method=start)
     x, frozen = jax.lax.stop_gradient((e, weights))
@@ -266,7 +263,7 @@ def truncated(model, weights, free):
     x = jax.lax.stop_gradient(x)
     for _ in range(plan.steps):
       x = model.apply({'params': weights}, x, e, ctx, None, method='step')[0]
-    return jnp.sum(jnp.sin(model.apply({'params': weights}, x, method=finish)))
+    return jnp.sum(jnp.sin(model.apply({'params': weights}, x, text, method='read')))
 
   return jax.value_and_grad(total)(weights)
 

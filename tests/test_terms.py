@@ -110,7 +110,8 @@ def test_ce_is_the_mean_by_weights():
   batch = {'targets': targets, 'weights': weights}
   trace = Trace(x=None, z=z, xs=None, aux=None, kv=None, steps=None)
   term = CE(roll='long', chunk=5)
-  np.testing.assert_allclose(term({'long': trace}, batch, Readout(table=table, read=None), None), naive(z, table, targets, weights), rtol=1e-6)
+  np.testing.assert_allclose(term({'long': trace}, batch, Readout(table=table, read=None), None),
+                             naive(z, table, targets, weights), rtol=1e-6)
   assert term.weight(batch) == weights.sum() and term.reads == ('long',)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 from flax import linen as nn
 
 from loopformer.blocks import Stack
-from loopformer.condition import LoopIndex, Modulation, Trajectory
+from loopformer.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
 from loopformer.types import KV, Array, ConfigError, Ctx, Params, Plan
 
 
 class Timed(nn.Module):
-  """x = core(x; modulation(condition(step))). `condition` is Trajectory (LoopFormer) or LoopIndex (tmlt)."""
+  """x = core(x; modulation(condition(step))). `condition` is Trajectory (LoopFormer), LoopIndex (tmlt), or
+  StepNumber with a Table."""
   core: Stack
-  condition: Trajectory | LoopIndex
-  modulation: Modulation
+  condition: Trajectory | LoopIndex | StepNumber
+  modulation: Modulation | Table
 
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""

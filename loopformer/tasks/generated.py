@@ -75,10 +75,33 @@ def seed_of(*words: Any) -> int:
   return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), 'big')
 
 
+@part
+class Same:
+  """Every example comes from the same generator."""
+
+  def at(self, of: Any, index: int) -> Any:
+    return of
+
+
+@part
+class Grow:
+  """A curriculum: the field `field` of the generator is `first`, and one more every `every` examples, up to its own
+  value. Lengths of rows do not change, so one program serves all."""
+  field: str
+  first: int
+  every: int
+
+  def at(self, of: Any, index: int) -> Any:
+    """The generator of example `index`."""
+    last = getattr(of, self.field)
+    return dataclasses.replace(of, **{self.field: min(self.first + index // self.every, last)})
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """Random access to `count` examples; example i depends on (seed, i) alone."""
-  make: Callable[[np.random.Generator], Example]
+  of: Any
+  grow: Same | Grow
   seed: int
   count: int
 
@@ -88,7 +111,7 @@ class Source:
   def __getitem__(self, index) -> Example:
     if not 0 <= index < self.count:
       raise IndexError(f'example {index} of {self.count}')
-    return self.make(np.random.default_rng((self.seed, int(index))))
+    return self.grow.at(self.of, int(index))(np.random.default_rng((self.seed, int(index))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +167,10 @@ class Generated:
 
   pool: how many different ones to train on; None makes a fresh one every time. held_out: how many to validate on;
   they are the same whatever the seed of the run. tests: other generators to evaluate on, by name (longer, harder).
+  grow: a curriculum of the training examples; it needs fresh ones (no `pool`).
   """
   of: Any
+  grow: Same | Grow = Same()
   pool: int | None = None
   held_out: int = 1024
   tests: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -175,10 +200,10 @@ class Generated:
   def source(self, split: str, seed: int) -> Source:
     """The examples of 'train' (which depend on the seed), of 'validation', or of one of `tests`."""
     if split == 'train':
-      return Source(self.of, seed_of('train', seed), self.pool or ENDLESS)
+      return Source(self.of, self.grow, seed_of('train', seed), self.pool or ENDLESS)
     if split != 'validation' and split not in self.tests:
       raise ConfigError(f'split {split!r}: there are train, validation{"".join(f", {name}" for name in self.tests)}')
-    return Source(self.tests.get(split, self.of), seed_of(split), self.held_out)
+    return Source(self.tests.get(split, self.of), Same(), seed_of(split), self.held_out)
 
   def examples(self, workdir: str | os.PathLike, split: str, seed: int) -> Any:
     """As a grain.MapDataset: training examples without end, shuffled anew in every epoch; others once, in order."""

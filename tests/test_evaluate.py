@@ -1,0 +1,103 @@
+"""Measures and exits against what they should be, computed in NumPy."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loopformer import exits, loop, measures, plans
+from loopformer.evaluate import Depths, Named, Run, evaluate
+from loopformer.model import make_readout
+from loopformer.types import ConfigError, Readout
+from tests import parts
+from tests.parts import ROWS, T, forward, params
+
+MODEL = ROWS['base_loop'].model
+
+
+def batch(rows: int = 5):
+  made = dict(parts.batch(rows))
+  made['weights'] = made['weights'].at[0].set(0.0).at[0, 2].set(1.0)
+  return made
+
+
+def test_answers_count_tokens_sequences_and_last_answers():
+  made = batch()
+  readout = make_readout(MODEL, params(MODEL), made)
+  z = forward(MODEL, params(MODEL), made['tokens'], plans.Uniform(2)(None), made['segments']).z
+  best = np.asarray(z @ readout.table.T).argmax(-1)
+  made['targets'] = jnp.where(jnp.arange(T) % 3 == 0, made['targets'], best).at[1].set(best[1])  # some are right
+  measure = measures.Answers()
+  sums = measure.sums(readout, z, made, None)
+  asked, right = np.asarray(made['weights']) > 0, best == np.asarray(made['targets'])
+  row = measure.row({name: float(value) for name, value in sums.items()})
+  assert row['accuracy'] == pytest.approx(right[asked].mean())
+  assert row['exact'] == pytest.approx(np.mean([right[i][asked[i]].all() for i in range(5)]))
+  assert row['last'] == pytest.approx(np.mean([right[i][np.flatnonzero(asked[i])[-1]] for i in range(5)]))
+  assert 0 < row['exact'] < 1 and row['tokens'] == asked.sum()
+
+
+def test_errors_are_squared_and_in_units_of_the_scale():
+  z, table = jax.random.normal(jax.random.key(0), (3, T, 4)), jax.random.normal(jax.random.key(1), (1, 4))
+  made = {**batch(3), 'targets': jax.random.normal(jax.random.key(2), (3, T))}
+  measure = measures.Errors(scale=2.0)
+  sums = measure.sums(Readout(table=table, read=None), z, made, None)
+  error = np.square(np.asarray(z @ table[0]) - np.asarray(made['targets']))
+  row = measure.row({name: float(value) for name, value in sums.items()})
+  asked = np.asarray(made['weights']) > 0
+  assert row['loss'] == pytest.approx(error[asked].mean() / 2, rel=1e-5)
+  assert row['last'] == pytest.approx(np.mean([error[i][np.flatnonzero(asked[i])[-1]] for i in range(3)]) / 2, rel=1e-5)
+
+
+def pick(leave, steps: int, made):
+  trace = forward(MODEL, params(MODEL), made['tokens'], plans.Uniform(steps)(None), made['segments'], keep=loop.Every())
+  return leave.pick(make_readout(MODEL, params(MODEL), made), trace, made), trace
+
+
+@pytest.mark.parametrize('least', [1, 3])
+def test_confidence_takes_the_surest_step(least):
+  made = batch()
+  (z, steps), trace = pick(exits.Confidence(least=least), 4, made)
+  readout = make_readout(MODEL, params(MODEL), made)
+  logits = np.asarray(readout.read(trace.xs) @ readout.table.T, np.float64)
+  unsure = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+  asked = np.asarray(made['weights']) > 0
+  for row in range(5):
+    doubt = [unsure[k, row][asked[row]].mean() for k in range(4)]
+    best = least - 1 + int(np.argmin(doubt[least - 1:]))
+    assert steps[row] == best + 1
+    np.testing.assert_allclose(z[row], readout.read(trace.xs)[best, row], rtol=1e-5)
+
+
+def test_confidence_of_one_item_is_that_of_the_batch():
+  made = batch()
+  (_, together), _ = pick(exits.Confidence(), 4, made)
+  for row in range(5):
+    (_, alone), _ = pick(exits.Confidence(), 4, {name: leaf[row:row + 1] for name, leaf in made.items()})
+    assert alone[0] == together[row]
+
+
+def test_evaluation_of_budgets_and_runs():
+  made = {**batch(6), 'loops': jnp.array([1, 2, 4, 4, 2, 1])}
+  weights = params(MODEL)
+  runs = Named(budgets=(1, 4), runs={'oracle': Run(plan=plans.Given(most=4)),
+                                     'sure': Run(plan=plans.Uniform(4), exit=exits.Confidence())}).schedules()
+  rows = {row['schedule']: row for row in evaluate(MODEL, weights, [made, made], runs, measure=measures.Answers())}
+  assert list(rows) == ['1', '4', 'oracle', 'sure']
+  assert rows['oracle']['budget'] == pytest.approx(14 / 6, abs=0.01) and 1 <= rows['sure']['budget'] <= 4
+  for budget in (1, 4):
+    trace = forward(MODEL, weights, made['tokens'], parts.padded(budget), made['segments'])
+    assert rows[str(budget)]['state norm'] == pytest.approx(
+        float(np.linalg.norm(trace.x, axis=-1).mean()), rel=1e-4)
+  # Each sequence at its own depth.
+  z = np.stack([np.asarray(forward(MODEL, weights, made['tokens'], plans.Uniform(int(n))(None), made['segments']).z)[i]
+                for i, n in enumerate(made['loops'])])
+  best = (z @ np.asarray(weights['read_in']['embedding']).T).argmax(-1)
+  asked = np.asarray(made['weights']) > 0
+  assert rows['oracle']['accuracy'] == pytest.approx((best == np.asarray(made['targets']))[asked].mean(), abs=1e-6)
+
+
+def test_bad_input():
+  with pytest.raises(ConfigError, match=r'exit\.least = 0'):
+    exits.Confidence(least=0)
+  with pytest.raises(ConfigError, match=r'evals\.budgets'):
+    Depths(budgets=(0,))

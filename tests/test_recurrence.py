@@ -1,0 +1,317 @@
+"""Loops with an injection, a random start and steps without gradient: Parcae, Huginn, intra-layer recurrence."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loopformer import plans
+from loopformer.blocks import Linear, RMSNorm, Stack, repeated
+from loopformer.inject import Add, Concat, Diagonal, decay
+from loopformer.loop import Every
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.starts import Noise, Zeros
+from loopformer.terms.cross_entropy import CE
+from loopformer.types import ConfigError, Plan
+from tests import parts
+from tests.parts import D, ROWS, T, V, close, forward, params, tokens
+
+RECURRENT = ['added', 'held', 'huginn', 'parcae']
+
+
+def run(model, weights, text, loops: int):
+  return forward(model, weights, text, plans.Uniform(loops)(None))
+
+
+# The diagonal injection (Parcae, section 10) ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('log_a, dt', [(0, 0), (50, 50), (-50, -50), (50, -50), (-50, 50), (80, 80)])
+def test_decay_is_between_zero_and_one(log_a, dt):
+  a, delta = decay(jnp.full(3, float(log_a)), jnp.full(3, float(dt)))
+  assert ((0 < a) & (a < 1)).all() and np.isfinite(delta).all()
+
+
+def bare(**options):
+  """A model whose layers are the identity: the injection alone."""
+  model = parts.looped(parts.recur(Diagonal()), start=Noise(std=0.3), **options)
+  weights = jax.jit(lambda: model.init(jax.random.key(0), tokens(1), plans.Uniform(1)(None)))()['params']
+  block = weights['cell']['core']['block']
+  zeroed = {name: {**block[name], out: jax.tree.map(jnp.zeros_like, block[name][out])}
+            for name, out in (('attn', 'out'), ('mlp', 'down'))}
+  return model, {**weights, 'cell': {**weights['cell'], 'core': {'block': {**block, **zeroed}}}}
+
+
+def test_diagonal_starts_at_the_published_decay():
+  _, weights = bare()
+  inject = weights['cell']['inject']
+  a, delta = decay(inject['log_a'], inject['dt'])
+  np.testing.assert_allclose(a, math.sqrt(1 / 5), rtol=1e-6)
+  np.testing.assert_allclose(delta, -math.log(math.sqrt(1 / 5)), rtol=1e-6)
+  np.testing.assert_array_equal(inject['B'], np.eye(D))
+  assert Diagonal().radius(inject) == pytest.approx(math.sqrt(1 / 5), rel=1e-6)
+
+
+@pytest.mark.parametrize('loops', [1, 2, 8])
+def test_identity_layers_leave_the_closed_form(loops):
+  model, weights = bare()
+  text = tokens(2)
+  e = model.apply({'params': weights}, text, jnp.zeros_like(text) + jnp.arange(T),
+                  method=lambda model, text, pos: model.read_in(text, pos))
+  start = model.start(e, parts.context(text))
+  a, delta = decay(weights['cell']['inject']['log_a'], weights['cell']['inject']['dt'])
+  expected = a ** loops * start + delta * (1 - a ** loops) / (1 - a) * e
+  close(run(model, weights, text, loops).x, expected, 1e-5)
+
+
+def test_concat_radius_is_the_spectral_radius_of_the_state_half():
+  rng = np.random.default_rng(0)
+  q, _ = np.linalg.qr(rng.standard_normal((D, D)))
+  state = q @ np.diag(np.linspace(-1.5, 0.5, D)) @ q.T
+  kernel = np.concatenate([state, rng.standard_normal((D, D))]).astype(np.float32)
+  assert Concat().radius({'adapter': {'kernel': kernel}}) == pytest.approx(1.5, rel=1e-5)
+  assert Add().radius({}) == 1.0
+
+
+# Noise -----------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_sequence_key_and_position_alone():
+  e = jnp.zeros((3, 500, 8))
+  pos = jnp.broadcast_to(jnp.arange(500), (3, 500))
+  ctx = parts.context(jnp.zeros((3, 500))).replace(pos=pos, noise=jax.random.split(jax.random.key(1), 3))
+  noise = Noise(std=2.0)(e, ctx)
+  spread = np.std(noise)
+  assert 2.0 * 0.96 < spread < 2.0 * 1.0 and np.abs(noise).max() <= 6.0  # the cut at three takes 1.3 %
+  one = Noise(std=2.0)(e[1:2, 7:9], ctx.replace(pos=pos[1:2, 7:9], noise=ctx.noise[1:2]))
+  np.testing.assert_array_equal(one, noise[1:2, 7:9])
+  assert np.abs(noise[0] - noise[1]).min() > 0
+
+
+# Depths that are drawn -------------------------------------------------------------------------------------------------
+
+
+DEPTHS = {'poisson': (plans.Poisson(average=8), lambda mean: 8 + math.exp(-8), 8.0),
+          'lognormal': (plans.LogNormalPoisson(average=32), lambda mean: 33.0, 32 + 32 ** 2 * (math.exp(0.25) - 1))}
+
+
+@pytest.mark.parametrize('name', DEPTHS)
+def test_moments_of_the_depth(name):
+  depth, mean, variance = DEPTHS[name]
+  count = 100_000
+  drawn = np.asarray(jax.jit(jax.vmap(lambda key: depth.draw(key, depth.mean(jnp.int32(0)))))(
+      jax.random.split(jax.random.key(0), count)))
+  assert drawn.min() >= 1
+  assert abs(drawn.mean() - mean(None)) < 3 * math.sqrt(variance / count)
+  np.testing.assert_allclose(drawn.var(), variance, rtol=0.05)
+  assert depth.last_mean == pytest.approx(mean(None))
+
+
+@pytest.mark.parametrize('over', [plans.Each(), plans.Together()], ids=repr)
+def test_truncated_splits_what_was_drawn(over):
+  plan = plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=over)
+  batch = {'tokens': jnp.zeros((64, T))}
+  drawn = jax.jit(jax.vmap(lambda key: plan(parts.draw(key, batch))))(jax.random.split(jax.random.key(0), 50))
+  live, free = np.asarray(drawn.live), np.asarray(drawn.free)
+  graded = live.sum(1)
+  total = free + graded
+  assert live.shape[1] == 2 and total.min() >= 1 and graded.min() >= 1 and graded.max() == 2 and free.min() == 0
+  np.testing.assert_array_equal(graded, np.minimum(total, 2))
+  assert live.ndim == (3 if over == plans.Each() else 2)
+  if over == plans.Each():
+    assert (free.max(1) > free.min(1)).mean() > 0.9  # sequences differ
+    part = parts.draw(jax.random.split(jax.random.key(0), 50)[0], {'tokens': batch['tokens'][:8],
+                                                                   'row': jnp.arange(8, 16)})
+    np.testing.assert_array_equal(plan(part).free, free[0, 8:16])  # whatever device a sequence is on
+
+
+@pytest.mark.parametrize('curve, values', [(plans.linear, {0: 1, 50: 4, 100: 8, 500: 8}),
+                                           (plans.one_minus_sqrt, {0: 1, 75: 4, 100: 8, 101: 8})])
+def test_ramp(curve, values):
+  depth = plans.Ramp(of=plans.Poisson(average=8), steps=100, curve=curve)
+  assert {step: int(depth.mean(jnp.int32(step))) for step in values} == values
+
+
+def test_stairs_and_window():
+  depth = plans.Stairs(first=5, last=12, add=2, every=100)
+  plan = plans.Truncated(depth=depth, graded=5)
+  seen = {step: plan(parts.draw(jax.random.key(0), step=step)) for step in (0, 99, 100, 399, 400, 10_000)}
+  assert {step: int(p.free) for step, p in seen.items()} == {0: 0, 99: 0, 100: 2, 399: 6, 400: 7, 10_000: 7}
+  assert all(p.live.all() for p in seen.values())
+
+
+def test_given_runs_what_each_sequence_asks_for():
+  plan = plans.Given(most=4)(parts.draw(jax.random.key(0), {'tokens': jnp.zeros((3, T)), 'loops': jnp.array([1, 4, 2])}))
+  np.testing.assert_array_equal(plan.live.sum(0), [1, 4, 2])
+
+
+def test_staged_follows_the_stage():
+  plan = plans.Staged(loops=(1, 3))
+  assert [int(plan(parts.draw(jax.random.key(0), stage=stage)).live.sum()) for stage in (0, 1)] == [1, 3]
+  assert plan.longest == 3
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: plans.Truncated(depth=plans.Poisson(average=4), graded=0), r'Truncated\.graded = 0'),
+    (lambda: plans.Truncated(depth=plans.Poisson(average=4), graded=6), r'Truncated\.graded = 6 is more'),
+    (lambda: plans.Poisson(average=0), r'depth\.average = 0'),
+    (lambda: plans.LogNormalPoisson(average=-1), r'depth\.average = -1'),
+    (lambda: plans.Stairs(first=5, last=3), r'depth\.last = 3'),
+    (lambda: plans.Staged(loops=(0, 2)), r'Staged\.loops'),
+    (lambda: plans.Constant(loops=0), r'depth\.loops = 0'),
+    (lambda: Noise(std=-1), r'start\.std = -1'),
+    (lambda: repeated((1, 0)), r'repeats = \(1, 0\)'),
+    (lambda: repeated(()), r'repeats = \(\)'),
+    (lambda: repeated((1, 1.5)), r'repeats = \(1, 1\.5\)'),
+])
+def test_bad_input_is_refused(make, message):
+  with pytest.raises(ConfigError, match=message):
+    make()
+
+
+# A depth for every sequence ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', RECURRENT)
+def test_a_sequence_does_not_notice_how_deep_the_others_go(name):
+  model = ROWS[name].model
+  free, graded = jnp.array([0, 3, 1, 5]), jnp.array([1, 2, 2, 2])
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.arange(2)[:, None] < graded, free=free)
+  together = forward(model, params(model), tokens(4), plan)
+  for row in range(4):
+    alone = forward(model, params(model), tokens(4)[row:row + 1],
+                    plans.Uniform(int(free[row] + graded[row]))(None))
+    close(together.z[row], alone.z[0], 2e-5)
+
+
+@pytest.mark.parametrize('name', ['parcae', 'huginn'])
+def test_standing_still_first_or_last_is_the_same(name):
+  """The loop does not know the step, so which steps a sequence sits out changes neither value nor gradient."""
+  model = ROWS[name].model
+  live = jnp.arange(4)[:, None] < jnp.array([1, 4, 2])
+
+  def loss(weights, live):
+    trace = model.apply({'params': weights}, tokens(3), Plan(t=jnp.zeros(4), dt=jnp.ones(4), live=live))
+    return jnp.sum(jnp.sin(trace.z))
+
+  gradient = jax.jit(jax.value_and_grad(loss))
+  close(gradient(params(model), live), gradient(params(model), live[::-1]), 2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model, weights, plan):
+  return jax.grad(lambda w: jnp.sum(jnp.sin(model.apply({'params': w}, tokens(3), plan).z)))(weights)
+
+
+@pytest.mark.parametrize('free', [0, 6])
+@pytest.mark.parametrize('name', ['parcae', 'huginn'])
+def test_everything_learns_however_many_steps_are_free(name, free):
+  model = ROWS[name].model
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.ones(2, bool), free=jnp.int32(free))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(model, params(model), plan)):
+    assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_training_runs_one_program_for_all_depths_and_accumulates_exactly():
+  """The whole objective, with a depth and a noise for every sequence: halves of a batch add up to it."""
+  model = ROWS['parcae'].model
+  objective = Objective(
+      rolls={'drawn': Roll(plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=plans.Each()))},
+      terms={'lm': Weighted(1.0, CE(roll='drawn'))})
+
+  @jax.jit
+  def share(weights, draw, total):
+    return jax.value_and_grad(lambda w: objective(model, w, draw, total)[0])(weights)
+
+  batch = {**parts.batch(8), 'row': jnp.arange(8)}
+  total = objective.denominators(batch)
+  for seed in range(3):
+    key = jax.random.key(seed)
+    whole = share(params(model), parts.draw(key, batch), total)
+    halves = [share(params(model), parts.draw(key, {n: leaf[i:i + 4] for n, leaf in batch.items()}), total)
+              for i in (0, 4)]
+    close(jax.tree.map(jnp.add, *halves), whole, 2e-5)
+  assert share._cache_size() == 2  # one for the whole, one for the halves
+
+
+# Orders (intra-layer recurrence, section 10) -----------------------------------------------------------------------------
+
+
+def ordered(order, depth: int = 3):
+  return parts.looped(parts.Plain(parts.stack(depth, order=order)), loops=1)
+
+
+@pytest.mark.parametrize('times', [(1, 1, 1), (4, 2, 1), (1, 1, 2)])
+def test_an_order_equals_copied_layers_and_their_gradients_add_up(times):
+  order = repeated(times)
+  tied, deep = ordered(order), parts.looped(parts.plain(len(order)), loops=1)
+  weights = params(tied)
+  index = jnp.asarray(order)
+  copies = {**weights, 'cell': jax.tree.map(lambda leaf: leaf[index], weights['cell'])}
+
+  def loss(model, weights):
+    return jnp.sum(jnp.sin(model.apply({'params': weights}, tokens(3), plans.Uniform(1)(None)).z))
+
+  ours, grads = jax.jit(jax.value_and_grad(functools.partial(loss, tied)))(weights)
+  theirs, copied = jax.jit(jax.value_and_grad(functools.partial(loss, deep)))(copies)
+  close(ours, theirs, 1e-6)
+  summed = jax.tree.map(lambda leaf: jnp.zeros((3, *leaf.shape[1:])).at[index].add(leaf), copied['cell'])
+  close(grads['cell'], summed, 1e-5)
+
+
+def test_an_order_adds_no_parameters_and_one_slot_an_application():
+  plain, tied = ordered(None), ordered(repeated((4, 2, 1)))
+  assert jax.tree.map(lambda leaf: leaf.shape, parts.shapes(plain)) == jax.tree.map(
+      lambda leaf: leaf.shape, parts.shapes(tied))
+  assert tied.cache(2, 8)['loop'].k.shape[1] == 7
+  assert tied.flops(T, 1) > plain.flops(T, 1)
+
+
+def test_the_order_of_one_layer_is_the_loop_of_it():
+  once = parts.looped(parts.Plain(Stack(parts.block(RMSNorm()), 1)), loops=3)
+  twice = parts.looped(parts.Plain(Stack(parts.block(RMSNorm()), 1, order=(0, 0))), loops=1)
+  close(run(twice, params(once), tokens(), 1).z, run(once, params(once), tokens(), 2).z, 1e-6)
+  layers = ordered(repeated((2, 2, 2)))
+  assert np.abs(run(layers, params(layers), tokens(), 1).z - run(ordered(None), params(layers), tokens(), 2).z).max() > 1e-3
+
+
+# Windows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_the_unrolled_net_cut_before_it():
+  """Looped in-context learning: K loops, of which the last w are differentiated, averaged over those w."""
+  from loopformer.terms.squared import Window
+  from loopformer.model import make_readout
+  model = parts.looped(parts.recur(Add(), norm=RMSNorm()), start=Zeros(), read_out=parts.Head(outputs=1))
+  weights = params(model)
+  batch = {**parts.batch(3), 'targets': jax.random.normal(jax.random.key(1), (3, T))}
+  total, window = 5, 2
+
+  def ours(weights):
+    plan = plans.Truncated(depth=plans.Constant(loops=total), graded=window)(parts.draw(jax.random.key(0)))
+    trace = model.apply({'params': weights}, batch['tokens'], plan, keep=Every())
+    return Window(roll='x')({'x': trace}, batch, make_readout(model, weights, batch), weights)
+
+  def by_hand(weights):
+    ctx = parts.context(batch['tokens']).replace(tokens=batch['tokens'])
+    e = model.apply({'params': weights}, batch['tokens'], ctx.pos, method=lambda m, t, p: m.read_in(t, p))
+    x, errors = jnp.zeros_like(e), []
+    for step in range(total):
+      x = model.apply({'params': weights}, x, e, ctx, None, method='step')[0]
+      if step == total - window - 1:
+        x = jax.lax.stop_gradient(x)
+      if step >= total - window:
+        z = model.apply({'params': weights}, x, batch['tokens'], method='read')
+        errors.append(jnp.square(z @ weights['read_out']['kernel'][0] - batch['targets']))
+    return jnp.sum(sum(errors) / window * batch['weights'])
+
+  close(jax.jit(jax.value_and_grad(ours))(weights), jax.jit(jax.value_and_grad(by_hand))(weights), 2e-5)
+
+
+def test_bridge_and_heads():
+  model = parts.looped(parts.plain(), bridge=Linear(D), read_out=parts.Head(outputs=V + 3))
+  trace = run(model, params(model), tokens(), 2)
+  assert parts.logits(model, params(model), trace.z).shape == (T + 1, T, V + 3)
+  assert model.outputs == V + 3
