@@ -1,14 +1,24 @@
 """Optimisers: frozen parts that make an optax transformation for a run of so many steps."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from loopformer.types import ConfigError, part
+from loopformer.types import Array, ConfigError, part
 
-DECAYED = ('kernel', 'embedding', 'positions')
+DECAYED = ('kernel', 'embedding', 'positions', 'B', 'gate')
+LAYERED = 'block'  # the module of a stack's layers: its parameters have the layers as their first axis
+# Polar Express: (a, b, c) of five steps x <- (a + b x x^T + c (x x^T)^2) x (Parcae section 3).
+POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+MARGIN = 1.02  # by which a matrix is made smaller than its Frobenius norm would before the first step
 
 
 @part
@@ -27,13 +37,43 @@ class WarmupCosine:
 
 
 @part
+class Trapezoid:
+  """Linear warm-up to `peak`, constant, then linear to `end` at the end of the run.
+
+  warmup, cooldown: how long these last; a whole number counts steps, a fraction is of the run. Parcae: cooldown=0.5;
+  Huginn: warmup=4096; retrofitted recurrence: warmup=0.005, cooldown=0.9.
+  """
+  peak: float
+  end: float = 0.0
+  warmup: int | float = 0
+  cooldown: int | float = 0
+
+  def make(self, steps: int) -> optax.Schedule:
+    """The learning rate by step. Raises ConfigError where warm-up and cool-down do not fit the run."""
+    warmup, cooldown = self._count('warmup', steps), self._count('cooldown', steps)
+    if warmup + cooldown > steps:
+      raise ConfigError(f'schedule.warmup = {self.warmup} and schedule.cooldown = {self.cooldown} are {warmup} and '
+                        f'{cooldown} steps, more than train.steps = {steps}; shorten them or train longer')
+    rise = optax.linear_schedule(self.peak / (warmup + 1), self.peak, warmup)
+    return optax.join_schedules([rise, optax.linear_schedule(self.peak, self.end, cooldown)], [steps - cooldown])
+
+  def _count(self, name, steps):
+    value = getattr(self, name)
+    whole = isinstance(value, int)
+    if not 0 <= value <= (steps if whole else 1):
+      raise ConfigError(f'schedule.{name} = {value} does not fit train.steps = {steps}; give a number of steps up to '
+                        'that, or a fraction between 0.0 and 1.0 of the run')
+    return value if whole else round(value * steps)
+
+
+@part
 class AdamW:
   """AdamW with global-norm clipping; weight decay on matrices and embeddings alone (LoopFormer section 3).
 
   Matrices are told by the name of the parameter, not by the number of its axes: stacked layers give a norm's scale
   two axes.
   """
-  schedule: WarmupCosine = WarmupCosine()
+  schedule: WarmupCosine | Trapezoid = WarmupCosine()
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -50,3 +90,229 @@ class AdamW:
 def decay_mask(params: Any) -> Any:
   """True for the parameters that weight decay acts on."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
+# Adam by the arc tangent ---------------------------------------------------------------------------------------------
+
+
+@part
+class AtanAdam:
+  """Adam without eps, with update clipping (Huginn section 3); p *= 1 - rate / peak * decay on what AdamW decays too.
+
+  The arc tangent of the moments is their quotient where that is small, and bounded where the second moment is zero. The
+  decay does not grow with the peak of the learning rate.
+  """
+  schedule: WarmupCosine | Trapezoid = Trapezoid(peak=4e-5, warmup=4096)
+  b1: float = 0.9
+  b2: float = 0.95
+  decay: float = 4e-5
+  clip: float = 1.0
+
+  def make(self, steps: int) -> optax.GradientTransformation:
+    """The transformation for a run of `steps`."""
+    return optax.chain(
+        optax.clip_by_global_norm(self.clip), scale_by_atan(self.b1, self.b2),
+        optax.add_decayed_weights(self.decay / self.schedule.peak, decay_mask),
+        optax.scale_by_learning_rate(self.schedule.make(steps)))
+
+
+class AtanState(NamedTuple):
+  """count: i32[], updates so far; m, v: moments, as parameters."""
+  count: Array
+  m: Any
+  v: Any
+
+
+def scale_by_atan(b1: float, b2: float, floor: float = 1e-12) -> optax.GradientTransformation:
+  """atan2(m, sqrt(v / (1 - b2^t))) / (1 - b1^t) / max(1, sqrt(mean(g^2 / v))).
+
+  Moments start at the first gradient and its square, and are corrected as if they had started at zero: the first
+  updates are about 2.2 long. The mean is over a tensor, each layer of a stack apart; in it, v is at least `floor`.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return AtanState(jnp.int32(0), zeros, zeros)
+
+  def update(grads, state, params=None):
+    t = state.count + 1
+
+    def moment(b, old, new):
+      return jnp.where(t == 1, new, b * old + (1 - b) * new)
+
+    def one(path, g, m, v):
+      layered = any(entry.key == LAYERED for entry in path)
+      square = jnp.mean(g * g / jnp.maximum(v, floor), tuple(range(layered, g.ndim)), keepdims=True)
+      return jnp.arctan2(m, jnp.sqrt(v / (1 - b2 ** t))) / (1 - b1 ** t) / jnp.maximum(1, jnp.sqrt(square))
+
+    m = jax.tree.map(lambda m, g: moment(b1, m, g), state.m, grads)
+    v = jax.tree.map(lambda v, g: moment(b2, v, g * g), state.v, grads)
+    return jax.tree_util.tree_map_with_path(one, grads, m, v), AtanState(t, m, v)
+
+  return optax.GradientTransformation(init, update)
+
+
+# Muon ----------------------------------------------------------------------------------------------------------------
+
+
+@part
+class Muon:
+  """Muon for the matrices of attention and MLP, another optimiser for the rest, clipped together (Parcae section 3).
+
+  A matrix moves along its momentum made orthogonal, at `schedule` times sqrt(max(1, out / in)). Each layer of a stack
+  is a matrix of its own. Parcae's peaks are 8e-3 (140M, 370M) and 6e-3 (770M, 1.3B), of both optimisers.
+
+  Of Parcae's code, three things are left out: the warm-up of the momentum, the first step, which it skips, and that it
+  skips steps whose gradient is not finite. Momentum is corrected for its start at zero, which Parcae's is not.
+
+  matrices: what a path contains to be Muon's, see `routes`; retrofitted recurrence adds 'adapter'.
+  heads, groups: of attention; given, queries, keys and values of its fused projection are three matrices, as in Parcae;
+    without, one.
+  momentum: Nesterov's. second: decay of the second moment in `normalize_sides`; None leaves that out.
+  decay: weight decay by step, times the rate, where it agrees with the update (`cautious_decay`).
+  others: the optimiser of the rest; its own clipping sees the rest alone, and is idle if it is not below `clip`.
+  """
+  schedule: WarmupCosine | Trapezoid = Trapezoid(peak=8e-3, cooldown=0.5)
+  matrices: tuple[str, ...] = ('attn', 'mlp')
+  heads: int | None = None
+  groups: int | None = None
+  momentum: float = 0.95
+  second: float | None = 0.95
+  decay: WarmupCosine | Trapezoid = Trapezoid(peak=0.2, cooldown=1.0)
+  clip: float = 1.0
+  others: Any = AdamW(schedule=Trapezoid(peak=8e-3, cooldown=0.5), b1=0.8, eps=1e-10, decay=0.0)
+
+  def make(self, steps: int) -> optax.GradientTransformation:
+    """The transformation for a run of `steps`."""
+    if self.groups is not None and self.heads is None:
+      raise ConfigError(f'optim.groups = {self.groups}, but optim.heads is None; give those of the model\'s attention')
+    (a, b, c), *rest = POLAR
+    coefficients = ((a / MARGIN, b / MARGIN ** 3, c / MARGIN ** 5), *rest)  # of x / MARGIN
+    muon = optax.chain(
+        contrib.scale_by_muon(coefficients, len(POLAR), self.momentum, weight_dimension_numbers=last_two),
+        optax.identity() if self.second is None else normalize_sides(self.second),
+        cautious_decay(self.decay.make(steps)),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
+        optax.scale_by_learning_rate(self.schedule.make(steps)))
+    if self.heads is not None:
+      muon = unfused(muon, self.heads, self.groups or self.heads)
+    return optax.chain(
+        optax.clip_by_global_norm(self.clip),
+        optax.partition({'muon': muon, 'adam': self.others.make(steps)}, lambda params: routes(params, self.matrices)))
+
+
+def routes(params: Any, matrices: tuple[str, ...] = ('attn', 'mlp')) -> Any:
+  """'muon' or 'adam' for every parameter.
+
+  Muon's are the kernels within the modules that `matrices` names, and the parameters that it names themselves.
+
+  Raises:
+    ConfigError: a name that occurs in no path.
+  """
+  paths = [{entry.key for entry in path} for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  for name in matrices:
+    if not any(name in path for path in paths):
+      raise ConfigError(f'optim.matrices names {name!r}, which no parameter is or lies in; there are '
+                        f'{", ".join(sorted(set().union(*paths)))}')
+
+  def route(path, _):
+    names = [entry.key for entry in path]
+    within = any(name in matrices for name in names)
+    return 'muon' if within and (names[-1] == 'kernel' or names[-1] in matrices) else 'adam'
+
+  return jax.tree_util.tree_map_with_path(route, params)
+
+
+def last_two(params: Any) -> Any:
+  """The last two axes of a parameter are a matrix [in, out]; those before them number matrices."""
+  return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
+
+
+def _scale_by_shape(update):
+  rows, columns = update.shape[-2:]
+  return update * max(1.0, columns / rows) ** 0.5
+
+
+class CountState(NamedTuple):
+  """count: i32[], updates so far."""
+  count: Array
+
+
+def cautious_decay(rate: optax.Schedule) -> optax.GradientTransformation:
+  """u + rate(step) * p where u and p agree in sign, u elsewhere: decay never works against the update."""
+
+  def update(updates, state, params):
+    now = rate(state.count)
+    updates = jax.tree.map(lambda u, p: u + jnp.where(u * p >= 0, now * p, 0), updates, params)
+    return updates, CountState(state.count + 1)
+
+  return optax.GradientTransformation(lambda params: CountState(jnp.int32(0)), update)
+
+
+class SidesState(NamedTuple):
+  """second: second moments, [..., I, 1] where I > O, [..., 1, O] elsewhere."""
+  second: Any
+
+
+def normalize_sides(decay: float, floor: float = 1e-10) -> optax.GradientTransformation:
+  """Rows or columns of a matrix [..., I, O], whichever are more, brought to equal size; the matrix keeps its norm.
+
+  u' = u / sqrt(v), then u' |u| / |u'|; v is the running mean of u^2, averaged over the shorter side, and at
+  least `floor`: what hardly moves is not blown up.
+  """
+
+  def mean_square(u):
+    return jnp.mean(u * u, -1 if u.shape[-2] > u.shape[-1] else -2, keepdims=True)
+
+  def norm(u):
+    return jnp.sqrt(jnp.sum(u * u, (-2, -1), keepdims=True))
+
+  def scale(u, v):
+    scaled = u * jax.lax.rsqrt(jnp.maximum(v, floor))
+    return scaled * (norm(u) / jnp.maximum(norm(scaled), floor))
+
+  def update(updates, state, params=None):
+    second = jax.tree.map(lambda u, v: decay * v + (1 - decay) * mean_square(u), updates, state.second)
+    return jax.tree.map(scale, updates, second), SidesState(second)
+
+  return optax.GradientTransformation(
+      lambda params: SidesState(jax.tree.map(lambda p: jnp.zeros_like(mean_square(p)), params)), update)
+
+
+class Unfused(NamedTuple):
+  """A fused projection in three: q [..., D, H d], k and v [..., D, G d]."""
+  q: Array
+  k: Array
+  v: Array
+
+
+def unfused(inner: optax.GradientTransformation, heads: int, groups: int) -> optax.GradientTransformation:
+  """`inner`, to which a fused kernel, [..., D, G (H/G queries + key + value) d], is three parameters."""
+  each = heads // groups
+
+  def split(path, kernel):
+    if 'qkv' not in [entry.key for entry in path]:
+      return kernel
+    width, outputs = kernel.shape[-2:]
+    if heads % groups or width % heads or outputs * heads != width * groups * (each + 2):
+      raise ConfigError(f'optim.heads = {heads}, optim.groups = {groups} do not fit the projection '
+                        f'{kernel.shape}; give those of the model\'s attention')
+    parts = kernel.reshape(*kernel.shape[:-1], groups, each + 2, -1)
+    return Unfused(*(piece.reshape(*kernel.shape[:-1], -1) for piece in jnp.split(parts, [each, each + 1], -2)))
+
+  def join(leaf):
+    if not isinstance(leaf, Unfused):
+      return leaf
+    lead = leaf.k.shape[:-1]
+    head = leaf.k.shape[-1] // groups
+    pieces = [piece.reshape(*lead, groups, -1, head) for piece in leaf]
+    return jnp.concatenate(pieces, -2).reshape(*lead, -1)
+
+  def apart(tree):
+    return jax.tree_util.tree_map_with_path(split, tree)
+
+  def update(updates, state, params):
+    updates, state = inner.update(apart(updates), state, apart(params))
+    return jax.tree.map(join, updates, is_leaf=lambda leaf: isinstance(leaf, Unfused)), state
+
+  return optax.GradientTransformation(lambda params: inner.init(apart(params)), update)

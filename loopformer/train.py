@@ -240,7 +240,7 @@ class _Run:
     values |= config.model.cell.diagnose(jax.device_get(state.params['cell']))
     self.writer.write('eval', number, values)
     shown = ('loss', 'accuracy', 'exact')
-    self.log(f'step {number}  validation ' + '  '.join(
+    self.log(f'step {number}  validation loss at ' + '  '.join(
         f'{row["schedule"]} loop{"s" if row["budget"] != 1 else ""}: '
         + ' '.join([f'{row["loss"]:.3f}', *(f'{name} {row[name]:.3f}' for name in shown[1:] if name in row)])
         for row in rows))
