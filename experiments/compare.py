@@ -1,12 +1,14 @@
-"""Trains several configurations on the same data in the same order, evaluates them at the same budgets, and compares.
+"""Trains several configurations on the same data in the same order, evaluates them at the same depths, and compares.
 
     python -m experiments.compare --run=loopformer=experiments/configs/loopformer.py:tiny \\
         --run=base_loop=experiments/configs/loopformer.py:tiny,kind=base_loop --seeds=0,1 \\
         --budgets=1,2,4,8 --workdir=runs/compare --out=experiments/reports/mine --set train.steps=1000
 
-Every run is `experiments.main` in a process of its own, so that a comparison that was stopped goes on where it was.
-Writes results.json, table.md and depths.png into --out: means over seeds, and half of their range.
+Every run is `experiments.main` in a process of its own, so that a comparison that was stopped goes on where it was, and
+`--together` of them at a time. Writes results.json, table.md (means over seeds, and half of their range), depths.png (what
+`--show` names against loops) and training.png (the same against steps and against seconds of training) into --out.
 """
+import concurrent.futures
 import json
 from pathlib import Path
 import subprocess
@@ -19,6 +21,7 @@ import numpy as np
 import loopformer
 from experiments import plots
 from experiments.main import held_out, numbers
+from loopformer import config as configs
 from loopformer import metrics, plans
 from loopformer.evaluate import evaluate
 
@@ -26,54 +29,82 @@ FLAGS = flags.FLAGS
 # experiments.main defines --workdir, --set and --eval_batches.
 flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
 flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
-flags.DEFINE_list('budgets', ['1', '2', '3', '4', '5', '6', '7', '8'], 'Loops to evaluate at.')
+flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
+flags.DEFINE_string('show', 'loss', 'What the plots show: loss, accuracy, exact, last.')
+flags.DEFINE_integer('together', 1, 'Runs at a time; with more than one, seconds of training say little.', lower_bound=1)
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 
 def train(spec: str, seed: int, workdir: Path):
   """Runs or resumes one training run; its output goes to <workdir>/log.txt."""
   workdir.mkdir(parents=True, exist_ok=True)
-  changes = [f'--set={change}' for change in
-             [*FLAGS['set'].value, f'train.seed={seed}', f"task.folder='{FLAGS.workdir}/data'"]]
+  changes = [*FLAGS['set'].value, f'train.seed={seed}']
+  if hasattr(configs.load(spec).task, 'folder'):
+    changes.append(f"task.folder='{FLAGS.workdir}/data'")
   with (workdir / 'log.txt').open('a') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}', *changes],
-                   stdout=log, stderr=subprocess.STDOUT, check=True)
+    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
+                    *(f'--set={change}' for change in changes)], stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def measure(workdir: Path, budgets: list[int]) -> dict:
-  """Losses by budget, tokens that were trained on, and the seconds that training steps took."""
+def measure(workdir: Path, budgets: list[int] | None) -> dict:
+  """What was measured by split and depth, tokens that were trained on, and the curve of training."""
   model, params, tokenizer, config = loopformer.load(workdir)
-  if model.loops == 1:
-    budgets = [1]
-  rows = evaluate(model, params, held_out(config, workdir, FLAGS.eval_batches or 64),
-                  {str(budget): plans.resolve(budget) for budget in budgets},
-                  tokenizer and tokenizer.byte_lengths(), config.task.measure)
-  logged = [row for row in metrics.read_rows(workdir / 'metrics.jsonl') if 'seconds_per_step' in row]
-  return {'rows': rows, 'tokens': config.train.steps * config.train.batch * config.task.length,
-          'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
-          'seconds': config.train.steps * float(np.median([row['seconds_per_step'] for row in logged]))}
+  schedules = config.evals.schedules()
+  if budgets:
+    schedules = {str(budget): plans.resolve(budget) for budget in (budgets if model.loops > 1 else [1])}
+  lengths = tokenizer and tokenizer.byte_lengths()
+  tests = {split: evaluate(model, params, held_out(config, workdir, FLAGS.eval_batches or 64, split), schedules, lengths,
+                           config.task.measure) for split in ('validation', *getattr(config.task, 'tests', {}))}
+  curve = training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
+  return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,
+          'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), 'curve': curve,
+          'diagnosis': model.cell.diagnose(jax.device_get(params['cell'])),
+          'seconds': curve[-1]['seconds'] if curve else 0.0}
 
 
-def summary(runs: dict[str, list[dict]]) -> tuple[list[dict], dict, dict]:
-  """(table rows, curves by name, flat lines by name) of the results of every name and seed."""
-  table, curves, flat = [], {}, {}
+def training_curve(rows: list[dict]) -> list[dict]:
+  """Evaluations during training, with the seconds of training steps before each (compilation is not counted)."""
+  seconds, last, curve = 0.0, 0, []
+  for row in rows:
+    if 'seconds_per_step' in row:
+      seconds, last = seconds + row['seconds_per_step'] * (row['step'] - last), row['step']
+    elif row['kind'] == 'eval':
+      curve.append({**row, 'seconds': seconds})
+  return curve
+
+
+def summary(runs: dict[str, list[dict]]) -> list[dict]:
+  """The rows of the table: every name, split and depth; means over seeds, and half the range of the loss."""
+  table = []
   for name, results in runs.items():
-    curve = []
-    for rows in zip(*[result['rows'] for result in results]):
-      losses = [row['loss'] for row in rows]
-      curve.append({'budget': rows[0]['budget'], 'loss': float(np.mean(losses)),
-                    'spread': (max(losses) - min(losses)) / 2,
-                    'bits_per_byte': float(np.mean([row['bits_per_byte'] for row in rows]))})
-    if len(curve) == 1:
-      flat[name] = curve[0]['loss']
-    else:
-      curves[name] = curve
-    for row in curve:
-      table.append({'model': name, 'seeds': len(results), 'parameters': results[0]['parameters'],
-                    'loops': row['budget'], 'loss': row['loss'], '+-': row['spread'],
-                    'bits per byte': row['bits_per_byte'],
-                    'minutes of training': round(float(np.mean([r['seconds'] for r in results])) / 60, 1)})
-  return table, curves, flat
+    for split in results[0]['tests']:
+      for rows in zip(*[result['tests'][split] for result in results]):
+        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ('schedule', 'budget')}
+        losses = [row['loss'] for row in rows]
+        table.append({'model': name, 'seeds': len(results), 'parameters': results[0]['parameters'], 'test': split,
+                      'loops': rows[0]['schedule'], 'loss': mean.pop('loss'), '+-': (max(losses) - min(losses)) / 2,
+                      **{key: value for key, value in mean.items() if key not in ('tokens', 'perplexity')},
+                      **{key: float(np.mean([result['diagnosis'][key] for result in results]))
+                         for key in results[0]['diagnosis']},
+                      'minutes of training': round(float(np.mean([r['seconds'] for r in results])) / 60, 1)})
+  columns = list(dict.fromkeys(key for row in table for key in row))
+  return [{column: row.get(column, '') for column in columns} for row in table]
+
+
+def draw(out: Path, runs: dict[str, list[dict]], show: str):
+  """depths.png and training.png."""
+  curves, flat = {}, {}
+  for name, results in runs.items():
+    rows = [{'budget': int(same[0]['schedule']), show: float(np.mean([row[show] for row in same])),
+             'spread': (max(row[show] for row in same) - min(row[show] for row in same)) / 2}
+            for same in zip(*[result['tests']['validation'] for result in results]) if same[0]['schedule'].isdigit()]
+    if len(rows) > 1:
+      curves[name] = rows
+    elif rows:
+      flat[name] = rows[0][show]
+  plots.depths(out / 'depths.png', curves, flat, show)
+  trained = {name: results[0]['curve'] for name, results in runs.items() if results[0]['curve']}
+  plots.progress(out / 'training.png', trained, show)
 
 
 def main(argv):
@@ -81,19 +112,22 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
-  budgets = [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
-  runs = {}
-  for seed in FLAGS.seeds:  # all models with one seed before the next, so that a stopped comparison compares all
-    for named in FLAGS.run:
-      name, _, spec = named.partition('=')
-      folder = workdir / f'{name}-{seed}'
+  budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
+  named = [named.partition('=')[::2] for named in FLAGS.run]
+  # All models with one seed before the next, so that a stopped comparison compares all.
+  jobs = [(name, spec, int(seed), workdir / f'{name}-{seed}') for seed in FLAGS.seeds for name, spec in named]
+  runs = {name: [] for name, _ in named}
+  with concurrent.futures.ThreadPoolExecutor(FLAGS.together) as pool:
+    trained = [pool.submit(train, spec, seed, folder) for _, spec, seed, folder in jobs]
+    for (name, _, seed, folder), done in zip(jobs, trained):
       print(f'{name}, seed {seed}', flush=True)
-      train(spec, int(seed), folder)
-      runs.setdefault(name, []).append(measure(folder, budgets))
-      table, curves, flat = summary(runs)
-      (out / 'results.json').write_text(json.dumps(runs, indent=1) + '\n')
+      done.result()
+      runs[name].append(measure(folder, budgets))
+      finished = {name: results for name, results in runs.items() if results}
+      table = summary(finished)
+      (out / 'results.json').write_text(json.dumps(finished, indent=1) + '\n')
       (out / 'table.md').write_text(metrics.table(table) + '\n')
-      plots.depths(out / 'depths.png', curves, flat)
+      draw(out, finished, FLAGS.show)
   print(metrics.table(table))
 
 

@@ -18,12 +18,16 @@ def _figure():
   return pyplot
 
 
-def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | None = None):
-  """Validation loss against the number of loops.
+LABELS = {'loss': 'validation loss', 'accuracy': 'accuracy', 'exact': 'sequences all right',
+          'last': 'the last answer'}
+
+
+def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | None = None, show: str = 'loss'):
+  """What `show` names on the validation split, against the number of loops.
 
   Args:
-    curves: name -> rows with `budget`, `loss` and, where several seeds were run, `spread` (half the range).
-    flat: name -> loss of models that have no loops to choose, drawn as horizontal lines.
+    curves: name -> rows with `budget`, `show` and, where several seeds were run, `spread` (half the range).
+    flat: name -> the same of models that have no loops to choose, drawn as horizontal lines.
   """
   pyplot = _figure()
   if pyplot is None:
@@ -32,16 +36,16 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   for name, rows in curves.items():
     rows = sorted((row for row in rows if row['schedule'].isdigit()) if 'schedule' in rows[0] else rows,
                   key=lambda row: row['budget'])
-    axes.errorbar([row['budget'] for row in rows], [row['loss'] for row in rows],
+    axes.errorbar([row['budget'] for row in rows], [row[show] for row in rows],
                   [row.get('spread', 0.0) for row in rows], marker='o', capsize=3, label=name)
-  for name, loss in (flat or {}).items():
-    axes.axhline(loss, color='grey', linestyle='--', label=name)
+  for i, (name, value) in enumerate((flat or {}).items()):
+    axes.axhline(value, color=f'C{len(curves) + i}', linestyle='--', label=name)
   budgets = sorted({row['budget'] for rows in curves.values() for row in rows})
   axes.set_xscale('log', base=2)
   axes.set_xticks(budgets, [str(budget) for budget in budgets])
   axes.set_xticks([], minor=True)
   axes.set_xlabel('loops')
-  axes.set_ylabel('validation loss (nats a token)')
+  axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(path, dpi=150)
@@ -78,4 +82,27 @@ def training(path: Path, rows: Rows):
   axes.grid(alpha=0.3)
   axes.legend(title='loops')
   figure.savefig(path, dpi=150)
+  pyplot.close(figure)
+
+
+def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
+  """What `show` names at the deepest evaluated budget, against steps and against seconds of training.
+
+  Args:
+    curves: name -> evaluations during training: rows with `step`, `seconds`, and `<show>@<loops>` for each budget.
+  """
+  pyplot = _figure()
+  if pyplot is None:
+    return
+  figure, both = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained', sharey=True)
+  for axes, across in zip(both, ('step', 'seconds')):
+    for name, rows in curves.items():
+      depths = [key for key in rows[-1] if key.startswith(f'{show}@') and key.split('@')[1].isdigit()]
+      if depths:
+        axes.plot([row[across] for row in rows], [row[depths[-1]] for row in rows], marker='.', label=name)
+    axes.set_xlabel('step' if across == 'step' else 'seconds of training')
+    axes.grid(alpha=0.3)
+  both[0].set_ylabel(LABELS.get(show, show))
+  both[1].legend(fontsize=7)
+  figure.savefig(path, dpi=120)
   pyplot.close(figure)
