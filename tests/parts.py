@@ -21,6 +21,7 @@ from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, Trajectory
+from loopformer.config import unshared
 from loopformer.embed import Head, TokenEmbed, Tokens
 from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
@@ -56,7 +57,7 @@ def timed(condition=Trajectory(D), init: float = 0.0, **options) -> Timed:
 
 
 def looped(cell, **options) -> Looped:
-  return Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options})
+  return unshared(Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options}))
 
 
 def stack(depth: int, **options) -> Stack:

@@ -1,0 +1,79 @@
+"""Looped transformers learn learning algorithms: in-context regression (Yang et al., ICLR 2024, 2311.12424).
+
+    python -m experiments.main --config=experiments/configs/looped_icl.py:cpu,function=linear --workdir=runs/icl
+
+Argument: size, then any of
+
+    size      cpu      D=5, 11 points, width 64: a few minutes
+              paper    D=20, 41 points, width 256
+    function  linear, sparse, tree, network
+    kind      looped      h = norm(block(h + e)), loss over a window of loops
+              stacked     `layers` distinct layers, not looped
+    layers    of the block
+    last, window   b, the last number of loops of the curriculum, and w, the loops that are differentiated; 0: the size's
+
+The curriculum of loops is in the plan; those of dimensions and points are left out (departure). Positions and the final
+norm are inside the loop, as in the paper. Measured figures: experiments/reports/looped_icl/.
+"""
+from loopformer import loop, measures, plans
+from loopformer.blocks import MLP, Block, Identity, LayerNorm, SelfAttention, Stack, gelu_tanh
+from loopformer.cells.plain import Plain
+from loopformer.cells.recur import Recur
+from loopformer.config import Experiment, arguments, choose
+from loopformer.embed import Head, Vectors
+from loopformer.evaluate import Depths
+from loopformer.inject import Add
+from loopformer.model import Looped
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.starts import Zeros
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.regression import Linear, Network, Regression, Sparse, Tree
+from loopformer.terms.squared import Squared, Window
+from loopformer.train import Train
+from loopformer.types import ConfigError
+
+FUNCTIONS = {'linear': Linear(), 'sparse': Sparse(), 'tree': Tree(), 'network': Network()}
+WINDOWS = {'linear': (20, 15), 'sparse': (20, 10), 'tree': (70, 15), 'network': (12, 5)}  # b and w of the paper
+
+
+def get_config(argument: str = '') -> Experiment:
+  """The experiment of an argument such as `cpu,function=linear,kind=stacked,layers=4`."""
+  given = arguments(argument, size='cpu', function='linear', kind='looped', layers=1, last=0, window=0)
+  small = choose('size', given['size'], {'cpu': True, 'paper': False})
+  function = choose('function', given['function'], FUNCTIONS)
+  kind = choose('kind', given['kind'], {'looped': True, 'stacked': False})
+  inputs, points, width, heads = (5, 11, 64, 4) if small else (20, 41, 256, 8)
+  last, window = (12, 5) if small else WINDOWS[given['function']]
+  last, window = given['last'] or last, given['window'] or window
+  if window > last:
+    raise ConfigError(f'config argument window = {window} is more than last = {last}: no loop is left to differentiate')
+  of = Regression(function=function, inputs=inputs, points=points)
+  out_std = 0.02 / (2 * given['layers']) ** 0.5
+  core = Stack(gpt2(heads, 4 * width, out_std), given['layers'])
+  read_in = Vectors(inputs=inputs, width=width, length=of.length)
+  if kind:
+    depth = plans.Stairs(first=window, last=last, add=2, every=100 if small else 500)
+    model = Looped(read_in=read_in, cell=Recur(core, Add(), norm=LayerNorm()), start=Zeros(), loops=last,
+                   read_out=Head(outputs=1, norm=Identity()), remat=loop.PerLayer())
+    objective = Objective(rolls={'window': Roll(plans.Truncated(depth=depth, graded=window), keep=loop.Every())},
+                          terms={'error': Weighted(1.0, Window(roll='window'))})
+  else:
+    model = Looped(read_in=read_in, cell=Plain(core), loops=1, read_out=Head(outputs=1, norm=LayerNorm()),
+                   remat=loop.PerLayer())
+    objective = Objective(rolls={'all': Roll(plans.Uniform(1))}, terms={'error': Weighted(1.0, Squared(roll='all'))})
+  return Experiment(
+      name=f'{given["function"]} {given["kind"]} {given["layers"]}',
+      model=model, objective=objective,
+      task=Generated(of=of, measure=measures.Errors(scale=of.scale)),
+      train=Train(steps=3000, batch=64, log_every=100, eval_every=500, save_every=1000) if small else
+      Train(steps=500_000, batch=64, log_every=1000, eval_every=10_000, save_every=10_000),
+      optim=AdamW(schedule=WarmupCosine(peak=1e-3, end=1e-5, warmup=100) if small else
+                  Trapezoid(peak=1e-4, warmup=0, cooldown=0.0), b2=0.999, decay=0.0, clip=1.0 if small else 1e9),
+      evals=Depths(budgets=(1, 2, 4, 6, 8, 12, 20, 50, 100) if kind else (1,)))
+
+
+def gpt2(heads: int, hidden: int, out_std: float) -> Block:
+  """A layer of GPT-2: LayerNorms and biases."""
+  return Block(attn=SelfAttention(heads=heads, out_std=out_std, biased=('q', 'k', 'v', 'out')),
+               mlp=MLP(hidden=hidden, out_std=out_std, activation=gelu_tanh, biased=('up', 'down')), norm=LayerNorm())

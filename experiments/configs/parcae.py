@@ -1,0 +1,121 @@
+"""Parcae: stable looped language models (Prairie et al., 2604.12946), with the injections that it is compared with.
+
+    python -m experiments.main --config=experiments/configs/parcae.py:cpu,inject=diagonal --workdir=runs/parcae
+
+Argument: size, then any of
+
+    size     cpu                       the sheet's comparison of injections, on dense 2-hop induction: a minute
+             140m, 370m, 770m, 1300m   as published, on text
+    inject   diagonal, concat, add, hold
+    each     1: a depth for every sequence (the paper's); 0: one for the batch
+    norm     1: a norm after the prelude; 0: none
+    rate     peak learning rate; 0: the size's own
+    kind     parcae; transformer: the same layers once, without injection (published sizes)
+
+Departures at the published sizes: our text instead of FineWeb-Edu; q, k and v are drawn as one orthogonal matrix instead
+of three; Muon's momentum is corrected for its start. `cpu` has output projections at a fifth of the scale instead of zero, as on the
+sheet. Measured figures: experiments/reports/parcae/.
+"""
+import math
+
+from loopformer import loop, plans
+from loopformer.blocks import (MLP, Block, Chain, Linear, Normal, Orthogonal, RMSNorm, SelfAttention, Stack, UnitNorm,
+                               ValueEmbed, gelu, squared_relu)
+from loopformer.cells.plain import Plain
+from loopformer.cells.recur import Recur
+from loopformer.config import Experiment, arguments, choose
+from loopformer.embed import Head, TiedHead, Tokens
+from loopformer.evaluate import Depths
+from loopformer.inject import Add, Concat, Diagonal, Hold
+from loopformer.model import Looped
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.optim import AdamW, Muon, Trapezoid
+from loopformer.positions import Rotary
+from loopformer.starts import Noise
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.p_hop import PHop
+from loopformer.tasks.text import Text
+from loopformer.terms.cross_entropy import CE
+from loopformer.tokenizer import TrainedPieces
+from loopformer.train import Train
+from loopformer.types import ConfigError
+
+VOCAB, LENGTH, MEAN, GRADED = 32_768, 2048, 8, 4
+# Layers of prelude, core and coda each; width; learning rate; steps of 256 x 2048 tokens.
+SIZES = {'140m': (2, 768, 8e-3, 21_400), '370m': (4, 1024, 8e-3, 56_500), '770m': (6, 1280, 6e-3, 117_500),
+         '1300m': (8, 1536, 6e-3, 198_400)}
+INJECT = {'diagonal': Diagonal(), 'concat': Concat(), 'add': Add(), 'hold': Hold()}
+
+
+def get_config(argument: str = '') -> Experiment:
+  """The experiment of an argument such as `cpu,inject=concat,rate=1e-2`."""
+  given = arguments(argument, size='cpu', inject='diagonal', each=1, norm=1, rate=0.0, kind='parcae')
+  choose('size', given['size'], dict.fromkeys(('cpu', *SIZES)))
+  choose('inject', given['inject'], INJECT)
+  choose('kind', given['kind'], dict.fromkeys(('parcae', 'transformer')))
+  return small(given) if given['size'] == 'cpu' else published(given)
+
+
+def objective(mean: float, graded: int, each: bool) -> Objective:
+  """Cross-entropy after a Poisson number of loops, the last few of them differentiated (section 3)."""
+  over = plans.Each() if each else plans.Together()
+  plan = plans.Truncated(depth=plans.Poisson(average=mean), graded=graded, over=over)
+  return Objective(rolls={'drawn': Roll(plan)}, terms={'lm': Weighted(1.0, CE(roll='drawn'))})
+
+
+def small(given: dict) -> Experiment:
+  """Three layers of width 48 on dense 2-hop induction (the sheet's measured block)."""
+  if given['kind'] != 'parcae':
+    raise ConfigError('config argument kind = transformer: give one of the published sizes')
+  width, std = 48, 1 / math.sqrt(48)
+  block = Block(attn=SelfAttention(heads=4, std=std, out_std=0.2 * std, position=Rotary()),
+                mlp=MLP(hidden=4 * width, std=std, out_std=0.2 * std / 2, activation=gelu), norm=RMSNorm(1e-5))
+  task = Generated(of=PHop(hops=2, length=24), pool=8192)
+  vocab = len(task.of.symbols)
+  inject = Concat(std=1 / math.sqrt(2 * width)) if given['inject'] == 'concat' else INJECT[given['inject']]
+  return Experiment(
+      name=f'parcae {given["inject"]}',
+      model=Looped(read_in=Tokens(vocab=vocab, width=width, length=task.length, std=std),
+                   cell=Recur(Stack(block, 1), inject), read_out=Head(outputs=vocab, std=std), loops=MEAN // 2,
+                   prelude=Stack(block, 1, norm=RMSNorm(1e-5) if given['norm'] else None), coda=Stack(block, 1),
+                   start=Noise(std=math.sqrt(2 / (5 * width))), remat=loop.PerLayer()),
+      objective=objective(4, 2, given['each']),
+      task=task,
+      train=Train(steps=400, batch=32, log_every=20, eval_every=100, eval_batches=16, save_every=400),
+      optim=AdamW(schedule=Trapezoid(peak=given['rate'] or 3e-3, warmup=0, cooldown=1.0), decay=0.0),
+      evals=Depths(budgets=(1, 2, 4, 8, 16, 64)))
+
+
+def published(given: dict) -> Experiment:
+  """The nanochat-like layers of the paper's Transformer setup (section 2)."""
+  layers, width, rate, steps = SIZES[given['size']]
+  parcae, std = given['kind'] == 'parcae', math.sqrt(2 / (5 * width))
+
+  def block(valued: bool) -> Block:
+    attn = SelfAttention(heads=width // 128, init=Orthogonal(std), out_init=Normal(0.0), position=Rotary(base=50_000.0),
+                         norm_qk=UnitNorm(1e-5), values=ValueEmbed(vocab=VOCAB) if valued else None)
+    mlp = MLP(hidden=4 * width, init=Orthogonal(std), out_init=Normal(0.0), activation=squared_relu)
+    return Block(attn=attn, mlp=mlp, norm=RMSNorm(1e-5), dtype='bfloat16')
+
+  # Layer i of all N has value embeddings where i and N - 1 are both even or both odd: here N is even, and so every odd.
+  pair = Chain((block(False), block(True)))
+  third = Stack(pair, layers // 2)
+  if parcae:
+    model = Looped(read_in=Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std),
+                   cell=Recur(third, INJECT[given['inject']]), read_out=TiedHead(RMSNorm(1e-5)), loops=MEAN,
+                   prelude=Stack(pair, layers // 2, norm=RMSNorm(1e-5) if given['norm'] else None), coda=third,
+                   start=Noise(std=std), bridge=Linear(width, init=Orthogonal(std)))
+  else:
+    model = Looped(read_in=Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std),
+                   cell=Plain(Stack(pair, 3 * layers // 2)), read_out=TiedHead(RMSNorm(1e-5)), loops=1)
+  schedule = Trapezoid(peak=given['rate'] or rate, warmup=0, cooldown=0.5)
+  once = Objective(rolls={'all': Roll(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
+  return Experiment(
+      name=f'{given["kind"]} {given["size"]}',
+      model=model,
+      objective=objective(MEAN, GRADED, given['each']) if parcae else once,
+      task=Text(tokenizer=TrainedPieces(vocab=VOCAB), length=LENGTH),
+      train=Train(steps=steps, batch=256, accumulate=8, log_every=100, eval_every=1000, save_every=1000),
+      optim=Muon(schedule=schedule, heads=width // 128,
+                 others=AdamW(schedule=schedule, b1=0.8, b2=0.95, eps=1e-10, decay=0.0)),
+      evals=Depths(budgets=(1, 4, 8, 16) if parcae else (1,)))
