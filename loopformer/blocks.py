@@ -459,3 +459,9 @@ def repeated(times: tuple[int, ...]) -> tuple[int, ...]:
   if not times or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in times):
     raise ConfigError(f'repeats = {times}: give a positive whole number for every layer, such as (4, 2, 1, 1)')
   return tuple(layer for layer, n in enumerate(times) for _ in range(n))
+
+
+def gpt2(heads: int, hidden: int, out_std: float) -> Block:
+  """A layer of GPT-2: LayerNorms before both branches, biases, GELU by tanh."""
+  return Block(attn=SelfAttention(heads=heads, out_std=out_std, biased=('q', 'k', 'v', 'out')),
+               mlp=MLP(hidden=hidden, out_std=out_std, activation=gelu_tanh, biased=('up', 'down')), norm=LayerNorm())

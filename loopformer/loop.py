@@ -112,21 +112,19 @@ def _step(cell, carry, tick, *, e, ctx, keep):
   ctx = ctx.replace(tick=tick)
 
   def apply(cell, x, kv):
-    return cell(x, e, ctx, kv)
+    new, kv, aux = cell(x, e, ctx, kv)
+    return new if tick.live is None or tick.live.ndim == 0 else _of_live(tick.live, new, x), kv, aux
 
   if tick.live is None or cell.is_initializing():
     x, kv, aux = apply(cell, x, kv)
-  elif tick.live.ndim == 0:
+  else:
     module, variables = cell.unbind()
     shapes = jax.eval_shape(lambda v, x, kv: module.apply(v, x, e, ctx, kv)[2], variables, x, kv)
 
     def skip(cell, x, kv):
       return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    x, kv, aux = nn.cond(tick.live, apply, skip, cell, x, kv)
-  else:
-    new, kv, aux = apply(cell, x, kv)
-    x = _of_live(tick.live, new, x)
+    x, kv, aux = nn.cond(tick.live.any(), apply, skip, cell, x, kv)
   return (x, kv), (keep(x), aux)
 
 

@@ -27,7 +27,7 @@ class Plan:
 
   t, dt: f32[K], time at, and size of, each step; a whole trajectory has length one.
   live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
-    or bool[K, B] (False: the step is computed, but passes this sequence through unchanged).
+    or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
   free: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
   """
   t: Array

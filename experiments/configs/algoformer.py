@@ -14,9 +14,8 @@ Argument: size, then any of
 The paper's body and code were not to be had: sizes, window and injection are the sheet's readings of it.
 Measured figures: experiments/reports/algoformer/.
 """
-from experiments.configs.looped_icl import gpt2
 from loopformer import loop, measures, plans
-from loopformer.blocks import Identity, LayerNorm, Stack
+from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose

@@ -15,9 +15,8 @@ longer inputs are tests of their own. Measured figures: experiments/reports/leng
 """
 import dataclasses
 
-from experiments.configs.looped_icl import gpt2
 from loopformer import exits, loop, plans
-from loopformer.blocks import Identity, LayerNorm, Stack
+from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
 from loopformer.embed import Head, Tokens

@@ -16,7 +16,7 @@ The curriculum of loops is in the plan; those of dimensions and points are left 
 norm are inside the loop, as in the paper. Measured figures: experiments/reports/looped_icl/.
 """
 from loopformer import loop, measures, plans
-from loopformer.blocks import MLP, Block, Identity, LayerNorm, SelfAttention, Stack, gelu_tanh
+from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
@@ -71,9 +71,3 @@ def get_config(argument: str = '') -> Experiment:
       optim=AdamW(schedule=WarmupCosine(peak=1e-3, end=1e-5, warmup=100) if small else
                   Trapezoid(peak=1e-4, warmup=0, cooldown=0.0), b2=0.999, decay=0.0, clip=1.0 if small else 1e9),
       evals=Depths(budgets=(1, 2, 4, 6, 8, 12, 20, 50, 100) if kind else (1,)))
-
-
-def gpt2(heads: int, hidden: int, out_std: float) -> Block:
-  """A layer of GPT-2: LayerNorms and biases."""
-  return Block(attn=SelfAttention(heads=heads, out_std=out_std, biased=('q', 'k', 'v', 'out')),
-               mlp=MLP(hidden=hidden, out_std=out_std, activation=gelu_tanh, biased=('up', 'down')), norm=LayerNorm())
