@@ -1,0 +1,172 @@
+"""Edit distance and longest common subsequence of two strings, as one token.
+
+After timestep encoding (On expressive power of looped transformers, Xu and Sato, 2410.01405; section 5). Both write
+
+    c a b | b a b b <sep> 5 <eos>        what follows <sep> being asked for
+
+Ids are the paper's: pad 0, sep 1, eos 2, | 3, comma 4, letters 5..30, numbers from 31. Rows are filled with pad; the
+end symbol of the library, which no row holds, comes last. Rows have 2 * letters + 7 tokens, 127 for strings of 60.
+"""
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
+from loopformer.tasks.generated import Example, sequence
+from loopformer.tasks.regression import at_least
+from loopformer.types import ConfigError, part
+
+PAD, SEP, EOS, BAR = 0, 1, 2, 3
+FIRST_LETTER, FIRST_NUMBER = 5, 31
+LETTERS = len(string.ascii_lowercase)
+COST, REPLACE = 2, 3  # of a letter inserted or deleted, of one replaced
+UNRELATED = 0.4  # share of pairs that are drawn apart
+FEWEST = 3  # letters of an alphabet
+SHORTER, LONGER = 3, 2  # how far the length of the second string may be off
+
+
+@part
+class EditDistance:
+  """Costs: insert 2, delete 2, replace 3; but along the border of the table a step costs 1 (`edit_distance`).
+
+  letters: n, of the first string. Both are of an alphabet of 3..using + 2 of the 26 letters, drawn for each pair. With
+  probability 0.4 the second is random, of n - 3 to n + 2 letters; else it is the first after 1..n edits, each a
+  deletion (of more than two letters), a replacement or an insertion. Pairs that are equal, or of which the second has
+  another length than that, are drawn anew. The shorter comes first. Numbers 0..3n + 2, of which the paper has 3n: the
+  last three are rare.
+  """
+  letters: int = 60
+  using: int = 24
+
+  def __post_init__(self):
+    at_least('EditDistance.letters', self.letters, SHORTER + 1, 'the second string, 3 shorter at most, is not empty')
+    if not 1 <= self.using <= LETTERS - FEWEST + 1:
+      raise ConfigError(f'EditDistance.using = {self.using}: alphabets have 3 to using + 2 of {LETTERS} letters; set '
+                        f'EditDistance.using to 1..{LETTERS - FEWEST + 1}')
+
+  @property
+  def length(self) -> int:
+    return _length(self.letters)
+
+  @property
+  def symbols(self) -> tuple[str, ...]:
+    return _symbols(3 * self.letters + LONGER)
+
+  def __call__(self, rng: np.random.Generator) -> Example:
+    pair = None
+    while pair is None:
+      pair = self._pair(rng)
+    return _row(*pair, edit_distance(*pair), self.length)
+
+  def _pair(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    """Two strings, the shorter first; None where they are refused."""
+    n = self.letters
+    alphabet = rng.permutation(LETTERS)[:FEWEST + rng.integers(self.using)]
+    first = rng.choice(alphabet, n)
+    if rng.random() < UNRELATED:
+      second = rng.choice(alphabet, rng.integers(n - SHORTER, n + LONGER + 1))
+    else:
+      second = _edited(rng, first, alphabet, int(rng.integers(1, n + 1)))
+    if not n - SHORTER <= len(second) <= n + LONGER or np.array_equal(first, second):
+      return None
+    return (second, first) if len(second) < len(first) else (first, second)
+
+  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+    """Of the most frequent answers, anywhere and by place, and of comparing letters place by place."""
+    def compared(first, second):
+      n = min(len(first), len(second))
+      return REPLACE * np.count_nonzero(first[:n] != second[:n]) + COST * abs(len(first) - len(second))
+    return _floors(examples, compared)
+
+
+@part
+class LongestCommonSubsequence:
+  """How many letters, in order but not side by side, two strings of `letters` letters have in common.
+
+  Each string draws `using` of the 26 letters with replacement, then its own letters from these: strings overlap little,
+  and answers are low. Look at the floors. Numbers 0..letters.
+  """
+  letters: int = 100
+  using: int = 8
+
+  def __post_init__(self):
+    at_least('LongestCommonSubsequence.letters', self.letters, 1, 'a string has a letter')
+    at_least('LongestCommonSubsequence.using', self.using, 1, 'letters are drawn from some')
+
+  @property
+  def length(self) -> int:
+    return _length(self.letters)
+
+  @property
+  def symbols(self) -> tuple[str, ...]:
+    return _symbols(self.letters)
+
+  def __call__(self, rng: np.random.Generator) -> Example:
+    first, second = (rng.choice(rng.integers(LETTERS, size=self.using), self.letters) for _ in range(2))
+    return _row(first, second, common_subsequence(first, second), self.length)
+
+  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+    """Of the most frequent answers, anywhere and by place, and of letters that are equal place by place."""
+    return _floors(examples, lambda first, second: np.count_nonzero(first == second))
+
+
+def edit_distance(first: np.ndarray, second: np.ndarray) -> int:
+  """D[n, m], where D[i, 0] = i, D[0, j] = j and
+  D[i, j] = min(D[i-1, j] + 2, D[i, j-1] + 2, D[i-1, j-1] + (3 where letters differ, else 0))."""
+  replace = REPLACE * (first[:, None] != second)
+  paid = COST * np.arange(len(second) + 1)  # for insertions along a row
+  row = np.arange(len(second) + 1)
+  for i, costs in enumerate(replace, 1):
+    down = np.minimum(row[1:] + COST, row[:-1] + costs)
+    row = np.minimum.accumulate(np.concatenate([[i], down]) - paid) + paid
+  return int(row[-1])
+
+
+def common_subsequence(first: np.ndarray, second: np.ndarray) -> int:
+  """L[n, m], where L is 0 along the border and L[i, j] = max(L[i-1, j], L[i, j-1], L[i-1, j-1] + (1 where equal))."""
+  row = np.zeros(len(second) + 1, np.int64)
+  for equal in first[:, None] == second:
+    row[1:] = np.maximum.accumulate(np.maximum(row[1:], row[:-1] + equal))
+  return int(row[-1])
+
+
+def _edited(rng: np.random.Generator, letters: np.ndarray, alphabet: np.ndarray, edits: int) -> np.ndarray:
+  """The string after so many edits, each a deletion, a replacement or an insertion, all alike."""
+  made = letters.tolist()
+  kinds, places, new = rng.integers(3, size=edits), rng.random(edits), rng.choice(alphabet, edits)
+  for kind, place, letter in zip(kinds.tolist(), places.tolist(), new.tolist()):
+    if kind == 0 and len(made) > 2:
+      del made[int(place * len(made))]
+    elif kind == 1:
+      made[int(place * len(made))] = letter
+    elif kind == 2:
+      made.insert(int(place * (len(made) + 1)), letter)
+  return np.array(made)
+
+
+def _length(letters: int) -> int:
+  return 2 * letters + 7
+
+
+def _symbols(most: int) -> tuple[str, ...]:
+  return ('<pad>', '<sep>', '<eos>', '|', ',', *string.ascii_lowercase, *map(str, range(most + 1)), '<end>')
+
+
+def _row(first: np.ndarray, second: np.ndarray, answer: int, length: int) -> Example:
+  ids = [*(first + FIRST_LETTER), BAR, *(second + FIRST_LETTER), SEP, FIRST_NUMBER + answer, EOS]
+  return sequence(ids, [0] * (len(ids) - 2) + [1, 1], length, PAD)
+
+
+def _floors(examples: Sequence[Example], compared) -> dict[str, float]:
+  """Beside the most frequent answers, scores of a function of both strings."""
+  targets, asked = answers(examples)
+  guess = np.full_like(targets, EOS)
+  for row, example, sep in zip(guess, examples, asked.argmax(1)):
+    tokens = example['tokens'][:sep]
+    bar = tokens.tolist().index(BAR)
+    row[sep] = FIRST_NUMBER + compared(tokens[:bar], tokens[bar + 1:])
+  guesses = {'most frequent': most_frequent(examples), 'by place': by_place(examples), 'place by place': guess}
+  return accuracy(examples, guesses) | exact(examples, guesses)
