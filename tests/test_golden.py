@@ -2,6 +2,7 @@
 import difflib
 import os
 from pathlib import Path
+import re
 
 import jax
 import pytest
@@ -15,12 +16,31 @@ from tests import parts
 FOLDER = Path(__file__).parent / 'golden'
 UPDATE = 'UPDATE_GOLDEN'
 FSDP = 4
-VARIANTS = [(size, kind, ee) for size in paper.SIZES for kind in paper.KINDS for ee in (0, 1)
-            if not ee or kind in ('base_loop', 'tmlt')]
+CONFIGS = Path(__file__).parent.parent / 'experiments/configs'
+ARGUMENTS = {
+    'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in paper.SIZES for kind in paper.KINDS
+                   for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')],
+    'algoformer': ['cpu', 'cpu,kind=looped', 'cpu,kind=stacked', 'large'],
+    'huginn': ['cpu', 'small', 'paper', 'cpu,ramp=100'],
+    'intra_layer': ['cpu,map=4211', 'small', 'large', 'cpu,block=2,inject=1', 'cpu,position=alibi', 'cpu,position=ape'],
+    'latent_thoughts': ['p_hop', 'addition', 'igsm', 'assignment', 'p_hop,kind=middle', 'p_hop,size=paper,loops=6',
+                        'p_hop,layers=4,loops=1,cosine=10,period=2'],
+    'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
+    'linear_icl': [''],
+    'looped_icl': ['cpu', 'paper,function=sparse', 'cpu,kind=stacked,layers=4'],
+    'parcae': ['cpu', 'cpu,inject=concat', '140m', '1300m', '140m,kind=transformer'],
+    'shift': ['p_hop', 'text,first=0'],
+    'timestep': ['cpu', 'cpu,kind=lt', 'cpu,kind=table', 'ed60', 'lm'],
+}
+VARIANTS = [(file, argument) for file, arguments in ARGUMENTS.items() for argument in arguments]
 
 
-def name_of(size: str, kind: str, ee: int) -> str:
-  return f'loopformer_{size}_{kind}{"_ee" if ee else ""}'
+def name_of(file: str, argument: str) -> str:
+  return re.sub(r'\W+', '_', f'{file} {argument}'.replace('kind=', '').replace('ee=1', 'ee')).strip('_')
+
+
+def config_of(file: str, argument: str):
+  return configs.load(f'{CONFIGS / file}.py' + (f':{argument}' if argument else ''))
 
 
 def text_of(config) -> str:
@@ -35,10 +55,12 @@ def text_of(config) -> str:
   return '\n'.join([configs.describe(config), '', count, *lines, ''])
 
 
-@pytest.mark.parametrize('size, kind, ee', VARIANTS, ids=[name_of(*v) for v in VARIANTS])
-def test_golden(size, kind, ee):
-  path = FOLDER / f'{name_of(size, kind, ee)}.txt'
-  text = text_of(paper.get_config(f'{size},kind={kind},ee={ee}'))
+@pytest.mark.parametrize('file, argument', VARIANTS, ids=[name_of(*v) for v in VARIANTS])
+def test_golden(file, argument):
+  path = FOLDER / f'{name_of(file, argument)}.txt'
+  config = config_of(file, argument)
+  configs.check(config)
+  text = text_of(config)
   if os.environ.get(UPDATE):
     path.write_text(text)
   old = path.read_text() if path.exists() else ''
@@ -49,6 +71,20 @@ def test_golden(size, kind, ee):
 
 def test_golden_files_are_of_configurations_that_exist():
   assert {path.stem for path in FOLDER.iterdir()} == {name_of(*variant) for variant in VARIANTS}
+
+
+def test_every_configuration_file_has_a_golden_one():
+  assert {path.stem for path in CONFIGS.glob('*.py')} - {'__init__'} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize('file, argument', VARIANTS, ids=[name_of(*v) for v in VARIANTS])
+def test_a_configuration_survives_its_file(file, argument, tmp_path):
+  config = config_of(file, argument)
+  configs.save(config, tmp_path)
+  again = configs.read(tmp_path)
+  assert configs.flatten(again) == configs.flatten(config)
+  assert jax.tree.map(lambda leaf: leaf.shape, parts.shapes(again.model)) == jax.tree.map(
+      lambda leaf: leaf.shape, parts.shapes(config.model))
 
 
 def formula(kind: str, layers: int, width: int, hidden: int, vocab: int, length: int) -> int:
@@ -66,3 +102,32 @@ def test_parameter_count_of_the_published_sizes(kind, layers):
   model = paper.get_config(f'paper,kind={kind}').model
   expected = formula(kind, layers, width=2048, hidden=5120, vocab=50304, length=1024)
   assert parameter_count(model) == expected
+
+
+@pytest.mark.parametrize('argument, expected', [
+    ('140m', 144_323_136), ('370m', 388_003_328), ('770m', 776_655_680), ('1300m', 1_338_591_744),
+    ('140m,kind=transformer', 143_141_184), ('370m,kind=transformer', 385_903_104),
+    ('770m,kind=transformer', 773_375_040), ('1300m,kind=transformer', 1_333_868_544)])
+def test_parameter_count_of_parcae(argument, expected):
+  """The paper's table, to the unit (sheet, section 2)."""
+  assert parameter_count(config_of('parcae', argument).model) == expected
+
+
+@pytest.mark.parametrize('file, argument, expected', [
+    ('huginn', 'paper', 3_564_976_800),
+    ('intra_layer', 'small', 1024 * 128 + 4 * (16 * 128 ** 2 + 2 * 128) + 128),
+    ('intra_layer', 'small,map=4211', 1024 * 128 + 4 * (16 * 128 ** 2 + 2 * 128) + 128),
+    ('intra_layer', 'large', 32_000 * 768 + 8 * (16 * 768 ** 2 + 2 * 768) + 768)])
+def test_parameter_count_by_formula(file, argument, expected):
+  assert parameter_count(config_of(file, argument).model) == expected
+
+
+@pytest.mark.parametrize('kind, low, high', [('lt', 46.4e6, 46.6e6), ('tmlt', 49.5e6, 49.7e6)])
+def test_parameter_count_of_the_timestep_encoded_language_models(kind, low, high):
+  """46.5M and 49.6M by the repository's run names."""
+  assert low < parameter_count(config_of('timestep', f'lm,kind={kind}').model) < high
+
+
+def test_depth_is_no_parameter():
+  counts = {loops: parameter_count(config_of('latent_thoughts', f'p_hop,loops={loops}').model) for loops in (1, 3, 12)}
+  assert len(set(counts.values())) == 1 and 49_000 < counts[1] < 51_000

@@ -10,6 +10,7 @@ Argument: size, then any of
     block     R: the whole stack R times instead (the map must be all ones)
     inject    1: the input is added before every pass but the first of `block` (as in the released configurations)
     position  rope, nope, ape, alibi
+    std       of all initialisers; 0.02 as published, which is small for the width of `cpu`
 
 Departures: our text; pads carry no loss. Measured figures: experiments/reports/intra_layer/.
 """
@@ -65,22 +66,23 @@ POSITIONS = {'rope': Rotary(), 'nope': None, 'ape': None, 'alibi': Alibi()}
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,map=2111`."""
-  given = arguments(argument, size='cpu', map='', block=1, inject=0, position='rope')
+  given = arguments(argument, size='cpu', map='', block=1, inject=0, position='rope', std=0.02)
   size = choose('size', given['size'], SIZES)
   times = tuple(map(int, given['map'])) if given['map'] else (1,) * size.layers
   if len(times) != size.layers:
     raise ConfigError(f'config argument map = {given["map"]}: {len(times)} digits, but there are {size.layers} layers; '
                       'give one digit a layer')
-  order, loops = repeated(times), given['block']
+  order, loops, std = repeated(times), given['block'], given['std']
   if loops < 1 or loops > 1 and set(times) != {1}:
     raise ConfigError(f'config argument block = {loops}: 1 or more, and above 1 only with a map of ones')
-  block = Block(attn=SelfAttention(heads=size.heads, position=choose('position', given['position'], POSITIONS)),
-                mlp=GatedMLP(hidden=4 * size.width), norm=RMSNorm(1e-6), dtype=size.dtype)
+  block = Block(attn=SelfAttention(heads=size.heads, std=std, out_std=std,
+                                   position=choose('position', given['position'], POSITIONS)),
+                mlp=GatedMLP(hidden=4 * size.width, std=std, out_std=std), norm=RMSNorm(1e-6), dtype=size.dtype)
   core = Stack(block, size.layers, order=None if set(times) == {1} else order)
   embed = TokenEmbed if given['position'] == 'ape' else Tokens
   return Experiment(
       name=f'block {loops}' if loops > 1 else 'map ' + ''.join(map(str, times)),
-      model=Looped(read_in=embed(vocab=size.vocab, width=size.width, length=size.task.length),
+      model=Looped(read_in=embed(vocab=size.vocab, width=size.width, length=size.task.length, std=std),
                    cell=Recur(core, Add()) if given['inject'] else Plain(core), read_out=TiedHead(RMSNorm(1e-6)),
                    loops=loops, remat=loop.PerLayer(), **({'start': Zeros()} if given['inject'] else {})),
       objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),

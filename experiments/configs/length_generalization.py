@@ -67,7 +67,8 @@ def get_config(argument: str = '') -> Experiment:
   setting = (CPU if small else PAPER)[given['task']]
   rooms = max(setting.tests)
   of = make(shortest=1, longest=setting.longest, room=setting.longest)
-  tests = {str(n): make(shortest=n, longest=n, room=n) for n in setting.tests}
+  narrow = {'first': (2,)} if given['task'] == 'multiplication' else {}  # the paper tests with two bits
+  tests = {str(n): make(shortest=n, longest=n, room=n, **narrow) for n in setting.tests}
   asked = 2 if given['task'] == 'multiplication' else 1  # loops a symbol
   most, far = asked * setting.longest, asked * rooms
   plan = choose('loops', given['loops'], {'given': plans.Given(most=most), 'fixed': plans.Uniform(most)})

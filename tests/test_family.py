@@ -1,0 +1,89 @@
+"""Every system from its configuration: trained, resumed, evaluated at its depths, and made to write, in one process."""
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import loopformer
+from experiments.compare import training_curve
+from experiments.main import held_out
+from loopformer import config as configs
+from loopformer import metrics
+from loopformer.evaluate import evaluate
+from loopformer.train import train
+from tests import parts
+from tests.test_data import write_corpus
+from tests.test_golden import config_of
+
+SYSTEMS = [('algoformer', 'cpu'), ('huginn', 'cpu,ramp=4'), ('intra_layer', 'cpu,map=2111'),
+           ('latent_thoughts', 'p_hop,layers=4,loops=1,cosine=1,period=2'), ('latent_thoughts', 'addition,kind=middle'),
+           ('length_generalization', 'cpu,task=copy'), ('linear_icl', ''), ('looped_icl', 'cpu'), ('parcae', 'cpu'),
+           ('shift', 'p_hop,first=2'), ('timestep', 'cpu,kind=table')]
+
+
+def brief(config, corpus, steps: int = 4):
+  """The same experiment, cut to a few steps of small batches."""
+  task, schedule = config.task, config.optim.schedule
+  if hasattr(task, 'corpus'):
+    task = dataclasses.replace(task, corpus=corpus)
+  else:
+    task = dataclasses.replace(task, held_out=8)
+  if hasattr(schedule, 'warmup'):
+    schedule = dataclasses.replace(schedule, warmup=min(schedule.warmup, 1))
+  run = dataclasses.replace(config.train, steps=steps, batch=4, log_every=1, eval_every=2, eval_batches=2, save_every=2)
+  return dataclasses.replace(config, task=task, train=run, optim=dataclasses.replace(config.optim, schedule=schedule))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file, argument', SYSTEMS, ids=[f'{file} {argument}' for file, argument in SYSTEMS])
+def test_system(file, argument, tmp_path):
+  config = brief(config_of(file, argument), write_corpus(tmp_path / 'text'))
+  configs.check(config)
+  configs.save(config, tmp_path)
+  log = []
+  end = train(config, tmp_path, log.append)
+  again = configs.read(tmp_path)
+  assert configs.flatten(again) == configs.flatten(config)
+
+  # Its second half again, from the checkpoint of the first: bit for bit.
+  for folder in (tmp_path / 'checkpoints').iterdir():
+    if folder.name == '4':
+      folder.rename(tmp_path / 'last')
+  resumed = train(again, tmp_path, log.append)
+  assert 'resumed from step 2' in '\n'.join(log)
+  for ours, theirs in zip(jax.tree.leaves(end.params), jax.tree.leaves(resumed.params)):
+    np.testing.assert_array_equal(ours, theirs)
+
+  model, params, tokenizer, config = loopformer.load(tmp_path)
+  rows = evaluate(model, params, held_out(config, tmp_path, 2), config.evals.schedules(),
+                  tokenizer and tokenizer.byte_lengths(), config.task.measure)
+  assert [row['schedule'] for row in rows] == list(config.evals.schedules())
+  assert all(math.isfinite(row['loss']) for row in rows)
+  curve = training_curve(metrics.read_rows(tmp_path / 'metrics.jsonl'))
+  assert [row['step'] for row in curve] == [2, 4]
+  if hasattr(model.cell, 'inject'):
+    assert 0 <= curve[-1]['radius'] < math.inf
+  if tokenizer is not None:
+    texts = loopformer.generate(model, params, tokenizer, ['', ''], budget=1, max_new_tokens=3, temperature=0)
+    assert len(texts) == 2 and texts[0] == texts[1]
+
+
+def test_shift_switches_and_keeps_what_it_has_learned(tmp_path):
+  """One program serves both stages, and the parameters that the second stage starts from are those of the first."""
+  config = brief(config_of('shift', 'p_hop,first=2'), None)
+  configs.save(config, tmp_path)
+  log = []
+  train(config, tmp_path, log.append)
+  assert 'step 2: stage 0 has ended, stage 1 begins' in log
+  stages = [row for row in metrics.read_rows(tmp_path / 'metrics.jsonl') if row['kind'] == 'stage']
+  assert [(row['step'], row['stage']) for row in stages] == [(2, 1)]
+
+
+def test_modules_of_a_configuration_are_not_shared():
+  """One block in three stacks is three blocks."""
+  config = config_of('parcae', 'cpu')
+  blocks = [config.model.prelude.block, config.model.cell.core.block, config.model.coda.block]
+  assert len({id(block) for block in blocks}) == 3
+  assert set(parts.shapes(config.model)) == {'read_in', 'prelude', 'cell', 'coda', 'read_out'}
