@@ -32,7 +32,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   pyplot = _figure()
   if pyplot is None:
     return
-  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
   for name, rows in curves.items():
     rows = sorted((row for row in rows if row['schedule'].isdigit()) if 'schedule' in rows[0] else rows,
                   key=lambda row: row['budget'])
@@ -47,7 +47,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   axes.set_xlabel('loops')
   axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)
-  axes.legend()
+  figure.legend(loc='outside right upper', fontsize=8)
   figure.savefig(path, dpi=150)
   pyplot.close(figure)
 
