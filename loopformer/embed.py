@@ -68,7 +68,8 @@ class Tokens(nn.Module):
 class Vectors(nn.Module):
   """x = tokens W + b + P[positions]: inputs that are vectors already (in-context regression).
 
-  inputs: their width; length: rows of P.
+  inputs: their width; length: rows of P. W ~ N(0, 1 / (3 inputs)), the spread of PyTorch's default for a Linear: a loop
+  that adds x to a normed state hears nothing of a much smaller one. P ~ N(0, std^2).
   """
   inputs: int
   width: int
@@ -81,7 +82,7 @@ class Vectors(nn.Module):
   def __call__(self, tokens: Array, pos: Array) -> Array:
     """f32[B, T, inputs], i32[B, T] -> [B, T, D]."""
     positions = self.param('positions', Normal(self.std), (self.length, self.width))
-    x = Linear(self.width, self.std, bias=Normal(0.0), name='vectors')(tokens)
+    x = Linear(self.width, (3 * self.inputs) ** -0.5, bias=Normal(0.0), name='vectors')(tokens)
     return (x + positions[jnp.maximum(pos, 0)]).astype(self.dtype)
 
   def example(self) -> Array:

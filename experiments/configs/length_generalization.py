@@ -79,7 +79,8 @@ def get_config(argument: str = '') -> Experiment:
            Train(steps=100_000, batch=64, log_every=500, eval_every=5000, save_every=5000))
   return Experiment(
       name=f'{given["task"]} {given["loops"]}' + ('' if given['inject'] else ' without injection'),
-      model=Looped(read_in=Tokens(vocab=vocab, width=width, length=make(shortest=1, longest=rooms, room=rooms).length),
+      model=Looped(read_in=Tokens(vocab=vocab, width=width, length=make(shortest=1, longest=rooms, room=rooms).length,
+                                  std=(3 * vocab) ** -0.5),  # as the paper's Linear of one-hot tokens starts
                    cell=Recur(core, Add() if given['inject'] else Hold(), norm=LayerNorm()),
                    start=Zeros() if given['inject'] else Embedded(),
                    read_out=Head(outputs=vocab, norm=Identity()), loops=most, remat=loop.PerLayer()),
