@@ -5,8 +5,8 @@
         --budgets=1,2,4,8 --workdir=runs/compare --out=experiments/reports/mine --set train.steps=1000
 
 Every run is `experiments.main` in a process of its own, so that a comparison that was stopped goes on where it was, and
-`--together` of them at a time. Writes results.json, table.md (means over seeds, and half of their range), depths.png (what
-`--show` names against loops) and training.png (the same against steps and against seconds of training) into --out.
+`--together` of them at a time. Writes results.json, table.md (means over seeds, and half of their range), depths.png
+(what `--show` names against loops) and training.png (the same against steps and seconds of training) into --out.
 """
 import concurrent.futures
 import json
@@ -31,7 +31,7 @@ flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
 flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
 flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
 flags.DEFINE_string('show', 'loss', 'What the plots show: loss, accuracy, exact, last.')
-flags.DEFINE_integer('together', 1, 'Runs at a time; with more than one, seconds of training say little.', lower_bound=1)
+flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 
@@ -53,7 +53,8 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   if budgets:
     schedules = {str(budget): plans.resolve(budget) for budget in (budgets if model.loops > 1 else [1])}
   lengths = tokenizer and tokenizer.byte_lengths()
-  tests = {split: evaluate(model, params, held_out(config, workdir, FLAGS.eval_batches or 64, split), schedules, lengths,
+  count = FLAGS.eval_batches or 64
+  tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
                            config.task.measure) for split in ('validation', *getattr(config.task, 'tests', {}))}
   curve = training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
   return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,

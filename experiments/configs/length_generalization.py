@@ -1,6 +1,6 @@
 """Looped transformers for length generalisation (Fan et al., ICLR 2025, 2409.15647).
 
-    python -m experiments.main --config=experiments/configs/length_generalization.py:cpu,task=parity --workdir=runs/parity
+    python -m experiments.main --config=experiments/configs/length_generalization.py:cpu,task=parity --workdir=runs/p
 
 Argument: size, then any of
 

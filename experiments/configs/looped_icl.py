@@ -10,7 +10,7 @@ Argument: size, then any of
     kind      looped      h = norm(block(h + e)), loss over a window of loops
               stacked     `layers` distinct layers, not looped
     layers    of the block
-    last, window   b, the last number of loops of the curriculum, and w, the loops that are differentiated; 0: the size's
+    last, window   b, the last number of loops of the curriculum, and w, those that are differentiated; 0: the size's
 
 The curriculum of loops is in the plan; those of dimensions and points are left out (departure). Positions and the final
 norm are inside the loop, as in the paper. Measured figures: experiments/reports/looped_icl/.

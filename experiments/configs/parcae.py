@@ -12,9 +12,9 @@ Argument: size, then any of
     rate     peak learning rate; 0: the size's own
     kind     parcae; transformer: the same layers once, without injection (published sizes)
 
-Departures at the published sizes: our text instead of FineWeb-Edu; q, k and v are drawn as one orthogonal matrix instead
-of three; Muon's momentum is corrected for its start. `cpu` has output projections at a fifth of the scale instead of zero, as on the
-sheet. Measured figures: experiments/reports/parcae/.
+Departures at the published sizes: our text instead of FineWeb-Edu; q, k and v are drawn as one orthogonal matrix
+instead of three; Muon's momentum is corrected for its start. `cpu` has output projections at a fifth of the scale
+instead of zero, as on the sheet. Measured figures: experiments/reports/parcae/.
 """
 import math
 

@@ -12,7 +12,8 @@ Argument: size, then any of
             table    gates and scales learned for every loop by themselves (the control that the paper lacks)
     loops   r
 
-The released `lt` takes its values from another input than its queries, without a norm (sheet, section 7): ours does not.
+The released `lt` takes its values from another input than its queries, without a norm (sheet, section 7); ours does
+not. Positions are learned, not sinusoidal.
 Measured figures: experiments/reports/timestep/.
 """
 import dataclasses
