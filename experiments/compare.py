@@ -56,22 +56,11 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   count = FLAGS.eval_batches or 64
   tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
                            config.task.measure) for split in ('validation', *getattr(config.task, 'tests', {}))}
-  curve = training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
+  curve = metrics.training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
   return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,
           'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), 'curve': curve,
           'diagnosis': model.cell.diagnose(jax.device_get(params['cell'])),
           'seconds': curve[-1]['seconds'] if curve else 0.0}
-
-
-def training_curve(rows: list[dict]) -> list[dict]:
-  """Evaluations during training, with the seconds of training steps before each (compilation is not counted)."""
-  seconds, last, curve = 0.0, 0, []
-  for row in rows:
-    if 'seconds_per_step' in row:
-      seconds, last = seconds + row['seconds_per_step'] * (row['step'] - last), row['step']
-    elif row['kind'] == 'eval':
-      curve.append({**row, 'seconds': seconds})
-  return curve
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:

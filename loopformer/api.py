@@ -54,6 +54,8 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
   """
   steps = plans.resolve(model.loops if steps is None else steps)
   warn_beyond(model, steps)
+  if not model.read_in.vocab:
+    raise ConfigError('model: its inputs are vectors, and it has no next token; call model.apply, as evaluate.py does')
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise ConfigError(f'tokens: {tokens.dtype}{list(tokens.shape)}; give integers of shape [B, T]')

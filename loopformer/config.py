@@ -37,6 +37,7 @@ from loopformer.types import ConfigError, part
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'evals', 'mesh')
+WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
 
 @part
@@ -106,8 +107,9 @@ def describe(config: Any) -> str:
 def difference(old: Experiment, new: Experiment) -> Iterator[tuple[str, str, str]]:
   """Paths at which two configurations compute something different, with both texts."""
   before, after = flatten(old), flatten(new)
+  free = FREE if old.control == Steady() else [path for path in FREE if path not in WATCHED]
   for path in dict.fromkeys([*before, *after]):
-    if not path.startswith(FREE) and before.get(path) != after.get(path):
+    if not path.startswith(tuple(free)) and before.get(path) != after.get(path):
       yield path, before.get(path, '(absent)'), after.get(path, '(absent)')
 
 
@@ -224,6 +226,14 @@ def check(config: Experiment):
   if train.batch % train.accumulate:
     raise ConfigError(f'train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} '
                       'microbatches; choose a divisor of the batch')
+  if not model.start.heard and not model.cell.injects:
+    raise ConfigError(f'model.start = {_name_of(type(model.start))}: the loop would never see its input, because '
+                      'model.cell does not inject it; start from it (Embedded), or use a cell that injects')
+  for name, roll in config.objective.rolls.items():
+    if getattr(roll.plan, 'differentiated', roll.plan.expected) < roll.plan.expected and not model.cell.injects:
+      raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
+                        'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
+  config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   config.optim.make(train.steps)
 
 

@@ -27,6 +27,13 @@ class Steady:
   def stage(self, memory: Memory) -> int:
     return 0
 
+  def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
+    """Raises ConfigError where a plan waits for stages."""
+    for name, plan in plans.items():
+      if getattr(plan, 'stages', None):
+        raise ConfigError(f'objective.rolls.{name}.plan has stages, but control = Steady never leaves the first; '
+                          'use a controller with the same stages, such as Plateau')
+
 
 @part
 class Plateau:
@@ -38,8 +45,9 @@ class Plateau:
       plateau   m[-W] - min(m since) < progress * |m[-W]|
       stable    |g - g[-W]|          < steadiness * g[-W]
 
-  `patience` evaluations in a row at which both hold end the stage; so does its step `longest`. The formula is our
-  reading: the paper's text, but for the names of its thresholds, was not to be had. A stage is never entered again.
+  `patience` evaluations in a row at which both hold end the stage; so does the first from its step `longest` on. The
+  formula is our reading: the paper's text, but for the names of its thresholds, was not to be had. A stage is never
+  entered again.
 
   loops: of each stage, ascending; the plan is `plans.Staged` with the same. progress, steadiness: delta_1, delta_2.
   """
@@ -66,6 +74,17 @@ class Plateau:
 
   def stage(self, memory: Memory) -> int:
     return memory['stage']
+
+  def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
+    """Raises ConfigError where plans have other stages, or a stage's loops are not evaluated."""
+    for name, plan in plans.items():
+      if getattr(plan, 'stages', self.loops) != self.loops:
+        raise ConfigError(f'control.loops = {self.loops}, but objective.rolls.{name}.plan has the stages '
+                          f'{plan.stages}; give both the same')
+    missing = [loops for loops in self.loops[:-1] if str(loops) not in evals]
+    if missing:
+      raise ConfigError(f'control.loops = {self.loops}: the stage of {missing[0]} is judged by its validation loss, '
+                        f'but evals has {", ".join(evals)} alone; add {missing[0]} to evals.budgets')
 
   def watch(self, memory: Memory, step: int, values: Mapping[str, float]) -> Memory:
     norm = memory['norm']

@@ -16,19 +16,21 @@ class Final:
   """The last state."""
 
   @property
-  def keep(self) -> loop.Norms:
-    return loop.Norms()
+  def keep(self) -> loop.Last:
+    return loop.Last()
 
   def pick(self, readout: Readout, trace: Trace, batch: Batch) -> tuple[Array, Array]:
-    rows, live = trace.z.shape[0], trace.live
-    steps = trace.steps if live is None else live.sum(0)
-    return trace.z, jnp.broadcast_to(steps, (rows,)).astype(jnp.float32)
+    plan = trace.plan
+    steps = plan.steps if plan.live is None else plan.live.sum(0)
+    steps += 0 if plan.free is None else plan.free
+    return trace.z, jnp.broadcast_to(steps, trace.z.shape[:1]).astype(jnp.float32)
 
 
 @part
 class Confidence:
   """The step whose answers are surest (length generalisation, section 4): the least cross-entropy of its likeliest
   answers, a mean over a sequence's own answer positions; the first of equals. No step before `least` is taken.
+  For plans without free steps, whose states are not kept.
   """
   least: int = 1
 
@@ -51,6 +53,6 @@ class Confidence:
 
     doubt_KB = jax.lax.map(doubt, z_KBTD)
     early = jnp.arange(len(doubt_KB))[:, None] < self.least - 1
-    live = jnp.ones(len(doubt_KB), bool) if trace.live is None else trace.live
+    live = jnp.ones(len(doubt_KB), bool) if trace.plan.live is None else trace.plan.live
     best_B = jnp.where(early | ~live.reshape(len(doubt_KB), -1), jnp.inf, doubt_KB).argmin(0)
     return jnp.take_along_axis(z_KBTD, best_B[None, :, None, None], 0)[0], best_B + 1.0

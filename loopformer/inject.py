@@ -20,6 +20,7 @@ STABLE = math.sqrt(1 / 5)  # the decay that Parcae starts from
 
 class Hold(nn.Module):
   """x: the input is not injected."""
+  injects = False
 
   def __call__(self, x: Array, e: Array) -> Array:
     return x
@@ -35,6 +36,7 @@ class Hold(nn.Module):
 
 class Add(nn.Module):
   """x + e."""
+  injects = True
 
   def __call__(self, x: Array, e: Array) -> Array:
     return x + e
@@ -50,6 +52,7 @@ class Concat(nn.Module):
   """W [x; e], W [2 D, D] without bias: Huginn's adapter."""
   std: float = 0.02
   init: Any = None
+  injects = True
 
   @nn.compact
   def __call__(self, x: Array, e: Array) -> Array:
@@ -69,6 +72,7 @@ class Diagonal(nn.Module):
   A diagonal state-space step: zero-order hold for the state, Euler for the input. Whatever the parameters, its spectral
   radius is below one. B starts as the identity, a at sqrt(1/5).
   """
+  injects = True
 
   @nn.compact
   def __call__(self, x: Array, e: Array) -> Array:

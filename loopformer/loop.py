@@ -90,8 +90,13 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
     tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
     x, kv = _without_gradient(cell, x, e, lambda k: tick.replace(k=k, live=k < plan.free), first, ctx, kv)
   rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
-  ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
+  ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
+  total = (ran + (0 if plan.free is None else plan.free)).max()
+  ran = ran.max()
   if kv is not None and not cell.is_initializing():
+    if plan.free is not None or ctx.memory.slots(plan.steps) > kv.pos.shape[0]:
+      raise ConfigError(f'plan: {plan.steps} steps{"" if plan.free is None else " and free ones"}, but the '
+                        f'cache has slots for {kv.pos.shape[0]}; make it with cache(..., loops=...), and take no free steps')
     # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
     if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
       raise ConfigError('with a cache no states are kept, and all sequences step together: live = bool[K]')
@@ -99,12 +104,12 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
       order = jnp.argsort(~plan.live, stable=True)  # live rows first
       rows = jax.tree.map(lambda leaf: leaf[order], rows)
     x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
-    return x, kv, None, {}, first + ran
+    return x, kv, None, {}, total
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
   scan = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
                  variable_broadcast='params', split_rngs={'params': False}, length=plan.steps)
   (x, kv), (xs, aux) = scan(cell, (x, kv), rows)
-  return x, kv, xs, aux, first + ran
+  return x, kv, xs, aux, total
 
 
 def _step(cell, carry, tick, *, e, ctx, keep):

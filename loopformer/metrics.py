@@ -84,6 +84,17 @@ def read_rows(path: Path) -> list[dict]:
   return rows
 
 
+def training_curve(rows: list[dict]) -> list[dict]:
+  """Evaluations during training, with the seconds of training steps before each (compilation is not counted)."""
+  seconds, last, curve = 0.0, 0, []
+  for row in rows:
+    if 'seconds_per_step' in row:
+      seconds, last = seconds + row['seconds_per_step'] * (row['step'] - last), row['step']
+    elif row['kind'] == 'eval':
+      curve.append({**row, 'seconds': seconds})
+  return curve
+
+
 def duration(seconds: float) -> str:
   """Seconds as `1h02m`, `3m04s` or `5s`."""
   minutes, seconds = divmod(int(seconds), 60)

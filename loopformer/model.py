@@ -54,7 +54,7 @@ class Looped(nn.Module):
                                              self.remat, code)
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
-    return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, live=plan.live)
+    return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
 
   def _context(self, tokens, pos, seg, noise=None):
     if pos is None:

@@ -58,7 +58,7 @@ class Objective:
     traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
       own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
-      noise = own.replace(key=jax.random.fold_in(own.key, 1)).keys()
+      noise = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(f'{name} noise'.encode()))).keys()
       traces[name] = model.apply({'params': params}, batch['tokens'], roll.plan(own), batch.get('positions'),
                                  batch.get('segments'), keep=roll.keep, noise=noise)
     return traces

@@ -345,6 +345,11 @@ class Staged:
       raise ConfigError(f'Staged.loops = {self.loops}: give numbers of loops, each 1 or more')
 
   @property
+  def stages(self) -> tuple[int, ...]:
+    """The loops of every stage."""
+    return self.loops
+
+  @property
   def longest(self) -> int:
     return max(self.loops)
 

@@ -37,8 +37,9 @@ class Rotary:
 class Alibi:
   """ALiBi: score - slope_h * (query position - key position), slope_h = 2^(-8 h / H) for h = 1..H.
 
-  A softmax forgets what all keys of a query share, so slope_h * (key position) is enough; it enters as one more channel
-  of queries (the slope) and keys (the position), and every attention kernel serves.
+  A softmax forgets what all keys of a query share, so slope_h * (key position) is enough. It enters as two more
+  channels of queries (the slope) and keys (the position, in multiples of 256 and the rest, which bfloat16 holds exactly up to
+  65,536), and every attention kernel serves.
   """
 
   def turn(self, x: Array, pos: Array) -> Array:
@@ -46,11 +47,12 @@ class Alibi:
     return x
 
   def extend(self, q: Array, k: Array, v: Array, pos_BS: Array) -> tuple[Array, Array, Array]:
-    """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 1 channels, scaled so that scores fit."""
+    """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 2 channels, scaled so that scores fit."""
     heads, width = q.shape[2], q.shape[3]
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1) / heads) * (width + 1) ** 0.5
-    q = q * ((width + 1) / width) ** 0.5  # kernels divide by the root of the width that they see
-    slope = jnp.broadcast_to(slopes[:, None], (*q.shape[:3], 1)).astype(q.dtype)
-    place = jnp.broadcast_to(pos_BS[:, :, None, None], (*k.shape[:3], 1)).astype(k.dtype)
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1) / heads) * (width + 2) ** 0.5
+    q = q * ((width + 2) / width) ** 0.5  # kernels divide by the root of the width that they see
+    slope = jnp.broadcast_to(slopes[:, None], (*q.shape[:3], 2)).astype(q.dtype)
+    place = jnp.stack([pos_BS // 256 * 256, pos_BS % 256], -1)[:, :, None]
+    place = jnp.broadcast_to(place, (*k.shape[:3], 2)).astype(k.dtype)
     return (jnp.concatenate([q, slope], -1), jnp.concatenate([k, place], -1),
-            jnp.concatenate([v, jnp.zeros_like(v[..., :1])], -1))
+            jnp.concatenate([v, jnp.zeros_like(v[..., :2])], -1))

@@ -10,6 +10,7 @@ from loopformer.types import Array, ConfigError, Ctx, part
 @part
 class Embedded:
   """x = e: the loop goes on from the prelude's output."""
+  heard = True  # the state knows the input
 
   def __call__(self, e: Array, ctx: Ctx) -> Array:
     return e
@@ -18,6 +19,7 @@ class Embedded:
 @part
 class Zeros:
   """x = 0: what the loop knows, its injection tells it."""
+  heard = False
 
   def __call__(self, e: Array, ctx: Ctx) -> Array:
     return jnp.zeros_like(e)
@@ -31,6 +33,7 @@ class Noise:
   from what the parallel pass starts from. Without keys, as in evaluation and generation, one fixed key serves all.
   """
   std: float
+  heard = False
 
   def __post_init__(self):
     if self.std < 0:

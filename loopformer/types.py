@@ -116,7 +116,7 @@ class Trace:
 
   x: [B, T, D], the last state of the loop; z: [B, T, D], the same after coda and final norm, ready for the head.
   xs: None or [K, B, T, D], the states that were kept; aux: per-step auxiliaries of the cell, leaves [K, ...].
-  kv: the caches; steps: i32[], steps that ran; live: that of the plan.
+  kv: the caches; steps: i32[], steps that the deepest sequence took; plan: what was run.
   """
   x: Array
   z: Array
@@ -124,7 +124,7 @@ class Trace:
   aux: Any
   kv: Any
   steps: Array
-  live: Array | None = None
+  plan: Plan | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +154,10 @@ class Planner(Protocol):
 
 class Cell(Protocol):
   """What one step does; a Linen module with a stack named `core`."""
+
+  @property
+  def injects(self) -> bool:
+    """Whether a step takes the input in again."""
 
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""

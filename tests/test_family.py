@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import loopformer
-from experiments.compare import training_curve
 from experiments.main import held_out
 from loopformer import config as configs
 from loopformer import metrics
@@ -61,7 +60,7 @@ def test_system(file, argument, tmp_path):
                   tokenizer and tokenizer.byte_lengths(), config.task.measure)
   assert [row['schedule'] for row in rows] == list(config.evals.schedules())
   assert all(math.isfinite(row['loss']) for row in rows)
-  curve = training_curve(metrics.read_rows(tmp_path / 'metrics.jsonl'))
+  curve = metrics.training_curve(metrics.read_rows(tmp_path / 'metrics.jsonl'))
   assert [row['step'] for row in curve] == [2, 4]
   if hasattr(model.cell, 'inject'):
     assert 0 <= curve[-1]['radius'] < math.inf

@@ -1,4 +1,5 @@
 """Loops with an injection, a random start and steps without gradient: Parcae, Huginn, intra-layer recurrence."""
+import dataclasses
 import functools
 import math
 
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loopformer import config as configs
 from loopformer import plans
 from loopformer.blocks import Linear, RMSNorm, Stack, repeated
-from loopformer.inject import Add, Concat, Diagonal, decay
+from loopformer.inject import Add, Concat, Diagonal, Hold, decay
 from loopformer.loop import Every
 from loopformer.objective import Objective, Roll, Weighted
-from loopformer.starts import Noise, Zeros
+from loopformer.positions import Alibi
+from loopformer.starts import Embedded, Noise, Zeros
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, Plan
 from tests import parts
@@ -25,7 +28,7 @@ def run(model, weights, text, loops: int):
   return forward(model, weights, text, plans.Uniform(loops)(None))
 
 
-# The diagonal injection (Parcae, section 10) ---------------------------------------------------------------------------
+# The diagonal injection (Parcae, section 10) -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('log_a, dt', [(0, 0), (50, 50), (-50, -50), (50, -50), (-50, 50), (80, 80)])
@@ -75,7 +78,7 @@ def test_concat_radius_is_the_spectral_radius_of_the_state_half():
   assert Add().radius({}) == 1.0
 
 
-# Noise -----------------------------------------------------------------------------------------------------------------
+# Noise ---------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_depends_on_sequence_key_and_position_alone():
@@ -90,7 +93,7 @@ def test_noise_depends_on_sequence_key_and_position_alone():
   assert np.abs(noise[0] - noise[1]).min() > 0
 
 
-# Depths that are drawn -------------------------------------------------------------------------------------------------
+# Depths that are drawn -----------------------------------------------------------------------------------------------
 
 
 DEPTHS = {'poisson': (plans.Poisson(average=8), lambda mean: 8 + math.exp(-8), 8.0),
@@ -143,7 +146,8 @@ def test_stairs_and_window():
 
 
 def test_given_runs_what_each_sequence_asks_for():
-  plan = plans.Given(most=4)(parts.draw(jax.random.key(0), {'tokens': jnp.zeros((3, T)), 'loops': jnp.array([1, 4, 2])}))
+  batch = {'tokens': jnp.zeros((3, T)), 'loops': jnp.array([1, 4, 2])}
+  plan = plans.Given(most=4)(parts.draw(jax.random.key(0), batch))
   np.testing.assert_array_equal(plan.live.sum(0), [1, 4, 2])
 
 
@@ -171,7 +175,7 @@ def test_bad_input_is_refused(make, message):
     make()
 
 
-# A depth for every sequence ----------------------------------------------------------------------------------------------
+# A depth for every sequence ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', RECURRENT)
@@ -236,7 +240,7 @@ def test_training_runs_one_program_for_all_depths_and_accumulates_exactly():
   assert share._cache_size() == 2  # one for the whole, one for the halves
 
 
-# Orders (intra-layer recurrence, section 10) -----------------------------------------------------------------------------
+# Orders (intra-layer recurrence, section 10) -------------------------------------------------------------------------
 
 
 def ordered(order, depth: int = 3):
@@ -274,10 +278,11 @@ def test_the_order_of_one_layer_is_the_loop_of_it():
   twice = parts.looped(parts.Plain(Stack(parts.block(RMSNorm()), 1, order=(0, 0))), loops=1)
   close(run(twice, params(once), tokens(), 1).z, run(once, params(once), tokens(), 2).z, 1e-6)
   layers = ordered(repeated((2, 2, 2)))
-  assert np.abs(run(layers, params(layers), tokens(), 1).z - run(ordered(None), params(layers), tokens(), 2).z).max() > 1e-3
+  other = run(ordered(None), params(layers), tokens(), 2)
+  assert np.abs(run(layers, params(layers), tokens(), 1).z - other.z).max() > 1e-3
 
 
-# Windows ---------------------------------------------------------------------------------------------------------------
+# Windows -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_window_is_the_unrolled_net_cut_before_it():
@@ -315,3 +320,55 @@ def test_bridge_and_heads():
   trace = run(model, params(model), tokens(), 2)
   assert parts.logits(model, params(model), trace.z).shape == (T + 1, T, V + 3)
   assert model.outputs == V + 3
+
+
+# What would not learn is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('file, changes, message', [
+    ('parcae', {'cell': parts.plain()}, r'model\.start = .*Noise: the loop would never see its input'),
+    ('looped_icl', {'cell': parts.recur(Hold()), 'start': Embedded()}, r'rolls\.window\.plan: steps without gradient'),
+])
+def test_a_loop_that_cannot_learn_is_refused(file, changes, message):
+  config = configs.load(f'experiments/configs/{file}.py:cpu')
+  config = dataclasses.replace(config, model=config.model.clone(**changes))
+  with pytest.raises(ConfigError, match=message):
+    configs.check(config)
+
+
+@pytest.mark.parametrize('assignment, message', [
+    ('control.loops=(1, 2, 3)', r'control\.loops = \(1, 2, 3\), but objective\.rolls\.staged\.plan has the stages'),
+    ('evals.budgets=(3,)', r'the stage of 1 is judged by its validation loss, but evals has 3 alone'),
+])
+def test_a_stage_that_would_never_end_is_refused(assignment, message):
+  config = configs.override(configs.load('experiments/configs/shift.py:p_hop'), assignment)
+  with pytest.raises(ConfigError, match=message):
+    configs.check(config)
+
+
+def test_a_controller_makes_evaluation_part_of_what_is_computed():
+  shift, plain = (configs.load(f'experiments/configs/{name}') for name in ('shift.py:p_hop', 'parcae.py:cpu'))
+  changed = [configs.override(config, 'train.eval_every=10') for config in (shift, plain)]
+  assert [path for path, *_ in configs.difference(shift, changed[0])] == ['train.eval_every']
+  assert not list(configs.difference(plain, changed[1]))
+
+
+def test_more_steps_than_the_cache_has_slots_are_refused():
+  model = ROWS['huginn'].model
+  kv = model.cache(2, 8, loops=2)
+  with pytest.raises(ConfigError, match='3 steps, but the cache has slots for 2'):
+    jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(2), plans.Uniform(3)(None), kv=kv))
+
+
+def test_alibi_is_exact_in_bfloat16():
+  pos = jnp.arange(1024)[None]
+  ones = jnp.ones((1, 1024, 2, 4))
+  scores = {}
+  for dtype in ('float32', 'bfloat16'):
+    q, k, _ = Alibi().extend(ones[:, :1].astype(dtype), ones[:, :, :1].astype(dtype), ones[:, :, :1].astype(dtype), pos)
+    scores[dtype] = np.asarray(k[0, :, 0, -2:].astype(jnp.float32).sum(-1))
+  np.testing.assert_array_equal(scores['bfloat16'], np.arange(1024))
+  np.testing.assert_array_equal(scores['float32'], np.arange(1024))
+  q, k, _ = Alibi().extend(jnp.zeros((1, 1, 4, 6)), jnp.zeros((1, 8, 4, 6)), jnp.zeros((1, 8, 4, 6)), pos[:, :8])
+  score_HS = jnp.einsum('Hd,SHd->HS', q[0, 0], k[0]) / 8 ** 0.5
+  np.testing.assert_allclose(score_HS[:, 1] - score_HS[:, 0], [1 / 4, 1 / 16, 1 / 64, 1 / 256], rtol=1e-5)

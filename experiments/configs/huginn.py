@@ -10,7 +10,7 @@ Argument: size, then any of
     depth    random   log-normal Poisson; fixed: always the mean
     ramp     steps over which the mean depth grows (1 - sqrt), as in retrofitted recurrence; 0: none
 
-Departures: our text, and a smaller vocabulary at `small`; everything else as on the sheet. The norm n_c is
+Departures: our text, and a smaller vocabulary at `small`; initialisers are not truncated. The norm n_c is
 applied as in the released code: after the last loop and before the head, one set of parameters.
 Measured figures: experiments/reports/huginn/.
 """

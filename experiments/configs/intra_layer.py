@@ -68,6 +68,8 @@ def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,map=2111`."""
   given = arguments(argument, size='cpu', map='', block=1, inject=0, position='rope', std=0.02)
   size = choose('size', given['size'], SIZES)
+  if not given['map'].isdigit() and given['map']:
+    raise ConfigError(f'config argument map = {given["map"]}: give one digit a layer, such as 4211')
   times = tuple(map(int, given['map'])) if given['map'] else (1,) * size.layers
   if len(times) != size.layers:
     raise ConfigError(f'config argument map = {given["map"]}: {len(times)} digits, but there are {size.layers} layers; '
@@ -75,6 +77,9 @@ def get_config(argument: str = '') -> Experiment:
   order, loops, std = repeated(times), given['block'], given['std']
   if loops < 1 or loops > 1 and set(times) != {1}:
     raise ConfigError(f'config argument block = {loops}: 1 or more, and above 1 only with a map of ones')
+  if given['inject'] and loops == 1:
+    raise ConfigError('config argument inject = 1: with one pass there is none before which the input could be added; '
+                      'give block=2 or more')
   block = Block(attn=SelfAttention(heads=size.heads, std=std, out_std=std,
                                    position=choose('position', given['position'], POSITIONS)),
                 mlp=GatedMLP(hidden=4 * size.width, std=std, out_std=std), norm=RMSNorm(1e-6), dtype=size.dtype)

@@ -46,6 +46,8 @@ def get_config(argument: str = '') -> Experiment:
   inputs, points, width, heads = (5, 11, 64, 4) if small else (20, 41, 256, 8)
   last, window = (12, 5) if small else WINDOWS[given['function']]
   last, window = given['last'] or last, given['window'] or window
+  if given['layers'] < 1:
+    raise ConfigError(f'config argument layers = {given["layers"]}: must be 1 or more')
   if window > last:
     raise ConfigError(f'config argument window = {window} is more than last = {last}: no loop is left to differentiate')
   of = Regression(function=function, inputs=inputs, points=points)

@@ -6,7 +6,7 @@ Argument: size, then any of
 
     size     cpu                       the sheet's comparison of injections, on dense 2-hop induction: a minute
              140m, 370m, 770m, 1300m   as published, on text
-    inject   diagonal, concat, add, hold
+    inject   diagonal, concat, add
     each     1: a depth for every sequence (the paper's); 0: one for the batch
     norm     1: a norm after the prelude; 0: none
     rate     peak learning rate; 0: the size's own
@@ -26,7 +26,7 @@ from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
 from loopformer.embed import Head, TiedHead, Tokens
 from loopformer.evaluate import Depths
-from loopformer.inject import Add, Concat, Diagonal, Hold
+from loopformer.inject import Add, Concat, Diagonal
 from loopformer.model import Looped
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Muon, Trapezoid
@@ -44,7 +44,7 @@ VOCAB, LENGTH, MEAN, GRADED = 32_768, 2048, 8, 4
 # Layers of prelude, core and coda each; width; learning rate; steps of 256 x 2048 tokens.
 SIZES = {'140m': (2, 768, 8e-3, 21_400), '370m': (4, 1024, 8e-3, 56_500), '770m': (6, 1280, 6e-3, 117_500),
          '1300m': (8, 1536, 6e-3, 198_400)}
-INJECT = {'diagonal': Diagonal(), 'concat': Concat(), 'add': Add(), 'hold': Hold()}
+INJECT = {'diagonal': Diagonal(), 'concat': Concat(), 'add': Add()}
 
 
 def get_config(argument: str = '') -> Experiment:

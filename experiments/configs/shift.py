@@ -5,7 +5,8 @@
 Argument: task (p_hop, text), then any of
 
     loops    L of the last stage
-    first    step at which the first stage ends at the latest; 0: looped from the start; -1: half of the run
+    first    step from which the next evaluation ends the first stage at the latest; 0: looped from the start; -1: half
+             of the run
     steps    of the run
     patience evaluations in a row that must show a plateau; a large number leaves the switch to `first`
 

@@ -13,7 +13,8 @@ Argument: size, then any of
     loops   r
 
 The released `lt` takes its values from another input than its queries, without a norm (sheet, section 7); ours does
-not. Positions are learned, not sinusoidal.
+not. Positions are learned, not sinusoidal; weight decay, clipping and the schedule are the same at all sizes, where the
+paper's differ.
 Measured figures: experiments/reports/timestep/.
 """
 import dataclasses
@@ -84,4 +85,4 @@ def get_config(argument: str = '') -> Experiment:
                    read_out=TiedHead(), loops=loops, remat=loop.PerLayer()),
       objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
       task=size.task, train=size.train, optim=AdamW(schedule=size.schedule, decay=0.01),
-      evals=Depths(budgets=tuple(sorted({1, loops // 2, loops}))))
+      evals=Depths(budgets=tuple(sorted({1, max(1, loops // 2), loops}))))

@@ -11,6 +11,11 @@ class Plain(nn.Module):
   """x = core(x)."""
   core: Stack
 
+  @property
+  def injects(self) -> bool:
+    """Whether a step takes the input in again."""
+    return False
+
   def check(self, width: int):
     """Nothing: its one part takes any width."""
 

@@ -13,6 +13,11 @@ class Recur(nn.Module):
   inject: nn.Module
   norm: nn.Module = Identity()
 
+  @property
+  def injects(self) -> bool:
+    """Whether a step takes the input in again."""
+    return self.inject.injects
+
   def check(self, width: int):
     """Nothing: its parts take any width."""
 

@@ -15,6 +15,11 @@ class Timed(nn.Module):
   condition: Trajectory | LoopIndex | StepNumber
   modulation: Modulation | Table
 
+  @property
+  def injects(self) -> bool:
+    """Whether a step takes the input in again."""
+    return False
+
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
     if self.modulation.layers != self.core.applications:

@@ -181,6 +181,8 @@ class Generated:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ConfigError(f'task.{name} = {value}: must be 1 or more')
+    if self.pool is not None and self.grow != Same():
+      raise ConfigError(f'task.pool = {self.pool}: a curriculum needs fresh examples in order; give pool = None')
 
   @property
   def length(self) -> int:

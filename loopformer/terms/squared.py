@@ -43,6 +43,7 @@ class Window:
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]
     error_KBT = squared_error(readout, readout.read(trace.xs), batch)
-    live = jnp.ones(error_KBT.shape[:2]) if trace.live is None else trace.live.reshape(len(error_KBT), -1)
+    live = trace.plan.live
+    live = jnp.ones(error_KBT.shape[:2]) if live is None else live.reshape(len(error_KBT), -1)
     share_KB = live / jnp.maximum(live.sum(0), 1)
     return jnp.sum(error_KBT * share_KB[..., None] * batch['weights'])
