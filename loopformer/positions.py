@@ -38,8 +38,8 @@ class Alibi:
   """ALiBi: score - slope_h * (query position - key position), slope_h = 2^(-8 h / H) for h = 1..H.
 
   A softmax forgets what all keys of a query share, so slope_h * (key position) is enough. It enters as two more
-  channels of queries (the slope) and keys (the position, in multiples of 256 and the rest, which bfloat16 holds exactly up to
-  65,536), and every attention kernel serves.
+  channels of queries (the slope) and keys (the position, in multiples of 256 and the rest, which bfloat16 holds exactly
+  up to 65,536), and every attention kernel serves.
   """
 
   def turn(self, x: Array, pos: Array) -> Array:
