@@ -94,10 +94,9 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   total = (ran + (0 if plan.free is None else plan.free)).max()
   ran = ran.max()
   if kv is not None and not cell.is_initializing():
-    if plan.free is not None or ctx.memory.slots(plan.steps) > kv.pos.shape[0]:
-      raise ConfigError(f'plan: {plan.steps} steps{"" if plan.free is None else " and free ones"}, but '
-                        f'the cache has slots for {kv.pos.shape[0]}; make it with cache(..., loops=...), and take no '
-                        'free steps')
+    if ctx.memory.slots(plan.steps) > kv.pos.shape[0]:  # free steps, whose number is not known here, come on top
+      raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {kv.pos.shape[0]}; make it with '
+                        'cache(..., loops=...) of all steps')
     # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
     if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
       raise ConfigError('with a cache no states are kept, and all sequences step together: live = bool[K]')
