@@ -1,6 +1,7 @@
 """What a step is told about where it stands: embeddings of a plan's rows, and the modulations made from them.
 
-All of it depends on the plan alone, never on tokens, so it is computed for all steps before the loop.
+All of it depends on the plan alone, never on tokens, so it is computed for all steps before the loop. Where every
+sequence has a plan of its own, [K] stands for [K, B, 1] here: modulations are then [K, N, 4, B, 1, D].
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ FEATURES = 256
 def sinusoid(s: Array) -> Array:
   """f32[K] -> f32[K, 256]: cos(s f_j) for j < 128, then sin; f_j = 10000^(-j/128). s is used as it is."""
   frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(FEATURES // 2) / (FEATURES // 2))
-  angle = s[:, None] * frequencies
+  angle = s[..., None] * frequencies
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
@@ -32,6 +33,11 @@ class ScalarEmbed(nn.Module):
     return nn.Dense(self.width, kernel_init=Normal(self.std), name='out')(jax.nn.silu(hidden))
 
 
+def _rows(s: Array) -> Array:
+  """f32[K] as it is; f32[K, B] -> f32[K, B, 1], so that what is made of it broadcasts over tokens."""
+  return s if s.ndim == 1 else s[..., None]
+
+
 class Trajectory(nn.Module):
   """c = TimeEmbed(t) + StepEmbed(dt): LoopFormer's condition."""
   width: int
@@ -39,8 +45,8 @@ class Trajectory(nn.Module):
 
   @nn.compact
   def __call__(self, plan: Plan) -> Array:
-    time = ScalarEmbed(self.width, self.std, name='time')(plan.t)
-    return time + ScalarEmbed(self.width, self.std, name='step')(plan.dt)
+    time = ScalarEmbed(self.width, self.std, name='time')(_rows(plan.t))
+    return time + ScalarEmbed(self.width, self.std, name='step')(_rows(plan.dt))
 
 
 class LoopIndex(nn.Module):
@@ -67,7 +73,8 @@ class Modulation(nn.Module):
     width = c.shape[-1]
     kernel = self.param('kernel', self.init, (self.layers, width, 4, width))
     bias = self.param('bias', nn.initializers.zeros, (self.layers, 4, width))
-    return jnp.einsum('KD,NDgE->KNgE', jax.nn.silu(c), kernel, preferred_element_type=jnp.float32) + bias
+    out = jnp.einsum('K...D,NDgE->KNg...E', jax.nn.silu(c), kernel, preferred_element_type=jnp.float32)
+    return out + bias.reshape(*bias.shape[:2], *(1,) * (c.ndim - 2), width)
 
 
 class StepNumber(nn.Module):

@@ -29,9 +29,9 @@ class Depths:
 
 @part
 class Run:
-  """A plan that may depend on the sequence, and the exit that picks from its states."""
+  """A plan that may depend on the sequence, and the exit that says which of its states answers."""
   plan: Planner
-  exit: exits.Final | exits.Confidence = exits.Final()
+  exit: exits.Final | exits.Confidence | exits.Adaptive = exits.Final()
 
 
 @part
@@ -46,24 +46,27 @@ class Named:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan,
-          byte_lengths: Array | None) -> Any:
-  """Sums of `measure` over the batch, f32[] each, of the length of its last states, and of steps."""
-  trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'],
-                      keep=leave.keep)
-  readout = make_readout(model, params, batch)
-  z, steps = leave.pick(readout, trace, batch)
-  return {**measure.sums(readout, z, batch, byte_lengths), 'state norm': loop.Norms()(trace.x).sum(),
-          'steps': steps.sum(), 'sequences': jnp.float32(steps.size)}
+def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
+          dial: Array | None = None) -> Any:
+  """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took (a
+  mean over their answers), and of those that ran until the last was ready. dial: the exit's threshold."""
+  trace, readout = leave.run(model, params, batch, plan, dial)
+  asked = (batch['weights'] > 0).astype(jnp.float32)
+  steps = trace.steps
+  if steps.ndim > 1:
+    steps = (steps * asked).sum(-1) / jnp.maximum(asked.sum(-1), 1)
+  return {**measure.sums(readout, trace.z, batch, byte_lengths), 'state norm': loop.Norms()(trace.x).sum(),
+          'steps': steps.sum(), 'ran': trace.aux['ran'] * jnp.float32(steps.size), 'sequences': jnp.float32(steps.size)}
 
 
 def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
              byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
-  """One row a schedule: budget, schedule, what `measure` reports, and the mean length of the states at its end.
+  """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and the
+  mean length of the states at its end.
 
   Args:
     schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
-      whose budget is the mean of the steps that sequences took.
+      whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
     byte_lengths: i32[V], UTF-8 bytes that each token stands for.
   """
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
@@ -75,9 +78,10 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)
       plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
-      sums[name] = score(model, measure, run.exit, params, batch, plan, byte_lengths)
+      dial = None if run.exit.dial is None else jnp.float32(run.exit.dial)
+      sums[name] = score(model, measure, run.exit.static, params, batch, plan, byte_lengths, dial)
     for name, value in jax.device_get(sums).items():
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
   return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)
-           else len(schedules[name]), 'schedule': name, **measure.row(total),
+           else len(schedules[name]), 'schedule': name, **measure.row(total), 'ran': total['ran'] / total['sequences'],
            'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]

@@ -1,29 +1,46 @@
-"""Exits: which state of a rollout answers. Frozen parts.
+"""Exits: which state of a rollout answers, and so how many steps an answer takes. Frozen parts.
 
-An exit says which states it must see (`keep`), and picks from them: z [B, T, D], and the steps it took, f32[B].
+`Final` and `Confidence` run a whole plan and pick from its states. `Adaptive` asks a rule after every step, lets tokens
+go one by one, and ends when the last has gone. A rule looks at one token at a time, so that what it decides does not
+depend on the batch:
+
+    init(model, x, ctx) -> state                   of tokens whose states are x [B, T, D]
+    update(state, seen, dial) -> (state, done bool[B, T], answer [B, T, D])
+
+after every step that was `Seen` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state that a token which
+leaves now is read out from. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal Transformers).
 """
 from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.types import Array, Batch, ConfigError, Readout, Trace, part
+from loopformer.model import make_readout
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
+
 
 
 @part
 class Final:
   """The last state."""
+  dial = None
 
   @property
-  def keep(self) -> loop.Last:
-    return loop.Last()
+  def static(self) -> 'Final':
+    """Itself: it has no threshold."""
+    return self
 
-  def pick(self, readout: Readout, trace: Trace, batch: Batch) -> tuple[Array, Array]:
-    plan = trace.plan
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+    """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
+    trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'])
     steps = plan.steps if plan.live is None else plan.live.sum(0)
     steps += 0 if plan.free is None else plan.free
-    return trace.z, jnp.broadcast_to(steps, trace.z.shape[:1]).astype(jnp.float32)
+    steps = jnp.broadcast_to(steps, trace.z.shape[:1])
+    return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 
 @part
@@ -33,16 +50,27 @@ class Confidence:
   For plans without free steps, whose states are not kept.
   """
   least: int = 1
+  dial = None
+
+  @property
+  def static(self) -> 'Confidence':
+    """Itself: it has no threshold."""
+    return self
 
   def __post_init__(self):
     if self.least < 1:
       raise ConfigError(f'exit.least = {self.least}: must be 1 or more')
 
-  @property
-  def keep(self) -> loop.Every:
-    return loop.Every()
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+    """As Final.run."""
+    trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'],
+                        keep=loop.Every())
+    readout = make_readout(model, params, batch)
+    z, steps = self.pick(readout, trace, batch)
+    return trace.replace(z=z, steps=steps, aux={'ran': trace.steps}), readout
 
   def pick(self, readout: Readout, trace: Trace, batch: Batch) -> tuple[Array, Array]:
+    """z [B, T, D] of the chosen steps, and these, i32[B]."""
     z_KBTD = readout.read(trace.xs)
     asked_BT = (batch['weights'] > 0).astype(jnp.float32)
 
@@ -55,4 +83,224 @@ class Confidence:
     early = jnp.arange(len(doubt_KB))[:, None] < self.least - 1
     live = jnp.ones(len(doubt_KB), bool) if trace.plan.live is None else trace.plan.live
     best_B = jnp.where(early | ~live.reshape(len(doubt_KB), -1), jnp.inf, doubt_KB).argmin(0)
-    return jnp.take_along_axis(z_KBTD, best_B[None, :, None, None], 0)[0], best_B + 1.0
+    return jnp.take_along_axis(z_KBTD, best_B[None, :, None, None], 0)[0], best_B + 1
+
+
+# What a token that was let go leaves in the caches of steps that it did not take --------------------------------------
+
+
+@part
+class Copy:
+  """The entries of its last step: the steps are saved, and later tokens find in every slot the deepest entry there is
+  (Huginn's "latest"). Differs from a pass without cache, where the kept state goes on giving keys."""
+  runs = False
+
+
+@part
+class Recompute:
+  """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly."""
+  runs = True
+
+
+@part
+class Adaptive:
+  """Lets each token go when `rule` says so, after `least` steps at the earliest and with the plan at the latest."""
+  rule: Any
+  least: int = 1
+  fill: Copy | Recompute = Copy()
+
+  def __post_init__(self):
+    if self.least < 1:
+      raise ConfigError(f'exit.least = {self.least}: must be 1 or more')
+
+  @property
+  def dial(self) -> float | None:
+    """The rule's threshold, where it has one."""
+    return self.rule.threshold
+
+  @property
+  def static(self) -> 'Adaptive':
+    """The same for all thresholds, so that one compiled program serves them: 1 is one for every rule."""
+    return self if self.dial is None else dataclasses.replace(self, rule=dataclasses.replace(self.rule, threshold=1))
+
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+    """As Final.run; steps i32[B, T]."""
+    trace = model.apply({'params': params}, batch['tokens'], plan, self, dial, batch['positions'], batch['segments'],
+                        method='adapt')
+    return trace, make_readout(model, params, batch)
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+
+def within(low: float, high: float, what: str) -> Callable[[Any], None]:
+  """The check of a rule's threshold."""
+
+  def check(rule):
+    if not low <= rule.threshold <= high:
+      raise ConfigError(f'exit.rule.threshold = {rule.threshold}: {what}')
+
+  return check
+
+
+INF = float('inf')
+
+
+@part
+class KL:
+  """KL(answer before || answer after the step) < threshold nats; before the first step the answer is uniform.
+
+  Memory f32[B, T, V] between steps.
+  """
+  threshold: float = 5e-4
+  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def init(self, model, x, ctx):
+    return jnp.full((*x.shape[:2], model.outputs), -jnp.log(model.outputs))
+
+  def update(self, state, seen, dial):
+    after = jax.nn.log_softmax(seen.logits())
+    return after, (jnp.exp(state) * (state - after)).sum(-1) < dial, seen.new
+
+
+@part
+class EntropyChange:
+  """The entropy of the answer moves by less than threshold nats in a step; before the first it is that of chance."""
+  threshold: float = 1e-3
+  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def init(self, model, x, ctx):
+    return jnp.full(x.shape[:2], jnp.log(model.outputs))
+
+  def update(self, state, seen, dial):
+    after = entropy(seen.logits())
+    return after, jnp.abs(after - state) < dial, seen.new
+
+
+@part
+class Entropy:
+  """The answer has less than threshold nats of entropy."""
+  threshold: float = 0.5
+  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def init(self, model, x, ctx):
+    return ()
+
+  def update(self, state, seen, dial):
+    return state, entropy(seen.logits()) < dial, seen.new
+
+
+@part
+class StateChange:
+  """|x_k - x_(k-1)| < threshold * |x_k|. Needs neither coda nor head."""
+  threshold: float = 0.03
+  __post_init__ = within(0, INF, "a share of the state's length, 0 (all steps) or more")
+
+  def init(self, model, x, ctx):
+    return ()
+
+  def update(self, state, seen, dial):
+    old, new = seen.old.astype(jnp.float32), seen.new.astype(jnp.float32)
+    return state, jnp.linalg.norm(new - old, axis=-1) < dial * jnp.linalg.norm(new, axis=-1), seen.new
+
+
+@part
+class Stable:
+  """The likeliest answer has been the same after `threshold` steps in a row."""
+  threshold: float = 5
+  __post_init__ = within(1, INF, 'a number of steps, 1 or more')
+
+  def init(self, model, x, ctx):
+    return jnp.full(x.shape[:2], -1), jnp.zeros(x.shape[:2], jnp.int32)
+
+  def update(self, state, seen, dial):
+    best = seen.logits().argmax(-1)
+    count = jnp.where(best == state[0], state[1] + 1, 1)
+    return (best, count), count >= dial, seen.new
+
+
+@part
+class Cumulative:
+  """Ouro's Q-exit: the probability of having left by now, 1 - prod(1 - lambda), reaches threshold.
+
+  lambda = sigmoid(aux['halt']) of a cell with a gate (cells/halting.py). 0: after one step; 1: with the plan, or a
+  lambda that is 1. Compared as logarithms, where gates that are nearly 0 or 1 do not round to either.
+  """
+  threshold: float = 0.5
+  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def init(self, model, x, ctx):
+    return jnp.zeros(x.shape[:2])
+
+  def update(self, state, seen, dial):
+    stay = state + jax.nn.log_sigmoid(-halt(seen.aux))
+    return stay, stay <= jnp.log1p(-jnp.asarray(dial, jnp.float32)) + 1e-6, seen.new
+
+
+@part
+class Sampled:
+  """PonderNet's exit: after every step a token leaves with probability lambda = sigmoid(aux['halt']).
+
+  Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same law.
+  """
+  seed: int = 0
+  threshold: None = None
+
+  def init(self, model, x, ctx):
+    key = jax.random.key(self.seed)
+    row = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], ctx.pos.shape)
+    draw = jax.vmap(jax.vmap(lambda row, pos: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), pos))))
+    return draw(row, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx)
+
+  def update(self, state, seen, dial):
+    stay, done, answer = Cumulative().update(state[1], seen, state[0])
+    return (state[0], stay), done, answer
+
+
+@part
+class Confident:
+  """The gate itself, sigmoid(aux['halt']), reaches threshold: a head that was trained to tell whether it is right."""
+  threshold: float = 0.9
+  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def init(self, model, x, ctx):
+    return ()
+
+  def update(self, state, seen, dial):
+    return state, jax.nn.sigmoid(halt(seen.aux)) >= dial, seen.new
+
+
+@part
+class ACT:
+  """Adaptive computation time (Universal Transformers): leaves when the summed gates reach 1 - threshold.
+
+  The answer is the mean of the states after each step, weighted by its gate, and the last one by what is left to 1, so
+  that weights sum to one also where the plan ends first.
+  """
+  threshold: float = 0.01
+  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def init(self, model, x, ctx):
+    return jnp.zeros(x.shape[:2]), jnp.zeros_like(x)
+
+  def update(self, state, seen, dial):
+    total, answer = state
+    p = jax.nn.sigmoid(halt(seen.aux))
+    done = (total + p >= 1 - dial) | seen.last
+    weight = jnp.where(done, 1 - total, p)
+    answer += weight[..., None].astype(answer.dtype) * seen.new
+    return (total + weight, answer), done, answer
+
+
+def halt(aux: dict[str, Array]) -> Array:
+  """The gate's logits, f32[B, T]. Raises ConfigError where the cell has no gate."""
+  if 'halt' not in aux:
+    raise ConfigError('exit.rule: the cell has no gate to read; take a rule that needs none, such as KL or '
+                      'StateChange, or a cell with one (cells/halting.py)')
+  return aux['halt'].astype(jnp.float32)
+
+
+def entropy(logits: Array) -> Array:
+  """[..., V] -> nats [...]."""
+  log_p = jax.nn.log_softmax(logits)
+  return -(jnp.exp(log_p) * log_p).sum(-1)

@@ -1,12 +1,17 @@
-"""Generation: prefill and decode through the same loop, with a cache slot for every (loop, layer).
+"""Generation: rows of a batch that read, draw and end each on their own, through the same loop as the parallel pass.
 
-Both are compiled once for all budgets up to the model's own, all schedules and all sampling controls: a schedule is an
-array, padded by skipped steps; lengths are rounded up.
+Two compiled functions do the work. `prefill` reads prompts into rows of the cache, `decode` draws tokens for all rows.
+Budgets, schedules, controls and lengths are arrays, a column a row, so that one program serves them all; lengths of
+prompts are rounded up. `Engine` keeps the rows busy; `generate` is the engine for a list of prompts.
+
+With a draft, decoding speculates across depth: a few loops propose tokens, one pass of all loops judges them, and what
+is kept follows exactly the law of all loops (greedy: the very same text).
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 import warnings
 
 from flax import struct
@@ -18,11 +23,12 @@ from loopformer import plans
 from loopformer.types import Array, ConfigError, Params, Plan
 
 ROUND = 64  # lengths are rounded up to multiples of this
+SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
 
 
 @struct.dataclass
 class Controls:
-  """How a token is drawn. temperature: f32[], 0 takes the likeliest; top_k: i32[], V for all; top_p: f32[], 1 for all.
+  """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for all.
   """
   temperature: Array
   top_k: Array
@@ -30,80 +36,517 @@ class Controls:
 
 
 def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Controls:
-  """Checked sampling controls. Raises ConfigError for values out of range."""
+  """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
   if temperature < 0:
     raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
   if top_k is not None and top_k < 1:
     raise ConfigError(f'top_k = {top_k}: must be 1 or more, or None for all tokens')
   if top_p is not None and not 0 < top_p <= 1:
     raise ConfigError(f'top_p = {top_p}: must be above 0 and at most 1, or None for all tokens')
-  return Controls(temperature=jnp.float32(temperature), top_k=jnp.int32(min(top_k or vocab, vocab)),
-                  top_p=jnp.float32(1.0 if top_p is None else top_p))
+  return Controls(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
+                  top_p=np.float32(1.0 if top_p is None else top_p))
 
 
-def sample(logits: Array, key: Array, control: Controls) -> Array:
-  """f32[B, V] -> i32[B]. top-k first, then the fewest of those whose probability reaches top_p.
+def law(logits: Array, control: Controls) -> Array:
+  """f32[B, V] -> logits whose softmax is the law of the token, f32[B, V].
 
-  A branch each, because to sort the vocabulary costs more than a small model's whole step.
+  Greedy rows leave one token. top-k first, then the fewest of those whose probability reaches top_p. A branch each,
+  because to sort the vocabulary costs more than a small model's whole step.
   """
-  filtered = (control.top_k < logits.shape[-1]) | (control.top_p < 1)
-  branch = jnp.where(control.temperature == 0, 0, jnp.where(filtered, 2, 1))
-  draw = jax.random.categorical
-  return jax.lax.switch(branch, [
-      lambda scaled: scaled.argmax(-1),
-      lambda scaled: draw(key, scaled, -1),
-      lambda scaled: draw(key, jnp.where(scaled >= _threshold(scaled, control), scaled, -jnp.inf), -1),
-  ], logits / jnp.where(control.temperature == 0, 1.0, control.temperature)).astype(jnp.int32)
+  greedy = control.temperature == 0
+  filtered = ((control.top_k < logits.shape[-1]) | (control.top_p < 1)) & ~greedy
+  branch = jnp.where(filtered.any(), 2, jnp.where(greedy.all(), 0, 1))
+
+  def hot(logits):
+    likeliest = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+    return jnp.where(likeliest, 0.0, -jnp.inf)
+
+  def scaled(logits):
+    return jnp.where(greedy[:, None], hot(logits), logits / jnp.where(greedy, 1.0, control.temperature)[:, None])
+
+  def cut(logits):
+    warm = scaled(logits)
+    return jnp.where(greedy[:, None] | (warm >= _threshold(warm, control)), warm, -jnp.inf)
+
+  return jax.lax.switch(branch, [hot, scaled, cut], logits)
 
 
 def _threshold(scaled, control):
   """f32[B, 1]: the least logit that top-k and top-p leave."""
   order = jnp.sort(scaled, -1, descending=True)
-  within = jnp.arange(scaled.shape[-1]) < control.top_k
+  within = jnp.arange(scaled.shape[-1]) < control.top_k[:, None]
   probability = jax.nn.softmax(jnp.where(within, order, -jnp.inf), -1)
   before = jnp.cumsum(probability, -1) - probability  # of all likelier tokens; the likeliest is always kept
-  kept = (within & (before < control.top_p)).sum(-1)
+  kept = (within & (before < control.top_p[:, None])).sum(-1)
   return jnp.take_along_axis(order, kept[:, None] - 1, -1)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames='kv')
-def prefill(model: Any, params: Params, tokens: Array, lengths: Array, plan: Plan, kv: Any) -> tuple[Array, Any]:
-  """Reads prompts: i32[B, T] padded at the end, lengths i32[B] -> logits after each prompt f32[B, V], caches."""
-  index = jnp.arange(tokens.shape[1])[None]
-  pos = jnp.where(index < lengths[:, None], index, -1)
-  trace = model.apply({'params': params}, tokens, plan, pos, kv=kv)
-  last = jnp.take_along_axis(trace.z, (lengths - 1)[:, None, None], 1)[:, 0]
-  return model.apply({'params': params}, last, method='logits'), trace.kv
+def draw(logits: Array, keys: Array) -> Array:
+  """f32[B, V], keys [B] -> i32[B]: a token of each row's law; the likeliest where there is no other."""
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames='kv')
-def decode(model: Any, room: int, params: Params, logits: Array, lengths: Array, plan: Plan, kv: Any, key: Array,
-           control: Controls, most: Array, eos: Array) -> tuple[Array, Any]:
-  """Draws up to `most` <= `room` tokens a row, until every row has drawn `eos`: i32[B, room], eos from there on."""
+def judge(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Array, Array]:
+  """What of a draft is kept, so that the tokens follow the law of the judge exactly (speculative sampling).
+
+  Args:
+    proposed: i32[B, A], drawn from the laws of the draft, `guess` f32[B, A, V] (logits, as of `law`).
+    truth: f32[B, A + 1, V], the judge's laws at the same places and one more.
+    keys: [B].
+
+  Returns:
+    (kept i32[B], the number of proposed tokens that stand; next i32[B], the token after them).
+  """
+  ahead = proposed.shape[1]
+  p, q = jax.nn.softmax(truth, -1), jax.nn.softmax(guess, -1)
+  p_of = jnp.take_along_axis(p[:, :ahead], proposed[..., None], -1)[..., 0]
+  q_of = jnp.take_along_axis(q, proposed[..., None], -1)[..., 0]
+  two = jax.vmap(jax.random.split)(keys)
+  u = jax.vmap(lambda key: jax.random.uniform(key, (ahead,)))(two[:, 0])
+  stands = u * q_of < p_of
+  kept = jnp.cumprod(stands, -1).sum(-1)
+  at = kept[:, None, None]
+  p_next = jnp.take_along_axis(p, at, 1)[:, 0]
+  q_next = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), at, 1)[:, 0]  # nothing was proposed at the end
+  rest = jnp.maximum(p_next - q_next, 0)
+  rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)
+  return kept, draw(jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), -jnp.inf), two[:, 1])
+
+
+@struct.dataclass
+class Rows:
+  """B rows in generation, all on the device.
+
+  plan: t, dt f32[K, B], live bool[K, B], a schedule a row; code: what the cell computed of it (`Cell.timetable`).
+  kv, draft: the caches of all loops, and of the draft ({} without).
+  last: i32[B, 2], the last two tokens, of which the second has not been read yet; place: i32[B], its position.
+  left: i32[B], tokens that may still be drawn, 0 where the row is idle; drawn: i32[B], tokens drawn so far.
+  keys: [B], a request's randomness; control: how its tokens are drawn.
+  """
+  plan: Plan
+  code: Any
+  kv: Any
+  draft: Any
+  last: Array
+  place: Array
+  left: Array
+  drawn: Array
+  keys: Array
+  control: Controls
+
+
+def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, draft: int = 0) -> Rows:
+  """Idle rows with caches for `length` positions and schedules of up to `loops` steps, drafts of `draft` (0: none)."""
+  plan = Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)),
+              live=jnp.zeros((loops, rows), bool))
+  code = jax.eval_shape(lambda: model.apply({'params': params}, plan, method='timetable'))
+
+  def numbers():
+    return jnp.zeros(rows, jnp.int32)
+
+  return Rows(plan=plan, code=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), code),
+              kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
+              last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
+              keys=jax.random.split(jax.random.key(0), rows),
+              control=Controls(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
+
+
+@struct.dataclass
+class Arrivals:
+  """R requests that take their places.
+
+  row: i32[R], where to; a number beyond the rows is nobody. tokens: i32[R, W], what is to be read, padded; lengths:
+  i32[R], without padding. source: i32[R], a row that has read the same before; shared: i32[R], how many tokens of it.
+  plan, keys, control, left: as of `Rows`, with columns R.
+  """
+  row: Array
+  tokens: Array
+  lengths: Array
+  source: Array
+  shared: Array
+  plan: Plan
+  keys: Array
+  control: Controls
+  left: Array
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames='rows')
+def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: Plan | None, eos: Array
+            ) -> tuple[Rows, Array]:
+  """Reads prompts into their rows, and draws the first token of each, i32[R]."""
   variables = {'params': params}
-  code = model.apply(variables, plan, method='timetable')  # once for all tokens
+  index = jnp.arange(new.tokens.shape[1])
+  pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
 
-  def unfinished(carry):
-    index, _, _, done, _ = carry
-    return (index < most) & ~done.all()
+  def read(caches, plan):
+    own = {name: _rows_of(kv, new.source, new.shared) for name, kv in caches.items()}
+    trace = model.apply(variables, new.tokens, plan, pos, kv=own)
+    return trace, {name: _put(caches[name], new.row, kv) for name, kv in trace.kv.items()}
 
-  def token(carry):
-    index, logits, kv, done, out = carry
-    drawn = jnp.where(done, eos, sample(logits, jax.random.fold_in(key, index), control))
-    out = jax.lax.dynamic_update_slice(out, drawn[:, None], (0, index))
-    trace = model.apply(variables, drawn[:, None], plan, (lengths + index)[:, None], kv=kv, code=code)
-    logits = model.apply(variables, trace.z[:, 0], method='logits')
-    return index + 1, logits, trace.kv, done | (drawn == eos), out
+  trace, kv = read(rows.kv, new.plan)
+  draft = rows.draft and read(rows.draft, draft_plan)[1]
+  z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
+  first = draw(law(model.apply(variables, z, method='logits'), new.control), _fold(new.keys, jnp.zeros_like(new.row)))
+  before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
-  out = jnp.full((lengths.shape[0], room), eos, jnp.int32)
-  carry = (jnp.int32(0), logits, kv, jnp.zeros(lengths.shape, bool), out)
-  _, _, kv, _, out = jax.lax.while_loop(unfinished, token, carry)
-  return out, kv
+  def put(old, value, axis=0):
+    return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[new.row].set(jnp.moveaxis(value, axis, 0), mode='drop'), 0, axis)
+
+  plan = jax.tree.map(functools.partial(put, axis=1), rows.plan, new.plan)
+  return Rows(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
+              last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
+              left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
+              drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, new.keys),
+              control=jax.tree.map(put, rows.control, new.control)), first
+
+
+def _rows_of(kv, source, shared):
+  """The caches of rows `source`, of which the first `shared` positions count."""
+  pos = jnp.take(kv.pos, source, 1, mode='clip')
+  return kv.replace(k=jnp.take(kv.k, source, 2, mode='clip'), v=jnp.take(kv.v, source, 2, mode='clip'),
+                    pos=jnp.where(pos < shared[:, None], pos, -1))
+
+
+def _put(kv, row, new):
+  return kv.replace(k=kv.k.at[:, :, row].set(new.k, mode='drop'), v=kv.v.at[:, :, row].set(new.v, mode='drop'),
+                    pos=kv.pos.at[:, row].set(new.pos, mode='drop'))
+
+
+def _fold(keys, numbers):
+  return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+@struct.dataclass
+class Tally:
+  """What decoding cost. tokens: i32[], drawn; passes: i32[], of all loops over a row; loops: i32[], steps that rows took
+  in these; ran: i32[], steps that ran for the whole batch; kept: i32[], drafted tokens that stood."""
+  tokens: Array
+  passes: Array
+  loops: Array
+  ran: Array
+  kept: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames='rows')
+def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: Rows, draft_plan: Plan | None,
+           dial: Array | None, most: Array, eos: Array, hurry: Array) -> tuple[Rows, Array, Array, Tally]:
+  """Draws tokens for all rows that are not idle, until all are.
+
+  Args:
+    rounds: room for so many passes of all loops; most: i32[], how many there are at the most.
+    ahead: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
+    leave: None, or an exits.Adaptive that shortens passes; dial: its threshold.
+    eos: i32[], ends a row. hurry: bool[], whether to return as soon as a row is idle.
+
+  Returns:
+    (rows, tokens i32[B, rounds * (ahead + 1)], how many of them there are i32[B], the tally).
+  """
+  variables = {'params': params}
+  batch, length = rows.place.shape[0], rows.kv['loop'].pos.shape[-1]
+  at = jnp.arange(batch)
+  draft_code = model.apply(variables, draft_plan, method='timetable') if ahead else None
+  started = rows.left > 0
+
+  def positions(rows, offset, count):
+    pos = rows.place[:, None] + offset + jnp.arange(count)
+    return jnp.where((rows.left > 0)[:, None] & (pos < length), pos, -1)
+
+  def logits_of(z):
+    return model.apply(variables, z, method='logits')
+
+  def full(rows, tokens, pos):
+    plan = rows.plan.replace(live=rows.plan.live & (rows.left > 0))
+    if leave is None:
+      trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, code=rows.code)
+      return trace, plan.live.sum(), trace.steps
+    trace = model.apply(variables, tokens, plan, leave, dial, pos, kv=rows.kv, code=rows.code, method='adapt')
+    return trace, trace.steps.sum(), trace.aux['ran']
+
+  def propose(rows, keys):
+    """The draft reads the last two tokens, for the first of them it may not have, and goes on from there."""
+    def once(kv, tokens, pos, i):
+      trace = model.apply(variables, tokens, draft_plan, pos, kv=kv, code=draft_code)
+      guess = law(logits_of(trace.z[:, -1]), rows.control)
+      return trace.kv, guess, draw(guess, _fold(keys, jnp.full(batch, 1 + i)))
+
+    kv, guess, token = once(rows.draft, rows.last, positions(rows, -1, 2), 0)
+
+    def more(carry, i):
+      kv, token = carry
+      kv, guess, new = once(kv, token[:, None], positions(rows, i, 1), i)
+      return (kv, new), (guess, new)
+
+    (kv, _), (guesses, tokens) = jax.lax.scan(more, (kv, token), jnp.arange(1, ahead))
+    return (rows.replace(draft=kv), jnp.concatenate([guess[:, None], guesses.swapaxes(0, 1)], 1),
+            jnp.concatenate([token[:, None], tokens.swapaxes(0, 1)], 1))
+
+  def round_(carry):
+    index, rows, out, count, tally = carry
+    active = rows.left > 0
+    keys = _fold(rows.keys, rows.drawn)
+    current = rows.last[:, 1:]
+    if ahead:
+      rows, guesses, proposed = propose(rows, keys)
+      trace, loops, ran = full(rows, jnp.concatenate([current, proposed], 1), positions(rows, 0, ahead + 1))
+      logits = logits_of(trace.z)
+      truth = jnp.stack([law(logits[:, i], rows.control) for i in range(ahead + 1)], 1)
+      kept, final = judge(proposed, guesses, truth, keys)
+      tokens = jnp.where(jnp.arange(ahead + 1) == kept[:, None], final[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
+    else:
+      trace, loops, ran = full(rows, current, positions(rows, 0, 1))
+      kept = jnp.zeros(batch, jnp.int32)
+      tokens = draw(law(logits_of(trace.z[:, 0]), rows.control), keys)[:, None]
+    new = jnp.minimum(kept + 1, rows.left)  # how many of `tokens` are drawn in this round
+    ends = (tokens == eos) & (jnp.arange(ahead + 1) < new[:, None])
+    new = jnp.where(ends.any(-1), ends.argmax(-1) + 1, new)
+    target = jnp.where(active[:, None] & (jnp.arange(ahead + 1) < new[:, None]),
+                       count[:, None] + jnp.arange(ahead + 1), out.shape[1])
+    out = out.at[at[:, None], target].set(tokens, mode='drop')
+    new = jnp.where(active, new, 0)
+    both = jnp.concatenate([current, tokens], 1)
+    last = jnp.take_along_axis(both, jnp.maximum(new, 1)[:, None] - 1 + jnp.arange(2), 1)
+    rows = rows.replace(kv=trace.kv, last=jnp.where(active[:, None], last, rows.last), place=rows.place + new,
+                        left=jnp.where(ends.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
+    tally = Tally(tokens=tally.tokens + new.sum(), passes=tally.passes + active.sum(), loops=tally.loops + loops,
+                  ran=tally.ran + ran, kept=tally.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
+    return index + 1, rows, out, count + new, tally
+
+  def going(carry):
+    index, rows, *_ = carry
+    return (index < most) & (rows.left > 0).any() & ~(hurry & (started & (rows.left == 0)).any())
+
+  zero = jnp.int32(0)
+  out = jnp.full((batch, rounds * (ahead + 1)), eos, jnp.int32)
+  carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Tally(zero, zero, zero, zero, zero))
+  _, rows, out, count, tally = jax.lax.while_loop(going, round_, carry)
+  return rows, out, count, tally
+
+
+# The host's side -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """New text of a request; `done` with its last piece."""
+  request: int
+  text: str
+  done: bool
+
+
+@dataclasses.dataclass
+class _Request:
+  number: int
+  prompt: list[int]
+  steps: tuple[float, ...]
+  most: int
+  control: Controls
+  key: Array
+  stop: tuple[str, ...]
+  drawn: list[int] = dataclasses.field(default_factory=list)
+  told: str = ''
+  done: bool = False
+
+
+class Engine:
+  """Continuous batching: requests of any lengths, budgets and controls share the rows; a finished row is refilled.
+
+      engine = Engine(model, params, tokenizer, rows=8)
+      for prompt in prompts: engine.submit(prompt, budget=4, stop=('\\n\\n',))
+      for piece in engine.stream(): print(piece.request, piece.text)
+
+  A prompt that begins as another did whose row still holds it, under the same schedule, is read from there on only.
+  A request's text depends on its seed, prompt, budget and controls, and not on what shares the batch.
+
+  Args:
+    rows: requests at a time.
+    length: positions of a row, prompt and new tokens; the model's own by default.
+    loops: most steps of a schedule; the model's own by default.
+    exit: an exits.Adaptive, by which tokens take fewer loops than their budget; prompts are read with all of them.
+    draft: a budget or schedule with which tokens are drafted before all loops judge them, `ahead` at a time.
+    rounds: passes between two looks of the host.
+
+  Raises:
+    ConfigError: an exit and a draft together, or values out of range.
+  """
+
+  def __init__(self, model: Any, params: Params, tokenizer: Any, *, rows: int = 8, length: int | None = None,
+               loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None, ahead: int = 4,
+               rounds: int = 16):
+    limit = model.read_in.length
+    for name, value in (('rows', rows), ('ahead', ahead), ('rounds', rounds)):
+      if value < 1:
+        raise ConfigError(f'{name} = {value}: must be 1 or more')
+    if length is not None and not 1 < length <= limit:
+      raise ConfigError(f'length = {length}: must be 2 to {limit}, the positions of the model (read_in.length)')
+    if exit is not None and draft is not None:
+      raise ConfigError('exit and draft: drafts are judged by all loops of the budget; give one of the two')
+    if draft is not None and not model.memory.exact:
+      raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
+                        'drafts cannot be judged exactly; use PerLoop() or First()')
+    self.model, self.params, self.tokenizer = model, params, tokenizer
+    self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
+    self.exit, self.ahead = exit, ahead if draft is not None else 0
+    steps = None if draft is None else plans.resolve(draft, 'draft')
+    self.draft_plan = None if draft is None else plans.schedule(steps)
+    self._rows = empty_rows(model, params, rows, self.length, self.loops, 0 if draft is None else len(steps))
+    self._of = [None] * rows  # the request that a row serves, or served last
+    self._waiting, self._requests, self._tally = [], 0, np.zeros(5, np.int64)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of all caches, drafts' included."""
+    return sum(kv.bytes for caches in (self._rows.kv, self._rows.draft) for kv in caches.values())
+
+  @property
+  def tally(self) -> dict[str, float]:
+    """What decoding has cost so far: tokens, mean loops a pass and row, mean loops that ran, tokens a pass, and the share
+    of drafted tokens that stood."""
+    tokens, passes, loops, ran, kept = (int(n) for n in self._tally)
+    result = {'tokens': tokens, 'loops': loops / max(passes, 1), 'ran': ran, 'tokens a pass': tokens / max(passes, 1)}
+    return {**result, 'accepted': kept / max(passes * self.ahead, 1)} if self.ahead else result
+
+  def submit(self, prompt: str, *, budget: int | Sequence[float] | None = None, max_new_tokens: int = 64,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+             number: int = 0, stop: Sequence[str] = ()) -> int:
+    """Queues a request and returns its number, 0, 1, ...
+
+    Args:
+      prompt: a text; an empty one starts a document.
+      budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; all loops by default.
+      max_new_tokens: at most this many tokens; fewer where the model ends the document.
+      temperature, top_k, top_p: 0 takes the likeliest token.
+      seed, number: of the draws; `number` tells requests of one seed apart.
+      stop: texts before the first of which the continuation ends.
+
+    Raises:
+      ConfigError: what does not fit the positions or the loops of the engine; values out of range.
+    """
+    if max_new_tokens < 1:
+      raise ConfigError(f'max_new_tokens = {max_new_tokens}: must be 1 or more')
+    if isinstance(stop, str) or not all(stop):
+      raise ConfigError(f'stop = {stop!r}: give a list of texts, none of them empty')
+    steps = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
+    if len(steps) > self.loops:
+      raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
+                        f'engine with loops={len(steps)}')
+    ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos]
+    if len(ids) + max_new_tokens > self.length:
+      raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that is '
+                        f'more than the {self.length} positions of the model (read_in.length); shorten the prompt or '
+                        'ask for fewer tokens')
+    control = controls(self.model.read_in.vocab, temperature, top_k, top_p)
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, key, tuple(stop)))
+    self._requests += 1
+    return self._requests - 1
+
+  def stream(self) -> Iterator[Piece]:
+    """Pieces of text as they come, until no request is left; more may be submitted meanwhile."""
+    while self._waiting or any(request and not request.done for request in self._of):
+      yield from self._admit()
+      yield from self._advance()
+
+  def run(self) -> list[str]:
+    """The texts of all requests that were left, in the order of their numbers."""
+    texts = {}
+    for piece in self.stream():
+      texts[piece.request] = texts.get(piece.request, '') + piece.text
+    return [texts[number] for number in sorted(texts)]
+
+  def _admit(self):
+    """Fills idle rows with waiting requests; those of one width at a time."""
+    idle = [row for row, request in enumerate(self._of) if request is None or request.done]
+    while idle and self._waiting:
+      batch = list(zip(idle, self._waiting))
+      origin = [self._beginning(request) for _, request in batch]
+      width = min(_rounded(max(len(r.prompt) - shared for (_, r), (_, shared) in zip(batch, origin))), self.length)
+      size = 1 if len(batch) == 1 else len(self._of)
+      columns = [*range(len(batch))] + [0] * (size - len(batch))  # what is missing repeats the first, for nobody
+      tokens = np.full((size, width), self.tokenizer.eos, np.int32)
+      for line, (_, request), (_, shared) in zip(tokens, batch, origin):
+        line[:len(request.prompt) - shared] = request.prompt[shared:]
+
+      def column(values):
+        return jnp.asarray([values[i] for i in columns])
+
+      schedules = [plans.schedule(request.steps, self.loops) for _, request in batch]
+      new = Arrivals(
+          row=jnp.asarray([row for row, _ in batch] + [len(self._of)] * (size - len(batch)), jnp.int32),
+          tokens=jnp.asarray(tokens), lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
+          source=column([row for row, _ in origin]), shared=column([n for _, n in origin]),
+          plan=jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *[schedules[i] for i in columns]),
+          keys=jnp.stack([batch[i][1].key for i in columns]),
+          control=jax.tree.map(lambda *leaves: jnp.stack(leaves), *[batch[i][1].control for i in columns]),
+          left=column([request.most for _, request in batch]))
+      self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
+                                  jnp.int32(self.tokenizer.eos))
+      del self._waiting[:len(batch)]
+      for (row, request), token in zip(batch, np.asarray(first).tolist()):
+        self._of[row] = request
+        yield self._told(request, [token])
+      idle = [row for row, request in batch if request.done]
+
+  def _beginning(self, request) -> tuple[int, int]:
+    """(row, n): a row that has read the first n tokens of a prompt under the same schedule; (0, 0) where there is none."""
+    best = (0, 0)
+    if self.model.memory.exact:
+      for row, other in enumerate(self._of):
+        if other is not None and other.steps == request.steps:
+          read = other.prompt + ([] if self.exit else other.drawn[:-2])
+          n = _common(read, request.prompt[:-1])
+          best = max(best, (row, n) if n >= SHARED else (0, 0), key=lambda pair: pair[1])
+    return best
+
+  def _advance(self):
+    if not any(request and not request.done for request in self._of):
+      return
+    leave = self.exit and self.exit.static
+    dial = None if leave is None or self.exit.dial is None else jnp.float32(self.exit.dial)
+    self._rows, out, count, tally = decode(
+        self.model, self.rounds, self.ahead, leave, self.params, self._rows, self.draft_plan, dial,
+        jnp.int32(self.rounds), jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)))
+    out, count, tally = jax.device_get((out, count, tally))
+    self._tally += [tally.tokens, tally.passes, tally.loops, tally.ran, tally.kept]
+    stopped = []
+    for row, request in enumerate(self._of):
+      if request is not None and not request.done:
+        piece = self._told(request, out[row, :count[row]].tolist())
+        if piece.done and len(request.drawn) < request.most and request.drawn[-1] != self.tokenizer.eos:
+          stopped.append(row)  # by its text, of which the device knows nothing
+        if piece.text or piece.done:
+          yield piece
+    if stopped:
+      self._rows = self._rows.replace(left=self._rows.left.at[jnp.asarray(stopped)].set(0))
+
+  def _told(self, request, tokens: list[int]) -> Piece:
+    """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
+    request.drawn += tokens
+    request.done = len(request.drawn) >= request.most or self.tokenizer.eos in tokens
+    text = self.tokenizer.decode(_until(request.drawn, self.tokenizer))
+    cut = min((text.index(stop) for stop in request.stop if stop in text), default=None)
+    if cut is not None:
+      text, request.done = text[:cut], True
+    certain = text if request.done else text[:len(text) - _pending(text, request.stop)]
+    piece = certain[len(request.told):]
+    request.told = certain
+    return Piece(request.number, piece, request.done)
+
+
+def _pending(text: str, stops: Sequence[str]) -> int:
+  """Characters at the end that may still change: the beginning of a stop, or of a letter of several bytes."""
+  open_ = len(text) - len(text.rstrip('\ufffd'))
+  return max([open_, *(n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+  """Length of the common beginning."""
+  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str], *,
              budget: int | Sequence[float] | None = None, max_new_tokens: int = 64, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> list[str]:
+             top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (),
+             exit: Any = None, draft: int | Sequence[float] | None = None, rows: int = 32) -> list[str]:
   """Continues prompts.
 
   Args:
@@ -112,6 +555,10 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
     max_new_tokens: at most this many tokens each; a row ends early where the model ends the document.
     temperature, top_k, top_p: 0 takes the likeliest token.
     seed: the same seed, prompts and controls give the same texts.
+    stop: texts before the first of which a continuation ends.
+    exit: an exits.Adaptive, by which tokens take fewer loops.
+    draft: a budget or schedule that drafts tokens, which all loops then judge; faster, and the same law.
+    rows: at most this many prompts at a time.
 
   Returns:
     The continuations, without their prompts.
@@ -121,31 +568,18 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
   """
   if isinstance(prompts, str):
     raise ConfigError(f'prompts = {prompts!r}: give a list of texts')
-  if not prompts:
-    return []
-  if max_new_tokens < 1:
-    raise ConfigError(f'max_new_tokens = {max_new_tokens}: must be 1 or more')
   steps = plans.resolve(model.loops if budget is None else budget, 'budget')
   warn_beyond(model, steps)
-  control = controls(model.read_in.vocab, temperature, top_k, top_p)
-  ids = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
-  longest, limit = max(map(len, ids)), model.read_in.length
-  if longest + max_new_tokens > limit:
-    raise ConfigError(f'prompt {[len(row) for row in ids].index(longest)} has {longest} tokens; with max_new_tokens = '
-                      f'{max_new_tokens} that is more than the {limit} positions of the model (read_in.length); '
-                      'shorten the prompt or ask for fewer tokens')
-  width = min(_rounded(longest), limit)
-  room = min(_rounded(longest + max_new_tokens), limit)
-  tokens = np.full((len(ids), width), tokenizer.eos, np.int32)
-  for row, prompt in zip(tokens, ids):
-    row[:len(prompt)] = prompt
-  lengths = jnp.asarray([len(row) for row in ids], jnp.int32)
-  rows = max(len(steps), model.loops)
-  plan = plans.schedule(steps, rows)
-  logits, kv = prefill(model, params, jnp.asarray(tokens), lengths, plan, kv=model.cache(len(ids), room, rows))
-  out, _ = decode(model, _rounded(max_new_tokens), params, logits, lengths, plan, kv=kv, key=jax.random.key(seed),
-                  control=control, most=jnp.int32(max_new_tokens), eos=jnp.int32(tokenizer.eos))
-  return [tokenizer.decode(_until(row[:max_new_tokens], tokenizer)) for row in np.asarray(out).tolist()]
+  if not prompts:
+    return []
+  longest = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts)
+  length = min(_rounded(longest + max_new_tokens), model.read_in.length) if max_new_tokens > 0 else None
+  engine = Engine(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
+                  loops=max(len(steps), model.loops), exit=exit, draft=draft)
+  for number, prompt in enumerate(prompts):
+    engine.submit(prompt, budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                  top_p=top_p, seed=seed, number=number, stop=stop)
+  return engine.run()
 
 
 def warn_beyond(model: Any, steps: Sequence[float]):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 from flax import linen as nn
 import jax
@@ -76,7 +76,8 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
         code: Any = None):
   """Applies `cell` once for every row of `plan`; a bound module, inside its parent's method.
 
-  `code` is the plan's `cell.timetable` where the caller has it already.
+  `code` is the plan's `cell.timetable` where the caller has it already. With a cache, sequences may have plans of their
+  own, t and dt f32[K, B]; live = bool[K, B] must then be True in the first rows of each.
   Returns (x, kv, kept states [K, ...] or None, auxiliaries [K, ...], steps that ran i32[]).
   """
   first = jnp.int32(0)
@@ -98,12 +99,9 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
       raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {kv.pos.shape[0]}; make it with '
                         'cache(..., loops=...) of all steps')
     # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
-    if keep != Last() or (plan.live is not None and plan.live.ndim > 1):
-      raise ConfigError('with a cache no states are kept, and all sequences step together: live = bool[K]')
-    if plan.live is not None:
-      order = jnp.argsort(~plan.live, stable=True)  # live rows first
-      rows = jax.tree.map(lambda leaf: leaf[order], rows)
-    x, kv = _walk(cell, x, e, lambda k: jax.tree.map(lambda leaf: leaf[k], rows).replace(live=None), ran, ctx, kv)
+    if keep != Last():
+      raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
+    x, kv = _walk(cell, x, e, _live_first(rows), ran, ctx, kv)
     return x, kv, None, {}, total
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
   scan = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
@@ -138,18 +136,79 @@ def _of_live(live, new, old):
   return jax.tree.map(lambda n, o: jnp.where(live.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
 
 
+def _live_first(rows):
+  """k -> row k of those that live, all of which come before the others where every sequence has rows of its own."""
+  if rows.live is not None and rows.live.ndim == 1:
+    order = jnp.argsort(~rows.live, stable=True)
+    rows = jax.tree.map(lambda leaf: leaf[order], rows).replace(live=None)
+  return lambda k: jax.tree.map(lambda leaf: leaf[k], rows)
+
+
 def _walk(cell, x, e, tick_of, count, ctx, kv):
   """The first `count` steps, as many as the number says at run time; no reverse mode."""
 
   def body(cell, carry):
     x, kv, k = carry
     tick = tick_of(k)
-    new, kv, _ = cell(x, e, ctx.replace(tick=tick), kv)
-    return new if tick.live is None or tick.live.ndim == 0 else _of_live(tick.live, new, x), kv, k + 1
+    own, each = ctx.replace(tick=tick), tick.live is not None and tick.live.ndim > 0
+    if each and kv is not None:  # a sequence that has no such step writes nothing
+      own = own.replace(pos=jnp.where(tick.live[:, None], ctx.pos, -1))
+    new, kv, _ = cell(x, e, own, kv)
+    return _of_live(tick.live, new, x) if each else new, kv, k + 1
 
   x, kv, _ = nn.while_loop(lambda cell, carry: carry[2] < count, body, cell, (x, kv, jnp.int32(0)),
                            carry_variables=(), broadcast_variables='params')
   return x, kv
+
+
+def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, leave: Any, dial: Array | None,
+          code: Any, see: Callable[..., Any]):
+  """Applies `model.cell` until `leave` (exits.Adaptive) lets every token go, or the plan ends; a bound module, no
+  reverse mode.
+
+  A token that was let go keeps its state, and the others go on reading the keys that this state gives, or with a cache
+  what `leave.fill` leaves there. What becomes of a token does not depend on how long others stay.
+
+  kv: the caches by name, {} without. see: (k, last, old, new, aux, the coda's cache) -> what the rule sees, and a
+  function that gives the coda's cache thereafter.
+  Returns (states to be read out, kv, steps that each token took i32[B, T], steps that ran i32[]).
+  """
+  cached, through = 'loop' in kv, 'loop' in kv and leave.fill.runs
+  if plan.free is not None or (plan.live is not None and plan.live.ndim > 1 and not cached):
+    raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without free steps, '
+                      'such as Uniform')
+  if cached and not through and x.shape[1] > 1:
+    raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or use '
+                      'fill=Recompute()')
+  code = model.cell.timetable(plan) if code is None else code
+  tick_of = _live_first(Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
+  length = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)  # of each sequence, or of all
+  length = jnp.broadcast_to(length, x.shape[:1])[:, None]
+
+  def body(model, carry):
+    x, answer, kv, k, active, taken, state = carry
+    runs = (active | through) & (k < length)
+    own = ctx.replace(tick=tick_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
+    new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
+    new = jnp.where(active[..., None], new, x)
+    seen, coda_kv = see(model, k, k + 1 >= length, x, new, aux, kv.get('coda'))
+    state, done, found = leave.rule.update(state, seen, dial)
+    kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
+    taken += active
+    stays = active & ~(done & (k + 1 >= leave.least)) & (k + 1 < length)
+    return new, jnp.where(active[..., None], found, answer), kv, k + 1, stays, taken, state
+
+  def going(model, carry):
+    k, active = carry[3], carry[4]
+    return (k < length.max()) & (active.any() | through)
+
+  active = (ctx.pos >= 0) if cached else jnp.ones(x.shape[:2], bool)
+  carry = (x, x, kv, jnp.int32(0), active, jnp.zeros(x.shape[:2], jnp.int32), leave.rule.init(model, x, ctx))
+  _, answer, kv, ran, _, taken, _ = nn.while_loop(going, body, model, carry, carry_variables=(),
+                                                  broadcast_variables='params')
+  if cached and not through:
+    kv = {**kv, 'loop': ctx.memory.fill(kv['loop'], ctx.pos, taken[:, 0] - 1)}
+  return answer, kv, taken, ran
 
 
 def _without_gradient(cell, x, e, tick_of, count, ctx, kv):

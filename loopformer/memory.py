@@ -1,10 +1,17 @@
-"""Memories: what the steps of a loop keep of keys and values while tokens are decoded."""
+"""Memories: what the steps of a loop keep of keys and values while tokens are decoded. Frozen parts.
+
+All store a place for every position: `exchange` writes the keys and values of a step's tokens and returns what they may
+read. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what the parallel
+pass computes, and how far off the others are, is in docs/memories.md.
+"""
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import KV, Array, Ctx, part
+from loopformer.types import KV, Array, ConfigError, Ctx, part
+
+Exchanged = tuple[KV, Array, Array, Array]
 
 
 def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype) -> KV:
@@ -15,27 +22,134 @@ def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: i
 
 @part
 class PerLoop:
-  """One slot for every (loop, layer): reproduces the parallel forward pass exactly, for every schedule.
+  """One slot for every (loop, layer): decodes exactly what the parallel pass computes, for every schedule.
 
-  Bytes: 2 * loops * N * S * G * d * bytes of an element per sequence (LoopFormer section 4), and 4 * loops * S for
-  positions.
+  Bytes a sequence: 2 * loops * N * S * G * d * bytes of an element (LoopFormer section 4; Ouro section 4), and
+  4 * loops * S for positions.
   """
+  exact = True
 
   def slots(self, loops: int) -> int:
     return loops
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
-    slot = 0 if ctx.tick is None else ctx.tick.k
-    length = kv.pos.shape[-1]
-    row = jnp.arange(k.shape[0])[:, None]
-    place = jnp.where(ctx.pos < 0, length, ctx.pos)  # padding is out of range, and dropped
-    kv = KV(k=kv.k.at[slot, layer, row, place].set(k.astype(kv.k.dtype), mode='drop'),
-            v=kv.v.at[slot, layer, row, place].set(v.astype(kv.v.dtype), mode='drop'),
-            pos=kv.pos.at[slot, row, place].set(ctx.pos, mode='drop'))
-    return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
-        kv.pos, slot, keepdims=False)
+  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _exchange(kv, _step(ctx), ctx.pos, layer, k, v)
+
+  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+    """Slots of steps that were not taken get the entries of the last one that was."""
+    return _copy_down(kv, pos, last)
+
+
+@part
+class First:
+  """All loops read the keys and values of the first (recursive sharing): one slot.
+
+  Decodes exactly what a pass over all tokens with this memory computes, which is another function than the loop without
+  it: a model must be trained for it. Bytes: PerLoop's with one loop.
+  """
+  exact = True
+
+  def slots(self, loops: int) -> int:
+    return 1
+
+  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _exchange(kv, jnp.int32(0), jnp.where(_step(ctx) == 0, ctx.pos, -1), layer, k, v)
+
+  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+    """Nothing: the first step is always taken."""
+    return kv
+
+
+@part
+class Ring:
+  """Loop k keeps its entries in slot k mod `size`, over those of loop k - size (Huginn section 4).
+
+  One pass over a prompt is exact. A token that is decoded reads what the last loops left of earlier ones, so loops
+  differ from training unless there are no more of them than slots; `Ring(1)`, the last loop's entries shared by all, is
+  Ouro's sharing in decode. Bytes: PerLoop's with `size` loops.
+  """
+  size: int
+  exact = False
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ConfigError(f'memory.size = {self.size}: a ring has 1 slot or more')
+
+  def slots(self, loops: int) -> int:
+    return min(self.size, loops)
+
+  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _exchange(kv, _step(ctx) % kv.pos.shape[0], ctx.pos, layer, k, v)
+
+  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+    """Slots that no step reached get the entries of the last step."""
+    return _copy_down(kv, pos, last)
+
+
+@part
+class Mean:
+  """One slot with the mean over the loops taken; a step reads its own tokens as they are now (Ouro section 4).
+
+  One pass over a prompt is exact, decoding is not. Bytes: PerLoop's with one loop.
+  """
+  exact = False
+
+  def slots(self, loops: int) -> int:
+    return 1
+
+  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+    step = _step(ctx)
+    place = jnp.where(ctx.pos < 0, kv.pos.shape[-1], ctx.pos)
+    index = (0, layer, jnp.arange(k.shape[0])[:, None], place)
+
+    def mean(cache, new):
+      old = cache.at[index].get(mode='fill', fill_value=0).astype(jnp.float32)
+      return (jnp.where(step == 0, 0, old) * step + new.astype(jnp.float32)) / (step + 1)
+
+    kept, *_ = _exchange(kv, jnp.int32(0), ctx.pos, layer, mean(kv.k, k), mean(kv.v, v))
+    row = index[2:]
+    return (kept, _read(kept.k, 0, layer).at[row].set(k.astype(kv.k.dtype), mode='drop'),
+            _read(kept.v, 0, layer).at[row].set(v.astype(kv.v.dtype), mode='drop'), kept.pos[0])
+
+  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+    """Nothing: the mean is that of the steps that were taken."""
+    return kv
+
+
+def _step(ctx):
+  """Number of the step, 0 outside the loop."""
+  return jnp.int32(0) if ctx.tick is None else ctx.tick.k
+
+
+def _exchange(kv, slot, pos, layer, k, v):
+  length = kv.pos.shape[-1]
+  row = jnp.arange(k.shape[0])[:, None]
+  place = jnp.where(pos < 0, length, pos)  # out of range, and dropped
+  kv = KV(k=kv.k.at[slot, layer, row, place].set(k.astype(kv.k.dtype), mode='drop'),
+          v=kv.v.at[slot, layer, row, place].set(v.astype(kv.v.dtype), mode='drop'),
+          pos=kv.pos.at[slot, row, place].set(pos, mode='drop'))
+  return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
+      kv.pos, slot, keepdims=False)
 
 
 def _read(cache, slot, layer):
   size = (1, 1, *cache.shape[2:])
   return jax.lax.dynamic_slice(cache, (slot, layer, 0, 0, 0, 0), size).reshape(cache.shape[2:])
+
+
+def _copy_down(kv, pos, last):
+  """pos i32[B, 1], last i32[B] (-1: the row took no step): slots beyond `last` get its entries at that position.
+
+  One token a row: of several, those that stop early would be missed by the others on the way.
+  """
+  slots, batch, length = kv.pos.shape
+  row, place = jnp.arange(batch), pos[:, 0]
+  unreached = (jnp.arange(slots)[:, None] > last) & (last >= 0) & (place >= 0)  # [slots, B]
+  target = jnp.where(unreached, place, length)
+  slot, source = jnp.arange(slots)[:, None], jnp.clip(last, 0, slots - 1)
+
+  def copy(cache):  # indices at slots, rows and places, apart by the layers' slice: the result leads with them
+    entries = cache[source, :, row, jnp.maximum(place, 0)]  # [B, N, G, d]
+    return cache.at[slot, :, row[None], target].set(jnp.broadcast_to(entries, (slots, *entries.shape)), mode='drop')
+
+  return KV(k=copy(kv.k), v=copy(kv.v), pos=kv.pos.at[slot, row[None], target].set(place[None], mode='drop'))

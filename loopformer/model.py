@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from loopformer import loop, memory as memories, starts
 from loopformer.blocks import Linear, Stack
 from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
-from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Trace
+from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
 
 
 class Looped(nn.Module):
@@ -55,6 +55,37 @@ class Looped(nn.Module):
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
+
+  def adapt(self, tokens: Array, plan: Plan, leave: Any, dial: Array | None, pos: Array | None = None,
+            seg: Array | None = None, kv: dict[str, KV] | None = None, code: Any = None) -> Trace:
+    """Runs the steps of a plan until `leave` (exits.Adaptive) lets go; arguments as for the model itself.
+
+    dial: the rule's threshold, f32[] or f32[B, 1] (`leave.dial`).
+
+    Returns:
+      A trace whose steps are those that every token took, i32[B, T], and whose aux['ran'] is the number that ran.
+    """
+    kv = dict(kv or {})
+    ctx = self._context(tokens, pos, seg)
+    e = self.read_in(tokens, ctx.pos)
+    if self.prelude is not None:
+      e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
+
+    def see(model, k, last, old, new, aux, coda):
+      caches = [coda]
+
+      def logits():
+        z, caches[0] = model._finish(new, ctx, caches[0])
+        return model.logits(z)
+
+      return Seen(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
+
+    looped = {name: kv[name] for name in ('loop', 'coda') if kv.get(name) is not None}
+    x, looped, taken, ran = loop.adapt(self, self.start(e, ctx), e, plan, ctx, looped, leave, dial, code, see)
+    kv |= looped
+    z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
+    kv = {name: cache for name, cache in kv.items() if cache is not None}
+    return Trace(x=x, z=z, xs=None, aux={'ran': ran}, kv=kv, steps=taken, plan=plan)
 
   def _context(self, tokens, pos, seg, noise=None):
     if pos is None:

@@ -116,7 +116,8 @@ class Trace:
 
   x: [B, T, D], the last state of the loop; z: [B, T, D], the same after coda and final norm, ready for the head.
   xs: None or [K, B, T, D], the states that were kept; aux: per-step auxiliaries of the cell, leaves [K, ...].
-  kv: the caches; steps: i32[], steps that the deepest sequence took; plan: what was run.
+  kv: the caches; steps: i32[], steps that the deepest sequence took (of an exit: i32[B] or i32[B, T], those of each
+  sequence or token); plan: what was run.
   """
   x: Array
   z: Array
@@ -136,6 +137,22 @@ class Readout:
   """
   table: Array
   read: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a rule sees of a step.
+
+  k: i32[], its number, from 0; last: bool[], whether the plan ends with it; old, new: [B, T, D], the states before and
+  after; aux: the cell's auxiliaries; logits: () -> f32[B, T, V] of the new state, which costs coda and head, and is
+  asked for by the rules that need it alone.
+  """
+  k: Array
+  last: Array
+  old: Array
+  new: Array
+  aux: dict[str, Array]
+  logits: Callable[[], Array]
 
 
 class Planner(Protocol):
@@ -180,8 +197,15 @@ class Memory(Protocol):
 
   def slots(self, loops: int) -> int: ...
 
+  @property
+  def exact(self) -> bool:
+    """Whether decoding token by token gives what one pass over all of them with this memory gives."""
+
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
     """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, S, G, d] twice, positions [B, S]."""
+
+  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+    """What slots of steps that were not taken hold: pos i32[B, 1] the token's, last i32[B] its last step (-1: none)."""
 
 
 class Term(Protocol):

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import loopformer
-from loopformer.generation import ROUND, controls, decode, generate, prefill, sample
+from loopformer.generation import ROUND, controls, decode, draw, generate, law, prefill
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import D, L, UNEVEN, V
@@ -175,12 +175,19 @@ def reference(temperature: float, top_k: int | None, top_p: float | None) -> np.
   return out
 
 
+@jax.jit
+def sample(logits, key, control):
+  """A token a row, all rows under one control."""
+  control = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, logits.shape[:1]), control)
+  return draw(law(logits, control), jax.random.split(key, len(logits)))
+
+
 @pytest.mark.parametrize('temperature', [1.0, 0.5, 2.0])
 @pytest.mark.parametrize('top_k, top_p', [(None, None), (3, None), (None, 0.7), (4, 0.8), (100, 1.0), (5, 0.2)],
                          ids=str)
 def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
   control = controls(len(LOGITS), temperature, top_k, top_p)
-  drawn = jax.jit(sample)(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), jax.random.key(0), control)
+  drawn = sample(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), jax.random.key(0), control)
   counts, expected = np.bincount(drawn, minlength=len(LOGITS)), reference(temperature, top_k, top_p)
   assert not counts[expected == 0].any()
   kept = expected > 0
@@ -189,16 +196,24 @@ def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
 
 @pytest.mark.parametrize('top_k', [None, 5])
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_k):
-  draw = jax.jit(sample)
   for top_p in np.linspace(0.03, 0.97, 32):
     control = controls(len(LOGITS), 2.0, top_k, float(top_p))
-    drawn = draw(jnp.broadcast_to(LOGITS, (2000, len(LOGITS))), jax.random.key(0), control)
+    drawn = sample(jnp.broadcast_to(LOGITS, (2000, len(LOGITS))), jax.random.key(0), control)
     np.testing.assert_array_equal(np.unique(drawn), np.flatnonzero(reference(2.0, top_k, top_p)), f'top_p = {top_p}')
 
 
 def test_temperature_zero_takes_the_likeliest():
   drawn = sample(jnp.broadcast_to(LOGITS, (50, len(LOGITS))), jax.random.key(0), controls(len(LOGITS), 0.0))
   assert (drawn == LOGITS.argmax()).all()
+
+
+def test_every_row_has_its_own_law():
+  given = [(0.0, None, None), (1.0, 3, None), (0.5, None, 0.7), (1.0, None, None)]
+  control = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[controls(len(LOGITS), *row) for row in given])
+  laws = jax.nn.softmax(law(jnp.broadcast_to(LOGITS, (4, len(LOGITS))), control))
+  for row, (temperature, top_k, top_p) in enumerate(given):
+    expected = reference(temperature, top_k, top_p) if temperature else np.eye(len(LOGITS))[LOGITS.argmax()]
+    np.testing.assert_allclose(laws[row], expected, atol=1e-6)
 
 
 def test_rows_are_drawn_each_from_its_own_logits():

@@ -382,13 +382,26 @@ def test_cached_equals_parallel(name, way):
     close(way(model, weights, text, plan), parts.logits(model, weights, z), ROWS[name].tolerance, str(steps))
 
 
-@pytest.mark.parametrize('change', ['keep', 'live'])
-def test_what_a_cache_cannot_serve_is_refused(change):
+def test_a_cache_keeps_no_states():
   model, plan = ROWS['loopformer'].model, plans.Uniform(L)(jax.random.key(0))
-  plan = plan.replace(live=jnp.ones((L, 2), bool)) if change == 'live' else plan
-  keep = Every() if change == 'keep' else loop.Last()
   with pytest.raises(ConfigError, match='with a cache'):
-    jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(2), plan, kv=model.cache(2, T), keep=keep))
+    jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(2), plan, kv=model.cache(2, T), keep=Every()))
+
+
+@rows
+def test_sequences_with_schedules_of_their_own(name):
+  """Every row of a batch as if it were alone with its schedule."""
+  model = ROWS[name].model
+  weights, text = params(model), tokens(3)
+  own = [padded(steps, model.loops) for steps in (1, model.loops, parts.budgets(model)[-1])]
+  together = jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *own)
+  pos = jnp.broadcast_to(jnp.arange(T), text.shape)
+  ours, kv = parts.extend(model, weights, text[:, :-1], together, pos[:, :-1], model.cache(3, ROOM))
+  last, _ = parts.extend(model, weights, text[:, -1:], together, pos[:, -1:], kv)
+  ours = jnp.concatenate([ours, last], 1)
+  for row, plan in enumerate(own):
+    z = forward(model, weights, jnp.pad(text, ((0, T - 2), (0, 0))), plan).z[row]
+    close(ours[row], parts.logits(model, weights, z), ROWS[name].tolerance, f'row {row}')
 
 
 def test_a_cache_serves_a_plan_whose_skipped_rows_are_not_the_last():
