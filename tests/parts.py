@@ -17,6 +17,7 @@ from loopformer import loop, plans
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, Sandwich,
                                SelfAttention, Stack, UnitNorm, ValueEmbed, gelu_tanh, squared_relu)
+from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
@@ -25,6 +26,7 @@ from loopformer.config import unshared
 from loopformer.embed import Head, TokenEmbed, Tokens
 from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
+from loopformer.peri_normed import PeriNormed
 from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Noise, Zeros
 from loopformer.types import Ctx, Draw
@@ -115,6 +117,9 @@ ROWS = {
                   timed=False),
     'huginn': Row(looped(recur(Concat(), core=Stack(sandwich(), N), norm=RMSNorm()), read_in=nowhere(),
                          start=Noise(std=0.6), prelude=Stack(sandwich(), 1), coda=Stack(sandwich(), 1)), timed=False),
+    'ouro': Row(looped(Halting(Stack(PeriNormed(attn=SelfAttention(heads=2, position=Rotary()),
+                                                mlp=GatedMLP(hidden=24)), N)), read_in=nowhere(),
+                       read_out=Head(outputs=V, norm=Identity())), timed=False),
 }
 assert T % 3, 'the row blocks_of_3 is there for a last block that is not full'
 all_rows = sorted(ROWS)

@@ -20,16 +20,18 @@ CONFIGS = Path(__file__).parent.parent / 'experiments/configs'
 ARGUMENTS = {
     'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in paper.SIZES for kind in paper.KINDS
                    for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')],
-    'algoformer': ['cpu', 'cpu,kind=looped', 'cpu,kind=stacked', 'large'],
+    'algoformer': ['cpu', 'cpu,kind=looped', 'cpu,kind=stacked', 'large', 'cpu,task=autoregression', 'cpu,task=chain'],
     'huginn': ['cpu', 'small', 'paper', 'cpu,ramp=100'],
     'intra_layer': ['cpu,map=4211', 'small', 'large', 'cpu,block=2,inject=1', 'cpu,position=alibi', 'cpu,position=ape'],
-    'latent_thoughts': ['p_hop', 'addition', 'igsm', 'assignment', 'p_hop,kind=middle', 'p_hop,size=paper,loops=6',
-                        'p_hop,layers=4,loops=1,cosine=10,period=2'],
+    'latent_thoughts': ['p_hop', 'addition', 'igsm', 'assignment', 'edit_distance', 'lcs', 'markov',
+                        'p_hop,kind=middle', 'p_hop,size=paper,loops=6', 'p_hop,layers=4,loops=1,cosine=10,period=2'],
     'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
-    'linear_icl': [''],
-    'looped_icl': ['cpu', 'paper,function=sparse', 'cpu,kind=stacked,layers=4'],
-    'parcae': ['cpu', 'cpu,inject=concat', '140m', '1300m', '140m,kind=transformer'],
-    'shift': ['p_hop', 'text,first=0'],
+    'linear_icl': ['', 'predict=weights'],
+    'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],
+    'ouro': ['tiny', 'pointers', 'pointers,gate=prospective', 'mano', 'multi_hop', '1.4b', '2.6b'],
+    'parcae': ['cpu', 'cpu,inject=concat', 'cpu,ramp=100', '140m', '1300m', '140m,kind=transformer', '350m',
+               '350m,kind=rdm'],
+    'shift': ['p_hop', 'text,first=0', 'markov,moments=reset,rewarm=100'],
     'timestep': ['cpu', 'cpu,kind=lt', 'cpu,kind=table', 'ed60', 'lm'],
 }
 VARIANTS = [(file, argument) for file, arguments in ARGUMENTS.items() for argument in arguments]
@@ -107,9 +109,13 @@ def test_parameter_count_of_the_published_sizes(kind, layers):
 @pytest.mark.parametrize('argument, expected', [
     ('140m', 144_323_136), ('370m', 388_003_328), ('770m', 776_655_680), ('1300m', 1_338_591_744),
     ('140m,kind=transformer', 143_141_184), ('370m,kind=transformer', 385_903_104),
-    ('770m,kind=transformer', 773_375_040), ('1300m,kind=transformer', 1_333_868_544)])
+    ('770m,kind=transformer', 773_375_040), ('1300m,kind=transformer', 1_333_868_544),
+    ('100m,kind=rdm', 114_242_560), ('350m,kind=rdm', 382_765_056), ('350m', 378_558_464)])
 def test_parameter_count_of_parcae(argument, expected):
-  """The paper's table, to the unit (sheet, section 2)."""
+  """The paper's tables, to the unit: of its Transformer setup, and of the one with recurrent depth models (section 2).
+
+  For Parcae at 100M it prints the other's number.
+  """
   assert parameter_count(config_of('parcae', argument).model) == expected
 
 

@@ -1,5 +1,5 @@
 """Weights of official repositories, in and out: of LoopFormer (PyTorch, armenjeddi/loopformer) and its three sister
-models, whose tables are here; of Parcae and Huginn, whose tables are in files of their own.
+models, whose tables are here; of Parcae, Huginn and Ouro, whose tables are in files of their own.
 
 Letters of the layouts (see table.py):
 
@@ -25,6 +25,7 @@ from loopformer.cells.timed import Timed
 from loopformer.condition import FEATURES, LoopIndex, Modulation, Trajectory
 from loopformer.convert import files, table
 from loopformer.convert.huginn import Huginn
+from loopformer.convert.ouro import Ouro
 from loopformer.convert.parcae import Parcae
 from loopformer.convert.table import EMBEDDING, HEAD, Entry, Row, row
 from loopformer.embed import TokenEmbed
@@ -147,6 +148,7 @@ KINDS = {
     'tmlt': Kind(cell=_loop_index, norm=UnitNorm(), rows=ENDS + TIME, layer_rows=MATRICES + MODULATION),
     'parcae': Parcae(),
     'huginn': Huginn(),
+    'ouro': Ouro(),
 }
 
 
@@ -165,13 +167,14 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
   `parcae` and `huginn` start from noise; `model.clone(start=loopformer.starts.Zeros())` is the same without it.
 
   Args:
-    kind: 'loopformer', 'base', 'base_loop', 'tmlt', 'parcae' or 'huginn'.
+    kind: 'loopformer', 'base', 'base_loop', 'tmlt', 'parcae', 'huginn' or 'ouro'.
     source: a .safetensors (extra `hf`), .npz, .pt or .pth (extra `peer`) file, or a dict of NumPy arrays or tensors.
     heads: attention heads, which no shape of LoopFormer's shows; may be left out where a checkpoint tells them
-      (`model_args`), and for parcae and huginn.
-    loops: the most loops that it was trained for; 8 for the looped kinds, 1 for base, 32 (the mean) for huginn.
-    length: the longest sequence that it is meant for, of parcae and huginn; that of the checkpoint's rotary table, or
-      else the published one (2048, 4096).
+      (`model_args`), and for parcae, huginn and, if they are of width 128 as published, ouro.
+    loops: the most loops that it was trained for; 8 for the looped kinds, 1 for base, 32 (the mean) for huginn, 4 for
+      ouro.
+    length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of the checkpoint's rotary
+      table, or else the published one (2048, 4096, 65,536).
     dtype: of the matrix products, 'float32', 'bfloat16' or 'float16'.
 
   Raises:
@@ -188,7 +191,7 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
   held = files.read(source)
   heads = _heads(heads, held)
   weights, buffers = table.named(held, kind.rename, kind.buffer)
-  arrays = table.tied(weights)
+  arrays = table.tied(weights) if _tied(kind) else weights
   sizes = kind.measure(arrays, buffers, heads, length, where)
   entries = kind.entries(sizes)
   table.compare(table.shapes(entries, sizes)[0], {key: a.shape for key, a in arrays.items()}, where)
@@ -218,10 +221,15 @@ def to_official(kind: str, model: Looped, params: Params) -> dict[str, np.ndarra
   flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep='/').items()}
   table.compare(table.shapes(entries, sizes)[1], {path: leaf.shape for path, leaf in flat.items()}, where)
   state = table.to_theirs(entries, flat, sizes)
-  return state | {HEAD: state[EMBEDDING].copy()}
+  return state | {HEAD: state[EMBEDDING].copy()} if _tied(kind) else state
 
 
-def _kind(kind: str) -> Kind | Parcae | Huginn:
+def _tied(kind: Kind | Parcae | Huginn | Ouro) -> bool:
+  """Whether the head is the embedding, as in all kinds that do not say otherwise."""
+  return getattr(kind, 'tied', True)
+
+
+def _kind(kind: str) -> Kind | Parcae | Huginn | Ouro:
   if kind not in KINDS:
     raise ConfigError(f'kind = {kind!r}: choose one of {", ".join(KINDS)}')
   return KINDS[kind]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer.blocks import unfused_kernel
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
 EPSILON = 1e-12  # added to the squared norm of a tensor: all zeros have cosine 0, and no gradient
@@ -72,15 +73,9 @@ class Cosine:
     return tensors
 
   def _split(self, name, kernel):
-    """The fused projection [N, D, G (H/G queries + key + value) d] in three."""
-    groups = self.kv_heads or self.heads
-    each = self.heads // groups
-    width, outputs = kernel.shape[-2:]
-    if self.heads % groups or width % self.heads or outputs * self.heads != width * groups * (each + 2):
-      raise ConfigError(f'heads = {self.heads}, kv_heads = {self.kv_heads} do not fit {self.stack}.{name}, '
-                        f'{kernel.shape}; give those of the model\'s attention')
-    kernel = kernel.reshape(*kernel.shape[:-1], groups, each + 2, -1)
-    pieces = jnp.split(kernel, [each, each + 1], -2)
+    """The fused projection [N, D, outputs] in three."""
+    given = f'heads = {self.heads}, kv_heads = {self.kv_heads} of {self.stack}.{name}'
+    pieces = unfused_kernel(kernel, self.heads, self.kv_heads or self.heads, given)
     return {name.removesuffix('qkv') + piece: tensor for piece, tensor in zip('qkv', pieces)}
 
 

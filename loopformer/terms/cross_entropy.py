@@ -16,7 +16,7 @@ CHUNK = 512
 def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Array:
   """f32[]: sum of weights * -log softmax(z table^T)[targets], over chunks of tokens.
 
-  Differentiable in z and table alone. The gradient is formed in the forward pass, chunk by chunk: that saves the
+  Differentiable in z, table and weights. The gradient is formed in the forward pass, chunk by chunk: that saves the
   backward pass the product that would recompute the logits, for a buffer of the size of z and one of the table's.
 
   Args:
@@ -31,6 +31,23 @@ def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int =
     return total + jnp.sum(weight_n * (lse_n - _pick(logits_nV, target_n))), None
 
   return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+
+
+def token_nll(z: Array, table: Array, targets: Array, chunk: int = CHUNK) -> Array:
+  """f32[...]: -log softmax(z table^T)[targets] of every token, over chunks of tokens; constants, without gradient.
+
+  Args:
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk: tokens whose logits are held at once.
+  """
+  z, table = jax.lax.stop_gradient((z, table.astype(z.dtype)))
+
+  def nll(row):
+    z_nD, target_n, _ = row
+    logits_nV, lse_n = _logits(z_nD, table)
+    return lse_n - _pick(logits_nV, target_n)
+
+  chunks = _chunks(z, targets, jnp.ones(targets.shape), chunk)
+  return jax.lax.map(nll, chunks).reshape(-1)[:targets.size].reshape(targets.shape)
 
 
 def _chunks(z, targets, weights, chunk):
@@ -63,21 +80,23 @@ def _forward(z, table, targets, weights, chunk):
     total, dtable_VD = carry
     z_nD, target_n, weight_n = row
     logits_nV, lse_n = _logits(z_nD, cast)
-    total += jnp.sum(weight_n * (lse_n - _pick(logits_nV, target_n)))
+    nll_n = lse_n - _pick(logits_nV, target_n)
+    total += jnp.sum(weight_n * nll_n)
     hit_nV = jnp.arange(cast.shape[0]) == target_n[:, None]
     error_nV = ((jnp.exp(logits_nV - lse_n[:, None]) - hit_nV) * weight_n[:, None]).astype(z.dtype)
     dtable_VD += jnp.einsum('nV,nD->VD', error_nV, z_nD, preferred_element_type=jnp.float32)
     dz_nD = jnp.einsum('nV,VD->nD', error_nV, cast, preferred_element_type=jnp.float32).astype(z.dtype)
-    return (total, dtable_VD), dz_nD
+    return (total, dtable_VD), (dz_nD, nll_n)
 
-  (total, dtable), dz = jax.lax.scan(body, (jnp.float32(0), jnp.zeros(table.shape, jnp.float32)), chunks)
+  start = jnp.float32(0), jnp.zeros(table.shape, jnp.float32)
+  (total, dtable), (dz, nll) = jax.lax.scan(body, start, chunks)
   dz = dz.reshape(-1, z.shape[-1])[:targets.size].reshape(z.shape)
-  return total, (dz, dtable.astype(table.dtype))
+  return total, (dz, dtable.astype(table.dtype), nll.reshape(-1)[:targets.size].reshape(targets.shape))
 
 
 def _backward(chunk, saved, g):
-  dz, dtable = saved
-  return (dz * g).astype(dz.dtype), (dtable * g).astype(dtable.dtype), None, None
+  dz, dtable, nll = saved
+  return (dz * g).astype(dz.dtype), (dtable * g).astype(dtable.dtype), None, nll * g
 
 
 nll_sum.defvjp(_forward, _backward)

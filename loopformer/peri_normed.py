@@ -1,0 +1,42 @@
+"""A layer whose branches are normed at both ends (Ouro, section 2; known as Peri-LN)."""
+from __future__ import annotations
+
+from flax import linen as nn
+
+from loopformer.blocks import DTYPES, MLP, GatedMLP, RMSNorm, SelfAttention, check_heads
+from loopformer.types import KV, Array, ConfigError, Ctx
+
+
+class PeriNormed(nn.Module):
+  """x += n2(attn(n1(x))); x += n4(mlp(n3(x))); `norm` is cloned four times.
+
+  The sum is not normed: over a loop the state would grow, were it not for the norm at the end of Ouro's step.
+  """
+  attn: SelfAttention
+  mlp: MLP | GatedMLP
+  norm: nn.Module = RMSNorm(1e-6)
+  dtype: str = 'float32'
+  layers = 1
+
+  def setup(self):
+    self.n1, self.n2, self.n3, self.n4 = (self.norm.clone(parent=None) for _ in range(4))
+
+  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:
+    """x [B, T, D] -> (x, kv)."""
+    branch, kv = self.attn(self.n1(x).astype(self.dtype), ctx, kv, layer)
+    x = x + self.n2(branch).astype(x.dtype)
+    return x + self.n4(self.mlp(self.n3(x).astype(self.dtype))).astype(x.dtype), kv
+
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
+    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
+    if self.dtype not in DTYPES:
+      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return self.attn.groups or self.attn.heads, width // self.attn.heads
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token and layer, forward."""
+    return self.attn.flops(width, length) + self.mlp.flops(width)

@@ -1,0 +1,134 @@
+"""Learning when to leave a loop: the expected cross-entropy over exit steps, and a gate taught by what steps gained.
+
+After every step t of K a token leaves with probability lambda_t = sigmoid(a_t), a_t the gate's logit; so it leaves
+
+    after step t < K    with p_t = lambda_t S_(t-1),  S_t = (1 - lambda_1) .. (1 - lambda_t)
+    after step K        with p_K = S_(K-1), all that is left: lambda_K has no part in it
+
+All of it is computed as logarithms. See Ouro (2510.25741), sections 2 and 3; PonderNet has the same p.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.cells.halting import GATE, halt_logits
+from loopformer.terms.cross_entropy import CHUNK, nll_sum, token_nll
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+
+SLACK = 1e-6  # for sums of logarithms, as in exits.Cumulative
+
+
+def log_survival(halt: Array) -> Array:
+  """log S_0 .. log S_(K-1) of the gate's logits f32[K, ...]: the same shape."""
+  return jnp.concatenate([jnp.zeros_like(halt[:1]), jnp.cumsum(jax.nn.log_sigmoid(-halt[:-1]), 0)])
+
+
+def log_exit(halt: Array) -> Array:
+  """log p_1 .. log p_K of the gate's logits f32[K, ...]: the same shape."""
+  leave = jnp.concatenate([jax.nn.log_sigmoid(halt[:-1]), jnp.zeros_like(halt[:1])])
+  return log_survival(halt) + leave
+
+
+def exit_step(halt: Array, threshold: float) -> Array:
+  """i32[...]: the first step t in 1..K by which a token has left with probability `threshold` or more (section 4).
+
+  halt: f32[K, ...], of steps that were all run. K where no step before it is such; 1 for a threshold of 0.
+  """
+  left = log_survival(halt)[1:] <= jnp.log1p(-jnp.float32(threshold)) + SLACK
+  return 1 + jnp.concatenate([left, jnp.ones_like(left, shape=halt[:1].shape)]).argmax(0)
+
+
+@part
+class Expected:
+  """sum_t p_t CE_t - beta H(p), a mean over tokens by their weights: Ouro's stage I (section 3).
+
+  H, the entropy of p in nats, is what keeps p off one step; but for a constant it is the distance to the uniform law.
+  The gradient goes to gate and model. The rollout keeps every state, and all of its steps run.
+  """
+  roll: str
+  beta: float = 0.05
+  chunk: int = CHUNK
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll,)
+
+  def weight(self, batch: Batch) -> Array:
+    return batch['weights'].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    trace = _whole(rolls, self.roll)
+    log_p_KBT = log_exit(trace.aux['halt'])
+    p_KBT = jnp.exp(log_p_KBT)
+    targets_KBT = jnp.broadcast_to(batch['targets'], p_KBT.shape)
+    loss = nll_sum(readout.read(trace.xs), readout.table, targets_KBT, p_KBT * batch['weights'], self.chunk)
+    return loss + self.beta * jnp.sum(p_KBT * log_p_KBT * batch['weights'])
+
+
+@part
+class Retrospective:
+  """lambda_t is taught by what step t has just brought, as the paper prints it; lambda_1 learns nothing, and lambda_K,
+  which p ignores, does."""
+
+  def taught(self, halt: Array) -> Array:
+    """The logits [K, ...] of those that learn, [K - 1, ...]."""
+    return halt[1:]
+
+
+@part
+class Prospective:
+  """lambda_t is taught by what step t + 1 would bring, which is what a token that may leave has to know."""
+
+  def taught(self, halt: Array) -> Array:
+    """The logits [K, ...] of those that learn, [K - 1, ...]."""
+    return halt[:-1]
+
+
+@part
+class Improvement:
+  """The gate learns whether a step pays, the model nothing: Ouro's stage II (section 3).
+
+  Of the gain I_t = max(0, CE_(t-1) - CE_t) of steps t = 2..K, w_t = sigmoid(slope (I_t - least)) says whether to go on;
+  the loss is -sum_t [w_t log(1 - lambda) + (1 - w_t) log lambda] / K, a mean over tokens by their weights.
+
+  States and losses get no gradient, nor does any parameter but those of the gate, `params['cell']['gate']`.
+
+  alignment: which lambda is taught by which gain. gate: the cell's.
+  """
+  roll: str
+  alignment: Retrospective | Prospective = Retrospective()
+  slope: float = 50.0
+  least: float = 0.005
+  gate: Any = GATE
+  chunk: int = CHUNK
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll,)
+
+  def weight(self, batch: Batch) -> Array:
+    return batch['weights'].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    xs_KBTD = jax.lax.stop_gradient(_whole(rolls, self.roll).xs)
+    targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
+    ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk)
+    goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
+    gate = self.gate.clone(parent=None).bind({'params': params['cell']['gate']})
+    halt = self.alignment.taught(halt_logits(gate, xs_KBTD))
+    loss = -goes_on * jax.nn.log_sigmoid(-halt) - (1 - goes_on) * jax.nn.log_sigmoid(halt)
+    return jnp.sum(loss * batch['weights']) / len(xs_KBTD)
+
+
+def _whole(rolls, name) -> Trace:
+  """The rollout, of which every state and every lambda is needed."""
+  trace = rolls[name]
+  if 'halt' not in trace.aux:
+    raise ConfigError(f'objective: the rollout {name!r} has no gate to learn; use a cell with one (cells/halting.py)')
+  if trace.xs is None or trace.plan.live is not None or trace.plan.free is not None:
+    raise ConfigError(f'objective: the rollout {name!r} must run and keep every step; use plans.Uniform and '
+                      'keep=loop.Every()')
+  return trace
