@@ -201,12 +201,10 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, KV | None]:
     batch, length, width = x.shape
-    groups = self.groups or self.heads
-    check_heads(self.heads, groups, width)
-    head, each = width // self.heads, self.heads // groups
-    qkv = Linear(groups * (each + 2) * head, self.std, init=self.init, name='qkv')(x)
-    qkv = qkv.reshape(batch, length, groups, each + 2, head)
-    q, k, v = jnp.split(qkv, [each, each + 1], 3)  # whose transpose is one concatenation
+    check_attention(self, width, '')
+    groups, head = heads_of(self, width)
+    qkv = Linear((self.heads + 2 * groups) * head, self.std, init=self.init, name='qkv')(x)
+    q, k, v = unfused(qkv, self.heads, groups)
     q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
     q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
     if self.position is not None:
@@ -247,6 +245,41 @@ def check_heads(heads: int, groups: int, width: int, where: str = ''):
     raise ConfigError(f'{where}heads = {heads} does not divide the width {width}; choose a divisor of the width')
   if groups < 1 or heads % groups:
     raise ConfigError(f'{where}groups = {groups} does not divide heads = {heads}; choose a divisor of the heads')
+
+
+def heads_of(attn: nn.Module, width: int) -> tuple[int, int]:
+  """(G, d): heads of keys and values, and their width."""
+  return attn.groups or attn.heads, width // attn.heads
+
+
+def check_attention(attn: nn.Module, width: int, where: str):
+  """Raises ConfigError where heads do not divide the width, or groups the heads, or positions do not suit the heads."""
+  check_heads(attn.heads, attn.groups or attn.heads, width, where)
+  if attn.position is not None:
+    attn.position.check(attn.heads, width, where)
+
+
+def unfused(qkv: Array, heads: int, groups: int) -> tuple[Array, Array, Array]:
+  """Queries, keys and values of a fused projection, [..., G (H/G queries + key + value) d], in three.
+
+  Returns:
+    q [..., G, H/G, d], k and v [..., G, 1, d]; the transpose of it is one concatenation.
+  """
+  each = heads // groups
+  q, k, v = jnp.split(qkv.reshape(*qkv.shape[:-1], groups, each + 2, -1), [each, each + 1], -2)
+  return q, k, v
+
+
+def unfused_kernel(kernel: Array, heads: int, groups: int, given: str) -> tuple[Array, Array, Array]:
+  """The kernel [..., D, outputs] of a fused projection in three, as `unfused`.
+
+  Raises:
+    ConfigError: it is not that of attention with so many heads and groups, which the message calls `given`.
+  """
+  width, outputs = kernel.shape[-2:]
+  if heads % groups or width % heads or outputs * heads != width * (heads + 2 * groups):
+    raise ConfigError(f'{given} do not fit the projection {kernel.shape}; give those of the model\'s attention')
+  return unfused(kernel, heads, groups)
 
 
 class MLP(nn.Module):
@@ -301,6 +334,18 @@ class Halves:
     return jax.random.normal(key, shape, dtype) * jnp.where(jnp.arange(shape[-1]) < half, self.first, self.second)
 
 
+def check_layer(layer: nn.Module, width: int, where: str):
+  """Raises ConfigError where a layer's attention does not fit the width, or its dtype is none that we know."""
+  check_attention(layer.attn, width, where)
+  if layer.dtype not in DTYPES:
+    raise ConfigError(f'{where}block.dtype = {layer.dtype!r}; use one of {", ".join(DTYPES)}')
+
+
+def layer_flops(layer: nn.Module, width: int, length: int) -> float:
+  """Floating-point operations a token, forward, of a layer of attention and MLP."""
+  return layer.attn.flops(width, length) + layer.mlp.flops(width)
+
+
 class Block(nn.Module):
   """One pre-norm transformer layer; `norm` is cloned for both branches."""
   attn: SelfAttention
@@ -308,6 +353,7 @@ class Block(nn.Module):
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
   layers = 1
+  modulated = True  # takes gates and scales
 
   def setup(self):
     self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
@@ -325,18 +371,16 @@ class Block(nn.Module):
     return (x if scale is None else x * (1 + scale).astype(x.dtype)).astype(self.dtype)
 
   def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
-    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
-    if self.dtype not in DTYPES:
-      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
+    check_layer(self, width, where)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
-    return self.attn.groups or self.attn.heads, width // self.attn.heads
+    return heads_of(self.attn, width)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token and layer, forward."""
-    return self.attn.flops(width, length) + self.mlp.flops(width)
+    return layer_flops(self, width, length)
 
 
 class Sandwich(nn.Module):
@@ -349,6 +393,7 @@ class Sandwich(nn.Module):
   norm: nn.Module = RMSNorm(1e-6)
   dtype: str = 'float32'
   layers = 1
+  modulated = False
 
   def setup(self):
     self.n1, self.n2, self.n3, self.n4 = (self.norm.clone(parent=None) for _ in range(4))
@@ -360,23 +405,22 @@ class Sandwich(nn.Module):
     return self.n4(x + self.mlp(self.n3(x).astype(self.dtype)).astype(x.dtype)), kv
 
   def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
-    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
-    if self.dtype not in DTYPES:
-      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
+    check_layer(self, width, where)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
-    return self.attn.groups or self.attn.heads, width // self.attn.heads
+    return heads_of(self.attn, width)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token and layer, forward."""
-    return self.attn.flops(width, length) + self.mlp.flops(width)
+    return layer_flops(self, width, length)
 
 
 class Chain(nn.Module):
   """Unlike layers in a row, as one block: a stack of chains alternates between them."""
   blocks: tuple[nn.Module, ...]
+  modulated = False  # a cell makes one set of gates and scales for each of a stack's blocks, not for the layers in them
 
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D] -> (x, kv)."""

@@ -1,6 +1,6 @@
-"""Tokenizers, text <-> ids: bytes, or sentencepiece pieces trained on the corpus or given as a file.
+"""Tokenizers, text <-> ids: bytes, sentencepiece pieces trained on the corpus or given as a file, or a tokenizer.json.
 
-sentencepiece is imported only where a piece tokenizer is used, so bytes work without it.
+sentencepiece and tokenizers are imported only where a tokenizer of theirs is used, so bytes work without them.
 """
 
 import abc
@@ -17,10 +17,12 @@ import numpy as np
 
 FILE = 'tokenizer.json'
 MODEL = 'tokenizer.model'
+JSON = 'hugging_face.json'
 META = '\u2581'  # how sentencepiece writes a space inside a piece
 BLOCK = 1_000_000  # characters encoded in one call: longer documents are cut at newlines
 LINE = 16_384  # characters of a training sentence: longer lines are cut
-BUILT_IN = ('bytes', 'pieces')
+BUILT_IN = ('bytes', 'pieces', 'json')
+END = '<|endoftext|>'  # what the end of a document is called where it must have a name
 
 
 class Tokenizer(abc.ABC):
@@ -53,6 +55,10 @@ class Tokenizer(abc.ABC):
   def save(self, folder: str | os.PathLike) -> None:
     """Writes what `load_tokenizer` reads."""
 
+  def hugging_face(self) -> str | None:
+    """The same as a tokenizer.json of Hugging Face's `tokenizers`, its text; None where there is no such file."""
+    return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteTokenizer(Tokenizer):
@@ -81,6 +87,10 @@ class ByteTokenizer(Tokenizer):
 
   def save(self, folder):
     _write(folder, {'kind': 'bytes', 'fingerprint': self.fingerprint()})
+
+  def hugging_face(self):
+    """As it is, save that a text which spells `END` out has the end of the document there."""
+    return _json(_byte_level(False), {byte: i for i, byte in enumerate(ALPHABET)}, [], [_added(self.eos, END, True)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +164,109 @@ class PieceTokenizer(Tokenizer):
     _write(folder, {'kind': 'pieces', 'fingerprint': self.fingerprint()})
     with open(os.path.join(folder, MODEL), 'wb') as f:
       f.write(self.model)
+
+  def hugging_face(self):
+    """As it is for BPE that leaves texts as they are, such as that of `TrainedPieces`; None for other models.
+
+    Names of special ids are read as these ids. Of two ways to put one piece together that overlap, sentencepiece takes
+    the left one, `tokenizers` that of the older pieces.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)
+    changes = proto.normalizer_spec
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE or not proto.trainer_spec.byte_fallback or (
+        changes.precompiled_charsmap or changes.add_dummy_prefix or changes.remove_extra_whitespaces):
+      return None
+    p = self._processor
+    ids = {p.id_to_piece(i): i for i in range(self.vocab_size)}
+    given = {i for i, piece in enumerate(proto.pieces) if piece.type == piece.USER_DEFINED}
+    merges = [(-p.get_score(i), ids[piece[:cut]], ids[piece[cut:]], (piece[:cut], piece[cut:]))
+              for piece, i in ids.items() if not self._special[i] and not p.is_byte(i) and i not in given
+              for cut in range(1, len(piece)) if piece[:cut] in ids and piece[cut:] in ids]
+    added = [_added(i, p.id_to_piece(i), True) for i in np.flatnonzero(self._special).tolist()]
+    added += [_added(i, p.id_to_piece(i).replace(META, ' '), False) for i in sorted(given)]
+    spaces = {
+      'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': META},
+      'pre_tokenizer': None,
+      'decoder': {'type': 'Sequence', 'decoders': [
+        {'type': 'Replace', 'pattern': {'String': META}, 'content': ' '}, {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+    }
+    return _json(spaces, ids, [pair for *_, pair in sorted(merges)], added, unk_token=p.id_to_piece(p.unk_id()),
+                 byte_fallback=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonTokenizer(Tokenizer):
+  """A tokenizer.json, held as its text, that the package `tokenizers` (extra `hf`) reads; `eos` is an id of it.
+
+  Special tokens that are spelt out in a text are read as such. What a post-processor would add (a begin of text) is
+  not added. ImportError where `tokenizers` is not installed, when the first text is encoded or decoded.
+  """
+
+  text: str = dataclasses.field(repr=False)
+  eos: int
+
+  def __post_init__(self):
+    if not 0 <= self.eos < self.vocab_size:
+      raise ValueError(f'JsonTokenizer.eos={self.eos} is none of the ids 0 .. {self.vocab_size - 1}')
+
+  @functools.cached_property
+  def _tokenizer(self):
+    try:
+      from tokenizers import Tokenizer as HuggingFace
+    except ImportError as e:
+      raise ImportError("reading a tokenizer.json needs the package tokenizers: install the extra 'hf'") from e
+
+    return HuggingFace.from_str(self.text)
+
+  @functools.cached_property
+  def _table(self) -> tuple[dict[int, str], dict[int, bool]]:
+    """The pieces of the model by id, and the added tokens: whether they are special."""
+    saved = json.loads(self.text)
+    vocab = saved['model']['vocab']
+    ids = {i: piece for piece, i in vocab.items()} if isinstance(vocab, dict) else {
+      i: piece for i, (piece, _) in enumerate(vocab)}
+    added = {token['id']: token for token in saved.get('added_tokens') or ()}
+    return ids | {i: t['content'] for i, t in added.items()}, {i: t['special'] for i, t in added.items()}
+
+  @property
+  def vocab_size(self):
+    return max(self._table[0]) + 1
+
+  def encode(self, text):
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts):
+    texts = [text.encode('utf-8', 'replace').decode('utf-8') for text in texts]
+    return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+  def decode(self, ids):
+    return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
+
+  def byte_lengths(self):
+    pieces, added = self._table
+    bytewise = '"ByteLevel"' in json.dumps(json.loads(self.text)['decoder'])
+    lengths = np.zeros(self.vocab_size, np.int32)
+    for i, piece in pieces.items():
+      if i in added:
+        lengths[i] = 0 if added[i] else len(piece.encode())
+      elif bytewise:
+        lengths[i] = len(piece)
+      else:
+        lengths[i] = 1 if _is_byte(piece) else len(piece.replace(META, ' ').encode())
+    return lengths
+
+  def fingerprint(self):
+    return hashlib.sha256(f'json, eos {self.eos}: {self.text}'.encode()).hexdigest()
+
+  def save(self, folder):
+    _write(folder, {'kind': 'json', 'eos': self.eos, 'fingerprint': self.fingerprint()})
+    with open(os.path.join(folder, JSON), 'w', encoding='utf-8') as f:
+      f.write(self.text)
+
+  def hugging_face(self):
+    return self.text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +357,42 @@ class GivenPieces:
       return f.read()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GivenJson:
+  """Part: a tokenizer.json, and the name of the token that ends a document; FileNotFoundError or ValueError if absent.
+  """
+
+  path: str
+  eos: str
+
+  def build(self, texts: Iterable[str]) -> Tokenizer:
+    del texts
+    return JsonTokenizer(text=self._read(), eos=id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
+
+  def sources(self) -> list[tuple[str, int, str]]:
+    """(path, size, sha256) of the file: prepared data is stale once it changes."""
+    data = self._read().encode()
+    return [(self.path, len(data), hashlib.sha256(data).hexdigest())]
+
+  def _read(self) -> str:
+    if not os.path.isfile(self.path):
+      raise FileNotFoundError(f'GivenJson.path={self.path!r}: no such file; give the path of a tokenizer.json')
+    with open(self.path, encoding='utf-8') as f:
+      return f.read()
+
+
+def id_of(text: str, token: str, where: str) -> int:
+  """The id of a token of a tokenizer.json; ValueError, beginning with `where`, if there is none of that name."""
+  saved = json.loads(text)
+  added = {t['content']: t['id'] for t in saved.get('added_tokens') or ()}
+  vocab = saved['model']['vocab']
+  i = added.get(token, vocab.get(token) if isinstance(vocab, dict) else None)
+  if i is None:
+    names = ', '.join(map(repr, added)) or 'none'
+    raise ValueError(f'{where}: it has no token {token!r}; its added tokens are {names}')
+  return i
+
+
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   """The tokenizer saved in a folder; FileNotFoundError or ValueError naming the file that is absent or damaged."""
   path = os.path.join(folder, FILE)
@@ -256,6 +405,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   tokenizer: Tokenizer
   if saved['kind'] == 'bytes':
     tokenizer = ByteTokenizer()
+  elif saved['kind'] == 'json':
+    with open(os.path.join(folder, JSON), encoding='utf-8') as f:
+      tokenizer = JsonTokenizer(text=f.read(), eos=saved['eos'])
   else:
     tokenizer = GivenPieces(path=os.path.join(folder, MODEL)).build(())
   if tokenizer.fingerprint() != saved.get('fingerprint'):
@@ -278,6 +430,54 @@ def _checked(ids, size: int) -> list[int]:
     if not 0 <= i < size:
       raise ValueError(f"id {i} is outside the tokenizer's vocab_size={size}")
   return ids
+
+
+def _byte_alphabet() -> tuple[str, ...]:
+  """The characters by which byte-level vocabularies write the bytes 0 .. 255, GPT-2's: printable ones as they are."""
+  printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return tuple(chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256))
+
+
+ALPHABET = _byte_alphabet()
+
+
+def _is_byte(piece: str) -> bool:
+  return len(piece) == 6 and piece.startswith('<0x') and piece.endswith('>')
+
+
+def _byte_level(words: bool, *first: dict) -> dict:
+  """Steps of a tokenizer.json that works on bytes; after the steps `first`, and within GPT-2's words or not."""
+  level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+  steps = [*first, level | {'use_regex': words}]
+  return {'normalizer': None, 'decoder': level | {'use_regex': True},
+          'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps} if first else steps[0]}
+
+
+def _added(i: int, content: str, special: bool) -> dict:
+  return {'id': i, 'content': content, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+          'special': special}
+
+
+def _json(steps: dict, vocab: dict[str, int], merges: list, added: list[dict], **model) -> str:
+  """A tokenizer.json of byte-pair encoding."""
+  bpe = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+         'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
+         'vocab': vocab, 'merges': [list(pair) for pair in merges], **model}
+  return json.dumps({'version': '1.0', 'truncation': None, 'padding': None,
+                     'added_tokens': sorted(added, key=lambda token: token['id']), **steps, 'post_processor': None,
+                     'model': bpe}, ensure_ascii=False, indent=1)
+
+
+def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], digits: bool) -> str:
+  """The tokenizer.json of a byte-level vocabulary as GPT-2's, in which digits stand alone or not.
+
+  vocab: pieces by id; merges: pairs, oldest first; added: ids that are found in texts as they are spelt, and whether
+  they are special.
+  """
+  first = ({'type': 'Digits', 'individual_digits': True},) if digits else ()
+  return _json(_byte_level(True, *first), {piece: i for i, piece in enumerate(vocab)}, list(merges),
+               [_added(i, vocab[i], special) for i, special in added.items()])
 
 
 def _sample(texts: Iterable[str], limit: int) -> list[str]:

@@ -2,8 +2,13 @@
 
     model, params = loopformer.convert.from_official('loopformer', 'ckpt.pt', heads=32)
     loopformer.logits(model, params, tokens, steps=4)
+
+    model, params, tokenizer = loopformer.convert.from_pretrained('SmolLM2-135M')    # a folder, or a .gguf file
+    loopformer.convert.export(model, params, tokenizer, 'out')                       # for transformers
 """
+from loopformer.convert.export import export
 from loopformer.convert.official import from_official, to_official
+from loopformer.convert.pretrained import from_pretrained
 from loopformer.convert.retrofit import retrofit
 
-__all__ = ['from_official', 'retrofit', 'to_official']
+__all__ = ['export', 'from_official', 'from_pretrained', 'retrofit', 'to_official']

@@ -26,7 +26,7 @@ import numpy as np
 from loopformer.blocks import GatedMLP, RMSNorm, Sandwich, SelfAttention, Stack, check_heads
 from loopformer.cells.recur import Recur
 from loopformer.convert import table
-from loopformer.convert.parcae import SECTIONS, length_of
+from loopformer.convert.parcae import SECTIONS, counted
 from loopformer.convert.table import EMBEDDING, Entry, Span, row
 from loopformer.embed import Tokens, TwiceNormedHead
 from loopformer.inject import Concat
@@ -57,25 +57,19 @@ class Huginn:
   """The kind 'huginn', with what `from_official` asks of a kind."""
   loops: int = 32
 
-  def rename(self, key: str) -> str:
-    """Keys are as they are."""
-    return key
-
-  def buffer(self, key: str, array: np.ndarray) -> bool:
-    """The rotary table."""
-    return key == 'freqs_cis'
+  rename = staticmethod(table.same_key)
+  buffer = staticmethod(table.rotary_table)
 
   def measure(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray], heads: int | None,
               length: int | None, where: str) -> dict[str, int]:
     """The sizes that the shapes show: biases of queries and keys show the heads."""
     vocab, width = table.measured(arrays, EMBEDDING, '[V, D]', where)
-    counts = {letter: table.layers(arrays, f'transformer.{name}.') for name, _, letter in SECTIONS}
+    counts = counted(arrays)
     _, hidden = table.measured(arrays, 'transformer.prelude.0.mlp.proj.weight', '[D, F]', where)
     shown = table.measured(arrays, 'transformer.prelude.0.attn.qk_bias', '[2, 1, H, d]', where)[2]
-    if heads not in (None, shown):
-      raise ConfigError(f'heads = {heads}: the checkpoint has {shown}; give that, or leave heads out')
+    table.check_shown_heads(heads, shown)
     return _sizes(counts, vocab=vocab, width=width, hidden=hidden, heads=shown,
-                  length=length_of(buffers, length, LENGTH))
+                  length=table.length_of(buffers, length, LENGTH))
 
   def sizes_of(self, model: Looped) -> dict[str, int]:
     """The sizes of a model of the kind."""
@@ -92,7 +86,7 @@ class Huginn:
 
   def entries(self, sizes: Mapping[str, int]) -> list[Entry]:
     """Every weight in its place, the tied head's apart."""
-    return ([Entry(key=r.theirs, path=r.ours, row=r) for r in ENDS] +
+    return (table.placed(ENDS) +
             [Entry(key=f'transformer.{name}.{i}.{r.theirs}', path=f'{path}/block/{r.ours}', row=r, slot=i)
              for name, path, letter in SECTIONS for i in range(sizes[letter]) for r in LAYER])
 

@@ -78,19 +78,14 @@ class Parcae:
   """The kind 'parcae', with what `from_official` asks of a kind."""
   loops: int = 8
 
-  def rename(self, key: str) -> str:
-    """Keys are as they are."""
-    return key
-
-  def buffer(self, key: str, array: np.ndarray) -> bool:
-    """The rotary table."""
-    return key == 'freqs_cis'
+  rename = staticmethod(table.same_key)
+  buffer = staticmethod(table.rotary_table)
 
   def measure(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray], heads: int | None,
               length: int | None, where: str) -> dict[str, int]:
     """The sizes that the shapes show: the gate of the last layer shows the groups, and so the width of a head."""
     vocab, width = table.measured(arrays, EMBEDDING, '[V, D]', where)
-    counts = {letter: table.layers(arrays, f'transformer.{name}.') for name, _, letter in SECTIONS}
+    counts = counted(arrays)
     last = f'transformer.coda.{counts["C"] - 1}.'
     groups, _ = table.measured(arrays, f'{last}attn.ve_gate.weight', '[G, 32]', where)
     key = f'{last}attn.c_k.weight'
@@ -101,10 +96,9 @@ class Parcae:
       raise ConfigError(f'{where}: key {key!r} has shape {list(arrays[key].shape)}, expected [G d, D] with '
                         f'{groups} heads G, whose width d divides the width {width}; '
                         'check that all weights are from one model')
-    if heads not in (None, width // head):
-      raise ConfigError(f'heads = {heads}: the checkpoint has {width // head}; give that, or leave heads out')
+    table.check_shown_heads(heads, width // head)
     return _sizes(counts, vocab=vocab, width=width, hidden=hidden, heads=width // head, groups=groups,
-                  length=length_of(buffers, length, LENGTH))
+                  length=table.length_of(buffers, length, LENGTH))
 
   def sizes_of(self, model: Looped) -> dict[str, int]:
     """The sizes of a model of the kind."""
@@ -118,7 +112,7 @@ class Parcae:
 
   def entries(self, sizes: Mapping[str, int]) -> list[Entry]:
     """Every weight in its place, the tied head's apart."""
-    entries, first = [Entry(key=r.theirs, path=r.ours, row=r) for r in ENDS], 0
+    entries, first = table.placed(ENDS), 0
     for name, path, letter in SECTIONS:
       each = _period(sizes[letter])
       for i in range(sizes[letter]):
@@ -171,7 +165,6 @@ def _valued(layer: int, sizes: Mapping[str, int]) -> bool:
   return (sizes['P'] + sizes['K'] + sizes['C'] - 1 - layer) % 2 == 0
 
 
-def length_of(buffers: Mapping[str, np.ndarray], given: int | None, published: int) -> int:
-  """The longest sequence: as given, or that of the rotary table [1, T, 1, d / 2, 2], or the published one."""
-  tables = [array.shape[1] for array in buffers.values() if array.ndim > 1]
-  return given or (tables + [published])[0]
+def counted(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+  """Layers of each section, by its letter."""
+  return {letter: table.layers(arrays, f'transformer.{name}.') for name, _, letter in SECTIONS}

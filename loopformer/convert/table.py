@@ -93,6 +93,11 @@ class Entry:
     return flat[self.path] if self.slot is None else flat[self.path][self.slot]
 
 
+def placed(rows: Sequence[Row]) -> list[Entry]:
+  """Rows that are not of layers, in their places."""
+  return [Entry(key=r.theirs, path=r.ours, row=r) for r in rows]
+
+
 def shapes(entries: Sequence[Entry], sizes: Sizes) -> tuple[dict[str, Shape], dict[str, Shape]]:
   """({official key: shape}, {path: shape})."""
   theirs, ours, slots = {}, {}, {}
@@ -172,6 +177,28 @@ def layers(arrays: Mapping[str, np.ndarray], stack: str) -> int:
   """How many layers have keys that begin with `stack` and a number; 1 if none does (whose keys will be missed)."""
   numbers = [re.match(re.escape(stack) + r'(\d+)\.', key) for key in arrays]
   return 1 + max((int(number[1]) for number in numbers if number), default=0)
+
+
+def same_key(key: str) -> str:
+  """Keys are as they are: what a kind renames that renames nothing."""
+  return key
+
+
+def rotary_table(key: str, array: np.ndarray) -> bool:
+  """Whether a key is that of the rotary table, the only buffer of recurrent models."""
+  return key == 'freqs_cis'
+
+
+def length_of(buffers: Mapping[str, np.ndarray], given: int | None, published: int) -> int:
+  """The longest sequence: as given, or that of the rotary table [1, T, 1, d / 2, 2], or the published one."""
+  tables = [array.shape[1] for array in buffers.values() if array.ndim > 1]
+  return given or (tables + [published])[0]
+
+
+def check_shown_heads(given: int | None, shown: int):
+  """Raises ConfigError where heads are given that are not those that the checkpoint's shapes show."""
+  if given not in (None, shown):
+    raise ConfigError(f'heads = {given}: the checkpoint has {shown}; give that, or leave heads out')
 
 
 def check_count(name: str, value: Any):

@@ -1,0 +1,92 @@
+"""Models as JSON, for config.json of an export: the parts that modeling_loopformer.py computes, and no others.
+
+What is read may come from anywhere, so that names are looked up in a table, and nothing is imported because a file says
+so.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from loopformer import attention, blocks, condition, inject, loop, memory, starts
+from loopformer import config as configs
+from loopformer.cells.plain import Plain
+from loopformer.cells.recur import Recur
+from loopformer.cells.timed import Timed
+from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
+from loopformer.model import Looped
+from loopformer.normed_attention import NormedAttention
+from loopformer.positions import Rotary
+from loopformer.types import ConfigError
+
+MODEL_TYPE = 'loopformer'
+COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
+            condition.LoopIndex, condition.Modulation, inject.Hold, inject.Add, inject.Concat, inject.Diagonal,
+            starts.Embedded, starts.Zeros, blocks.Stack, blocks.Block, blocks.Sandwich, blocks.Chain,
+            blocks.SelfAttention, NormedAttention, blocks.MLP, blocks.GatedMLP, blocks.Linear, blocks.Identity,
+            blocks.UnitNorm, blocks.RMSNorm, blocks.LayerNorm, Rotary)
+FUNCTIONS = (blocks.gelu, blocks.gelu_tanh, blocks.squared_relu, jax.nn.silu)
+# What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
+BESIDE = (blocks.Normal, blocks.UniformWithin, blocks.Orthogonal, blocks.Halves, attention.Blockwise, attention.Fused,
+          loop.KeepAll, loop.PerStep, loop.PerLayer, memory.PerLoop)
+
+
+def _name(thing: Any) -> str:
+  return f'{thing.__module__.split(".")[0]}.{thing.__name__}'
+
+
+TABLE = {_name(thing): thing for thing in (*COMPUTED, *FUNCTIONS, *BESIDE)}
+
+
+def encode(value: Any, path: str = 'model') -> Any:
+  """A model, or a value in it, as JSON: a part is an object whose `part` is its name, a function `{'function': name}`.
+
+  Raises:
+    ConfigError: a part that the modeling code does not compute.
+  """
+  kind = type(value)
+  if configs.is_part(value):
+    if TABLE.get(_name(kind)) is not kind:
+      raise ConfigError(f'{path} = {kind.__name__}: it cannot be exported, because modeling_loopformer.py does not '
+                        f'compute {kind.__name__}; it computes {", ".join(part.__name__ for part in COMPUTED)}')
+    return {'part': _name(kind),
+            **{name: encode(field, f'{path}.{name}') for name, field in configs.fields(value).items()}}
+  if isinstance(value, (tuple, list)):
+    return [encode(item, f'{path}.{i}') for i, item in enumerate(value)]
+  if callable(value):
+    if value not in FUNCTIONS:
+      raise ConfigError(f'{path} = {value}: it cannot be exported, because modeling_loopformer.py does not compute it; '
+                        f'it computes {", ".join(function.__name__ for function in FUNCTIONS)}')
+    return {'function': _name(value)}
+  return value
+
+
+def decode(config: Mapping[str, Any], where: Any) -> Looped:
+  """The model of a config.json that `encode` had a part in.
+
+  Raises:
+    ConfigError: no description, a part that is not known, or fields that are not its own.
+  """
+  if 'description' not in config:
+    raise ConfigError(f'{where}: description is missing; export the model again')
+  return _decode(config['description'], where)
+
+
+def _decode(value: Any, where: Any) -> Any:
+  if isinstance(value, list):
+    return tuple(_decode(item, where) for item in value)
+  if not isinstance(value, dict):
+    return value
+  name = value.get('part', value.get('function'))
+  if name not in TABLE:
+    raise ConfigError(f'{where}: description names {name!r}, which this version does not know; use the version of '
+                      'loopformer that wrote it')
+  if 'function' in value:
+    return TABLE[name]
+  try:
+    return TABLE[name](**{field: _decode(inner, where) for field, inner in value.items() if field != 'part'})
+  except TypeError as error:
+    raise ConfigError(f'{where}: description of {name}: {error}; use the version of loopformer that wrote it'
+                      ) from error

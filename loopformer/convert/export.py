@@ -1,0 +1,185 @@
+"""Models as Hugging Face folders: config.json, safetensors, tokenizer, and the code that computes them where needed.
+
+    loopformer.convert.export(model, params, tokenizer, 'out')
+    transformers.AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)
+
+A loop whose steps are all alike, of the layers that Llama has, is a Llama of N * L layers and is written as one; so is
+its relative with norms or biases (Qwen). Other models are written under our own names, with `modeling_loopformer.py`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+import uuid
+
+from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
+
+import loopformer
+from loopformer.blocks import DTYPES
+from loopformer.convert import description, llama, table, tensors
+from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from loopformer.model import Looped, init_params
+from loopformer.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
+from loopformer.types import ConfigError, Params, part
+
+MODELING = 'modeling_loopformer.py'
+GENERATION = 'generation_config.json'
+WRITTEN = (CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, MODEL, MODELING, tensors.INDEX)
+WRITER = 'loopformer_version'  # a field of config.json by which an export is known
+KINDS = {ByteTokenizer: 'bytes', PieceTokenizer: 'pieces'}
+
+
+@part
+class Exported:
+  """What was written. model_type: that of config.json; reason: why it is not a decoder that transformers knows, empty
+  where it is; tokenizer: whether there is one beside it."""
+  model_type: str
+  reason: str
+  tokenizer: bool
+
+
+def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: str = 'float32',
+           shard_bytes: int = 5_000_000_000) -> Exported:
+  """Writes a model so that transformers, and `from_pretrained`, load it.
+
+  The folder appears when all is written, and an earlier export in it is replaced only then. Tensors are made and
+  written one at a time. The loop of a decoder is unrolled `model.loops` times; `model.clone(loops=...)` for others.
+
+  Args:
+    model, params: as `loopformer.load` gives them.
+    tokenizer: None for none; one that has no counterpart there is left out.
+    folder: a new one, an empty one, or an earlier export.
+    dtype: of the tensors, 'float32' or 'bfloat16'.
+    shard_bytes: the most bytes of a file, if it holds more than one tensor.
+
+  Raises:
+    ConfigError: a part that cannot be exported, parameters that are not the model's, a bad argument, or a folder with
+      other files in it.
+  """
+  folder = Path(folder).absolute()
+  if dtype not in DTYPES:
+    raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
+  table.check_count('shard_bytes', shard_bytes)
+  flat = flatten_dict(params, sep='/')
+  expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  tensors.compare({path: leaf.shape for path, leaf in expected.items()},
+                  {path: leaf.shape for path, leaf in flat.items()}, 'params')
+  decoder, reason = llama.decoder_of(model)
+  if decoder is None:
+    config = _own_config(model, {path.replace('/', '.'): list(leaf.shape) for path, leaf in expected.items()})
+    held = {path.replace('/', '.'): (leaf.shape, _reader(leaf)) for path, leaf in flat.items()}
+  else:
+    config, held = _decoder_config_and_tensors(model, decoder, flat)
+  config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None,
+             'eos_token_id': None if tokenizer is None else tokenizer.eos, WRITER: loopformer.__version__}
+  files = {} if tokenizer is None else _tokenizer_files(tokenizer, model.read_in.length)
+  generation = {name: config[name] for name in ('bos_token_id', 'pad_token_id', 'eos_token_id')}
+  files[GENERATION] = generation if decoder else generation | {'use_cache': False}
+  if decoder is None:
+    files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
+  check_target(folder)
+  _replace(folder, lambda temporary: _write(temporary, config, held, files, dtype, shard_bytes))
+  return Exported(model_type=config['model_type'], reason=reason, tokenizer=TOKENIZER in files)
+
+
+def _own_config(model, shapes) -> dict[str, Any]:
+  module, architecture = MODELING.removesuffix('.py'), 'LoopformerForCausalLM'
+  return {
+      'architectures': [architecture], 'model_type': description.MODEL_TYPE,
+      'auto_map': {'AutoConfig': f'{module}.LoopformerConfig', 'AutoModelForCausalLM': f'{module}.{architecture}'},
+      'vocab_size': model.read_in.vocab, 'hidden_size': model.read_in.width,
+      'max_position_embeddings': model.read_in.length, 'loops': model.loops, 'tie_word_embeddings': False,
+      'use_cache': False, 'description': description.encode(model), 'shapes': shapes,
+  }
+
+
+def _decoder_config_and_tensors(model, decoder, flat):
+  order = llama.unrolled(model)
+  config = llama.write_config(decoder) | {'num_hidden_layers': len(order)}
+  entries = llama.entries(decoder, order)
+
+  def maker(entry):
+    shape, _ = entry.row.shapes(decoder.sizes)
+
+    def make() -> np.ndarray:
+      array = np.empty(shape, np.float32)
+      target, source = entry.row.views(array, np.asarray(entry.of(flat)), decoder.sizes)
+      target[...] = source
+      return array
+
+    return shape, make
+
+  return config, {entry.key: maker(entry) for entry in entries}
+
+
+def _reader(leaf) -> Callable[[], np.ndarray]:
+  return lambda: np.asarray(leaf)
+
+
+def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+  """File name -> contents, of a tokenizer that transformers' AutoTokenizer loads, where there is one."""
+  text = tokenizer.hugging_face()
+  files = {MODEL: tokenizer.model} if KINDS.get(type(tokenizer)) == 'pieces' else {}
+  if text is None and not files:
+    return {}
+  about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
+           'clean_up_tokenization_spaces': False, description.MODEL_TYPE: KINDS.get(type(tokenizer), 'json')}
+  if text is not None:
+    added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
+    files[TOKENIZER] = text.encode()
+    about['eos_token'] = added[tokenizer.eos]
+  return files | {TOKENIZER_CONFIG: about}
+
+
+def _write(folder: Path, config, held, files, dtype, shard_bytes):
+  tensors.write_folder(folder, held, dtype, shard_bytes)
+  for name, contents in files.items():
+    (folder / name).write_bytes(contents if isinstance(contents, bytes) else _json(contents))
+  (folder / CONFIG).write_bytes(_json(config))
+
+
+def _json(value: Any) -> bytes:
+  return (json.dumps(value, indent=1) + '\n').encode()
+
+
+def check_target(folder: Path):
+  """Raises ConfigError where something lies that an export must not replace."""
+  if not folder.exists():
+    return
+  if not folder.is_dir():
+    raise ConfigError(f'folder = {folder}: it is a file; give another name')
+  names = sorted(path.name for path in folder.iterdir())
+  if not names:
+    return
+  strange = [name for name in names if name not in WRITTEN and not name.endswith('.safetensors')]
+  config = folder / CONFIG
+  if strange or not config.is_file() or WRITER not in json.loads(config.read_text()):
+    raise ConfigError(f'folder = {folder}: it holds {(strange or names)[0]!r} and is no earlier export, which could be '
+                      'replaced; give a new folder')
+
+
+def _replace(folder: Path, write: Callable[[Path], None]):
+  """Writes into a folder beside, which takes the place of `folder` when it is complete."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  beside = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}')
+  old = beside.with_name(f'{beside.name}.old')
+  try:
+    beside.mkdir()
+    write(beside)
+    if folder.exists():
+      folder.rename(old)
+    try:
+      beside.rename(folder)
+    except BaseException:
+      if old.exists():
+        old.rename(folder)
+      raise
+  except BaseException:
+    shutil.rmtree(beside, ignore_errors=True)
+    raise
+  shutil.rmtree(old, ignore_errors=True)

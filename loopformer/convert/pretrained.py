@@ -1,0 +1,133 @@
+"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, and what `export` wrote."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer.blocks import DTYPES
+from loopformer.convert import description, gguf, llama, table, tensors
+from loopformer.convert.table import HEAD, Entry, check_count
+from loopformer.convert.tensors import Tensors
+from loopformer.model import Looped, init_params
+from loopformer.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
+from loopformer.types import ConfigError, Params
+
+CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
+FLOATS = {'F64', 'F32', 'F16', 'BF16', *(kind.name for kind in gguf.KINDS.values())}
+
+
+def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
+                    dtype: str = 'float32') -> tuple[Looped, Params, Tokenizer | None]:
+  """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
+
+  Llama, Mistral, Qwen2 and Qwen3 (and models that call themselves so, such as SmolLM2) become `Looped` with a plain
+  cell and one loop. A plain stack is what `retrofit` takes; with `prelude` and `coda`, the layers between them are the
+  loop. What `export` wrote under our own names comes back as it was, bit for bit.
+
+  Args:
+    folder: of config.json and model.safetensors (or the files of its index), or a .gguf file.
+    loops: steps of the loop; one for a plain decoder, the model's own for an export of ours.
+    prelude, coda: the first and the last so many layers are outside the loop; 0 for an export of ours.
+    dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
+
+  Raises:
+    ConfigError: no such folder, an architecture that is not read, or a tensor that is missing, surplus, misshapen or
+      cut off; all that is found before weights are read.
+    ImportError: a K-quant without the extra `hf`.
+  """
+  path = Path(folder)
+  if loops is not None:
+    check_count('loops', loops)
+  if dtype not in DTYPES:
+    raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
+  if path.suffix == '.gguf' and path.is_file():
+    metadata, held = gguf.read(path)
+    decoder = gguf.read_config(metadata, held, path)
+    naming = gguf.NAMINGS[decoder.family]
+    end = {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
+    tokenizer = read_tokenizer(path.parent, end) if (path.parent / TOKENIZER).is_file() else (
+        gguf.read_tokenizer(metadata, path))
+  else:
+    config = _read_json(path / CONFIG)
+    held = tensors.read_folder(path)
+    if config.get('model_type') == description.MODEL_TYPE:
+      if prelude or coda:
+        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
+                          'again; leave them out')
+      model = description.decode(config, path / CONFIG)
+      model = model if loops is None else model.clone(loops=loops)
+      return model, read_own(model, held, path), read_tokenizer(path, config)
+    decoder, naming = llama.read_config(config, path / CONFIG), llama.HUGGING_FACE
+    tokenizer = read_tokenizer(path, config)
+  model = llama.model_of(decoder, loops=loops or 1, prelude=prelude, coda=coda, dtype=dtype)
+  counts = map(range, llama.cut(decoder, prelude, coda))
+  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, path), tokenizer
+
+
+def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Path) -> Params:
+  """Parameters out of tensors that lie where `entries` say; buffers and the copy of a tied head are passed over."""
+  given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
+  head = given.pop(HEAD, None) if decoder.tied else None
+  tensors.compare(table.shapes(entries, decoder.sizes)[0], given, path)
+  _check_floats(held, given, path)
+  if head is not None and not np.array_equal(held[HEAD], held['model.embed_tokens.weight']):
+    raise ConfigError(f'{path}: tensor {HEAD!r} differs from the embedding, though tie_word_embeddings is true; set '
+                      'that to false in config.json')
+  flat = table.to_ours(entries, held, decoder.sizes)
+  return unflatten_dict({name: jnp.asarray(array) for name, array in flat.items()}, sep='/')
+
+
+def read_own(model: Looped, held: Tensors, path: Path) -> Params:
+  """Parameters under our own names."""
+  shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='.')
+  tensors.compare({name: leaf.shape for name, leaf in shapes.items()}, held.shapes, path)
+  _check_floats(held, shapes, path)
+  return unflatten_dict({name: jnp.asarray(held[name], jnp.float32) for name in shapes}, sep='.')
+
+
+def _check_floats(held, names, path):
+  for name in names:
+    if held.dtypes[name] not in FLOATS:
+      raise ConfigError(f'{path}: tensor {name!r} has dtype {held.dtypes[name]}; save it as floating point')
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
+  """The tokenizer that lies in a folder, of an export of ours as it was; None where there is none.
+
+  Raises:
+    ConfigError: nothing says which id ends a text.
+  """
+  about = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+  if about.get(description.MODEL_TYPE) == 'bytes':
+    return ByteTokenizer()
+  if (folder / MODEL).is_file() and (about.get(description.MODEL_TYPE) == 'pieces' or
+                                     not (folder / TOKENIZER).is_file()):
+    return GivenPieces(path=str(folder / MODEL)).build(())
+  if not (folder / TOKENIZER).is_file():
+    return None
+  text = (folder / TOKENIZER).read_text(encoding='utf-8')
+  named, numbered = about.get('eos_token'), config.get('eos_token_id')
+  if named:
+    return JsonTokenizer(text=text, eos=id_of(text, named['content'] if isinstance(named, dict) else named,
+                                              f'{folder / TOKENIZER}, whose configuration names eos_token'))
+  if numbered is None:
+    raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
+                      'end; write one of them')
+  return JsonTokenizer(text=text, eos=numbered[0] if isinstance(numbered, list) else numbered)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
+                      '.gguf file')
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ConfigError(f'{path}: it is not JSON ({error}); download it again') from error

@@ -1,0 +1,186 @@
+"""Files of tensors that are read and written one tensor at a time; shapes are known before anything is allocated.
+
+The format of safetensors: eight bytes with the length of a header, the header (JSON: dtype, shape and place of every
+tensor), then the tensors, row by row. Large models lie in several such files, beside an index.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from loopformer.types import ConfigError, part
+
+DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
+          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
+NAME, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+Shape = tuple[int, ...]
+
+
+@part
+class Tensor:
+  """A tensor that has not been read: its shape, its dtype as the file calls it, and how to read it."""
+  shape: Shape
+  dtype: str
+  read: Callable[[], np.ndarray]
+
+
+class Tensors(Mapping):
+  """name -> array, read whenever it is asked for; `shapes` and `dtypes` cost nothing."""
+
+  def __init__(self, tensors: Mapping[str, Tensor]):
+    self._tensors = tensors
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._tensors[name].read()
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
+
+  @property
+  def shapes(self) -> dict[str, Shape]:
+    """name -> shape."""
+    return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+  @property
+  def dtypes(self) -> dict[str, str]:
+    """name -> dtype, as the file calls it."""
+    return {name: tensor.dtype for name, tensor in self._tensors.items()}
+
+
+def read_folder(folder: Path) -> Tensors:
+  """The tensors of model.safetensors, or of the files that its index names.
+
+  Raises:
+    ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, or a tensor
+      that the index has and its file has not.
+  """
+  if (folder / NAME).is_file():
+    return Tensors(read_file(folder / NAME))
+  if not (folder / INDEX).is_file():
+    raise ConfigError(f'folder = {folder}: neither {NAME} nor {INDEX} in it; give the folder of a model whose weights '
+                      'are saved as safetensors')
+  places = json.loads((folder / INDEX).read_text())['weight_map']
+  held = {}
+  for name in sorted(set(places.values())):
+    if not (folder / name).is_file() or Path(name).name != name:
+      raise ConfigError(f'{folder / INDEX}: it names {name!r}, which is not in the folder; download it again')
+    held[name] = read_file(folder / name)
+  for tensor, name in places.items():
+    if tensor not in held[name]:
+      raise ConfigError(f'{folder / name}: tensor {tensor!r}, which the index places there, is not in it; '
+                        'download it again')
+  return Tensors({tensor: held[name][tensor] for tensor, name in places.items()})
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+  """The tensors of one safetensors file.
+
+  Raises:
+    ConfigError: the file is damaged or ends before its tensors do.
+  """
+  size = path.stat().st_size
+  with open(path, 'rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    if size < 8 or length > size - 8:
+      raise ConfigError(f'{path}: {size} bytes, but its header alone has {length}; it is no safetensors file, or was '
+                        'cut off: download it again')
+    try:
+      header = json.loads(file.read(length))
+      rows = {name: (tuple(row['shape']), row['dtype'], *row['data_offsets']) for name, row in header.items()
+              if name != '__metadata__'}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ConfigError(f'{path}: its header cannot be read ({type(error).__name__}); download it again') from error
+  return {name: _tensor(path, name, 8 + length, size, *row) for name, row in rows.items()}
+
+
+def _tensor(path, name, start, size, shape, dtype, first, last) -> Tensor:
+  if dtype not in DTYPES:
+    raise ConfigError(f'{path}: tensor {name!r} has dtype {dtype}; those that are read are {", ".join(DTYPES)}')
+  expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+  if last - first != expected:
+    raise ConfigError(f'{path}: tensor {name!r} of shape {list(shape)} has {last - first} bytes, expected {expected}; '
+                      'the file is damaged: download it again')
+  check_end(path, name, shape, start + last, size)
+
+  def read() -> np.ndarray:
+    with open(path, 'rb') as file:
+      file.seek(start + first)
+      return np.fromfile(file, DTYPES[dtype], math.prod(shape)).reshape(shape)
+
+  return Tensor(shape=shape, dtype=dtype, read=read)
+
+
+def check_end(path: Path, name: str, shape: Shape, end: int, size: int):
+  """Raises ConfigError where a tensor would end beyond its file."""
+  if end > size:
+    raise ConfigError(f'{path}: tensor {name!r} of shape {list(shape)} would end at byte {end}, but the file has '
+                      f'{size}; it was cut off: download it again')
+
+
+def compare(expected: Mapping[str, Shape], given: Mapping[str, Shape], where: Any):
+  """Raises ConfigError for the first tensor that is missing, misshapen or surplus."""
+  for name, shape in expected.items():
+    if name not in given:
+      raise ConfigError(f'{where}: tensor {name!r} is missing, expected with shape {list(shape)}; the configuration '
+                        f'and the weights are not of one model (it has {", ".join(map(repr, sorted(given)[:3]))}, ...)')
+    if given[name] != shape:
+      raise ConfigError(f'{where}: tensor {name!r} has shape {list(given[name])}, expected {list(shape)}; the '
+                        'configuration and the weights are not of one model')
+  for name in given:
+    if name not in expected:
+      raise ConfigError(f'{where}: tensor {name!r} of shape {list(given[name])} has no place in such a model; the '
+                        'configuration and the weights are not of one model')
+
+
+def write_folder(folder: Path, tensors: Mapping[str, tuple[Shape, Callable[[], np.ndarray]]], dtype: str,
+                 shard_bytes: int):
+  """Writes model.safetensors, or files of at most `shard_bytes` (one tensor at least) and their index.
+
+  tensors: name -> (shape, what makes the array), called once for each, in order, while no other is held.
+  """
+  code = {'float32': 'F32', 'bfloat16': 'BF16'}[dtype]
+  width = np.dtype(DTYPES[code]).itemsize
+  shards, filled = [[]], 0
+  for name, (shape, _) in tensors.items():
+    size = math.prod(shape) * width
+    if shards[-1] and filled + size > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(name)
+    filled += size
+  files = [NAME] if len(shards) == 1 else [
+      f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
+  for file, names in zip(files, shards):
+    _write_file(folder / file, {name: tensors[name] for name in names}, code)
+  if len(shards) > 1:
+    total = sum(math.prod(shape) for shape, _ in tensors.values()) * width
+    places = {name: file for file, names in zip(files, shards) for name in names}
+    (folder / INDEX).write_text(json.dumps({'metadata': {'total_size': total}, 'weight_map': places}, indent=1) + '\n')
+
+
+def _write_file(path: Path, tensors, code: str):
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, (shape, _) in tensors.items():
+    start, end = end, end + math.prod(shape) * np.dtype(DTYPES[code]).itemsize
+    header[name] = {'dtype': code, 'shape': list(shape), 'data_offsets': [start, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of eight
+  with open(path, 'wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name, (shape, make) in tensors.items():
+      array = np.asarray(make(), order='C')
+      if array.shape != shape:
+        raise ConfigError(f'tensor {name!r} has shape {list(array.shape)}, expected {list(shape)}')
+      array.astype(DTYPES[code], copy=False).tofile(file)
+    file.flush()
+    os.fsync(file.fileno())

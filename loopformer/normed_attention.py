@@ -1,0 +1,56 @@
+"""Attention with a norm of queries and one of keys, before they learn their places (Qwen3)."""
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+
+from loopformer import attention
+from loopformer.blocks import Linear, RMSNorm, check_attention, heads_of, unfused
+from loopformer.positions import Rotary
+from loopformer.types import KV, Array, Ctx
+
+
+class NormedAttention(nn.Module):
+  """Causal self-attention whose queries and keys are normed head by head, each by a norm of its own.
+
+  `SelfAttention.norm_qk` is one norm for both, after the turn: with a learned scale, which the turn would mix within
+  pairs, that is another function. The fused kernel is laid out as there.
+  """
+  heads: int
+  groups: int | None = None
+  std: float = 0.02
+  out_std: float = 0.02
+  kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  position: Any = Rotary()
+  norm: nn.Module = RMSNorm(1e-6)
+
+  def setup(self):
+    self.norm_q, self.norm_k = self.norm.clone(parent=None), self.norm.clone(parent=None)
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
+               gate: Array | None = None) -> tuple[Array, KV | None]:
+    batch, length, width = x.shape
+    check_attention(self, width, '')
+    groups, head = heads_of(self, width)
+    q, k, v = unfused(Linear((self.heads + 2 * groups) * head, self.std, name='qkv')(x), self.heads, groups)
+    q, k, v = self.norm_q(q.reshape(batch, length, self.heads, head)), self.norm_k(k.squeeze(3)), v.squeeze(3)
+    q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+    pos_BS = ctx.pos
+    if kv is not None:
+      kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
+      k, v = k.astype(q.dtype), v.astype(q.dtype)
+    q, k, v = self.position.extend(q, k, v, pos_BS)
+    if kv is None:
+      out = self.kernel(q, k, v, ctx.seg)
+    else:
+      mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
+      out = attention.attend(q, k, v, mask_BTS)
+    return Linear(width, self.out_std, name='out')(out[..., :head].reshape(x.shape), gate), kv
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
+    groups, head = heads_of(self, width)
+    keys = groups * head
+    return 2.0 * width * (2 * width + 2 * keys) + 4.0 * width * (length + 1) / 2

@@ -1,0 +1,115 @@
+"""Decoders of Llama's kind in NumPy, written from their papers: random weights in Hugging Face's names, and logits."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+V, D, F, N, H, G, T = 48, 32, 64, 3, 4, 2, 16  # vocabulary, width, hidden, layers, heads, groups, positions
+BASE = {'hidden_size': D, 'intermediate_size': F, 'num_hidden_layers': N, 'num_attention_heads': H,
+        'num_key_value_heads': G, 'vocab_size': V, 'max_position_embeddings': T, 'rms_norm_eps': 1e-2,
+        'rope_theta': 50.0, 'hidden_act': 'silu', 'tie_word_embeddings': True, 'eos_token_id': 5}
+CONFIGS = {
+    'llama': BASE | {'model_type': 'llama'},
+    'untied': BASE | {'model_type': 'llama', 'tie_word_embeddings': False, 'head_dim': D // H},
+    'ungrouped': BASE | {'model_type': 'mistral', 'num_key_value_heads': H, 'sliding_window': None},
+    'biased': BASE | {'model_type': 'llama', 'attention_bias': True},
+    'qwen2': BASE | {'model_type': 'qwen2', 'use_sliding_window': False, 'sliding_window': 8},
+    'qwen3': BASE | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+    'rope_parameters': {k: v for k, v in BASE.items() if k != 'rope_theta'} | {
+        'model_type': 'llama', 'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0}},
+}
+
+
+def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random float32 tensors under their names; scales near one, all else wide enough that every part is felt."""
+  rng = np.random.default_rng(seed)
+  d, groups = D // H, config['num_key_value_heads']
+  shapes = {'model.embed_tokens.weight': (V, D), 'model.norm.weight': (D,)}
+  if not config['tie_word_embeddings']:
+    shapes['lm_head.weight'] = (V, D)
+  biased = {'qwen2': 'qkv'}.get(config['model_type'], 'qkvo' if config.get('attention_bias') else '')
+  for i in range(config['num_hidden_layers']):
+    layer = {'input_layernorm.weight': (D,), 'post_attention_layernorm.weight': (D,),
+             'mlp.gate_proj.weight': (F, D), 'mlp.up_proj.weight': (F, D), 'mlp.down_proj.weight': (D, F)}
+    for name, rows in (('q', D), ('k', groups * d), ('v', groups * d), ('o', D)):
+      layer[f'self_attn.{name}_proj.weight'] = (rows, D)
+      if name in biased:
+        layer[f'self_attn.{name}_proj.bias'] = (rows,)
+    if config['model_type'] == 'qwen3':
+      layer |= {'self_attn.q_norm.weight': (d,), 'self_attn.k_norm.weight': (d,)}
+    shapes |= {f'model.layers.{i}.{name}': shape for name, shape in layer.items()}
+  return {name: ((1 if 'norm' in name else 0) + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+          for name, shape in shapes.items()}
+
+
+def rms(x, scale, eps):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def turn(x, base):
+  """Rotary positions, half by half: [T, heads, d]."""
+  half = x.shape[-1] // 2
+  angle = np.arange(len(x))[:, None, None] * base ** (-np.arange(half) / half)
+  a, b = x[..., :half], x[..., half:]
+  return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def logits(sd: dict[str, np.ndarray], config: dict, tokens: np.ndarray, order=None) -> np.ndarray:
+  """f64[B, T, V]; `order`: numbers of the layers as they run."""
+  sd = {name: np.asarray(value, np.float64) for name, value in sd.items()}
+  order = range(config['num_hidden_layers']) if order is None else order
+  return np.stack([_one(sd, config, row, order) for row in tokens])
+
+
+def _one(sd, config, tokens, order):
+  eps, groups = config['rms_norm_eps'], config['num_key_value_heads']
+  base = config.get('rope_theta') or config['rope_parameters']['rope_theta']
+  d = D // H
+  x = sd['model.embed_tokens.weight'][tokens]
+  mask = np.where(np.tril(np.ones(2 * (len(tokens),))) > 0, 0, -np.inf)
+  for i in order:
+    layer = {name.removeprefix(f'model.layers.{i}.'): value for name, value in sd.items()}
+
+    def project(name, x, heads):
+      return (x @ layer[f'self_attn.{name}_proj.weight'].T + layer.get(f'self_attn.{name}_proj.bias', 0)
+              ).reshape(len(x), heads, d)
+
+    h = rms(x, layer['input_layernorm.weight'], eps)
+    q, k, v = project('q', h, H), project('k', h, groups), project('v', h, groups)
+    if 'self_attn.q_norm.weight' in layer:
+      q, k = rms(q, layer['self_attn.q_norm.weight'], eps), rms(k, layer['self_attn.k_norm.weight'], eps)
+    q, k = turn(q, base), turn(k, base)
+    heads = []
+    for head in range(H):
+      group = head // (H // groups)
+      score = q[:, head] @ k[:, group].T / np.sqrt(d) + mask
+      weight = np.exp(score - score.max(-1, keepdims=True))
+      heads.append(weight / weight.sum(-1, keepdims=True) @ v[:, group])
+    x = x + np.concatenate(heads, -1) @ layer['self_attn.o_proj.weight'].T + layer.get('self_attn.o_proj.bias', 0)
+    h = rms(x, layer['post_attention_layernorm.weight'], eps)
+    gate = h @ layer['mlp.gate_proj.weight'].T
+    x = x + (gate / (1 + np.exp(-gate)) * (h @ layer['mlp.up_proj.weight'].T)) @ layer['mlp.down_proj.weight'].T
+  x = rms(x, sd['model.norm.weight'], eps)
+  return x @ sd.get('lm_head.weight', sd['model.embed_tokens.weight']).T
+
+
+def mean_nll(logits: np.ndarray, tokens: np.ndarray) -> float:
+  """Nats a token, of each token after its first."""
+  logits = np.asarray(logits, np.float64)[:, :-1]
+  most = logits.max(-1, keepdims=True)
+  logp = logits - most - np.log(np.exp(logits - most).sum(-1, keepdims=True))
+  return -np.take_along_axis(logp, tokens[:, 1:, None], -1).mean()
+
+
+def save(folder: Path, config: dict, sd: dict, files: int = 1):
+  """A folder as transformers writes it."""
+  from safetensors.numpy import save_file
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(config))
+  if files == 1:
+    return save_file(sd, folder / 'model.safetensors')
+  names = [f'model-{i + 1:05}-of-{files:05}.safetensors' for i in range(files)]
+  places = {tensor: names[i % files] for i, tensor in enumerate(sd)}
+  for name in names:
+    save_file({tensor: sd[tensor] for tensor in sd if places[tensor] == name}, folder / name)
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': places}))

@@ -1,0 +1,426 @@
+"""Pretrained decoders: parity with a NumPy reference (tests/llama_reference.py), safetensors, GGUF, and messages."""
+import functools
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import loopformer
+from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack
+from loopformer.cells.recur import Recur
+from loopformer.convert import from_pretrained, gguf, retrofit
+from loopformer.embed import TiedHead, Tokens
+from loopformer.inject import Concat
+from loopformer.model import Looped, init_params
+from loopformer.positions import Rotary
+from loopformer.types import ConfigError
+from tests import llama_reference as reference
+from tests.llama_reference import CONFIGS, D, F, G, H, N, T, V
+
+TOKENS = np.random.default_rng(3).integers(0, V, (3, 11))
+LAYER = 'model.layers.1.'
+
+
+@functools.cache
+def weights(name: str):
+  return reference.weights(CONFIGS[name])
+
+
+def imported(folder, name='llama', *, sd=None, files=1, **options):
+  reference.save(folder, CONFIGS[name], weights(name) if sd is None else sd, files)
+  return from_pretrained(folder, **options)
+
+
+def close(model, params, expected, tolerance=2e-4, steps=None):
+  np.testing.assert_allclose(loopformer.logits(model, params, TOKENS, steps=steps), expected, rtol=0, atol=tolerance)
+
+
+# Parity --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_logits_are_the_reference(name, tmp_path):
+  model, params, tokenizer = imported(tmp_path, name)
+  expected = reference.logits(weights(name), CONFIGS[name], TOKENS)
+  assert np.abs(expected).max() > 3 and tokenizer is None and model.loops == 1
+  close(model, params, expected)
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == (
+      jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes))
+
+
+def halves_as_pairs(value):
+  return value.reshape(-1, 2, D // H // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+
+
+# What parity would miss if the reference did not feel it: each changes the weights as one mistake would.
+MISTAKES = {
+    'pairs of q and k': ('llama', lambda key, value: halves_as_pairs(value) if key[-13:] in (
+        'q_proj.weight', 'k_proj.weight') else value),
+    'heads of q': ('llama', lambda key, value: np.roll(value, D // H, 0) if 'q_proj' in key else value),
+    'groups of v': ('llama', lambda key, value: np.roll(value, D // H, 0) if 'v_proj' in key else value),
+    'output transposed': ('llama', lambda key, value: value.T if 'o_proj' in key else value),
+    'bias of q dropped': ('qwen2', lambda key, value: 0 * value if 'q_proj.bias' in key else value),
+    'bias of q in pairs': ('qwen2', lambda key, value: halves_as_pairs(value) if 'q_proj.bias' in key else value),
+    'bias of the output dropped': ('biased', lambda key, value: 0 * value if 'o_proj.bias' in key else value),
+    'norm of q in pairs': ('qwen3', lambda key, value: halves_as_pairs(value) if 'q_norm' in key else value),
+    'norm of k dropped': ('qwen3', lambda key, value: value / value if 'k_norm' in key else value),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_reference_feels(mistake):
+  name, change = MISTAKES[mistake]
+  changed = {key: change(key, value) for key, value in weights(name).items()}
+  both = [reference.logits(sd, CONFIGS[name], TOKENS) for sd in (weights(name), changed)]
+  assert np.abs(both[0] - both[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize('change', [{'rope_theta': 60.0}, {'rms_norm_eps': 2e-2}])
+def test_fields_of_the_configuration_are_felt(change, tmp_path):
+  model, params, _ = imported(tmp_path)
+  other = reference.logits(weights('llama'), CONFIGS['llama'] | change, TOKENS)
+  assert np.abs(loopformer.logits(model, params, TOKENS) - other).max() > 1e-2
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3'])
+def test_layers_between_prelude_and_coda_are_looped(name, tmp_path):
+  model, params, _ = imported(tmp_path, name, prelude=1, coda=1, loops=3)
+  assert {stack: of.depth for stack, of in model.stacks().items()} == {'prelude': 1, 'loop': N - 2, 'coda': 1}
+  for loops in (1, 3):
+    order = (0, *range(1, N - 1)) + tuple(range(1, N - 1)) * (loops - 1) + (N - 1,)
+    close(model, params, reference.logits(weights(name), CONFIGS[name], TOKENS, order), steps=loops)
+
+
+def test_decodes_with_a_cache_what_the_parallel_pass_computes(tmp_path):
+  model, params, _ = imported(tmp_path, 'qwen3')
+  plan, kv, rows = loopformer.api.plans.schedule((1.0,)), model.cache(len(TOKENS), TOKENS.shape[1]), []
+  for place in range(TOKENS.shape[1]):
+    trace = model.apply({'params': params}, TOKENS[:, place:place + 1], plan, jnp.full((len(TOKENS), 1), place), kv=kv)
+    kv = trace.kv
+    rows.append(model.apply({'params': params}, trace.z, method='logits'))
+  np.testing.assert_allclose(np.concatenate(rows, 1), loopformer.logits(model, params, TOKENS), rtol=0, atol=1e-4)
+
+
+def test_a_plain_import_can_be_retrofitted(tmp_path):
+  _, params, _ = imported(tmp_path)
+
+  def stack():
+    attn = SelfAttention(heads=H, groups=G, position=Rotary(base=50.0))
+    return Stack(Block(attn=attn, mlp=GatedMLP(hidden=F), norm=RMSNorm(1e-2)), 1)
+
+  model = Looped(read_in=Tokens(vocab=V, width=D, length=T), cell=Recur(stack(), Concat()), prelude=stack(),
+                 coda=stack(), read_out=TiedHead(RMSNorm(1e-2)))
+  looped = retrofit(params, model, prelude=(0,), core=(1,), coda=(2,))
+  assert np.isfinite(loopformer.logits(model, looped, TOKENS)).all()
+  np.testing.assert_array_equal(looped['coda']['block']['attn']['qkv']['kernel'][0],
+                                params['cell']['core']['block']['attn']['qkv']['kernel'][2])
+
+
+# safetensors ---------------------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_several_files_are_one_model(tmp_path):
+  same(imported(tmp_path / 'one')[1], imported(tmp_path / 'three', files=3)[1])
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read_exactly(dtype, tmp_path):
+  sd = {key: value.astype(dtype) for key, value in weights('llama').items()}
+  wide = {key: value.astype(np.float32) for key, value in sd.items()}
+  same(imported(tmp_path / 'half', sd=sd)[1], imported(tmp_path / 'wide', sd=wide)[1])
+
+
+def test_buffers_and_a_copy_of_the_tied_head_are_passed_over(tmp_path):
+  sd = weights('llama')
+  more = {'lm_head.weight': sd['model.embed_tokens.weight'], LAYER + 'self_attn.rotary_emb.inv_freq': np.ones(4)}
+  same(imported(tmp_path / 'more', sd=sd | more)[1], imported(tmp_path / 'as_is')[1])
+
+
+def without(sd, *keys):
+  return {key: value for key, value in sd.items() if key not in keys}
+
+
+WEIGHT_ERRORS = {
+    'missing': (lambda sd: without(sd, LAYER + 'mlp.up_proj.weight'),
+                [LAYER + 'mlp.up_proj.weight', 'missing', f'[{F}, {D}]']),
+    'misshapen': (lambda sd: sd | {LAYER + 'self_attn.k_proj.weight': np.zeros((D, D), np.float32)},
+                  [LAYER + 'self_attn.k_proj.weight', f'[{D}, {D}]', f'[{G * D // H}, {D}]']),
+    'surplus': (lambda sd: sd | {LAYER + 'self_attn.q_proj.bias': np.zeros(D, np.float32)},
+                [LAYER + 'self_attn.q_proj.bias', 'no place']),
+    'integers': (lambda sd: sd | {'model.norm.weight': np.zeros(D, np.int32)}, ['model.norm.weight', 'I32']),
+    'another head': (lambda sd: sd | {'lm_head.weight': np.zeros((V, D), np.float32)},
+                     ['lm_head.weight', 'tie_word_embeddings']),
+}
+
+
+@pytest.mark.parametrize('case', WEIGHT_ERRORS)
+def test_wrong_weights_are_named(case, tmp_path):
+  change, words = WEIGHT_ERRORS[case]
+  with pytest.raises(ConfigError) as error:
+    imported(tmp_path, sd=change(weights('llama')))
+  assert not [word for word in words if word not in str(error.value)], error.value
+
+
+def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
+  sd = weights('llama') | {LAYER + 'self_attn.k_proj.weight': np.zeros((D, D), np.float32)}
+  monkeypatch.setattr(np, 'fromfile', None)
+  with pytest.raises(ConfigError, match='k_proj'):
+    imported(tmp_path, sd=sd)
+
+
+CONFIG_ERRORS = {
+    'architecture': ({'model_type': 'gpt_neox'}, ["model_type = 'gpt_neox'", 'llama']),
+    'no width': ({'hidden_size': None}, ['hidden_size is missing']),
+    'width of heads': ({'head_dim': 16}, ['head_dim = 16', '8 wide']),
+    'heads': ({'num_attention_heads': 5}, ['heads = 5']),
+    'groups': ({'num_key_value_heads': 3}, ['groups = 3']),
+    'scaling': ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, ['rope_scaling = llama3']),
+    'old scaling': ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, ['rope_scaling = linear']),
+    'new scaling': ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 5.0}}, ['rope_scaling = yarn']),
+    'partial': ({'partial_rotary_factor': 0.5}, ['partial_rotary_factor = 0.5']),
+    'activation': ({'hidden_act': 'gelu'}, ['hidden_act = gelu']),
+    'bias': ({'mlp_bias': True}, ['mlp_bias = True']),
+    'window': ({'model_type': 'mistral', 'sliding_window': 4}, ['sliding_window = 4']),
+    'windows': ({'layer_types': ['sliding_attention']}, ['layer_types']),
+    'quantised': ({'quantization_config': {'bits': 4}}, ['quantization_config']),
+}
+
+
+@pytest.mark.parametrize('case', CONFIG_ERRORS)
+def test_models_that_would_be_others_are_refused(case, tmp_path):
+  change, words = CONFIG_ERRORS[case]
+  reference.save(tmp_path, CONFIGS['llama'] | change, weights('llama'))
+  with pytest.raises(ConfigError) as error:
+    from_pretrained(tmp_path)
+  assert not [word for word in [*words, 'config.json'] if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'prelude': 2, 'coda': 1}, 'none would be left'), ({'prelude': -1}, 'prelude = -1'), ({'loops': 0}, 'loops = 0'),
+    ({'dtype': 'float16'}, "dtype = 'float16'")])
+def test_wrong_arguments_are_named(options, words, tmp_path):
+  with pytest.raises(ConfigError, match=words):
+    imported(tmp_path, **options)
+
+
+def truncate(path, size):
+  path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize('size, words', [(4, 'its header alone'), (40, 'its header alone'), (-1, 'was cut off'),
+                                         (-70_000, 'was cut off')])
+def test_a_file_that_was_cut_off_is_named_with_a_tensor(size, words, tmp_path):
+  reference.save(tmp_path, CONFIGS['llama'], weights('llama'))
+  truncate(tmp_path / 'model.safetensors', size)
+  with pytest.raises(ConfigError, match=words) as error:
+    from_pretrained(tmp_path)
+  assert 'model.safetensors' in str(error.value) and (size > 0 or "tensor 'model." in str(error.value))
+
+
+def test_absent_and_damaged_files_are_named(tmp_path):
+  with pytest.raises(ConfigError, match='config.json: there is no such file'):
+    from_pretrained(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(CONFIGS['llama']))
+  with pytest.raises(ConfigError, match='neither model.safetensors'):
+    from_pretrained(tmp_path)
+  reference.save(tmp_path, CONFIGS['llama'], weights('llama'), files=2)
+  (tmp_path / 'model-00002-of-00002.safetensors').unlink()
+  with pytest.raises(ConfigError, match="names 'model-00002"):
+    from_pretrained(tmp_path)
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(ConfigError, match='not JSON'):
+    from_pretrained(tmp_path)
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+
+def f16(number):
+  return struct.pack('<e', number)
+
+
+def packed(values, kind):
+  """(bytes of a tensor, what they stand for), number by number."""
+  values = np.asarray(values, np.float32)
+  if kind == 'F32':
+    return values.tobytes(), values
+  if kind == 'F16':
+    return values.astype(np.float16).tobytes(), values.astype(np.float16).astype(np.float32)
+  if kind == 'BF16':
+    return values.astype(ml_dtypes.bfloat16).tobytes(), values.astype(ml_dtypes.bfloat16).astype(np.float32)
+  data, meant = b'', []
+  for block in values.reshape(-1, 32).tolist():
+    low, high = min(block), max(block)
+    scale = float(np.float16({'Q8_0': max(map(abs, block)) / 127, 'Q4_0': max(map(abs, block)) / 7,
+                              'Q4_1': (high - low) / 15}[kind])) or 1.0
+    least = float(np.float16(low))
+    if kind == 'Q8_0':
+      codes = [max(-127, min(127, round(x / scale))) for x in block]
+      data += f16(scale) + struct.pack('<32b', *codes)
+      meant += [scale * code for code in codes]
+    else:
+      codes = [max(0, min(15, round(x / scale) + 8 if kind == 'Q4_0' else round((x - least) / scale))) for x in block]
+      halves = bytes(codes[i] | codes[i + 16] << 4 for i in range(16))
+      data += f16(scale) + (f16(least) if kind == 'Q4_1' else b'') + halves
+      meant += [scale * (code - 8) if kind == 'Q4_0' else scale * code + least for code in codes]
+  return data, np.float32(meant).reshape(values.shape)
+
+
+CODES = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q4_1': 3, 'Q8_0': 8, 'BF16': 30}
+
+
+def text(value):
+  return struct.pack('<Q', len(value.encode())) + value.encode()
+
+
+def entry(value):
+  """A value of the metadata with its type."""
+  if isinstance(value, str):
+    return struct.pack('<I', 8) + text(value)
+  if isinstance(value, list):
+    kind = entry(value[0])[:4]
+    return struct.pack('<I', 9) + kind + struct.pack('<Q', len(value)) + b''.join(entry(item)[4:] for item in value)
+  return struct.pack('<If', 6, value) if isinstance(value, float) else struct.pack('<II', 4, value)
+
+
+def gguf_bytes(metadata, tensors):
+  """A file of version 3; tensors: name -> (shape, kind, bytes)."""
+  head = b'GGUF' + struct.pack('<IQQ', 3, len(tensors), len(metadata))
+  head += b''.join(text(key) + entry(value) for key, value in metadata.items())
+  body = b''
+  for name, (shape, kind, data) in tensors.items():
+    head += text(name) + struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape[::-1], CODES[kind], len(body))
+    body += data + b'\0' * (-len(data) % 32)
+  return head + b'\0' * (-len(head) % 32) + body
+
+
+THEIRS = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output',
+          'model.layers.': 'blk.', 'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm',
+          'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
+          'self_attn.o_proj': 'attn_output', 'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
+          'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+VOCAB = [*map(chr, range(97, 97 + 26)), 'Ġ', '1', '2', 'ab', 'abc', 'Ġa', '12', '<|end|>'] + [
+    f'<|{i}|>' for i in range(V - 34)]
+TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': VOCAB,
+             'tokenizer.ggml.token_type': [3 if piece.startswith('<') else 1 for piece in VOCAB],
+             'tokenizer.ggml.merges': ['a b', 'ab c', 'Ġ a', '1 2'], 'tokenizer.ggml.eos_token_id': 33}
+
+
+def gguf_of(name, kind='F32', metadata=(), permute=True, drop=()):
+  """(bytes of the model as a GGUF file, the weights that it stands for); norms and biases are F32."""
+  config = CONFIGS[name]
+  arch = config['model_type']
+  described = {'general.architecture': arch, f'{arch}.block_count': N, f'{arch}.context_length': T,
+               f'{arch}.embedding_length': D, f'{arch}.feed_forward_length': F, f'{arch}.attention.head_count': H,
+               f'{arch}.attention.head_count_kv': config['num_key_value_heads'],
+               f'{arch}.attention.layer_norm_rms_epsilon': config['rms_norm_eps'],
+               f'{arch}.rope.freq_base': config['rope_theta'], **TOKENIZER} | dict(metadata)
+  tensors, meant = {}, {}
+  for key, value in weights(name).items():
+    own = key
+    for theirs, ours in THEIRS.items():
+      own = own.replace(theirs, ours)
+    swapped = permute and arch == 'llama' and any(f'{x}_proj' in key for x in 'qk')  # as llama.cpp's converter does
+    data, value = packed(halves_as_pairs(value) if swapped else value, 'F32' if value.ndim == 1 else kind)
+    tensors[own] = (value.shape, 'F32' if value.ndim == 1 else kind, data)
+    meant[key] = pairs_as_halves(value) if swapped else value
+  return gguf_bytes({key: value for key, value in described.items() if value is not None},
+                    without(tensors, *drop)), meant
+
+
+def pairs_as_halves(value):
+  return value.reshape(-1, D // H // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+
+
+@pytest.mark.parametrize('kind', CODES)
+def test_gguf_of_every_kind_gives_the_reference_mean_nll(kind, tmp_path):
+  data, meant = gguf_of('llama', kind)
+  (tmp_path / 'model.gguf').write_bytes(data)
+  model, params, _ = from_pretrained(tmp_path / 'model.gguf')
+  expected = reference.logits(meant, CONFIGS['llama'], TOKENS)
+  nll = reference.mean_nll(loopformer.logits(model, params, TOKENS), TOKENS)
+  assert abs(nll - reference.mean_nll(expected, TOKENS)) < 1e-5
+  close(model, params, expected)
+
+
+@pytest.mark.parametrize('name', ['untied', 'biased', 'qwen2', 'qwen3'])
+def test_gguf_of_every_family_is_the_folder(name, tmp_path):
+  (tmp_path / 'model.gguf').write_bytes(gguf_of(name)[0])
+  same(from_pretrained(tmp_path / 'model.gguf')[1], imported(tmp_path / 'folder', name)[1])
+
+
+def test_rows_of_queries_and_keys_that_were_not_permuted_show_in_the_mean_nll(tmp_path):
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', permute=False)[0])
+  model, params, _ = from_pretrained(tmp_path / 'model.gguf')
+  nll = reference.mean_nll(loopformer.logits(model, params, TOKENS), TOKENS)
+  assert abs(nll - reference.mean_nll(reference.logits(weights('llama'), CONFIGS['llama'], TOKENS), TOKENS)) > 1e-2
+
+
+@pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K', 'Q5_0'])
+def test_other_kinds_are_unpacked_by_the_package(kind, tmp_path):
+  package = pytest.importorskip('gguf')
+  code = package.GGMLQuantizationType[kind]
+  numbers, size = package.GGML_QUANT_SIZES[code]
+  assert (numbers, size) == (gguf.KINDS[code].numbers, gguf.KINDS[code].bytes)
+  blocks = np.random.default_rng(0).integers(0, 120, (4, 2 * size), np.uint8)
+  CODES[kind] = int(code)
+  try:
+    (tmp_path / 'x.gguf').write_bytes(gguf_bytes({'a': 1}, {'w': ((4, 2 * numbers), kind, blocks.tobytes())}))
+  finally:
+    del CODES[kind]
+  _, tensors = gguf.read(tmp_path / 'x.gguf')
+  np.testing.assert_array_equal(tensors['w'], package.dequantize(blocks, code))
+  assert tensors['w'].shape == (4, 2 * numbers)
+
+
+GGUF_ERRORS = {
+    'architecture': (dict(metadata={'general.architecture': 'gemma'}), ["general.architecture = 'gemma'"]),
+    'no width': (dict(metadata={'llama.embedding_length': None}), ['llama.embedding_length is missing']),
+    'width of heads': (dict(metadata={'llama.attention.key_length': 16}), ['llama.attention.key_length = 16']),
+    'scaling': (dict(metadata={'llama.rope.scaling.type': 'yarn'}), ['rope.scaling = yarn']),
+    'missing': (dict(drop=['blk.2.ffn_up.weight']), ["'blk.2.ffn_up.weight'", f'[{F}, {D}]']),
+    'no embedding': (dict(drop=['token_embd.weight']), ["'token_embd.weight' is missing"]),
+    'layers': (dict(metadata={'llama.block_count': N - 1}), ["'blk.2.", 'no place']),
+    'hidden': (dict(metadata={'llama.feed_forward_length': 96}), ['ffn_gate.weight', f'[{F}, {D}]', f'[96, {D}]']),
+    'tokenizer': (dict(metadata={'tokenizer.ggml.pre': 'tekken'}), ["pre = 'tekken'", 'tokenizer.json']),
+}
+
+
+@pytest.mark.parametrize('case', GGUF_ERRORS)
+def test_wrong_gguf_files_are_named(case, tmp_path):
+  options, words = GGUF_ERRORS[case]
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', **options)[0])
+  with pytest.raises(ConfigError) as error:
+    from_pretrained(tmp_path / 'model.gguf')
+  assert not [word for word in [*words, 'model.gguf'] if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize('size, words', [(2, 'begin with GGUF'), (30, 'header cannot be read'),
+                                         (400, 'header cannot be read'), (-1, 'was cut off')])
+def test_a_gguf_file_that_was_cut_off_is_named(size, words, tmp_path):
+  path = tmp_path / 'model.gguf'
+  path.write_bytes(gguf_of('llama', 'Q8_0')[0].rstrip(b'\0') if size < 0 else gguf_of('llama')[0])
+  truncate(path, size)
+  with pytest.raises(ConfigError, match=words):
+    from_pretrained(path)
+
+
+def test_tokenizer_of_a_gguf_file(tmp_path):
+  pytest.importorskip('tokenizers')
+  path = tmp_path / 'model.gguf'
+  path.write_bytes(gguf_of('llama')[0])
+  _, _, tokenizer = from_pretrained(path)
+  ids = tokenizer.encode('abcab a12<|end|>')
+  assert [VOCAB[i] for i in ids] == ['abc', 'ab', 'Ġa', '1', '2', '<|end|>'], 'digits stand alone'
+  assert tokenizer.eos == 33 and tokenizer.vocab_size == V and tokenizer.decode(ids) == 'abcab a12'
+  assert tokenizer.byte_lengths()[ids].tolist() == [3, 2, 2, 1, 1, 0]
