@@ -8,22 +8,24 @@ Every run is `experiments.main` in a process of its own, so that a comparison th
 `--together` of them at a time. Writes results.json, table.md (means over seeds, and half of their range), depths.png
 (what `--show` names against loops) and training.png (the same against steps and seconds of training) into --out.
 """
+import collections
 import concurrent.futures
-import json
 from pathlib import Path
 import subprocess
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 import jax
 import numpy as np
 
 import loopformer
-from experiments import plots
+from experiments import plots, records
 from experiments.main import held_out, numbers
 from loopformer import config as configs
 from loopformer import metrics, plans
 from loopformer.evaluate import evaluate
+from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
 # experiments.main defines --workdir, --set and --eval_batches.
@@ -33,6 +35,14 @@ flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's o
 flags.DEFINE_string('show', 'loss', 'What the plots show: loss, accuracy, exact, last.')
 flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
+def check_shown(show: str, tasks: dict[str, Any]):
+  """Raises ConfigError where the measure of a run's task, given by name, does not report `show`."""
+  for name, task in tasks.items():
+    reported = [*task.measure.row(collections.defaultdict(lambda: 1.0)), 'state norm']
+    if show not in reported:
+      raise ConfigError(f'--show = {show}: the run {name} does not report it; choose one of {", ".join(reported)}')
 
 
 def train(spec: str, seed: int, workdir: Path):
@@ -101,9 +111,13 @@ def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
-  budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   named = [named.partition('=')[::2] for named in FLAGS.run]
+  try:
+    check_shown(FLAGS.show, {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named})
+    budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
+  except ConfigError as error:
+    sys.exit(f'error: {error}')
+  out.mkdir(parents=True, exist_ok=True)
   # All models with one seed before the next, so that a stopped comparison compares all.
   jobs = [(name, spec, int(seed), workdir / f'{name}-{seed}') for seed in FLAGS.seeds for name, spec in named]
   runs = {name: [] for name, _ in named}
@@ -115,7 +129,7 @@ def main(argv):
       runs[name].append(measure(folder, budgets))
       finished = {name: results for name, results in runs.items() if results}
       table = summary(finished)
-      (out / 'results.json').write_text(json.dumps(finished, indent=1) + '\n')
+      records.write(out / 'results.json', finished)
       (out / 'table.md').write_text(metrics.table(table) + '\n')
       draw(out, finished, FLAGS.show)
   print(metrics.table(table))

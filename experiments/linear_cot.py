@@ -14,7 +14,6 @@ Only the last thought matters to the sparse solution, so that a chain over colum
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 import time
 from typing import Any
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import records
 from loopformer import metrics
 from loopformer.cells.linear import EXACT
 from loopformer.types import Array, Batch, ConfigError, Params, part
@@ -297,7 +297,7 @@ def main(argv):
 def write(out: Path, rows: list[dict], products: dict, trained: int):
   """results.json and errors.png."""
   out.mkdir(parents=True, exist_ok=True)
-  (out / 'results.json').write_text(json.dumps({'errors': rows, 'products': products}, indent=1) + '\n')
+  records.write(out / 'results.json', {'errors': rows, 'products': products})
   try:
     import matplotlib
   except ImportError:

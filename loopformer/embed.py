@@ -121,13 +121,8 @@ class TwiceNormedHead(nn.Module):
   def __call__(self, x: Array) -> Array:
     return self.norm(x)
 
-  def table(self, read_in: TokenEmbed | Tokens) -> Array:
-    """The head's matrix, [V, D]."""
-    return read_in.table()
-
-  def outputs_of(self, read_in: TokenEmbed | Tokens) -> int:
-    """Rows of that matrix."""
-    return read_in.vocab
+  table = TiedHead.table
+  outputs_of = TiedHead.outputs_of
 
 
 class Head(nn.Module):

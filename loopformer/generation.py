@@ -290,7 +290,8 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
       trace, loops, ran = full(rows, jnp.concatenate([current, proposed], 1), positions(rows, 0, ahead + 1))
       logits = logits_of(trace.z)
       truth = jnp.stack([law(logits[:, i], rows.control) for i in range(ahead + 1)], 1)
-      kept, final = judge(proposed, guesses, truth, keys)
+      # Keys of their own: `split` and `fold_in` of one key can give the same.
+      kept, final = judge(proposed, guesses, truth, _fold(keys, jnp.zeros(batch, jnp.int32)))
       tokens = jnp.where(jnp.arange(ahead + 1) == kept[:, None], final[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
     else:
       trace, loops, ran = full(rows, current, positions(rows, 0, 1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from loopformer.blocks import unfused_kernel
 from loopformer.types import Array, ConfigError, part
 
 DECAYED = ('kernel', 'embedding', 'positions', 'B', 'gate')
@@ -195,7 +196,7 @@ class Muon:
         optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
         optax.scale_by_learning_rate(self.schedule.make(steps)))
     if self.heads is not None:
-      muon = unfused(muon, self.heads, self.groups or self.heads)
+      muon = on_unfused(muon, self.heads, self.groups or self.heads)
     return optax.chain(
         optax.clip_by_global_norm(self.clip),
         optax.partition({'muon': muon, 'adam': self.others.make(steps)}, lambda params: routes(params, self.matrices)))
@@ -286,19 +287,14 @@ class Unfused(NamedTuple):
   v: Array
 
 
-def unfused(inner: optax.GradientTransformation, heads: int, groups: int) -> optax.GradientTransformation:
+def on_unfused(inner: optax.GradientTransformation, heads: int, groups: int) -> optax.GradientTransformation:
   """`inner`, to which a fused kernel, [..., D, G (H/G queries + key + value) d], is three parameters."""
-  each = heads // groups
 
   def split(path, kernel):
     if 'qkv' not in [entry.key for entry in path]:
       return kernel
-    width, outputs = kernel.shape[-2:]
-    if heads % groups or width % heads or outputs * heads != width * groups * (each + 2):
-      raise ConfigError(f'optim.heads = {heads}, optim.groups = {groups} do not fit the projection '
-                        f'{kernel.shape}; give those of the model\'s attention')
-    parts = kernel.reshape(*kernel.shape[:-1], groups, each + 2, -1)
-    return Unfused(*(piece.reshape(*kernel.shape[:-1], -1) for piece in jnp.split(parts, [each, each + 1], -2)))
+    pieces = unfused_kernel(kernel, heads, groups, f'optim.heads = {heads}, optim.groups = {groups}')
+    return Unfused(*(piece.reshape(*kernel.shape[:-1], -1) for piece in pieces))
 
   def join(leaf):
     if not isinstance(leaf, Unfused):
@@ -316,3 +312,80 @@ def unfused(inner: optax.GradientTransformation, heads: int, groups: int) -> opt
     return jax.tree.map(join, updates, is_leaf=lambda leaf: isinstance(leaf, Unfused)), state
 
   return optax.GradientTransformation(lambda params: inner.init(apart(params)), update)
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+@part
+class Kept:
+  """Moments go on as they are."""
+
+  def __call__(self, state: Any, fresh: Any) -> Any:
+    """The optimiser's state at the start of a stage, of that at the end of the last and of a new one."""
+    return state
+
+
+@part
+class Reset:
+  """Moments begin anew; schedules, which count the steps of the whole run, go on."""
+
+  def __call__(self, state: Any, fresh: Any) -> Any:
+    """The optimiser's state at the start of a stage, of that at the end of the last and of a new one."""
+    return jax.tree.map(lambda old, new: old if _is_place(old) else new, state, fresh, is_leaf=_is_place)
+
+
+def _is_place(state):
+  """Whether it is the place in a schedule that a transformation keeps."""
+  return isinstance(state, (optax.ScaleByScheduleState, CountState))
+
+
+class SwitchedState(NamedTuple):
+  """stage: i32[], of the last update, -1 before the first; since: i32[], updates of this stage, at most `rewarm`."""
+  stage: Array
+  since: Array
+  inner: Any
+
+
+@part
+class Switched:
+  """The optimiser `of`, and what becomes of it where the run's controller begins a new stage (SHIFT, section 3).
+
+  Its transformation takes the stage of the run with every update, `update(..., stage=i32[])`; the stage that a run
+  begins in is no switch. A checkpoint holds the stage of the last update, so a run that is resumed at a switch makes it
+  once.
+
+  moments: what becomes of them. rewarm: updates of a new stage in which the learning rate is back on its way: it is
+  multiplied by numbers that rise linearly from `least` to 1; 0 for none.
+  """
+  of: AdamW | AtanAdam | Muon
+  moments: Kept | Reset = Kept()
+  rewarm: int = 0
+  least: float = 0.1
+
+  def __post_init__(self):
+    if self.rewarm < 0:
+      raise ConfigError(f'optim.rewarm = {self.rewarm}: a number of steps, 0 for none')
+    if not 0 <= self.least <= 1:
+      raise ConfigError(f'optim.least = {self.least}: the share of the learning rate that a stage begins with; use a '
+                        'number from 0 to 1')
+
+  def make(self, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The transformation for a run of `steps`."""
+    inner = optax.with_extra_args_support(self.of.make(steps))
+
+    def init(params):
+      return SwitchedState(jnp.int32(-1), jnp.int32(self.rewarm), inner.init(params))
+
+    def update(updates, state, params=None, *, stage, **others):
+      begins = (state.stage >= 0) & (stage != state.stage)
+      started = self.moments(state.inner, inner.init(params))
+      own = jax.tree.map(lambda new, old: jnp.where(begins, new, old), started, state.inner)
+      updates, own = inner.update(updates, own, params, **others)
+      since = jnp.where(begins, 0, state.since)
+      if self.rewarm:
+        share = self.least + (1 - self.least) * since / self.rewarm
+        updates = jax.tree.map(lambda u: (u * share).astype(u.dtype), updates)
+      return updates, SwitchedState(jnp.asarray(stage, jnp.int32), jnp.minimum(since + 1, self.rewarm), own)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -281,12 +281,10 @@ class Truncated:
 
   The T - graded before them run without gradient, as many as are needed, in one compiled program. For loops whose step
   does not know the schedule. While the mean of a curriculum is below `graded`, so is the number of graded steps.
-  most: where given, T is cut there.
   """
   depth: Constant | Poisson | LogNormalPoisson | Ramp | Stairs
   graded: int
   over: Together | Each = Together()
-  most: int | None = None
 
   def __post_init__(self):
     _at_least('Truncated.graded', self.graded, 1, 'without a graded step nothing in the loop is learned')
@@ -310,7 +308,6 @@ class Truncated:
   def __call__(self, draw: Draw) -> Plan:
     mean = self.depth.mean(draw.step)
     total = self.over.draw(self.depth, draw, mean)
-    total = total if self.most is None else jnp.minimum(total, self.most)
     graded = jnp.minimum(total, jnp.minimum(self.graded, jnp.ceil(mean).astype(jnp.int32)))
     rows = jnp.arange(self.graded)
     return Plan(t=jnp.zeros(self.graded), dt=jnp.ones(self.graded), live=(rows < graded[..., None]).T,

@@ -1,7 +1,8 @@
 """Positions inside attention: frozen parts, applied to queries and keys. Without one, order comes from the mask alone.
 
 `turn` acts on queries and keys before keys are cached; `extend` on queries and all keys that may be read, and may add
-to their width. Positions are those of the documents, the same in every loop.
+to their width; `check` refuses heads that cannot be served. Positions are those of the documents, the same in every
+loop.
 """
 from __future__ import annotations
 
@@ -18,6 +19,12 @@ class Rotary:
   def __post_init__(self):
     if self.base <= 1:
       raise ConfigError(f'position.base = {self.base}: must be above 1')
+
+  def check(self, heads: int, width: int, where: str):
+    """Raises ConfigError where the width of a head is odd."""
+    if width // heads % 2:
+      raise ConfigError(f'{where}heads = {heads}: at width {width} a head has {width // heads} channels, an odd '
+                        'number, and rotary positions turn pairs of them; choose heads or width so that it is even')
 
   def turn(self, x: Array, pos: Array) -> Array:
     """[B, T, H, d], i32[B, T] -> [B, T, H, d]."""
@@ -41,6 +48,9 @@ class Alibi:
   channels of queries (the slope) and keys (the position, in multiples of 256 and the rest, which bfloat16 holds exactly
   up to 65,536), and every attention kernel serves.
   """
+
+  def check(self, heads: int, width: int, where: str):
+    """Nothing: it serves all heads."""
 
   def turn(self, x: Array, pos: Array) -> Array:
     """Nothing to turn."""

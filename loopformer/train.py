@@ -72,6 +72,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   local weights, and each gradient is reduced once, whatever the number of loops.
   """
   run_key = jax.random.fold_in(jax.random.key(seed), 1)
+  optimizer = optax.with_extra_args_support(optimizer)
   parts = mesh.shape['fsdp']
 
   def gather(leaf, shape):
@@ -109,7 +110,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
         functools.partial(gradient, shapes), mesh=mesh, in_specs=(specs, Draw(P(), P(), P(), P(sharding.AXES))),
         out_specs=(P(), specs), check_vma=False)
     values, grads = mapped(state.params, draw)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)
     params = optax.apply_updates(state.params, updates)
     return State(step=state.step + 1, params=params, optimizer=optimizer_state), {
         **values, 'grad_norm': optax.tree.norm(grads)}

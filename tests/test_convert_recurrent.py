@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 import loopformer
+from loopformer import config as configs
 from loopformer.blocks import GatedMLP, Block, RMSNorm, Sandwich, SelfAttention, Stack, UniformWithin
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_official, retrofit, to_official
+from loopformer.convert.official import KINDS
 from loopformer.embed import Head, Tokens
 from loopformer.inject import Add, Concat, Diagonal
 from loopformer.model import Looped, init_params
 from loopformer.positions import Rotary
 from loopformer.starts import Noise, Zeros
 from loopformer.types import ConfigError
+from tests.test_golden import config_of
 
 WTE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
 # No two sizes are equal, nor equal to another number in a layout: 2, 3, 8 (width of a head), 32 (channels of gates).
@@ -499,3 +502,14 @@ def test_retrofit_refuses_other_models():
     retrofit(retrofit(source(), looped(), **CHOSEN), looped(), **CHOSEN)
   with pytest.raises(ConfigError, match='one stack'):
     retrofit({'read_in': source()['read_in']}, looped(), **CHOSEN)
+
+
+def test_converter_and_configuration_of_parcae_agree():
+  """All but what a run decides: sizes, epsilons, initialisers, positions; layer by layer."""
+  config = config_of('parcae', '140m').model
+  kind = KINDS['parcae']
+  model = kind.model(kind.sizes_of(config), config.loops, 'bfloat16')
+  ours, theirs = (configs.describe(configs.unshared(m)).splitlines() for m in (config, model))
+  assert len(ours) == len(theirs)
+  differ = {line.split(' = ')[0].strip() for pair in zip(ours, theirs) for line in pair if len(set(pair)) > 1}
+  assert differ == {'groups'}  # as many as heads: None there, the number here

@@ -16,23 +16,30 @@ from tests import parts
 from tests.test_data import write_corpus
 from tests.test_golden import config_of
 
-SYSTEMS = [('algoformer', 'cpu'), ('huginn', 'cpu,ramp=4'), ('intra_layer', 'cpu,map=2111'),
+SYSTEMS = [('algoformer', 'cpu,task=chain'), ('huginn', 'cpu,ramp=4'), ('intra_layer', 'cpu,map=2111'),
            ('latent_thoughts', 'p_hop,layers=4,loops=1,cosine=1,period=2'), ('latent_thoughts', 'addition,kind=middle'),
-           ('length_generalization', 'cpu,task=copy'), ('linear_icl', ''), ('looped_icl', 'cpu'), ('parcae', 'cpu'),
-           ('shift', 'p_hop,first=2'), ('timestep', 'cpu,kind=table')]
+           ('length_generalization', 'cpu,task=copy'), ('linear_icl', ''), ('linear_icl', 'predict=weights'),
+           ('looped_icl', 'cpu,grow=1'), ('parcae', 'cpu,ramp=3'), ('shift', 'p_hop,first=2'),
+           ('shift', 'markov,first=2,moments=reset,rewarm=2'), ('timestep', 'cpu,kind=table')]
 
 
 def brief(config, corpus, steps: int = 4):
   """The same experiment, cut to a few steps of small batches."""
-  task, schedule = config.task, config.optim.schedule
+  task = config.task
   if hasattr(task, 'corpus'):
     task = dataclasses.replace(task, corpus=corpus)
   else:
     task = dataclasses.replace(task, held_out=8)
-  if hasattr(schedule, 'warmup'):
-    schedule = dataclasses.replace(schedule, warmup=min(schedule.warmup, 1))
   run = dataclasses.replace(config.train, steps=steps, batch=4, log_every=1, eval_every=2, eval_batches=2, save_every=2)
-  return dataclasses.replace(config, task=task, train=run, optim=dataclasses.replace(config.optim, schedule=schedule))
+  return dataclasses.replace(config, task=task, train=run, optim=soon(config.optim))
+
+
+def soon(optim):
+  """The same optimiser, whose warm-up ends within a few steps."""
+  if hasattr(optim, 'of'):
+    return dataclasses.replace(optim, of=soon(optim.of))
+  warmup = min(optim.schedule.warmup, 1)
+  return dataclasses.replace(optim, schedule=dataclasses.replace(optim.schedule, warmup=warmup))
 
 
 @pytest.mark.slow
@@ -78,6 +85,17 @@ def test_shift_switches_and_keeps_what_it_has_learned(tmp_path):
   assert 'step 2: stage 0 has ended, stage 1 begins' in log
   stages = [row for row in metrics.read_rows(tmp_path / 'metrics.jsonl') if row['kind'] == 'stage']
   assert [(row['step'], row['stage']) for row in stages] == [(2, 1)]
+
+
+@pytest.mark.parametrize('moments, counts', [('kept', {4}), ('reset', {2})])
+def test_shift_tells_the_optimiser_of_its_switch(moments, counts, tmp_path):
+  """After two updates before and two after the switch: Adam's corrections count those since its moments began."""
+  config = brief(config_of('shift', f'p_hop,first=2,moments={moments},rewarm=100'), None)
+  configs.save(config, tmp_path)
+  state = train(config, tmp_path, lambda line: None).optimizer
+  assert (int(state.stage), int(state.since)) == (1, 2)
+  adam = [leaf for leaf in jax.tree.leaves(state.inner, is_leaf=lambda s: hasattr(s, 'nu')) if hasattr(leaf, 'nu')]
+  assert {int(leaf.count) for leaf in adam} == counts
 
 
 def test_modules_of_a_configuration_are_not_shared():

@@ -15,7 +15,7 @@ from loopformer.cells import linear
 from loopformer.cells.plain import Plain
 from loopformer.model import Looped, init_params
 from loopformer.tasks import descent
-from loopformer.types import ConfigError, Ctx
+from loopformer.types import ConfigError, Ctx, Readout
 from tests import parts
 
 D, N, B = 4, 12, 3
@@ -72,10 +72,15 @@ def model_of(loops: int = 8, inputs: int = D, examples: int = N) -> Looped:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answers(model, params, tokens, plan):
-  """[B, T] of the head."""
+def forward(model, params, tokens, plan):
+  """[B, T, outputs] of the head."""
   trace = model.apply({'params': params}, tokens, plan)
-  return model.apply({'params': params}, trace.z, method='logits')[..., 0]
+  return model.apply({'params': params}, trace.z, method='logits')
+
+
+def answers(model, params, tokens, plan):
+  """[B, T] of a head with one output."""
+  return forward(model, params, tokens, plan)[..., 0]
 
 
 def preconditioner() -> np.ndarray:
@@ -392,6 +397,58 @@ def test_a_chain_of_thought_is_learned():
   assert curve[2 * k] > curve[0]
   # w_0 = 0: W_13 has no gradient, and stays where it began.
   parts.close(params['W13'], of.init(jax.random.fold_in(key, 0))['W13'], 1e-6)
+
+
+def test_loops_over_a_thought_are_gradient_descent():
+  """L loops of the constructed model leave w_L in the thought, and examples as they were (section 2.3)."""
+  config = linear_icl.get_config(f'20,predict=weights,inputs={D},examples={N}')
+  x, y, _, best = problem()
+  w = reference(x, y, RATE, 20)
+  tokens = np.zeros((B, N + 1, 2 * D + 2), np.float32)
+  tokens[:, :N, :D], tokens[:, :N, D], tokens[:, N, -1] = x, y, 1
+  params = linear_icl.constructive_weights(D, RATE)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parts.shapes(config.model))
+  for loops in LOOPS:
+    got = forward(config.model, params, jnp.asarray(tokens), parts.padded(loops, 20))
+    np.testing.assert_allclose(got[:, N, D + 1:-1], w[loops], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(got[:, :N], tokens[:, :N])
+  batch = {'targets': jnp.zeros_like(tokens).at[:, N, D + 1:-1].set(best).at[:, N, -1].set(1),
+           'weights': jnp.zeros((B, N + 1)).at[:, N].set(1)}
+  readout = Readout(table=jnp.eye(2 * D + 2), read=None)
+  measure = config.task.measure
+  error = measure.row(jax.device_get(measure.sums(readout, got, batch, None)))['loss']
+  assert error == pytest.approx(np.square(w[20] - best).sum(-1).mean() / D, rel=1e-4)  # |w - w*|^2 in units of d
+
+
+def test_weights_that_are_predicted_are_learned():
+  """300 quick steps end below the best that one step of descent can do (section 9)."""
+  config = linear_icl.get_config(f'2,predict=weights,grow=0,inputs={D},examples=16')
+  optimizer = config.optim.make(300)
+  key = jax.random.key(0)
+
+  @jax.jit
+  def run(params):
+    def step(carry, index):
+      params, state = carry
+      batch = thoughts(jax.random.fold_in(key, index), 128, D, 16)
+      loss, grads = jax.value_and_grad(lambda p: config.objective(
+          config.model, p, parts.draw(key, batch), config.objective.denominators(batch))[0])(params)
+      updates, state = optimizer.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), loss
+    return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(300))[1]
+
+  losses = run(init_params(config.model, jax.random.key(1)))
+  best = D * (D + 1) / (16 + D + 1) / (2 * D + 2)  # of one step, as a mean over outputs
+  assert jnp.isfinite(losses).all() and losses[-30:].mean() < best
+
+
+def thoughts(key, rows, inputs, examples):
+  """A batch of `WeightPrompt`."""
+  sample = linear_cot.sample(key, rows, inputs, examples)
+  last, asked = examples, jnp.arange(examples + 1) == examples
+  laid = linear_cot.lay_out(sample['x'], sample['y'], jnp.stack([jnp.zeros_like(sample['best']), sample['best']], 1))
+  targets = jnp.where(asked[:, None], laid[:, last + 1:], 0.0)
+  return {'tokens': laid[:, :last + 1], 'targets': targets, 'weights': jnp.broadcast_to(asked, targets.shape[:2]) * 1.0}
 
 
 # What is refused -----------------------------------------------------------------------------------------------------

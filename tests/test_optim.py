@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import pytest
 
 from loopformer import optim, sharding
 from loopformer.checkpoint import Checkpoints
-from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid, WarmupCosine, decay_mask, routes
+from loopformer.optim import (AdamW, AtanAdam, CountState, Muon, Reset, Switched, Trapezoid, WarmupCosine, decay_mask,
+                              routes)
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, all_rows, params
@@ -145,7 +147,10 @@ def reference_atan(weights, grads, rates, peak, b1=0.9, b2=0.95, decay=4e-5, cli
 
 def test_atan_adam_is_the_table():
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
   tree = {'core': {'block': {'kernel': draw(3, 4, 5), 'scale': draw(3, 4)}}, 'read_in': {'embedding': draw(6, 4)}}
   layout = {'kernel': (True, True), 'scale': (True, False), 'embedding': (False, True)}
 
@@ -431,3 +436,95 @@ def test_a_quadratic_falls(name):
 
   _, losses = jax.lax.scan(step, (weights, optimizer.init(weights)), length=20)
   assert (np.diff(losses) < 0).all()
+
+
+# At the switch of SHIFT (section 3) ----------------------------------------------------------------------------------
+
+
+STAGES = [0, 0, 0, 1, 1, 1, 1, 1]
+SWITCH = STAGES.index(1)
+OPTIMISERS = {
+    'adamw': AdamW(schedule=Trapezoid(peak=1e-2, cooldown=1.0)),
+    'atan': AtanAdam(schedule=Trapezoid(peak=1e-2, cooldown=1.0)),
+    'muon': Muon(schedule=Trapezoid(peak=1e-2, cooldown=1.0), heads=2,
+                 others=AdamW(schedule=Trapezoid(peak=1e-2, cooldown=1.0)))}
+every_optimiser = pytest.mark.parametrize('name', OPTIMISERS)
+
+
+def updates_of(part, first: int = 0, state=None):
+  """Updates for the same parameters and a gradient for every step from `first` on; and the states before each."""
+  params = {'attn': {'qkv': {'kernel': jnp.linspace(-1, 1, 4 * 12).reshape(4, 12)}}, 'mlp': {
+      'up': {'kernel': jnp.ones((4, 8))}}, 'norm': {'scale': jnp.ones(4)}}
+  transform = optax.with_extra_args_support(part.make(len(STAGES)))
+  state = transform.init(params) if state is None else state
+  update = jax.jit(lambda grads, state, stage: transform.update(grads, state, params, stage=stage))
+  made, states = [], []
+  for i in range(first, len(STAGES)):
+    rng = np.random.default_rng(i)
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), params)
+    states.append(state)
+    update_, state = update(grads, state, jnp.int32(STAGES[i]))
+    made.append(update_)
+  return made, [*states, state]
+
+
+@every_optimiser
+def test_by_default_the_switch_changes_nothing(name):
+  plain, switched = (updates_of(part)[0] for part in (OPTIMISERS[name], Switched(of=OPTIMISERS[name])))
+  for ours, theirs in zip(switched, plain):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@every_optimiser
+def test_moments_that_are_reset_are_those_of_a_new_run_at_the_place_of_the_old(name):
+  """From the switch on: updates of an optimiser that has seen nothing, on the learning rate of the whole run."""
+  of = OPTIMISERS[name]
+  made, states = updates_of(Switched(of=of, moments=Reset()))
+  plain, before = updates_of(of)
+  for ours, theirs in zip(made[:SWITCH], plain):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+  def here(state):
+    return isinstance(state, (optax.ScaleByScheduleState, CountState))
+
+  fresh = jax.tree.map(lambda new, old: old if here(old) else new, before[0], before[SWITCH], is_leaf=here)
+  expected, after = updates_of(of, SWITCH, fresh)
+  for ours, theirs in zip(made[SWITCH:], expected):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  jax.tree.map(np.testing.assert_array_equal, states[-1].inner, after[-1])
+  assert any(np.abs(ours['norm']['scale'] - theirs['norm']['scale']).max() > 1e-4
+             for ours, theirs in zip(made[SWITCH:], plain[SWITCH:]))
+  counts = [leaf.count for leaf in jax.tree.leaves(states[-1].inner, is_leaf=here) if here(leaf)]
+  assert counts and all(int(count) == len(STAGES) for count in counts)
+
+
+@every_optimiser
+def test_the_learning_rate_climbs_back_after_the_switch(name):
+  plain = updates_of(OPTIMISERS[name])[0]
+  warm = updates_of(Switched(of=OPTIMISERS[name], rewarm=3, least=0.1))[0]
+  for i, share in enumerate([1, 1, 1, 0.1, 0.4, 0.7, 1, 1]):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), warm[i],
+                 jax.tree.map(lambda update: share * update, plain[i]))
+
+
+def test_a_run_that_is_resumed_at_the_switch_makes_it_once():
+  """From the state before the switch, at it, and after it: the same updates."""
+  part = Switched(of=OPTIMISERS['adamw'], moments=Reset(), rewarm=3)
+  made, states = updates_of(part)
+  for first in (SWITCH - 1, SWITCH, SWITCH + 1, SWITCH + 3):
+    saved = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), states[first])
+    for ours, theirs in zip(updates_of(part, first, saved)[0], made[first:]):
+      jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_stage_that_a_run_begins_in_is_no_switch(monkeypatch):
+  monkeypatch.setattr('tests.test_optim.STAGES', [1] * 8)
+  warm = updates_of(Switched(of=OPTIMISERS['adamw'], moments=Reset(), rewarm=3))[0]
+  jax.tree.map(np.testing.assert_array_equal, warm, updates_of(OPTIMISERS['adamw'])[0])
+
+
+@pytest.mark.parametrize('options, message', [({'rewarm': -1}, r'optim\.rewarm = -1'),
+                                              ({'least': 1.5}, r'optim\.least = 1\.5')])
+def test_a_switch_that_cannot_be_made_is_refused(options, message):
+  with pytest.raises(ConfigError, match=message):
+    Switched(of=AdamW(), **options)

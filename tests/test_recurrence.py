@@ -10,16 +10,17 @@ import pytest
 
 from loopformer import config as configs
 from loopformer import plans
-from loopformer.blocks import Linear, RMSNorm, Stack, repeated
+from loopformer.blocks import Chain, Linear, RMSNorm, SelfAttention, Stack, repeated, unfused
 from loopformer.inject import Add, Concat, Diagonal, Hold, decay
 from loopformer.loop import Every
 from loopformer.objective import Objective, Roll, Weighted
-from loopformer.positions import Alibi
+from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Embedded, Noise, Zeros
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, Plan
 from tests import parts
 from tests.parts import D, ROWS, T, V, close, forward, params, tokens
+from tests.test_golden import config_of
 
 RECURRENT = ['added', 'held', 'huginn', 'parcae']
 
@@ -143,6 +144,21 @@ def test_stairs_and_window():
   seen = {step: plan(parts.draw(jax.random.key(0), step=step)) for step in (0, 99, 100, 399, 400, 10_000)}
   assert {step: int(p.free) for step, p in seen.items()} == {0: 0, 99: 0, 100: 2, 399: 6, 400: 7, 10_000: 7}
   assert all(p.live.all() for p in seen.values())
+
+
+def test_a_ramp_of_the_depth_of_every_sequence():
+  """Parcae's curriculum: one loop at first, all differentiated; the published depths from its end on."""
+  config = config_of('parcae', 'cpu,ramp=100,curve=linear')
+  plan = config.objective.rolls['drawn'].plan
+  batch = {'tokens': jnp.zeros((500, T))}
+  steps = {step: plan(parts.draw(jax.random.key(1), batch, step)) for step in (0, 50, 100, 1000)}
+  total = {step: np.asarray(drawn.free + drawn.live.sum(0)) for step, drawn in steps.items()}
+  graded = {step: int(drawn.live.sum(0).max()) for step, drawn in steps.items()}
+  assert graded == {0: 1, 50: 2, 100: 2, 1000: 2}
+  for step, mean in {0: 1, 50: 2, 100: 4, 1000: 4}.items():
+    expected = mean + math.exp(-mean)  # of Poisson, 1 at least
+    assert abs(total[step].mean() - expected) < 4 * math.sqrt(mean / 500)
+  np.testing.assert_array_equal(total[100], total[1000])
 
 
 def test_given_runs_what_each_sequence_asks_for():
@@ -322,7 +338,7 @@ def test_bridge_and_heads():
   assert model.outputs == V + 3
 
 
-# What would not learn is refused ---------------------------------------------------------------------------------------
+# What would not learn is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('file, changes, message', [
@@ -372,3 +388,41 @@ def test_alibi_is_exact_in_bfloat16():
   q, k, _ = Alibi().extend(jnp.zeros((1, 1, 4, 6)), jnp.zeros((1, 8, 4, 6)), jnp.zeros((1, 8, 4, 6)), pos[:, :8])
   score_HS = jnp.einsum('Hd,SHd->HS', q[0, 0], k[0]) / 8 ** 0.5
   np.testing.assert_allclose(score_HS[:, 1] - score_HS[:, 0], [1 / 4, 1 / 16, 1 / 64, 1 / 256], rtol=1e-5)
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('make', [
+    lambda: parts.block(position=Rotary(), heads=4), lambda: parts.sandwich().clone(
+        attn=SelfAttention(heads=4, position=Rotary())),
+    lambda: Chain((parts.block(heads=4), parts.block(position=Rotary(), heads=4)))], ids=['block', 'sandwich', 'chain'])
+def test_rotary_positions_refuse_heads_of_odd_width(make):
+  """A head of three channels has no pairs to turn: refused when a configuration is checked, and when it is built."""
+  block = make()
+  with pytest.raises(ConfigError, match=r'model\.loop: heads = 4: at width 12 a head has 3 channels, an odd number'):
+    block.check(12, 'model.loop: ')
+  block.check(16, '')
+  parts.block(position=Alibi(), heads=4).check(12, '')  # which turns nothing
+  with pytest.raises(ConfigError, match='heads = 4: at width 12'):
+    parts.shapes(parts.looped(parts.plain(position=Rotary(), heads=4),
+                              read_in=parts.nowhere().clone(width=12)))
+
+
+def test_blocks_say_whether_they_take_gates_and_scales():
+  assert parts.block().modulated
+  assert not parts.sandwich().modulated and not parts.valued().modulated
+
+
+@pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2), (6, 1)])
+def test_a_fused_projection_in_three(heads, groups):
+  """Group by group: its queries, its key, its value."""
+  each, d = heads // groups, 3
+  x = jnp.arange((heads + 2 * groups) * d)
+  q, k, v = unfused(x[None], heads, groups)
+  assert q.shape == (1, groups, each, d) and k.shape == v.shape == (1, groups, 1, d)
+  for g in range(groups):
+    first = g * (each + 2) * d
+    np.testing.assert_array_equal(q[0, g].ravel(), first + np.arange(each * d))
+    np.testing.assert_array_equal(k[0, g, 0], first + each * d + np.arange(d))
+    np.testing.assert_array_equal(v[0, g, 0], first + (each + 1) * d + np.arange(d))

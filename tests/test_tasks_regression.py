@@ -5,22 +5,12 @@ import numpy as np
 import pytest
 
 from loopformer.measures import Errors
+from loopformer.tasks.chains import Autoregression, ChainOfThought, Contracted
 from loopformer.tasks.descent import DescentChain, LinearPrompt, WeightPrompt, best_rate, gradient_descent
-from loopformer.tasks.generated import Generated, Grow
-from loopformer.tasks.regression import (
-  Autoregression,
-  ChainOfThought,
-  Contracted,
-  Linear,
-  Network,
-  Regression,
-  Representation,
-  Represented,
-  Sparse,
-  Tree,
-  ridge,
-  states_of,
-)
+from loopformer.tasks.functions import Linear, Network, Representation, Represented, Sparse, Tree, states_of
+from loopformer.tasks.generated import Generated, Grow, Rise
+from loopformer.tasks.guesses import ridge
+from loopformer.tasks.regression import Regression
 from loopformer.types import ConfigError
 
 GENERATORS = {
@@ -237,13 +227,41 @@ def test_knowing_the_representation_helps():
 
 def test_a_curriculum_keeps_the_shape_of_rows():
   of = Regression(inputs=20, width=20, points=4)
-  task = Generated(of=of, grow=Grow(field='inputs', first=5, every=10))
+  task = Generated(of=of, grow=Grow(fields={'inputs': Rise(first=5, every=10)}))
   source = task.source('train', 0)
   assert [(source[i]['tokens'][::2] != 0).any(0).sum() for i in (0, 9, 10, 149, 150, 999)] == [5, 5, 6, 19, 20, 20]
   of = Regression(points=6, room=6)
-  task = Generated(of=of, grow=Grow(field='points', first=2, every=1))
+  task = Generated(of=of, grow=Grow(fields={'points': Rise(first=2, every=1)}))
   assert [int(task.source('train', 0)[i]['weights'].sum()) for i in range(6)] == [2, 3, 4, 5, 6, 6]
   assert {task.source('train', 0)[i]['tokens'].shape for i in range(6)} == {(12, 20)}
+
+
+def test_a_curriculum_of_several_fields():
+  """In-context regression's own: dimensions and points, at different speeds, each up to its end (section 3.1)."""
+  of = Regression(inputs=20, width=20, points=41, room=41)
+  batch = 64
+  grow = Grow(fields={'inputs': Rise(first=5, every=5000 * batch), 'points': Rise(first=11, every=5000 * batch, add=2)})
+  Generated(of=of, grow=grow)
+  at = {step: grow.at(of, step * batch) for step in (0, 499, 4999, 5000, 74_999, 75_000, 500_000)}
+  assert {step: (part.inputs, part.points) for step, part in at.items()} == {
+      0: (5, 11), 499: (5, 11), 4999: (5, 11), 5000: (6, 13), 74_999: (19, 39), 75_000: (20, 41), 500_000: (20, 41)}
+  assert all((part.width, part.room, part.function) == (of.width, of.room, of.function) for part in at.values())
+
+
+@pytest.mark.parametrize('of, grow, message', [
+    (Regression(), Grow(fields={'dims': Rise(first=5, every=1)}), r"names 'dims', which Regression does not have"),
+    (Regression(), Grow(fields={'inputs': Rise(first=5, every=1)}), r'tokens of the first .* has shape \(82, 5\)'),
+    (Regression(), Grow(fields={'points': Rise(first=5, every=1)}), r'shape \(10, 20\).*the room of its largest'),
+], ids=['no such field', 'width', 'length'])
+def test_a_curriculum_that_does_not_suit_its_task_is_refused(of, grow, message):
+  with pytest.raises(ConfigError, match=message):
+    Generated(of=of, grow=grow)
+
+
+@pytest.mark.parametrize('field', ['first', 'every', 'add'])
+def test_a_rise_that_does_not_rise_is_refused(field):
+  with pytest.raises(ConfigError, match=f'{field} = 0'):
+    Rise(**{'first': 1, 'every': 1, field: 0})
 
 
 def test_a_curriculum_does_not_change_the_representation():

@@ -19,7 +19,7 @@ from loopformer.tasks.edit_distance import (
   common_subsequence,
   edit_distance,
 )
-from loopformer.tasks.generated import Generated, Grow
+from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.igsm import LEVELS, SymbolicGSM, evaluate
 from loopformer.tasks.markov import Complex, Markov, Medium, Simple
 from loopformer.tasks.p_hop import Last, NoRepeat, PHop, Uniform, find, hop
@@ -502,7 +502,7 @@ def test_the_longest_input_fits(of):
 
 @algorithm
 def test_curriculum_keeps_the_rows(of):
-  task = Generated(of=of(longest=9, room=9), grow=Grow(field='longest', first=1, every=10))
+  task = Generated(of=of(longest=9, room=9), grow=Grow(fields={'longest': Rise(first=1, every=10)}))
   source = task.source('train', 0)
   made = [source[i] for i in (*range(10), 10_000, 10_001)]
   assert len({e['tokens'].shape for e in made}) == 1

@@ -2,8 +2,9 @@
 
     python -m experiments.main --config=experiments/configs/latent_thoughts.py:p_hop,layers=1,loops=3 --workdir=runs/hop
 
-Argument: task (p_hop, addition, igsm, assignment), then any of
+Argument: task, then any of
 
+    task            p_hop, addition, igsm, assignment; of timestep encoding: edit_distance, lcs; of SHIFT: markov
     layers, loops   k and L of (k(x)L); loops=1 is a net of k layers
     kind            loop     the block alone
                     middle   k layers, the block L times, k layers: (k(x)1,L,1)
@@ -30,8 +31,10 @@ from loopformer.optim import AdamW, WarmupCosine
 from loopformer.positions import Rotary
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment
+from loopformer.tasks.edit_distance import EditDistance, LongestCommonSubsequence
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.igsm import SymbolicGSM
+from loopformer.tasks.markov import Complex, Markov, Simple
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cosine import Cosine
 from loopformer.terms.cross_entropy import CE
@@ -53,6 +56,9 @@ class Setting:
   schedule: WarmupCosine
 
 
+MARKOV = Generated(of=Markov(), tests={'simple': Markov(difficulty=Simple()), 'complex': Markov(difficulty=Complex())})
+
+
 def settings(size: str) -> dict[str, Setting]:
   """Name -> setting."""
   if size == 'paper':
@@ -63,6 +69,9 @@ def settings(size: str) -> dict[str, Setting]:
         'p_hop': Setting(task=Generated(of=PHop(hops=16, length=256), pool=4_000_000), **small),
         'igsm': Setting(task=Generated(of=SymbolicGSM(), pool=4_000_000), **small),
         'assignment': Setting(task=Generated(of=Assignment()), **small),
+        'edit_distance': Setting(task=Generated(of=EditDistance(letters=60, using=24), pool=1_000_000), **small),
+        'lcs': Setting(task=Generated(of=LongestCommonSubsequence(letters=100, using=8), pool=1_000_000), **small),
+        'markov': Setting(task=MARKOV, **small),
         'addition': Setting(task=Generated(of=Addition(), tests={'24': Addition(counts=(24,))}),
                             width=256, heads=8, hidden=1024, train=dataclasses.replace(train, batch=1024),
                             schedule=WarmupCosine(peak=1e-3, end=0.0, warmup=2000))}
@@ -72,6 +81,9 @@ def settings(size: str) -> dict[str, Setting]:
       'p_hop': Setting(task=Generated(of=PHop(hops=3, length=24), pool=32_768), **small),
       'igsm': Setting(task=Generated(of=SymbolicGSM()), **small),
       'assignment': Setting(task=Generated(of=Assignment()), **small),
+      'edit_distance': Setting(task=Generated(of=EditDistance(letters=6, using=2), pool=40_000), **small),
+      'lcs': Setting(task=Generated(of=LongestCommonSubsequence(letters=8, using=4)), **small),
+      'markov': Setting(task=MARKOV, **small),
       'addition': Setting(task=Generated(of=Addition(counts=(2, 3, 4))), **small)}
 
 

@@ -28,7 +28,7 @@ from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
 from loopformer.tasks import algorithms
-from loopformer.tasks.generated import Generated, Grow
+from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.terms.cross_entropy import CE
 from loopformer.train import Train
 
@@ -87,7 +87,7 @@ def get_config(argument: str = '') -> Experiment:
                    read_out=Head(outputs=vocab, norm=Identity()), loops=most, remat=loop.PerLayer()),
       objective=Objective(rolls={'given': Roll(plan)}, terms={'answer': Weighted(1.0, CE(roll='given'))}),
       task=Generated(of=of, tests=tests, held_out=512,
-                     grow=Grow(field='longest', first=1, every=setting.interval * train.batch)),
+                     grow=Grow(fields={'longest': Rise(first=1, every=setting.interval * train.batch)})),
       train=train,
       optim=AdamW(schedule=WarmupCosine(peak=1e-3 if small else 1e-4, end=0.0, warmup=100), b2=0.999, decay=0.01),
       evals=Named(budgets=(most,), runs={

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
-from loopformer.tasks.generated import Example, sequence
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, at_least, sequence
 from loopformer.types import ConfigError, part
 
 PLUS, EQUALS, END = 10, 11, 12

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from loopformer.tasks.generated import Example, aligned
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, aligned, at_least
 from loopformer.types import ConfigError, part
 
 # Guesses -------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopformer.tasks.generated import Example, aligned
-from loopformer.tasks.regression import SHOWN, at_least, ridge
+from loopformer.tasks.generated import Example, aligned, at_least
+from loopformer.tasks.guesses import SHOWN, ridge
 from loopformer.types import part
 
 

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
-from loopformer.tasks.generated import Example, sequence
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, at_least, sequence
 from loopformer.types import ConfigError, part
 
 PAD, SEP, EOS, BAR = 0, 1, 2, 3

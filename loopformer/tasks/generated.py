@@ -70,6 +70,12 @@ def aligned(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Exa
           'positions': np.arange(length, dtype=np.int32), 'segments': np.ones(length, np.int32)}
 
 
+def at_least(name: str, value: float, least: float, why: str):
+  """Raises ConfigError where the field `name` is below `least`."""
+  if not value >= least:
+    raise ConfigError(f'{name} = {value}: {why}; set {name} to {least} or more')
+
+
 def seed_of(*words: Any) -> int:
   """A seed from anything that prints: streams of different words are independent."""
   return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), 'big')
@@ -79,22 +85,52 @@ def seed_of(*words: Any) -> int:
 class Same:
   """Every example comes from the same generator."""
 
+  def check(self, of: Any):
+    """Nothing: it serves all generators."""
+
   def at(self, of: Any, index: int) -> Any:
     return of
 
 
 @part
-class Grow:
-  """A curriculum: the field `field` of the generator is `first`, and one more every `every` examples, up to its own
-  value. Lengths of rows do not change, so one program serves all."""
-  field: str
+class Rise:
+  """`first`, and `add` more every `every` examples."""
   first: int
   every: int
+  add: int = 1
+
+  def __post_init__(self):
+    for name in ('first', 'every', 'add'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'task.grow: {name} = {getattr(self, name)}: must be 1 or more')
+
+  def at(self, index: int, last: int) -> int:
+    """The value for example `index`, `last` at most."""
+    return min(self.first + self.add * (index // self.every), last)
+
+
+@part
+class Grow:
+  """A curriculum: each of the generator's fields that `fields` names rises to its own value. Rows must keep their shape
+  meanwhile (generators have fields for the room that there is), so that one program serves all."""
+  fields: Mapping[str, Rise]
+
+  def check(self, of: Any):
+    """Raises ConfigError where the generator has no such field, or its rows would change their shape."""
+    missing = [name for name in self.fields if not hasattr(of, name)]
+    if missing:
+      raise ConfigError(f'task.grow.fields names {missing[0]!r}, which {type(of).__name__} does not have; name some of '
+                        f'{", ".join(field.name for field in dataclasses.fields(of))}')
+    first, last = ({name: array.shape for name, array in generator(np.random.default_rng(0)).items()}
+                   for generator in (self.at(of, 0), of))
+    changed = [name for name in last if first[name] != last[name]]
+    if changed:
+      raise ConfigError(f'task.grow: {changed[0]} of the first examples has shape {first[changed[0]]}, of the last '
+                        f'{last[changed[0]]}; give the generator the room of its largest')
 
   def at(self, of: Any, index: int) -> Any:
     """The generator of example `index`."""
-    last = getattr(of, self.field)
-    return dataclasses.replace(of, **{self.field: min(self.first + index // self.every, last)})
+    return dataclasses.replace(of, **{name: rise.at(index, getattr(of, name)) for name, rise in self.fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +219,7 @@ class Generated:
         raise ConfigError(f'task.{name} = {value}: must be 1 or more')
     if self.pool is not None and self.grow != Same():
       raise ConfigError(f'task.pool = {self.pool}: a curriculum needs fresh examples in order; give pool = None')
+    self.grow.check(self.of)
 
   @property
   def length(self) -> int:

@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
-from loopformer.tasks.generated import Example, sequence
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, at_least, sequence
 from loopformer.types import ConfigError, part
 
 LEVELS = ('ABCD', 'EFGH', 'IJKL', 'MNOP')

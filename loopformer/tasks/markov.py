@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
-from loopformer.tasks.generated import Example, seed_of, sequence
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, at_least, seed_of, sequence
 from loopformer.types import ConfigError, part
 
 SAMPLES = 4096  # sentences that terciles are measured on

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, most_frequent
-from loopformer.tasks.generated import Example, aligned
-from loopformer.tasks.regression import at_least
+from loopformer.tasks.generated import Example, aligned, at_least
 from loopformer.types import ConfigError, part
 
 

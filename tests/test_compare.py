@@ -1,0 +1,50 @@
+"""What a comparison refuses before it trains, and what its results look like when a run has diverged."""
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from experiments import records
+from tests import parts
+
+RUN = f'{parts.ROOT}/experiments/configs'
+
+
+def compare(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, '-m', 'experiments.compare', f'--workdir={tmp_path}/runs', f'--out={tmp_path}/out', *arguments],
+      capture_output=True, text=True, cwd=parts.ROOT, timeout=300)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--show=exact', '--run=icl=CONFIGS/looped_icl.py:cpu'],
+     'error: --show = exact: the run icl does not report it; choose one of loss, last, tokens, state norm'),
+    (['--show=last', '--run=hop=CONFIGS/latent_thoughts.py', '--run=text=CONFIGS/intra_layer.py'],
+     'error: --show = last: the run text does not report it; choose one of loss, perplexity, bits_per_byte'),
+    (['--budgets=1,x', '--run=hop=CONFIGS/latent_thoughts.py'], 'error: --budgets=1,x'),
+], ids=['no run', 'one run', 'budgets'])
+def test_what_no_plot_could_show_is_refused_before_training(arguments, message, tmp_path):
+  done = compare(tmp_path, *(argument.replace('CONFIGS', RUN) for argument in arguments))
+  assert done.returncode != 0 and message in done.stderr
+  assert not (tmp_path / 'runs').exists() and not (tmp_path / 'out').exists()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+  path = tmp_path / 'results.json'
+  records.write(path, {'a': [1.5, math.nan, {'b': -math.inf}], 'c': (2, None, 'NaN'), 'd': True})
+
+  def refuse(name):
+    raise AssertionError(f'{name} is no JSON')
+
+  assert json.loads(path.read_text(), parse_constant=refuse) == {
+      'a': [1.5, None, {'b': None}], 'c': [2, None, 'NaN'], 'd': True}
+
+
+@pytest.mark.parametrize('path', sorted((parts.ROOT / 'experiments/reports').rglob('*.json')), ids=str)
+def test_reports_are_json(path):
+  def refuse(name):
+    raise AssertionError(f'{path}: {name} is no JSON')
+
+  json.loads(path.read_text(), parse_constant=refuse)
