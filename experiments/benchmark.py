@@ -39,7 +39,7 @@ from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
 from loopformer.cells.timed import Timed
 from loopformer.condition import Modulation, Trajectory
 from loopformer.embed import TokenEmbed
-from loopformer.generation import controls, decode, prefill
+from loopformer.generation import Engine
 from loopformer.model import Looped, init_params
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
@@ -337,19 +337,36 @@ def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8)
   return rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Ids:
+  """A tokenizer of numbers, which never ends a document."""
+  vocab_size: int
+  eos: int = -1
+
+  def encode(self, text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids) -> str:
+    return ' '.join(map(str, ids))
+
+
 def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int) -> tuple[float, float]:
-  """Seconds to read the prompts, and to draw the new tokens."""
-  plan = plans.schedule((1.0 / budget,) * budget, size.loops)
-  tokens = jnp.asarray(np.random.default_rng(0).integers(size.vocab, size=(batch, size.prompt), dtype=np.int32))
-  lengths = jnp.full(batch, size.prompt, jnp.int32)
-  kv = jax.block_until_ready(model.cache(batch, size.prompt + size.new, size.loops))
+  """Seconds to read the prompts and draw the first tokens, and to draw the new tokens."""
+  rng = np.random.default_rng(0)
+  engine = Engine(model, params, Ids(size.vocab), rows=batch, length=size.prompt + size.new + 1, loops=size.loops,
+                  rounds=size.new)
+  for _ in range(batch):
+    engine.submit(' '.join(map(str, rng.integers(size.vocab, size=size.prompt))), budget=budget,
+                  max_new_tokens=size.new + 1)
   start = time.perf_counter()
-  logits, kv = jax.block_until_ready(prefill(model, params, tokens, lengths, plan, kv=kv))
+  stream = engine.stream()
+  for _ in range(batch):  # the first piece of every row comes from reading its prompt
+    next(stream)
   middle = time.perf_counter()
-  out, _ = decode(model, size.new, params, logits, lengths, plan, kv=kv, key=jax.random.key(0),
-                  control=controls(size.vocab), most=jnp.int32(size.new), eos=jnp.int32(-1))
-  if int(jnp.min(out)) < 0:
-    raise RuntimeError(f'decoding stopped before {size.new} tokens')
+  for _ in stream:
+    pass
+  if engine.tally['tokens'] != batch * size.new:
+    raise RuntimeError(f'decoding drew {engine.tally["tokens"]} tokens, not {batch * size.new}')
   return middle - start, time.perf_counter() - middle
 
 

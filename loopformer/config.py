@@ -27,6 +27,7 @@ from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.modules import unshared
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
 from loopformer.sharding import Mesh
@@ -55,21 +56,6 @@ class Experiment:
 
   def __post_init__(self):
     object.__setattr__(self, 'model', unshared(self.model))
-
-
-def unshared(module: nn.Module) -> nn.Module:
-  """The same description, in which no module stands twice.
-
-  Linen lets two fields that hold one instance share its parameters. Here modules are values: a block that is written
-  once and put into three stacks means three blocks, as it does when the configuration has been saved and read.
-  """
-
-  def own(value):
-    if isinstance(value, nn.Module):
-      return unshared(value)
-    return tuple(map(own, value)) if isinstance(value, tuple) else value
-
-  return module.clone(**{name: own(value) for name, value in fields(module).items()})
 
 
 def is_part(value: Any) -> bool:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import plans
+from loopformer.modules import flattened
 from loopformer.types import Array, ConfigError, Params, Plan
 
 ROUND = 64  # lengths are rounded up to multiples of this
@@ -384,6 +385,7 @@ class Engine:
     if draft is not None and not model.memory.exact:
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
+    model, params = flattened(model, params)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
     self.exit, self.ahead = exit, ahead if draft is not None else 0

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import memory, plans
+from loopformer import memory
 from loopformer.types import ConfigError, Ctx, Tick
 from tests import parts
 from tests.parts import D, L, ROWS, T, close, params, tokens

@@ -1,0 +1,77 @@
+"""Descriptions of modules as values: taken apart, made anew, and made flat for decoding."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+
+from loopformer.blocks import Stack
+from loopformer.types import KV, Array, Ctx
+
+LAYERS = 8  # stacks of up to this many applications are made flat
+
+
+def fields(module: nn.Module) -> dict[str, Any]:
+  """Name -> value of a module's own fields."""
+  return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
+          if f.init and f.name not in ('parent', 'name')}
+
+
+def unshared(module: nn.Module) -> nn.Module:
+  """The same description, in which no module stands twice.
+
+  Linen lets two fields that hold one instance share its parameters. Here modules are values: a block that is written
+  once and put into three stacks means three blocks, as it does when the configuration has been saved and read.
+  """
+
+  def own(value):
+    if isinstance(value, nn.Module):
+      return unshared(value)
+    return tuple(map(own, value)) if isinstance(value, tuple) else value
+
+  return module.clone(**{name: own(value) for name, value in fields(module).items()})
+
+
+class Flat(nn.Module):
+  """A `Stack` whose blocks have parameters of their own, not stacked: a flat program, for decoding.
+
+  A token's step reads little but weights, and a scan copies each layer's out of the stack before it reads them.
+  """
+  blocks: tuple[nn.Module, ...]
+  order: tuple[int, ...]
+  norm: nn.Module | None = None
+
+  def __call__(self, x: Array, ctx: Ctx, mods: Array | None, kv: KV | None) -> tuple[Array, KV | None]:
+    """As Stack."""
+    for index, which in enumerate(self.order):
+      x, kv = self.blocks[which](x, ctx, None if mods is None else mods[index], kv, index)
+    return (x if self.norm is None else self.norm(x)), kv
+
+  @property
+  def block(self) -> nn.Module:
+    """What its blocks are like."""
+    return self.blocks[0]
+
+  @property
+  def applications(self) -> int:
+    """Layers that run, and so the slots of keys and values."""
+    return self.block.layers * len(self.order)
+
+
+def flattened(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+  """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices."""
+  if isinstance(module, Stack):
+    if module.applications > LAYERS:
+      return module, params
+    flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
+                order=module.order or tuple(range(module.depth)))
+    rest = {name: tree for name, tree in params.items() if name != 'block'}
+    return flat, {**rest, **{f'blocks_{i}': jax.tree.map(lambda leaf: leaf[i], params['block'])
+                             for i in range(module.depth)}}
+  params, changed = dict(params), {}
+  for name, value in fields(module).items():
+    if isinstance(value, nn.Module) and name in params:
+      changed[name], params[name] = flattened(value, params[name])
+  return module.clone(**changed), params
