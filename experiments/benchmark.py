@@ -30,7 +30,6 @@ from typing import Any, Callable, Iterable, Mapping
 from absl import app, flags
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loopformer import loop, metrics, plans, sharding

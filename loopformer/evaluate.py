@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, loop, measures, plans
-from loopformer.model import make_readout
 from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part
 
 
@@ -61,8 +60,8 @@ def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, pl
 
 def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
              byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
-  """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and the
-  mean length of the states at its end.
+  """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and
+  the mean length of the states at its end.
 
   Args:
     schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,

@@ -7,8 +7,9 @@ depend on the batch:
     init(model, x, ctx) -> state                   of tokens whose states are x [B, T, D]
     update(state, seen, dial) -> (state, done bool[B, T], answer [B, T, D])
 
-after every step that was `Seen` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state that a token which
-leaves now is read out from. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal Transformers).
+after every step that was `Seen` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state from
+which a token that leaves now is read out. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal
+Transformers).
 """
 from __future__ import annotations
 
@@ -249,8 +250,11 @@ class Sampled:
   def init(self, model, x, ctx):
     key = jax.random.key(self.seed)
     row = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], ctx.pos.shape)
-    draw = jax.vmap(jax.vmap(lambda row, pos: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), pos))))
-    return draw(row, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx)
+
+    def draw(row, pos):
+      return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), pos))
+
+    return jax.vmap(jax.vmap(draw))(row, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx)
 
   def update(self, state, seen, dial):
     stay, done, answer = Cumulative().update(state[1], seen, state[0])

@@ -29,7 +29,8 @@ SHARED = 16  # a prompt's beginning is taken from another row if it is at least 
 
 @struct.dataclass
 class Controls:
-  """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for all.
+  """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for
+  all.
   """
   temperature: Array
   top_k: Array
@@ -219,8 +220,8 @@ def _fold(keys, numbers):
 
 @struct.dataclass
 class Tally:
-  """What decoding cost. tokens: i32[], drawn; passes: i32[], of all loops over a row; loops: i32[], steps that rows took
-  in these; ran: i32[], steps that ran for the whole batch; kept: i32[], drafted tokens that stood."""
+  """What decoding cost. tokens: i32[], drawn; passes: i32[], of all loops over a row; loops: i32[], steps that rows
+  took in these; ran: i32[], steps that ran for the whole batch; kept: i32[], drafted tokens that stood."""
   tokens: Array
   passes: Array
   loops: Array
@@ -402,8 +403,8 @@ class Engine:
 
   @property
   def tally(self) -> dict[str, float]:
-    """What decoding has cost so far: tokens, mean loops a pass and row, mean loops that ran, tokens a pass, and the share
-    of drafted tokens that stood."""
+    """What decoding has cost so far: tokens, mean loops a pass and row, mean loops that ran, tokens a pass, and the
+    share of drafted tokens that stood."""
     tokens, passes, loops, ran, kept = (int(n) for n in self._tally)
     result = {'tokens': tokens, 'loops': loops / max(passes, 1), 'ran': ran, 'tokens a pass': tokens / max(passes, 1)}
     return {**result, 'accepted': kept / max(passes * self.ahead, 1)} if self.ahead else result
@@ -434,8 +435,8 @@ class Engine:
                         f'engine with loops={len(steps)}')
     ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos]
     if len(ids) + max_new_tokens > self.length:
-      raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that is '
-                        f'more than the {self.length} positions of the model (read_in.length); shorten the prompt or '
+      raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
+                        f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt or '
                         'ask for fewer tokens')
     control = controls(self.model.read_in.vocab, temperature, top_k, top_p)
     key = jax.random.fold_in(jax.random.key(seed), number)
@@ -490,7 +491,7 @@ class Engine:
       idle = [row for row, request in batch if request.done]
 
   def _beginning(self, request) -> tuple[int, int]:
-    """(row, n): a row that has read the first n tokens of a prompt under the same schedule; (0, 0) where there is none."""
+    """(row, n): a row that has read the first n tokens of a prompt under the same schedule; (0, 0) if none."""
     best = (0, 0)
     if self.model.memory.exact:
       for row, other in enumerate(self._of):

@@ -178,8 +178,8 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, l
     raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without free steps, '
                       'such as Uniform')
   if cached and not through and x.shape[1] > 1:
-    raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or use '
-                      'fill=Recompute()')
+    raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
+                      'use fill=Recompute()')
   code = model.cell.timetable(plan) if code is None else code
   tick_of = _live_first(Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
   length = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)  # of each sequence, or of all

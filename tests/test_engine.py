@@ -1,4 +1,4 @@
-"""The engine: rows on their own, refilled, sharing beginnings; stops, streams; drafts that change speed and nothing else."""
+"""The engine: rows on their own, refilled, sharing beginnings; stops, streams; drafts change speed and nothing else."""
 import functools
 
 import jax
@@ -244,7 +244,8 @@ def test_drawn_with_a_draft_the_text_has_the_same_law():
     (lambda: engine().submit('a', budget=L + 1), f'budget = {L + 1}.*slots for {L}'),
     (lambda: engine().submit('a', budget=0), 'budget = 0'), (lambda: engine().submit('a', stop=('',)), 'stop'),
     (lambda: engine().submit('a', stop='x'), "stop = 'x'"), (lambda: engine(draft=0), 'draft = 0'),
-    (lambda: engine().submit('a' * 60, max_new_tokens=5), '60 tokens.*max_new_tokens = 5.*64 positions')], ids=range(10))
+    (lambda: engine().submit('a' * 60, max_new_tokens=5), '60 tokens.*max_new_tokens = 5.*64 positions')],
+                         ids=range(10))
 def test_bad_input(make, message):
   with pytest.raises(ConfigError, match=message):
     make()

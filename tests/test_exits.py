@@ -51,7 +51,8 @@ def one_by_one(name, threshold):
   log_p, best, same = np.full((*shape, model.outputs), -np.log(model.outputs)), np.full(shape, -1), np.zeros(shape, int)
   stay, total, mixed, answer = np.ones(shape), np.zeros(shape), np.zeros(x.shape), np.asarray(x, np.float64)
   for k in range(L):
-    tick = loop.Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=jnp.int32(k), code=jax.tree.map(lambda leaf: leaf[k], code))
+    tick = loop.Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=jnp.int32(k),
+                     code=jax.tree.map(lambda leaf: leaf[k], code))
     new, _, aux = bound.step(x, e, ctx.replace(tick=tick), None)
     new = np.where(active[..., None], new, x)
     after = np.asarray(jax.nn.log_softmax(bound.logits(bound.read(jnp.asarray(new), text))), np.float64)
@@ -215,8 +216,10 @@ def test_evaluation_reports_steps_taken_and_run():
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda: exits.KL(threshold=-1.0), r'threshold = -1\.0'), (lambda: exits.Cumulative(threshold=1.5), r'= 1\.5.*0 to 1'),
-    (lambda: exits.Stable(threshold=0), 'threshold = 0.*1 or more'), (lambda: exits.StateChange(threshold=-0.1), '-0.1'),
+    (lambda: exits.KL(threshold=-1.0), r'threshold = -1\.0'),
+    (lambda: exits.Cumulative(threshold=1.5), r'= 1\.5.*0 to 1'),
+    (lambda: exits.Stable(threshold=0), 'threshold = 0.*1 or more'),
+    (lambda: exits.StateChange(threshold=-0.1), '-0.1'),
     (lambda: exits.Adaptive(rule=exits.KL(), least=0), 'exit.least = 0'),
     (lambda: adapt(PLAIN, params(PLAIN), tokens(), exits.Adaptive(rule=exits.Cumulative()), jnp.float32(0.5),
                    plans.Uniform(L)(None)), 'no gate'),

@@ -12,6 +12,7 @@ Argument: size, then any of
     kind    algoformer   one layer before, one looped, one after
             looped       one looped layer alone, two loops more (the same compute)
             stacked      three distinct layers (the same parameters)
+    layers  of the looped block; 3 gives `looped` the parameters of `algoformer`
     inject  pre: the pre-transformer's output is added in every loop; none: it is where the loop starts, and all loops
             are differentiated, because nothing before them would learn otherwise
 
@@ -40,7 +41,7 @@ from loopformer.train import Train
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,kind=looped`."""
-  given = arguments(argument, size='cpu', kind='algoformer', inject='pre', task='regression')
+  given = arguments(argument, size='cpu', kind='algoformer', inject='pre', task='regression', layers=1)
   small = choose('size', given['size'], {'cpu': True, 'large': False})
   kind = choose('kind', given['kind'], dict.fromkeys(('algoformer', 'looped', 'stacked'))) or given['kind']
   pre = choose('inject', given['inject'], {'pre': True, 'none': False})
@@ -62,7 +63,8 @@ def get_config(argument: str = '') -> Experiment:
   else:
     loops += 2 * (kind == 'looped')
     whole = kind == 'algoformer'
-    model = Looped(cell=Recur(one, Add() if pre else Hold(), norm=LayerNorm()), start=Zeros() if pre else Embedded(),
+    block = Stack(gpt2(heads, 4 * width, out_std), given['layers'])
+    model = Looped(cell=Recur(block, Add() if pre else Hold(), norm=LayerNorm()), start=Zeros() if pre else Embedded(),
                    prelude=one if whole else None, coda=one if whole else None, loops=loops,
                    read_out=Head(outputs=outputs, norm=LayerNorm() if whole else Identity()), **parts)
     plan = plans.Truncated(depth=plans.Constant(loops=loops), graded=window if pre else loops)

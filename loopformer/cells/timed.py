@@ -23,8 +23,8 @@ class Timed(nn.Module):
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
     if not getattr(self.core.block, 'modulated', False):
-      raise ConfigError(f'model.cell.core.block = {type(self.core.block).__name__} takes no gates and scales, so that a '
-                        'modulation would train for nothing; use Block, or a cell without modulation, such as Plain')
+      raise ConfigError(f'model.cell.core.block = {type(self.core.block).__name__} takes no gates and scales, so that '
+                        'a modulation would train for nothing; use Block, or a cell without modulation, such as Plain')
     if self.modulation.layers != self.core.applications:
       raise ConfigError(f'model.cell.core.depth = {self.core.depth}, but model.cell.modulation.layers = '
                         f'{self.modulation.layers}; every layer needs its modulation: set both to the same number')
