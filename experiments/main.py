@@ -17,7 +17,7 @@ import numpy as np
 import loopformer
 from experiments import plots
 from loopformer import config as configs
-from loopformer import metrics, plans
+from loopformer import exits, metrics, plans
 from loopformer.evaluate import Run, evaluate
 from loopformer.generation import warn_beyond
 from loopformer.model import parameter_count
@@ -25,6 +25,8 @@ from loopformer.train import NotFinite, train
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
+RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
+         'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
 flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate'], 'What to do.')
 flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results.', required=True)
 flags.DEFINE_string('config', None, 'train: file.py or file.py:argument; it defines get_config.')
@@ -33,9 +35,11 @@ flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last b
 flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
 flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
 flags.DEFINE_integer('sweep', None, 'eval: rank all schedules of this budget on the grid of the finest trajectory.')
+flags.DEFINE_string('exits', None, 'eval: thresholds of rules that end loops token by token: "kl:1e-3,1e-2;state:0.1".')
 flags.DEFINE_integer('eval_batches', None, "eval: batches of the validation split; the configuration's by default.")
 flags.DEFINE_multi_string('prompt', [], 'generate: a prompt; may be repeated.')
 flags.DEFINE_string('budget', None, 'generate: loops a token, or step sizes such as 0.5,0.25,0.25.')
+flags.DEFINE_string('draft', None, 'generate: loops that draft tokens, which all loops of the budget then judge.')
 flags.DEFINE_integer('max_new_tokens', 64, 'generate: at most so many tokens.')
 flags.DEFINE_float('temperature', 1.0, 'generate: 0 takes the likeliest token.')
 flags.DEFINE_integer('top_k', None, 'generate: draw from the k likeliest tokens.')
@@ -76,10 +80,12 @@ def run_eval(workdir: Path):
   if FLAGS.schedules:
     given = [numbers(text, '--schedules') for text in FLAGS.schedules.split(';') if text.strip()]
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given}
-  if FLAGS.depths or not jobs:
+  if FLAGS.depths or not (jobs or FLAGS.exits):
     budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else config.evals.budgets
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
     jobs['depths'] |= {name: run for name, run in config.evals.schedules().items() if isinstance(run, Run)}
+  if FLAGS.exits:
+    jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model.loops)
   count = FLAGS.eval_batches or config.train.eval_batches
   tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
@@ -113,6 +119,8 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
   (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
   if name.startswith('depths'):
     plots.depths(folder / f'{name}.png', {title: rows})
+  elif name.startswith('exits'):
+    plots.exits(folder / f'{name}.png', rows, title)
   else:
     plots.ranking(folder / f'{name}.png', rows, title)
 
@@ -126,9 +134,11 @@ def run_generate(workdir: Path):
   if FLAGS.budget:
     steps = numbers(FLAGS.budget, '--budget')
     budget = int(steps[0]) if len(steps) == 1 and steps[0] != 1 else steps
+  draft = FLAGS.draft and numbers(FLAGS.draft, '--draft', int)[0]
   prompts = FLAGS.prompt or ['']
   texts = loopformer.generate(model, params, tokenizer, prompts, budget=budget, max_new_tokens=FLAGS.max_new_tokens,
-                              temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed)
+                              temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed,
+                              draft=draft)
   for prompt, text in zip(prompts, texts):
     print(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
 
@@ -139,6 +149,19 @@ def numbers(text: str, flag: str, kind: type = float) -> tuple:
     return tuple(kind(word) for word in text.split(','))
   except ValueError:
     raise ConfigError(f'{flag}={text}: expected {kind.__name__} numbers apart by commas') from None
+
+
+def rules(text: str, loops: int) -> dict[str, Run]:
+  """'kl:1e-3,1e-2;state:0.1' -> a run for every threshold. Raises ConfigError naming the flag."""
+  runs = {}
+  for word in filter(None, text.split(';')):
+    name, _, thresholds = word.strip().partition(':')
+    if name not in RULES:
+      raise ConfigError(f'--exits={text}: there is no rule {name!r}; choose from {", ".join(RULES)}')
+    for threshold in numbers(thresholds, '--exits'):
+      leave = exits.Adaptive(rule=RULES[name](threshold=threshold))
+      runs[f'{name}:{threshold:g}'] = Run(plan=plans.Uniform(loops), exit=leave)
+  return runs
 
 
 def label(steps) -> str:

@@ -52,6 +52,28 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   pyplot.close(figure)
 
 
+def exits(path: Path, rows: Rows, title: str):
+  """Loss against mean loops: a curve a rule, and the fixed budgets for comparison."""
+  pyplot = _figure()
+  if pyplot is None:
+    return
+  curves = {}
+  for row in rows:
+    rule = row['schedule'].partition(':')[0]
+    curves.setdefault('fixed budget' if rule.isdigit() else rule, []).append(row)
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
+  for name, points in curves.items():
+    points = sorted(points, key=lambda row: row['budget'])
+    axes.plot([row['budget'] for row in points], [row['loss'] for row in points], marker='o', label=name)
+  axes.set_xlabel('mean loops a token')
+  axes.set_ylabel('validation loss (nats a token)')
+  axes.set_title(title)
+  axes.grid(alpha=0.3)
+  figure.legend(loc='outside right upper', fontsize=8)
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)
+
+
 def ranking(path: Path, rows: Rows, title: str):
   """Loss of every schedule, best at the top."""
   pyplot = _figure()

@@ -246,3 +246,14 @@ def test_a_loss_that_is_no_number_stops_the_run(setting, tmp_path):
   assert 'not finite' in err and any(term in err for term in ('lm', 'shortcut'))
   kept = [int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()]
   assert all(saved < step for saved in kept)
+
+
+def test_exits_of_the_command_line():
+  from experiments import main
+  from loopformer import exits
+  runs = main.rules('kl:1e-3,0.5;stable:3', 4)
+  assert list(runs) == ['kl:0.001', 'kl:0.5', 'stable:3']
+  assert runs['stable:3'].exit == exits.Adaptive(rule=exits.Stable(threshold=3.0)) and runs['kl:0.5'].plan.longest == 4
+  for text, message in (('kl:x', '--exits=x'), ('gait:1', "no rule 'gait'"), ('kl:-1', 'threshold = -1')):
+    with pytest.raises(main.ConfigError, match=message):
+      main.rules(text, 4)
