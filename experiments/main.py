@@ -2,6 +2,7 @@
 
     python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny --set train.steps=100
     python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
+    python -m experiments.main --mode=harness --workdir=runs/tiny --tasks=piqa_1500 --include=tasks --depths=1,8
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
 """
 import itertools
@@ -27,7 +28,7 @@ from loopformer.types import ConfigError
 FLAGS = flags.FLAGS
 RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness'], 'What to do.')
 flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results.', required=True)
 flags.DEFINE_string('config', None, 'train: file.py or file.py:argument; it defines get_config.')
 flags.DEFINE_multi_string('set', [], 'train: path=value replaces one field of the configuration; may be repeated.')
@@ -39,6 +40,10 @@ flags.DEFINE_string('exits', None, 'eval: thresholds of rules that end loops tok
 flags.DEFINE_integer('eval_batches', None, "eval: batches of the validation split; the configuration's by default.")
 flags.DEFINE_multi_string('prompt', [], 'generate: a prompt; may be repeated.')
 flags.DEFINE_string('budget', None, 'generate: loops a token, or step sizes such as 0.5,0.25,0.25.')
+flags.DEFINE_list('tasks', None, 'harness: tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
+flags.DEFINE_string('include', None, "harness: a folder of tasks, as experiments.benchmarks writes it; "
+                    "the harness's own by default.")
+flags.DEFINE_integer('limit', None, 'harness: so many rows of every task.')
 flags.DEFINE_string('draft', None, 'generate: loops that draft tokens, which all loops of the budget then judge.')
 flags.DEFINE_integer('max_new_tokens', 64, 'generate: at most so many tokens.')
 flags.DEFINE_float('temperature', 1.0, 'generate: 0 takes the likeliest token.')
@@ -143,6 +148,17 @@ def run_generate(workdir: Path):
     print(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
 
 
+def run_harness(workdir: Path):
+  """Accuracy of the harness's tasks at every depth, schedule and exit; writes harness/<name>.{csv,json}."""
+  from loopformer import harness
+  if not FLAGS.tasks:
+    raise ConfigError('--tasks is missing: name tasks, such as --tasks=piqa_1500 --include=FOLDER')
+  schedules = [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
+  leave = [run.exit for run in rules(FLAGS.exits or '', 1).values()]
+  harness.run_harness(workdir, FLAGS.tasks, FLAGS.depths and numbers(','.join(FLAGS.depths), '--depths', int) or (),
+                      schedules, leave, FLAGS.include, FLAGS.limit, FLAGS.step)
+
+
 def numbers(text: str, flag: str, kind: type = float) -> tuple:
   """Comma-separated numbers. Raises ConfigError naming the flag."""
   try:
@@ -173,8 +189,9 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
   try:
-    {'train': run_train, 'eval': run_eval, 'generate': run_generate}[FLAGS.mode](Path(FLAGS.workdir))
-  except (ConfigError, NotFinite, ValueError, FileNotFoundError) as error:
+    {'train': run_train, 'eval': run_eval, 'generate': run_generate,
+     'harness': run_harness}[FLAGS.mode](Path(FLAGS.workdir))
+  except (ConfigError, NotFinite, ValueError, FileNotFoundError, ImportError) as error:
     sys.exit(f'error: {error}')
 
 

@@ -47,8 +47,8 @@ class Named:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
           dial: Array | None = None) -> Any:
-  """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took (a
-  mean over their answers), and of those that ran until the last was ready. dial: the exit's threshold."""
+  """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took
+  (a mean over their answers), and of those that ran until the last was ready. dial: the exit's threshold."""
   trace, readout = leave.run(model, params, batch, plan, dial)
   asked = (batch['weights'] > 0).astype(jnp.float32)
   steps = trace.steps
