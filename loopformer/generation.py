@@ -561,7 +561,7 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.
     exit: an exits.Adaptive, by which tokens take fewer loops.
-    draft: a budget or schedule that drafts tokens, which all loops then judge; faster, and the same law.
+    draft: a budget or schedule that drafts tokens, which all loops then judge: the same law; faster where loops cost much.
     rows: at most this many prompts at a time.
 
   Returns:
