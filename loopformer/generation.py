@@ -436,8 +436,8 @@ class Engine:
     ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos]
     if len(ids) + max_new_tokens > self.length:
       raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
-                        f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt or '
-                        'ask for fewer tokens')
+                        f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
+                        'or ask for fewer tokens')
     control = controls(self.model.read_in.vocab, temperature, top_k, top_p)
     key = jax.random.fold_in(jax.random.key(seed), number)
     self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, key, tuple(stop)))
@@ -561,7 +561,8 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.
     exit: an exits.Adaptive, by which tokens take fewer loops.
-    draft: a budget or schedule that drafts tokens, which all loops then judge: the same law; faster where loops cost much.
+    draft: a budget or schedule that drafts tokens, which all loops then judge; the same law, faster where
+      loops cost much.
     rows: at most this many prompts at a time.
 
   Returns:
