@@ -85,7 +85,7 @@ def split_options(text: str) -> list[str]:
   Raises:
     ValueError: letters that do not begin with A, or an empty option.
   """
-  pieces = re.split(r'^([A-H])\. ', text.strip(), flags=re.MULTILINE)
+  pieces = re.split(r'^([A-H])\.(?: |$)', text.strip(), flags=re.MULTILINE)
   letters, options = ''.join(pieces[1::2]), [piece.strip() for piece in pieces[2::2]]
   if pieces[0] or letters != LETTERS[:len(letters)] or not all(options):
     raise ValueError(f'options {text!r}: expected lines "A. ...", "B. ..." in order')
