@@ -1,4 +1,4 @@
-"""The harness: scores against NumPy on the model's logits, depths and exits, local tasks, and the loader of real rows."""
+"""The harness: scores against NumPy on the model's logits, depths, exits, local tasks, and the loader of real rows."""
 import csv
 import dataclasses
 import importlib.util
@@ -200,7 +200,8 @@ def test_few_programs_serve_all_lengths_and_depths():
 def test_logits_are_never_whole():
   rows, width = 5, 64
   zeros = np.zeros((rows, width), np.int32)
-  program = score_rows.lower(MODEL, None, PARAMS, zeros, zeros, zeros[:, 0], zeros[:, 0], parts.padded(L), None).as_text()
+  program = score_rows.lower(MODEL, None, PARAMS, zeros, zeros, zeros[:, 0], zeros[:, 0], parts.padded(L), None)
+  program = program.as_text()
   assert f'tensor<{rows}x{COLUMNS}x{V}xf32>' in program
   assert f'{width}x{V}x' not in program and f'{rows * width}x{V}x' not in program
 
@@ -371,8 +372,8 @@ def test_importing_does_not_load_the_harness():
 
 # The harness itself ---------------------------------------------------------------------------------------------------
 
-QUESTIONS = [{'query': f'{a} + {b} =', 'choices': [str(a + b), str(a + b + 1), f'{a}{b} or so'], 'gold': (a + b) % 3}
-             for a in range(1, 4) for b in range(1, 5)]
+QUESTIONS = [{'query': text(9).strip() or 'what', 'choices': [text(3), text(4), text(6)], 'gold': i % 3}
+             for i in range(12)]
 TEXTS = ['one loop, two loops; three loops and a good deal more of the same again, which is longer than the positions.',
          'short', 'a second text of five words']
 MULTIPLE = '''
@@ -576,7 +577,7 @@ def test_rows_become_questions(name):
 @pytest.mark.parametrize('name, change, message', [
     ('piqa', {'answer': 'A. turn the table.'}, 'is none of'), ('piqa', {'answer': 'C. turn'}, 'is none of'),
     ('piqa', {'answer': ''}, 'is none of'), ('piqa', {'options': 'B. x\nA. y'}, 'in order'),
-    ('piqa', {'options': 'x\nA. y'}, 'in order'), ('piqa', {'options': 'A. turn the lid\nB. '}, 'expected lines'),
+    ('piqa', {'options': 'x\nA. y'}, 'in order'), ('piqa', {'options': 'A. \nB. turn'}, 'expected lines'),
     ('piqa', {'options': 'A. turn the lid'}, '1 choices, expected 2'), ('boolq', {'answer': 'yes'}, 'True or False'),
     ('piqa', {'answer': None}, 'no answer')])
 def test_rows_that_cannot_be_read(name, change, message):
@@ -617,7 +618,8 @@ def test_the_loader_from_the_command_line(tmp_path):
                            f'--wheel={path}'], cwd=parts.ROOT, capture_output=True, text=True, timeout=120)
 
   done = command(wheel(tmp_path / 'x.whl'))
-  assert done.returncode == 0 and 'tasks: piqa_3,boolq_3,siqa_3,openbookqa_3,commonsenseqa_3' in done.stdout, done.stderr
+  assert done.returncode == 0, done.stderr
+  assert 'tasks: piqa_3,boolq_3,siqa_3,openbookqa_3,commonsenseqa_3' in done.stdout
   done = command(tmp_path / 'missing.whl')
   assert done.returncode == 1 and done.stderr.startswith('error: ') and 'missing.whl' in done.stderr
 
