@@ -36,7 +36,7 @@ flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last b
 flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
 flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
 flags.DEFINE_integer('sweep', None, 'eval: rank all schedules of this budget on the grid of the finest trajectory.')
-flags.DEFINE_string('exits', None, 'eval: thresholds of rules that end loops token by token: "kl:1e-3,1e-2;state:0.1".')
+flags.DEFINE_string('exits', None, 'eval, harness: thresholds of rules that end loops by token: "kl:1e-3;state:0.1".')
 flags.DEFINE_integer('eval_batches', None, "eval: batches of the validation split; the configuration's by default.")
 flags.DEFINE_multi_string('prompt', [], 'generate: a prompt; may be repeated.')
 flags.DEFINE_string('budget', None, 'generate: loops a token, or step sizes such as 0.5,0.25,0.25.')

@@ -381,7 +381,7 @@ def _say(text: str):
 
 def _tasks(tasks, include):
   """(task manager, names of the tasks that were asked for)."""
-  from lm_eval.tasks import TaskManager, get_task_dict
+  from lm_eval.tasks import TaskManager
   if include is not None and not Path(include).is_dir():
     raise ConfigError(f'include = {include}: no such folder; give one with task files (.yaml), such as '
                       'experiments.benchmarks writes')
@@ -397,7 +397,7 @@ def _tasks(tasks, include):
     raise ConfigError('tasks is empty: name at least one')
   if include is None:
     try:
-      get_task_dict(names, manager)
+      manager.load(names)
     except Exception as error:  # whatever the hub's client raises
       raise ConfigError(f'tasks = {",".join(names)}: their data could not be loaded ({type(error).__name__}: {error}). '
                         "The harness's own tasks fetch it from the internet; give include=FOLDER for tasks of local "
