@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 from pathlib import Path
@@ -32,6 +31,7 @@ import flax
 import jax
 import numpy as np
 
+from experiments import records
 from loopformer import loop, metrics, plans, sharding
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
@@ -338,12 +338,9 @@ def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-  """A tokenizer of numbers, which never ends a document."""
+  """The end of a tokenizer that writes ids as numbers, and never ends a document."""
   vocab_size: int
   eos: int = -1
-
-  def encode(self, text: str) -> list[int]:
-    return [int(word) for word in text.split()]
 
   def decode(self, ids) -> str:
     return ' '.join(map(str, ids))
@@ -355,7 +352,7 @@ def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int)
   engine = Engine(model, params, Ids(size.vocab), rows=batch, length=size.prompt + size.new + 1, loops=size.loops,
                   rounds=size.new)
   for _ in range(batch):
-    engine.submit(' '.join(map(str, rng.integers(size.vocab, size=size.prompt))), budget=budget,
+    engine.submit(rng.integers(size.vocab, size=size.prompt).tolist(), budget=budget,
                   max_new_tokens=size.new + 1)
   start = time.perf_counter()
   stream = engine.stream()
@@ -405,7 +402,7 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
   """The tables of a suite as JSON and as Markdown."""
   folder.mkdir(parents=True, exist_ok=True)
   record = {'machine': machine, 'size': dataclasses.asdict(size), 'tables': tables}
-  (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
+  records.write(folder / f'{name}.json', record)
   facts = [f'- {fact}: {value}' for fact, value in machine.items()]
   facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
   parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]

@@ -6,7 +6,6 @@
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
 """
 import itertools
-import json
 from pathlib import Path
 import sys
 import time
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 import loopformer
-from experiments import plots
+from experiments import plots, records
 from loopformer import config as configs
 from loopformer import exits, metrics, plans
 from loopformer.evaluate import Run, evaluate
@@ -83,8 +82,7 @@ def run_eval(workdir: Path):
   if FLAGS.sweep:
     jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops)}
   if FLAGS.schedules:
-    given = [numbers(text, '--schedules') for text in FLAGS.schedules.split(';') if text.strip()]
-    jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given}
+    jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given_schedules()}
   if FLAGS.depths or not (jobs or FLAGS.exits):
     budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else config.evals.budgets
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
@@ -118,7 +116,7 @@ def held_out(config, workdir: Path, count: int, split: str = 'validation') -> li
 def write(folder: Path, name: str, rows: list[dict], title: str):
   """The rows as CSV, JSON and, where matplotlib is installed, a plot."""
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / f'{name}.json').write_text(json.dumps(rows, indent=1) + '\n')
+  records.write(folder / f'{name}.json', rows)
   lines = [','.join(rows[0]), *[','.join(f'"{value}"' if isinstance(value, str) else str(value)
                                          for value in row.values()) for row in rows]]
   (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
@@ -153,10 +151,9 @@ def run_harness(workdir: Path):
   from loopformer import harness
   if not FLAGS.tasks:
     raise ConfigError('--tasks is missing: name tasks, such as --tasks=piqa_1500 --include=FOLDER')
-  schedules = [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
-  leave = [run.exit for run in rules(FLAGS.exits or '', 1).values()]
-  harness.run_harness(workdir, FLAGS.tasks, FLAGS.depths and numbers(','.join(FLAGS.depths), '--depths', int) or (),
-                      schedules, leave, FLAGS.include, FLAGS.limit, FLAGS.step)
+  depths = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else ()
+  harness.run_harness(workdir, FLAGS.tasks, depths, given_schedules(), tuple(leaves(FLAGS.exits or '').values()),
+                      FLAGS.include, FLAGS.limit, FLAGS.step)
 
 
 def numbers(text: str, flag: str, kind: type = float) -> tuple:
@@ -167,17 +164,26 @@ def numbers(text: str, flag: str, kind: type = float) -> tuple:
     raise ConfigError(f'{flag}={text}: expected {kind.__name__} numbers apart by commas') from None
 
 
+def given_schedules() -> list[tuple[float, ...]]:
+  """The step sizes of --schedules."""
+  return [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
+
+
 def rules(text: str, loops: int) -> dict[str, Run]:
-  """'kl:1e-3,1e-2;state:0.1' -> a run for every threshold. Raises ConfigError naming the flag."""
-  runs = {}
+  """A run of `loops` for every exit of `leaves`."""
+  return {name: Run(plan=plans.Uniform(loops), exit=leave) for name, leave in leaves(text).items()}
+
+
+def leaves(text: str) -> dict[str, exits.Adaptive]:
+  """'kl:1e-3,1e-2;state:0.1' -> an exit for every threshold. Raises ConfigError naming the flag."""
+  found = {}
   for word in filter(None, text.split(';')):
     name, _, thresholds = word.strip().partition(':')
     if name not in RULES:
       raise ConfigError(f'--exits={text}: there is no rule {name!r}; choose from {", ".join(RULES)}')
     for threshold in numbers(thresholds, '--exits'):
-      leave = exits.Adaptive(rule=RULES[name](threshold=threshold))
-      runs[f'{name}:{threshold:g}'] = Run(plan=plans.Uniform(loops), exit=leave)
-  return runs
+      found[f'{name}:{threshold:g}'] = exits.Adaptive(rule=RULES[name](threshold=threshold))
+  return found
 
 
 def label(steps) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import loopformer
-from experiments import plots
+from experiments import plots, records
 from experiments.main import held_out
 from loopformer import config as configs
 from loopformer import data, loop, metrics, plans, sharding
@@ -179,7 +178,7 @@ def main(argv):
   for seed in FLAGS.seeds:
     results[seed] = run_seed(int(seed), workdir)
     tables = rows_of(results)
-    (out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+    records.write(out / 'results.json', results)
     (out / 'table.md').write_text('\n\n'.join(metrics.table(rows) for rows in tables) + '\n')
     draw(out / 'exits.png', results)
   print(metrics.table(tables[2]))

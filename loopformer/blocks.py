@@ -213,18 +213,7 @@ class SelfAttention(nn.Module):
       q, k = self.norm_qk(q), self.norm_qk(k)
     if self.values is not None:
       v = self.values(v, x, ctx.tokens)
-    pos_BS = ctx.pos
-    if kv is not None:
-      kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
-      k, v = k.astype(q.dtype), v.astype(q.dtype)
-    if self.position is not None:
-      q, k, v = self.position.extend(q, k, v, pos_BS)
-    if kv is None:
-      out = self.kernel(q, k, v, ctx.seg)
-    else:
-      mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
-      out = attention.attend(q, k, v, mask_BTS)
-    out = out[..., :head].reshape(x.shape)
+    out, kv = attended(self, q, k, v, ctx, kv, layer)
     bias = Normal(0.0) if 'out' in self.biased else None
     return Linear(width, self.out_std, bias, self.out_init, name='out')(out, gate), kv
 
@@ -234,9 +223,8 @@ class SelfAttention(nn.Module):
     return x + self.param(f'{name}_bias', nn.initializers.zeros, x.shape[2:]).astype(x.dtype)
 
   def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
-    keys = (self.groups or self.heads) * width // self.heads
-    return 2.0 * width * (2 * width + 2 * keys) + 4.0 * width * (length + 1) / 2
+    """Floating-point operations a token, forward."""
+    return attention_flops(self, width, length)
 
 
 def check_heads(heads: int, groups: int, width: int, where: str = ''):
@@ -257,6 +245,29 @@ def check_attention(attn: nn.Module, width: int, where: str):
   check_heads(attn.heads, attn.groups or attn.heads, width, where)
   if attn.position is not None:
     attn.position.check(attn.heads, width, where)
+
+
+def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | None,
+             layer: Array | int) -> tuple[Array, KV | None]:
+  """What queries [B, T, H, d] read of keys and values [B, T, G, d], and of those in the cache: ([B, T, H d], kv)."""
+  shape, pos_BS = q.shape, ctx.pos
+  if kv is not None:
+    kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+  if attn.position is not None:
+    q, k, v = attn.position.extend(q, k, v, pos_BS)
+  if kv is None:
+    out = attn.kernel(q, k, v, ctx.seg)
+  else:
+    mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
+    out = attention.attend(q, k, v, mask_BTS)
+  return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
+
+
+def attention_flops(attn: nn.Module, width: int, length: int) -> float:
+  """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
+  groups, head = heads_of(attn, width)
+  return 2.0 * width * (2 * width + 2 * groups * head) + 4.0 * width * (length + 1) / 2
 
 
 def unfused(qkv: Array, heads: int, groups: int) -> tuple[Array, Array, Array]:

@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
+from loopformer import modules
 from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
@@ -64,9 +65,10 @@ def is_part(value: Any) -> bool:
 
 def fields(value: Any) -> dict[str, Any]:
   """Name -> value of the fields of a part, or of the entries of a mapping; nothing for other values."""
+  if isinstance(value, nn.Module):
+    return modules.fields(value)
   if is_part(value):
-    linen = ('parent', 'name') if isinstance(value, nn.Module) else ()
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init and f.name not in linen}
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
   if isinstance(value, Mapping):
     return dict(value)
   return {}

@@ -77,8 +77,8 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)
       plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
-      dial = None if run.exit.dial is None else jnp.float32(run.exit.dial)
-      sums[name] = score(model, measure, run.exit.static, params, batch, plan, byte_lengths, dial)
+      leave, dial = exits.compiled(run.exit)
+      sums[name] = score(model, measure, leave, params, batch, plan, byte_lengths, dial)
     for name, value in jax.device_get(sums).items():
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
   return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)

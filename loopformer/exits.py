@@ -30,11 +30,6 @@ class Final:
   """The last state."""
   dial = None
 
-  @property
-  def static(self) -> 'Final':
-    """Itself: it has no threshold."""
-    return self
-
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
     trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'])
@@ -52,11 +47,6 @@ class Confidence:
   """
   least: int = 1
   dial = None
-
-  @property
-  def static(self) -> 'Confidence':
-    """Itself: it has no threshold."""
-    return self
 
   def __post_init__(self):
     if self.least < 1:
@@ -131,6 +121,14 @@ class Adaptive:
     return trace, make_readout(model, params, batch)
 
 
+def compiled(leave: Final | Confidence | Adaptive | None) -> tuple[Any, Array | None]:
+  """(the exit that a program is compiled for, its threshold f32[], an argument of the program); None if there is none.
+  """
+  if leave is None or leave.dial is None:
+    return leave, None
+  return leave.static, jnp.float32(leave.dial)
+
+
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +143,7 @@ def within(low: float, high: float, what: str) -> Callable[[Any], None]:
 
 
 INF = float('inf')
+SLACK = 1e-6  # of sums of logarithms
 
 
 @part
@@ -235,7 +234,7 @@ class Cumulative:
 
   def update(self, state, seen, dial):
     stay = state + jax.nn.log_sigmoid(-halt(seen.aux))
-    return stay, stay <= jnp.log1p(-jnp.asarray(dial, jnp.float32)) + 1e-6, seen.new
+    return stay, stay <= jnp.log1p(-jnp.asarray(dial, jnp.float32)) + SLACK, seen.new
 
 
 @part

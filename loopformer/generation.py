@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import plans
+from loopformer import exits, plans
 from loopformer.modules import flattened
 from loopformer.types import Array, ConfigError, Params, Plan
 
@@ -191,10 +191,10 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
   first = draw(law(model.apply(variables, z, method='logits'), new.control), _fold(new.keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
-  def put(old, value, axis=0):
-    return jnp.moveaxis(jnp.moveaxis(old, axis, 0).at[new.row].set(jnp.moveaxis(value, axis, 0), mode='drop'), 0, axis)
+  def put(old, value):
+    return old.at[new.row].set(value, mode='drop')
 
-  plan = jax.tree.map(functools.partial(put, axis=1), rows.plan, new.plan)
+  plan = jax.tree.map(lambda old, own: old.at[:, new.row].set(own, mode='drop'), rows.plan, new.plan)
   return Rows(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
               last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
               left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
@@ -231,11 +231,11 @@ class Tally:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames='rows')
 def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: Rows, draft_plan: Plan | None,
-           dial: Array | None, most: Array, eos: Array, hurry: Array) -> tuple[Rows, Array, Array, Tally]:
+           dial: Array | None, eos: Array, hurry: Array) -> tuple[Rows, Array, Array, Tally]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
-    rounds: room for so many passes of all loops; most: i32[], how many there are at the most.
+    rounds: at most so many passes of all loops.
     ahead: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
     leave: None, or an exits.Adaptive that shortens passes; dial: its threshold.
     eos: i32[], ends a row. hurry: bool[], whether to return as soon as a row is idle.
@@ -316,7 +316,7 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
 
   def going(carry):
     index, rows, *_ = carry
-    return (index < most) & (rows.left > 0).any() & ~(hurry & (started & (rows.left == 0)).any())
+    return (index < rounds) & (rows.left > 0).any() & ~(hurry & (started & (rows.left == 0)).any())
 
   zero = jnp.int32(0)
   out = jnp.full((batch, rounds * (ahead + 1)), eos, jnp.int32)
@@ -403,19 +403,20 @@ class Engine:
 
   @property
   def tally(self) -> dict[str, float]:
-    """What decoding has cost so far: tokens, mean loops a pass and row, mean loops that ran, tokens a pass, and the
-    share of drafted tokens that stood."""
+    """What decoding has cost so far: tokens, passes of rows, mean loops of these, loops that ran for the whole batch,
+    tokens a pass, and the share of drafted tokens that stood."""
     tokens, passes, loops, ran, kept = (int(n) for n in self._tally)
-    result = {'tokens': tokens, 'loops': loops / max(passes, 1), 'ran': ran, 'tokens a pass': tokens / max(passes, 1)}
+    result = {'tokens': tokens, 'passes': passes, 'loops': loops / max(passes, 1), 'ran': ran,
+              'tokens a pass': tokens / max(passes, 1)}
     return {**result, 'accepted': kept / max(passes * self.ahead, 1)} if self.ahead else result
 
-  def submit(self, prompt: str, *, budget: int | Sequence[float] | None = None, max_new_tokens: int = 64,
-             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-             number: int = 0, stop: Sequence[str] = ()) -> int:
+  def submit(self, prompt: str | Sequence[int], *, budget: int | Sequence[float] | None = None,
+             max_new_tokens: int = 64, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             seed: int = 0, number: int = 0, stop: Sequence[str] = ()) -> int:
     """Queues a request and returns its number, 0, 1, ...
 
     Args:
-      prompt: a text; an empty one starts a document.
+      prompt: a text, or its ids; an empty one starts a document.
       budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; all loops by default.
       max_new_tokens: at most this many tokens; fewer where the model ends the document.
       temperature, top_k, top_p: 0 takes the likeliest token.
@@ -433,7 +434,7 @@ class Engine:
     if len(steps) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
                         f'engine with loops={len(steps)}')
-    ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos]
+    ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [self.tokenizer.eos]
     if len(ids) + max_new_tokens > self.length:
       raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
@@ -504,11 +505,10 @@ class Engine:
   def _advance(self):
     if not any(request and not request.done for request in self._of):
       return
-    leave = self.exit and self.exit.static
-    dial = None if leave is None or self.exit.dial is None else jnp.float32(self.exit.dial)
+    leave, dial = exits.compiled(self.exit)
     self._rows, out, count, tally = decode(
         self.model, self.rounds, self.ahead, leave, self.params, self._rows, self.draft_plan, dial,
-        jnp.int32(self.rounds), jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)))
+        jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)))
     out, count, tally = jax.device_get((out, count, tally))
     self._tally += [tally.tokens, tally.passes, tally.loops, tally.ran, tally.kept]
     stopped = []
@@ -551,7 +551,7 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
              budget: int | Sequence[float] | None = None, max_new_tokens: int = 64, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (),
              exit: Any = None, draft: int | Sequence[float] | None = None, rows: int = 32) -> list[str]:
-  """Continues prompts.
+  """Continues prompts. For many calls keep an `Engine`, which sets up weights and caches once.
 
   Args:
     prompts: texts, of any lengths; an empty one starts a document.
@@ -577,11 +577,11 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
   warn_beyond(model, steps)
   if not prompts:
     return []
-  longest = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts)
-  length = min(_rounded(longest + max_new_tokens), model.read_in.length) if max_new_tokens > 0 else None
+  encoded = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
+  length = min(_rounded(max(map(len, encoded)) + max_new_tokens), model.read_in.length) if max_new_tokens > 0 else None
   engine = Engine(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
                   loops=max(len(steps), model.loops), exit=exit, draft=draft)
-  for number, prompt in enumerate(prompts):
+  for number, prompt in enumerate(encoded):
     engine.submit(prompt, budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                   top_p=top_p, seed=seed, number=number, stop=stop)
   return engine.run()

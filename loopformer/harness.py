@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import metrics, plans
+from loopformer.exits import compiled
 from loopformer.generation import Engine, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
 
@@ -105,16 +106,6 @@ def score_rows(model: Any, leave: Any, params: Params, tokens: Array, targets: A
   total, likeliest = jax.lax.fori_loop(0, -(-counts.max() // COLUMNS), some, start)
   place = jnp.arange(length) - first[:, None]
   return total, likeliest, jnp.where((place >= 0) & (place < counts[:, None]), taken, 0).sum(-1)
-
-
-class _Encoded:
-  """A tokenizer whose prompts are ids already, for prompts that are cut by ids."""
-
-  def __init__(self, tokenizer):
-    self.eos, self.vocab_size, self.decode = tokenizer.eos, tokenizer.vocab_size, tokenizer.decode
-
-  def encode(self, prompt):
-    return list(prompt)
 
 
 class Scorer:
@@ -204,8 +195,7 @@ class Scorer:
     for i, (_, ids, count) in enumerate(rows):
       tokens[i, :len(ids) - 1], targets[i, :count] = ids[:-1], ids[-count:]
       first[i], counts[i] = len(ids) - 1 - count, count
-    leave = self.exit and self.exit.static
-    dial = None if leave is None or self.exit.dial is None else jnp.float32(self.exit.dial)
+    leave, dial = compiled(self.exit)
     total, likeliest, taken = jax.device_get(score_rows(self.model, leave, self.params, tokens, targets, first, counts,
                                                         self._plan, dial))
     self._taken += float(taken.sum())
@@ -222,7 +212,7 @@ class Scorer:
     if not requests:
       return []
     most = self.model.read_in.length
-    engine = Engine(self.model, self.params, _Encoded(self.tokenizer), rows=self.batch,
+    engine = Engine(self.model, self.params, self.tokenizer, rows=self.batch,
                     loops=max(len(self.steps), self.model.loops), exit=self.exit)
     for number, (context, how) in enumerate(requests):
       ids = self.tokenizer.encode(context) or [self.tokenizer.eos]
@@ -240,9 +230,8 @@ class Scorer:
       done += piece.done
       tell(done)
     tally = engine.tally
-    passes = round(tally['tokens'] / tally['tokens a pass']) if tally['tokens'] else 0
-    self._taken += tally['loops'] * passes + len(self.steps) * len(requests)  # first tokens come with the prompts
-    self._tokens += passes + len(requests)
+    self._taken += tally['loops'] * tally['passes'] + len(self.steps) * len(requests)  # first tokens: with the prompts
+    self._tokens += tally['passes'] + len(requests)
     return texts
 
   def _progress(self, total: int, what: str) -> Callable[[int], None]:

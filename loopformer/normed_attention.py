@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import attention
-from loopformer.blocks import Linear, RMSNorm, check_attention, heads_of, unfused
+from loopformer.blocks import Linear, RMSNorm, attended, attention_flops, check_attention, heads_of, unfused
 from loopformer.positions import Rotary
 from loopformer.types import KV, Array, Ctx
 
@@ -37,20 +37,9 @@ class NormedAttention(nn.Module):
     q, k, v = unfused(Linear((self.heads + 2 * groups) * head, self.std, name='qkv')(x), self.heads, groups)
     q, k, v = self.norm_q(q.reshape(batch, length, self.heads, head)), self.norm_k(k.squeeze(3)), v.squeeze(3)
     q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
-    pos_BS = ctx.pos
-    if kv is not None:
-      kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
-      k, v = k.astype(q.dtype), v.astype(q.dtype)
-    q, k, v = self.position.extend(q, k, v, pos_BS)
-    if kv is None:
-      out = self.kernel(q, k, v, ctx.seg)
-    else:
-      mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
-      out = attention.attend(q, k, v, mask_BTS)
-    return Linear(width, self.out_std, name='out')(out[..., :head].reshape(x.shape), gate), kv
+    out, kv = attended(self, q, k, v, ctx, kv, layer)
+    return Linear(width, self.out_std, name='out')(out, gate), kv
 
   def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
-    groups, head = heads_of(self, width)
-    keys = groups * head
-    return 2.0 * width * (2 * width + 2 * keys) + 4.0 * width * (length + 1) / 2
+    """Floating-point operations a token, forward."""
+    return attention_flops(self, width, length)

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from loopformer.blocks import DTYPES, MLP, GatedMLP, RMSNorm, SelfAttention, check_heads
-from loopformer.types import KV, Array, ConfigError, Ctx
+from loopformer.blocks import MLP, GatedMLP, RMSNorm, SelfAttention, check_layer, heads_of, layer_flops
+from loopformer.types import KV, Array, Ctx
 
 
 class PeriNormed(nn.Module):
@@ -17,6 +17,7 @@ class PeriNormed(nn.Module):
   norm: nn.Module = RMSNorm(1e-6)
   dtype: str = 'float32'
   layers = 1
+  modulated = False
 
   def setup(self):
     self.n1, self.n2, self.n3, self.n4 = (self.norm.clone(parent=None) for _ in range(4))
@@ -28,15 +29,13 @@ class PeriNormed(nn.Module):
     return x + self.n4(self.mlp(self.n3(x).astype(self.dtype))).astype(x.dtype), kv
 
   def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not divide the width, or the dtype is none that we know."""
-    check_heads(self.attn.heads, self.attn.groups or self.attn.heads, width, where)
-    if self.dtype not in DTYPES:
-      raise ConfigError(f'{where}block.dtype = {self.dtype!r}; use one of {", ".join(DTYPES)}')
+    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
+    check_layer(self, width, where)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
-    return self.attn.groups or self.attn.heads, width // self.attn.heads
+    return heads_of(self.attn, width)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token and layer, forward."""
-    return self.attn.flops(width, length) + self.mlp.flops(width)
+    return layer_flops(self, width, length)

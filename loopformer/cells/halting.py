@@ -5,7 +5,8 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from loopformer.blocks import Linear, Normal, RMSNorm, Stack
-from loopformer.types import KV, Array, Ctx, Params, Plan
+from loopformer.cells.plain import Plain
+from loopformer.types import KV, Array, Ctx
 
 GATE = Linear(1, std=0.0, bias=Normal(0.0))  # starts with lambda = 1/2 for all
 
@@ -19,26 +20,11 @@ class Halting(nn.Module):
   core: Stack
   norm: nn.Module = RMSNorm(1e-6)
   gate: nn.Module = GATE
-
-  @property
-  def injects(self) -> bool:
-    """Whether a step takes the input in again."""
-    return False
-
-  def check(self, width: int):
-    """Nothing: its parts take any width."""
-
-  def timetable(self, plan: Plan) -> None:
-    """Nothing: the step does not depend on the schedule."""
-    return None
+  injects, check, timetable, diagnose = Plain.injects, Plain.check, Plain.timetable, Plain.diagnose
 
   def own_flops(self, width: int) -> float:
     """Floating-point operations a token of a step, forward, beside the core's: the gate's."""
     return 2.0 * width
-
-  def diagnose(self, params: Params) -> dict[str, float]:
-    """Nothing."""
-    return {}
 
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, None, kv)

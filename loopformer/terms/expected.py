@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.cells.halting import GATE, halt_logits
-from loopformer.terms.cross_entropy import CHUNK, nll_sum, token_nll
+from loopformer.exits import SLACK
+from loopformer.terms.cross_entropy import CE, CHUNK, nll_sum, token_nll
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
-
-SLACK = 1e-6  # for sums of logarithms, as in exits.Cumulative
 
 
 def log_survival(halt: Array) -> Array:
@@ -51,13 +50,7 @@ class Expected:
   roll: str
   beta: float = 0.05
   chunk: int = CHUNK
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll,)
-
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
+  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = _whole(rolls, self.roll)
@@ -104,13 +97,7 @@ class Improvement:
   least: float = 0.005
   gate: Any = GATE
   chunk: int = CHUNK
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll,)
-
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
+  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD = jax.lax.stop_gradient(_whole(rolls, self.roll).xs)

@@ -6,6 +6,7 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer.terms.cross_entropy import CE
 from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
@@ -22,8 +23,7 @@ class Match:
   def reads(self) -> tuple[str, ...]:
     return (self.roll, self.target)
 
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
+  weight = CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     target = jax.lax.stop_gradient(rolls[self.target].z).astype(jnp.float32)

@@ -6,6 +6,7 @@ from typing import Mapping
 import jax.numpy as jnp
 
 from loopformer.measures import squared_error
+from loopformer.terms.cross_entropy import CE
 from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
@@ -13,13 +14,7 @@ from loopformer.types import Array, Batch, Params, Readout, Trace, part
 class Squared:
   """Mean squared error at the end of the rollout `roll`."""
   roll: str
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll,)
-
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
+  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     return jnp.sum(squared_error(readout, rolls[self.roll].z, batch) * batch['weights'])
@@ -32,13 +27,7 @@ class Window:
   The rollout keeps every state; how many steps are graded is its plan's affair. Coda and head read each state.
   """
   roll: str
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll,)
-
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
+  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]
