@@ -200,7 +200,9 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
                       layers=sum(stack.depth for stack in stacks), heads=attn.heads, groups=attn.groups or attn.heads,
                       length=model.read_in.length, base=attn.position.base, eps=model.read_out.norm.eps,
                       tied=not hasattr(model.read_out, 'outputs'), biased=biased)
-  except (AttributeError, ConfigError) as error:
+  except AttributeError as error:
+    return None, f'{type(error.obj).__name__} stands where a part with {error.name!r} is wanted'
+  except ConfigError as error:
     return None, str(error)
   depths = {name: stack.depth for name, stack in model.stacks().items()}
   twin = model_of(decoder, loops=model.loops, prelude=depths.get('prelude', 0), coda=depths.get('coda', 0))
