@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, plans
+from loopformer.memory import map_caches
 from loopformer.modules import flattened
-from loopformer.types import Array, ConfigError, Params, Plan
+from loopformer.types import KV, Array, ConfigError, Params, Plan
 
 ROUND = 64  # lengths are rounded up to multiples of this
 SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
@@ -181,9 +182,9 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
   pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
 
   def read(caches, plan):
-    own = {name: _rows_of(kv, new.source, new.shared) for name, kv in caches.items()}
+    own = map_caches(lambda kv: _rows_of(kv, new.source, new.shared), caches)
     trace = model.apply(variables, new.tokens, plan, pos, kv=own)
-    return trace, {name: _put(caches[name], new.row, kv) for name, kv in trace.kv.items()}
+    return trace, map_caches(lambda kv, read: _put(kv, new.row, read), caches, trace.kv)
 
   trace, kv = read(rows.kv, new.plan)
   draft = rows.draft and read(rows.draft, draft_plan)[1]
@@ -200,6 +201,11 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
               left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
               drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, new.keys),
               control=jax.tree.map(put, rows.control, new.control)), first
+
+
+def _each(caches) -> list[KV]:
+  """All of them, in one list."""
+  return jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV))
 
 
 def _rows_of(kv, source, shared):
@@ -244,7 +250,7 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
     (rows, tokens i32[B, rounds * (ahead + 1)], how many of them there are i32[B], the tally).
   """
   variables = {'params': params}
-  batch, length = rows.place.shape[0], rows.kv['loop'].pos.shape[-1]
+  batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
   draft_code = model.apply(variables, draft_plan, method='timetable') if ahead else None
   started = rows.left > 0
@@ -383,7 +389,7 @@ class Engine:
       raise ConfigError(f'length = {length}: must be 2 to {limit}, the positions of the model (read_in.length)')
     if exit is not None and draft is not None:
       raise ConfigError('exit and draft: drafts are judged by all loops of the budget; give one of the two')
-    if draft is not None and not model.memory.exact:
+    if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
     model, params = flattened(model, params)
@@ -399,7 +405,7 @@ class Engine:
   @property
   def bytes(self) -> int:
     """Bytes of all caches, drafts' included."""
-    return sum(kv.bytes for caches in (self._rows.kv, self._rows.draft) for kv in caches.values())
+    return sum(kv.bytes for kv in _each((self._rows.kv, self._rows.draft)))
 
   @property
   def tally(self) -> dict[str, float]:
@@ -494,7 +500,7 @@ class Engine:
   def _beginning(self, request) -> tuple[int, int]:
     """(row, n): a row that has read the first n tokens of a prompt under the same schedule; (0, 0) if none."""
     best = (0, 0)
-    if self.model.memory.exact:
+    if self.model.memory.exact and self.model.memory.rewinds:
       for row, other in enumerate(self._of):
         if other is not None and other.steps == request.steps:
           read = other.prompt + ([] if self.exit else other.drawn[:-2])

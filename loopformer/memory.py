@@ -20,6 +20,16 @@ def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: i
   return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pos=jnp.full((slots, batch, length), -1, jnp.int32))
 
 
+def make(memory, loops: int, *size) -> KV:
+  """The empty cache of a memory that has `slots`; arguments as for `empty`."""
+  return empty(memory.slots(loops), *size)
+
+
+def map_caches(function, *caches):
+  """`function` of every KV in trees of them."""
+  return jax.tree.map(function, *caches, is_leaf=lambda leaf: isinstance(leaf, KV))
+
+
 @part
 class PerLoop:
   """One slot for every (loop, layer): decodes exactly what the parallel pass computes, for every schedule.
@@ -27,7 +37,7 @@ class PerLoop:
   Bytes a sequence: 2 * loops * N * S * G * d * bytes of an element (LoopFormer section 4; Ouro section 4), and
   4 * loops * S for positions.
   """
-  exact = True
+  make, exact, rewinds = make, True, True
 
   def slots(self, loops: int) -> int:
     return loops
@@ -47,7 +57,7 @@ class First:
   Decodes exactly what a pass over all tokens with this memory computes, which is another function than the loop without
   it: a model must be trained for it. Bytes: PerLoop's with one loop.
   """
-  exact = True
+  make, exact, rewinds = make, True, True
 
   def slots(self, loops: int) -> int:
     return 1
@@ -69,7 +79,7 @@ class Ring:
   Ouro's sharing in decode. Bytes: PerLoop's with `size` loops.
   """
   size: int
-  exact = False
+  make, exact, rewinds = make, False, True
 
   def __post_init__(self):
     if self.size < 1:
@@ -92,7 +102,7 @@ class Mean:
 
   One pass over a prompt is exact, decoding is not. Bytes: PerLoop's with one loop.
   """
-  exact = False
+  make, exact, rewinds = make, False, True
 
   def slots(self, loops: int) -> int:
     return 1

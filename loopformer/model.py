@@ -50,8 +50,8 @@ class Looped(nn.Module):
     e = self.read_in(tokens, ctx.pos)
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
-    x, kv['loop'], xs, aux, steps = loop.run(self.cell, self.start(e, ctx), e, plan, ctx, kv.get('loop'), keep,
-                                             self.remat, code)
+    x, kv['loop'], xs, aux, steps = self.cell.run(self.start(e, ctx), e, plan, ctx, kv.get('loop'), keep,
+                                                 self.remat, code)
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
@@ -124,13 +124,12 @@ class Looped(nn.Module):
     stacks = {'prelude': self.prelude, 'loop': self.cell.core, 'coda': self.coda}
     return {name: stack for name, stack in stacks.items() if stack is not None}
 
-  def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, KV]:
-    """Empty caches for `batch` rows of `length` positions and plans of up to `loops` steps."""
+  def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, Any]:
+    """Empty caches, trees of KV, by the names of their stacks, for `batch` rows of `length` positions and plans of up to `loops` steps."""
     caches = {}
     for name, stack in self.stacks().items():
-      slots = self.memory.slots(loops or self.loops) if name == 'loop' else 1
-      caches[name] = memories.empty(slots, stack.applications, batch, length,
-                                    *stack.block.heads_of(self.read_in.width), stack.block.dtype)
+      size = stack.applications, batch, length, *stack.block.heads_of(self.read_in.width), stack.block.dtype
+      caches[name] = self.memory.make(loops or self.loops, *size) if name == 'loop' else memories.empty(1, *size)
     return caches
 
   def flops(self, length: int, steps: float) -> float:
@@ -139,10 +138,9 @@ class Looped(nn.Module):
     Analytic, because XLA counts the body of a scan once.
     """
     width = self.read_in.width
-    count = {name: stack.flops(width, length) for name, stack in self.stacks().items()}
-    count['loop'] += self.cell.own_flops(width)
+    around = sum(stack.flops(width, length) for name, stack in self.stacks().items() if name != 'loop')
     bridge = 0 if self.bridge is None else 2.0 * width * width
-    return sum(count.values()) + (steps - 1) * count['loop'] + bridge + 2.0 * width * self.outputs
+    return around + self.cell.flops(width, length, steps) + bridge + 2.0 * width * self.outputs
 
   @property
   def outputs(self) -> int:

@@ -109,6 +109,11 @@ class KV:
     """Bytes that the arrays take."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+  @property
+  def length(self) -> int:
+    """S, the places of a row."""
+    return self.pos.shape[-1]
+
 
 @struct.dataclass
 class Trace:
@@ -182,24 +187,36 @@ class Cell(Protocol):
   def timetable(self, plan: Plan) -> Any:
     """What it computes ahead of the loop, from the plan alone: leaves [K, ...]; None where there is nothing."""
 
-  def own_flops(self, width: int) -> float:
-    """Floating-point operations a token of a step, forward, beside the core's."""
+  def flops(self, width: int, length: int, steps: float) -> float:
+    """Floating-point operations a token, forward, of `steps` steps over sequences of `length` tokens."""
 
   def diagnose(self, params: Params) -> dict[str, float]:
     """Numbers worth logging, from the cell's parameters."""
 
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any, code: Any = None):
+    """The steps of a plan: `loop.run`, where one comes after the other for all tokens; a cell whose steps are of
+    different shapes, or of several tokens' at a time, has a way of its own to the same results."""
+
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, dict]:
-    """(state, input, context, cache) -> (state, cache, auxiliaries)."""
+    """One step: (state, input, context, cache) -> (state, cache, auxiliaries)."""
 
 
 class Memory(Protocol):
   """What the steps of a loop keep of keys and values."""
 
-  def slots(self, loops: int) -> int: ...
+  def slots(self, loops: int) -> int:
+    """Steps whose entries it keeps; asked by `loop.run` alone."""
 
   @property
   def exact(self) -> bool:
     """Whether decoding token by token gives what one pass over all of them with this memory gives."""
+
+  @property
+  def rewinds(self) -> bool:
+    """Whether a cache from which the last tokens are taken away is the cache before them (drafts, shared prompts)."""
+
+  def make(self, loops: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any) -> Any:
+    """An empty cache for plans of up to `loops` steps: a KV, or a tree of them."""
 
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
     """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, S, G, d] twice, positions [B, S]."""

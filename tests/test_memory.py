@@ -65,7 +65,7 @@ def tick(k):
 
 def steps_of(part, loops, pos):
   """Loops over one layer with entries that tell (loop, position); what each loop may read of place 0, and the cache."""
-  kv = memory.empty(part.slots(loops), 1, 1, 4, 1, 1, jnp.float32)
+  kv = part.make(loops, 1, 1, 4, 1, 1, jnp.float32)
   reads = []
   for p in pos:
     for k in range(loops):
@@ -93,7 +93,7 @@ def test_what_is_read(name, past, own):
 @every
 def test_padding_is_not_written(name):
   part = MEMORIES[name]
-  kv = memory.empty(part.slots(L), 1, 1, 4, 1, 1, jnp.float32)
+  kv = part.make(L, 1, 1, 4, 1, 1, jnp.float32)
   ones = jnp.ones((1, 2, 1, 1))
   for k in range(L):
     kv, *_ = part.exchange(kv, Ctx(pos=jnp.array([[2, -1]]), tick=tick(k)), jnp.int32(0), ones, ones)

@@ -20,11 +20,12 @@ class Halting(nn.Module):
   core: Stack
   norm: nn.Module = RMSNorm(1e-6)
   gate: nn.Module = GATE
-  injects, check, timetable, diagnose = Plain.injects, Plain.check, Plain.timetable, Plain.diagnose
+  run, injects, check = Plain.run, Plain.injects, Plain.check
+  timetable, diagnose = Plain.timetable, Plain.diagnose
 
-  def own_flops(self, width: int) -> float:
-    """Floating-point operations a token of a step, forward, beside the core's: the gate's."""
-    return 2.0 * width
+  def flops(self, width: int, length: int, steps: float) -> float:
+    """Floating-point operations a token, forward, of `steps` steps over `length` tokens, gates included."""
+    return steps * (self.core.flops(width, length) + 2.0 * width)
 
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, None, kv)

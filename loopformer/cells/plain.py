@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 
+from loopformer import loop
 from loopformer.blocks import Stack
 from loopformer.types import KV, Array, Ctx, Params, Plan
 
@@ -10,6 +11,7 @@ from loopformer.types import KV, Array, Ctx, Params, Plan
 class Plain(nn.Module):
   """x = core(x)."""
   core: Stack
+  run = loop.run
 
   @property
   def injects(self) -> bool:
@@ -23,9 +25,9 @@ class Plain(nn.Module):
     """Nothing: the step does not depend on the schedule."""
     return None
 
-  def own_flops(self, width: int) -> float:
-    """Nothing beside the core's."""
-    return 0.0
+  def flops(self, width: int, length: int, steps: float) -> float:
+    """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""
+    return steps * self.core.flops(width, length)
 
   def diagnose(self, params: Params) -> dict[str, float]:
     """Nothing."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 
+from loopformer import loop
 from loopformer.blocks import Identity, Stack
 from loopformer.types import KV, Array, Ctx, Params, Plan
 
@@ -12,6 +13,7 @@ class Recur(nn.Module):
   core: Stack
   inject: nn.Module
   norm: nn.Module = Identity()
+  run = loop.run
 
   @property
   def injects(self) -> bool:
@@ -25,9 +27,9 @@ class Recur(nn.Module):
     """Nothing: the step does not depend on the schedule."""
     return None
 
-  def own_flops(self, width: int) -> float:
-    """Floating-point operations a token of a step, forward, beside the core's."""
-    return self.inject.flops(width)
+  def flops(self, width: int, length: int, steps: float) -> float:
+    """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""
+    return steps * (self.core.flops(width, length) + self.inject.flops(width))
 
   def diagnose(self, params: Params) -> dict[str, float]:
     """Numbers worth logging, from the cell's parameters."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 
+from loopformer import loop
 from loopformer.blocks import Stack
 from loopformer.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
 from loopformer.types import KV, Array, ConfigError, Ctx, Params, Plan
@@ -14,6 +15,7 @@ class Timed(nn.Module):
   core: Stack
   condition: Trajectory | LoopIndex | StepNumber
   modulation: Modulation | Table
+  run = loop.run
 
   @property
   def injects(self) -> bool:
@@ -36,9 +38,9 @@ class Timed(nn.Module):
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
     return self.modulation(self.condition(plan))
 
-  def own_flops(self, width: int) -> float:
-    """Nothing: per step and layer, modulations are a few products of one vector."""
-    return 0.0
+  def flops(self, width: int, length: int, steps: float) -> float:
+    """Floating-point operations a token, forward, of `steps` steps; modulations are a few products of one vector."""
+    return steps * self.core.flops(width, length)
 
   def diagnose(self, params: Params) -> dict[str, float]:
     """Nothing."""
