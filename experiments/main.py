@@ -1,13 +1,14 @@
-"""The command line: train, evaluate at chosen depths, generate.
+"""The command line: train, evaluate at chosen depths, generate; or plan a training step for machines that are not here.
 
     python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny --set train.steps=100
     python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
     python -m experiments.main --mode=harness --workdir=runs/tiny --tasks=piqa_1500 --include=tasks --depths=1,8
-    python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8
+    python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8 --exit=kl:1e-3
+    python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
+      --set mesh.fsdp=16 --set train.accumulate=10
 """
 import itertools
 from pathlib import Path
-import sys
 import time
 
 from absl import app, flags, logging
@@ -17,9 +18,9 @@ import numpy as np
 import loopformer
 from experiments import plots, records
 from loopformer import config as configs
-from loopformer import exits, metrics, plans
+from loopformer import exits, memory, metrics, plans, processes
 from loopformer.evaluate import Run, evaluate
-from loopformer.generation import warn_beyond
+from loopformer.generation import Engine, warn_beyond
 from loopformer.model import parameter_count
 from loopformer.train import NotFinite, train
 from loopformer.types import ConfigError
@@ -27,10 +28,14 @@ from loopformer.types import ConfigError
 FLAGS = flags.FLAGS
 RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness'], 'What to do.')
-flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results.', required=True)
-flags.DEFINE_string('config', None, 'train: file.py or file.py:argument; it defines get_config.')
-flags.DEFINE_multi_string('set', [], 'train: path=value replaces one field of the configuration; may be repeated.')
+ROWS = 32  # prompts at a time
+MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'last': memory.Ring(size=1), 'mean': memory.Mean()}
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan'], 'What to do.')
+flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results; plan needs none.')
+flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] == 'plan',
+                                     '--workdir is missing: name the folder of the run')
+flags.DEFINE_string('config', None, 'train, plan: file.py or file.py:argument; it defines get_config.')
+flags.DEFINE_multi_string('set', [], 'train, plan: path=value replaces a field of the configuration; may be repeated.')
 flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last by default.')
 flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
 flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
@@ -43,12 +48,27 @@ flags.DEFINE_list('tasks', None, 'harness: tasks of lm-evaluation-harness, such 
 flags.DEFINE_string('include', None, "harness: a folder of tasks, as experiments.benchmarks writes it; "
                     "the harness's own by default.")
 flags.DEFINE_integer('limit', None, 'harness: so many rows of every task.')
+flags.DEFINE_string('exit', None, 'generate: one rule and threshold as of --exits, by which tokens take fewer loops.')
+flags.DEFINE_string('memory', None, 'generate, harness: what texts are generated with: per_loop, first, ring:SIZE, '
+                    "last or mean (docs/memories.md); the model's own by default.")
 flags.DEFINE_string('draft', None, 'generate: loops that draft tokens, which all loops of the budget then judge.')
 flags.DEFINE_integer('max_new_tokens', 64, 'generate: at most so many tokens.')
 flags.DEFINE_float('temperature', 1.0, 'generate: 0 takes the likeliest token.')
 flags.DEFINE_integer('top_k', None, 'generate: draw from the k likeliest tokens.')
 flags.DEFINE_float('top_p', None, 'generate: draw from the likeliest tokens that reach this probability.')
 flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
+flags.DEFINE_string('profile', None, 'train: first and last step of a profile, such as 20:25, which WORKDIR/profile '
+                    'takes.')
+flags.DEFINE_bool('distributed', False, 'train: one of several processes, which JAX finds out about by itself '
+                  '(TPU pods, Slurm, Kubernetes).')
+flags.DEFINE_string('coordinator', None, 'train: host:port of process 0 of several, with --processes and --process.')
+flags.DEFINE_integer('processes', None, 'train: how many processes there are.')
+flags.DEFINE_integer('process', None, 'train: which of them this is, from 0.')
+flags.DEFINE_integer('connect_timeout', 300, 'train: seconds to wait for the other processes.')
+flags.DEFINE_integer('heartbeat', 60, 'train: seconds without a sign of life after which a process counts as dead, and '
+                     'the others end.')
+flags.DEFINE_integer('devices', 1, 'plan: how many devices the mesh has.')
+flags.DEFINE_list('accelerators', ['v5e', 'v5p', 'H100', 'H200'], 'plan: what they may be, of metrics.ACCELERATORS.')
 
 
 def run_train(workdir: Path):
@@ -63,16 +83,27 @@ def run_train(workdir: Path):
   else:
     config = configs.load(FLAGS.config, FLAGS.set)
   configs.check(config)
-  for path, old, new in configs.difference(saved, config) if saved else ():
-    raise ConfigError(f'workdir = {workdir} holds a run of another configuration: {path} is {old} there, {new} here. '
+  differences = list(configs.difference(saved, config)) if saved else []
+  if differences:
+    told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
+    raise ConfigError(f'workdir = {workdir} holds a run of another configuration: {told}. '
                       'Give another --workdir, or the configuration that the run was started with')
-  print(configs.describe(config))
-  print(f'parameters: {parameter_count(config.model):,}; devices: {jax.device_count()} '
-        f'{jax.devices()[0].device_kind}', flush=True)
-  configs.save(config, workdir)
+  profile = None
+  if FLAGS.profile:
+    profile = numbers(FLAGS.profile.replace(':', ','), '--profile', int)
+    if len(profile) != 2 or not 0 < profile[0] <= profile[1]:
+      raise ConfigError(f'--profile={FLAGS.profile}: give the first and the last step, such as 20:25')
+  if FLAGS.distributed or FLAGS.coordinator or FLAGS.processes is not None or FLAGS.process is not None:
+    processes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.connect_timeout, FLAGS.heartbeat)
+  if processes.is_leader():
+    print(configs.describe(config))
+    print(f'parameters: {parameter_count(config.model):,}; processes: {jax.process_count()}; devices: '
+          f'{jax.device_count()} {jax.devices()[0].device_kind}', flush=True)
+    configs.save(config, workdir)
   start = time.time()
-  train(config, workdir, log=lambda text: print(text, flush=True))
-  print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
+  train(config, workdir, log=lambda text: print(text, flush=True), profile=profile)
+  if processes.is_leader():
+    print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
 
 
 def run_eval(workdir: Path):
@@ -88,7 +119,7 @@ def run_eval(workdir: Path):
     jobs['depths'] = {str(budget): plans.resolve(budget, '--depths') for budget in budgets}
     jobs['depths'] |= {name: run for name, run in config.evals.schedules().items() if isinstance(run, Run)}
   if FLAGS.exits:
-    jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model.loops)
+    jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
   tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
@@ -117,13 +148,11 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
   """The rows as CSV, JSON and, where matplotlib is installed, a plot."""
   folder.mkdir(parents=True, exist_ok=True)
   records.write(folder / f'{name}.json', rows)
-  lines = [','.join(rows[0]), *[','.join(f'"{value}"' if isinstance(value, str) else str(value)
-                                         for value in row.values()) for row in rows]]
-  (folder / f'{name}.csv').write_text('\n'.join(lines) + '\n')
+  metrics.write_csv(folder / f'{name}.csv', rows)
   if name.startswith('depths'):
     plots.depths(folder / f'{name}.png', {title: rows})
   elif name.startswith('exits'):
-    plots.exits(folder / f'{name}.png', rows, title)
+    plots.exits(folder / f'{name}.png', {title: rows}, 'accuracy' if 'accuracy' in rows[0] else 'loss')
   else:
     plots.ranking(folder / f'{name}.png', rows, title)
 
@@ -138,12 +167,22 @@ def run_generate(workdir: Path):
     steps = numbers(FLAGS.budget, '--budget')
     budget = int(steps[0]) if len(steps) == 1 and steps[0] != 1 else steps
   draft = FLAGS.draft and numbers(FLAGS.draft, '--draft', int)[0]
-  prompts = FLAGS.prompt or ['']
-  texts = loopformer.generate(model, params, tokenizer, prompts, budget=budget, max_new_tokens=FLAGS.max_new_tokens,
-                              temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed,
-                              draft=draft)
-  for prompt, text in zip(prompts, texts):
+  prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
+  leave = None if FLAGS.exit is None else only_exit(model)
+  model = model.clone(memory=given_memory() or model.memory)
+  warn_beyond(model, steps)
+  room = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts) + FLAGS.max_new_tokens
+  engine = Engine(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=leave, draft=draft,
+                  length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
+  for number, prompt in enumerate(prompts):
+    engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
+                  top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
+  for prompt, text in zip(prompts, engine.run()):
     print(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
+  if leave is not None:
+    tally = engine.tally
+    print(f'--- mean loops a token: {tally["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {tally["passes"]} '
+          'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
 
 
 def run_harness(workdir: Path):
@@ -152,8 +191,16 @@ def run_harness(workdir: Path):
   if not FLAGS.tasks:
     raise ConfigError('--tasks is missing: name tasks, such as --tasks=piqa_1500 --include=FOLDER')
   depths = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else ()
-  harness.run_harness(workdir, FLAGS.tasks, depths, given_schedules(), tuple(leaves(FLAGS.exits or '').values()),
-                      FLAGS.include, FLAGS.limit, FLAGS.step)
+  harness.run_harness(workdir, FLAGS.tasks, depths, given_schedules(), leaves(FLAGS.exits or '', '--exits'),
+                      given_memory(), FLAGS.include, FLAGS.limit, FLAGS.step)
+
+
+def run_plan():
+  """Prints what a training step needs of every device, and how long it takes at least; writes nothing."""
+  from experiments import plan
+  if FLAGS.config is None:
+    raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:paper')
+  plan.run(configs.load(FLAGS.config, FLAGS.set), FLAGS.devices, FLAGS.accelerators)
 
 
 def numbers(text: str, flag: str, kind: type = float) -> tuple:
@@ -169,20 +216,50 @@ def given_schedules() -> list[tuple[float, ...]]:
   return [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
 
 
-def rules(text: str, loops: int) -> dict[str, Run]:
-  """A run of `loops` for every exit of `leaves`."""
-  return {name: Run(plan=plans.Uniform(loops), exit=leave) for name, leave in leaves(text).items()}
+def given_memory():
+  """The memory of --memory, or None. Raises ConfigError naming the flag."""
+  name, colon, size = (FLAGS.memory or '').partition(':')
+  if name == 'ring':
+    return memory.Ring(size=numbers(size, '--memory=ring:SIZE, SIZE', int)[0])
+  if FLAGS.memory is not None and (colon or name not in MEMORIES):
+    raise ConfigError(f'--memory={FLAGS.memory}: there is no such memory; choose from {", ".join(MEMORIES)}, ring:SIZE')
+  return MEMORIES.get(name)
 
 
-def leaves(text: str) -> dict[str, exits.Adaptive]:
+def rules(text: str, model) -> dict[str, Run]:
+  """A run of the model's loops for every exit that --exits names."""
+  return {name: Run(plan=plans.Uniform(model.loops), exit=leave)
+          for name, leave in served(text, model, '--exits').items()}
+
+
+def served(text: str, model, flag: str) -> dict[str, exits.Adaptive]:
+  """As `leaves`. Raises ConfigError where the model cannot be run with one of them."""
+  found = leaves(text, flag)
+  for name, leave in found.items():
+    exits.check(model, leave, f'{flag}={name}')
+  return found
+
+
+def only_exit(model) -> exits.Adaptive:
+  """The exit of --exit. Raises ConfigError where it names several, or the model cannot be run with it."""
+  found = list(served(FLAGS.exit, model, '--exit').values())
+  if len(found) != 1:
+    raise ConfigError(f'--exit={FLAGS.exit}: names {len(found)} exits; give one rule and threshold, such as kl:1e-3')
+  return found[0]
+
+
+def leaves(text: str, flag: str) -> dict[str, exits.Adaptive]:
   """'kl:1e-3,1e-2;state:0.1' -> an exit for every threshold. Raises ConfigError naming the flag."""
   found = {}
   for word in filter(None, text.split(';')):
     name, _, thresholds = word.strip().partition(':')
     if name not in RULES:
-      raise ConfigError(f'--exits={text}: there is no rule {name!r}; choose from {", ".join(RULES)}')
-    for threshold in numbers(thresholds, '--exits'):
-      found[f'{name}:{threshold:g}'] = exits.Adaptive(rule=RULES[name](threshold=threshold))
+      raise ConfigError(f'{flag}={text}: there is no rule {name!r}; choose from {", ".join(RULES)}')
+    for threshold in numbers(thresholds, flag):
+      try:
+        found[f'{name}:{threshold:g}'] = exits.Adaptive(rule=RULES[name](threshold=threshold))
+      except ConfigError as error:
+        raise ConfigError(f'{flag}={name}:{threshold:g}: {error}') from None
   return found
 
 
@@ -194,11 +271,18 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
+  if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another, or by '' none
+    jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache/loopformer'))
   try:
-    {'train': run_train, 'eval': run_eval, 'generate': run_generate,
-     'harness': run_harness}[FLAGS.mode](Path(FLAGS.workdir))
-  except (ConfigError, NotFinite, ValueError, FileNotFoundError, ImportError) as error:
-    sys.exit(f'error: {error}')
+    if FLAGS.mode == 'plan':
+      run_plan()
+    else:
+      {'train': run_train, 'eval': run_eval, 'generate': run_generate,
+       'harness': run_harness}[FLAGS.mode](Path(FLAGS.workdir))
+  except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
+    processes.leave(error, f'error: {error}')
+  except Exception as error:
+    processes.leave(error)
 
 
 if __name__ == '__main__':

@@ -260,6 +260,8 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | N
     out = attn.kernel(q, k, v, ctx.seg)
   else:
     mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
+    if ctx.places is not None:
+      mask_BTS &= ctx.places[:, None] == ctx.seg[..., None]
     out = attention.attend(q, k, v, mask_BTS)
   return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
 

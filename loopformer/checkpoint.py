@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Mapping
 
 import jax
 
+from loopformer import processes
 from loopformer.types import ConfigError
 
 FOLDER = 'checkpoints'
@@ -16,14 +17,24 @@ LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
 class Checkpoints:
-  """The checkpoints of a work folder; a context manager that waits for the last save."""
+  """The checkpoints of a work folder; a context manager that waits for the last save.
 
-  def __init__(self, workdir: Path, keep: int = 3):
+  keep: so many last ones stay, and the one of the best `best`, a number that is given to `save` (None: the last alone;
+  lower is better, but for names that begin with accuracy or exact).
+  """
+
+  def __init__(self, workdir: Path, keep: int = 3, best: str | None = None):
     import orbax.checkpoint as ocp
-    self._ocp = ocp
+    policy = ocp.checkpoint_managers
+    kept = [policy.LatestN(keep)]
+    if best is not None:
+      higher = best.startswith(('accuracy', 'exact'))
+      kept.append(policy.BestN(get_metric_fn=lambda values: values[best] * (1 if higher else -1), n=1,
+                               keep_checkpoints_without_metrics=False))
+    self._ocp, self._best = ocp, best
     self._folder = Path(workdir).resolve() / FOLDER
-    self._manager = ocp.CheckpointManager(
-        self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(kept), create=True))
 
   def __enter__(self):
     return self
@@ -39,15 +50,56 @@ class Checkpoints:
     """All complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, params: Any, optimizer: Any, data: dict, control: dict):
+  def save(self, step: int, params: Any, optimizer: Any, data: dict, control: dict,
+           values: Mapping[str, float] | None = None):
     """Starts to save; returns as soon as the arrays may be overwritten.
 
-    `data` is the state of the data iterator, `control` the memory of the run's controller.
+    `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of the
+    last evaluation, among them `best`.
     """
     args = self._ocp.args
-    self._manager.save(step, args=args.Composite(
+    known = {self._best: values[self._best]} if self._best and values else None
+    self._manager.save(step, metrics=known, args=args.Composite(
         params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
         meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
+
+  def restore_last(self, params: Any, optimizer: Any, log: Callable[[str], None]) -> tuple[int, Any]:
+    """(step, what `restore` returns) of the last step that can be read; (0, None) where none was saved.
+
+    Steps after it, which are damaged, are put aside as `damaged-<step>`, and named in the log.
+
+    Raises:
+      ConfigError: no step can be read, or the last was written by another layout.
+    """
+    damaged = []
+    for step in reversed(self.steps()):
+      restored = None
+      try:
+        restored = self.restore(step, params, optimizer)
+      except ConfigError:
+        raise
+      except Exception as error:  # whatever a damaged file leads to: Orbax, TensorStore and JSON each have their own
+        damaged.append((step, str(error).splitlines()[0] if str(error) else type(error).__name__))
+      if processes.all_agree(restored is not None):
+        for number, reason in damaged:
+          log(f'warning: checkpoint {self._folder}/{number} is damaged ({reason}); step {step} is used, and the '
+              f'damaged one kept as damaged-{number}')
+        self._put_aside([number for number, _ in damaged])
+        return step, restored
+    if damaged:
+      told = '; '.join(f'{step}: {reason}' for step, reason in damaged)
+      raise ConfigError(f'{self._folder}: no step can be read ({told}). Give another --workdir, or put the files back')
+    return 0, None
+
+  def _put_aside(self, steps: list[int]):
+    if steps:
+      def move():
+        if processes.is_leader():
+          for step in steps:
+            (self._folder / str(step)).rename(self._folder / f'damaged-{step}')
+
+      processes.leader_first(move, 'damaged checkpoints are put aside')
+      self._manager.reload()
 
   def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict, dict]:
     """(params, optimizer, data state, controller's memory) of a step, laid out like the abstract arrays that are given.

@@ -38,7 +38,8 @@ from loopformer.types import ConfigError, part
 
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
-FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'evals', 'mesh')
+FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
+        'evals', 'mesh')
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
 

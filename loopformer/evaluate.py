@@ -58,6 +58,17 @@ def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, pl
           'steps': steps.sum(), 'ran': trace.aux['ran'] * jnp.float32(steps.size), 'sequences': jnp.float32(steps.size)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def motion(model: Any, params: Params, batch: Batch, plan: Plan) -> dict[str, Array]:
+  """What the steps of a plan do to the state, means over tokens: its length f32[K], and how far each step but the first
+  moves it, as a part of that, f32[K - 1]."""
+  trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'),
+                      keep=loop.Every())
+  xs = trace.xs.astype(jnp.float32)
+  norms, moves = (jnp.linalg.norm(x, axis=-1) for x in (xs, xs[1:] - xs[:-1]))
+  return {'state norm': norms.mean((1, 2)), 'state change': (moves / jnp.maximum(norms[1:], 1e-9)).mean((1, 2))}
+
+
 def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
              byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
   """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and

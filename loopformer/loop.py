@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import attention
+from loopformer import attention, memory
 from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
 
 
@@ -93,21 +93,33 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
   total = (ran + (0 if plan.free is None else plan.free)).max()
-  ran = ran.max()
   if kv is not None and not cell.is_initializing():
-    if ctx.memory.slots(plan.steps) > kv.pos.shape[0]:  # free steps, whose number is not known here, come on top
-      raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {kv.pos.shape[0]}; make it with '
+    slots = memory.slots_of(kv)
+    if ctx.memory.slots(plan.steps) > slots:  # free steps, whose number is not known here, come on top
+      raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {slots}; make it with '
                         'cache(..., loops=...) of all steps')
-    # A while loop updates the caches in place; a scan would copy them into and out of every branch that can skip.
-    if keep != Last():
-      raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
-    x, kv = _walk(cell, x, e, _live_first(rows), ran, ctx, kv)
+    x, kv = walk(cell, x, e, rows, ctx, kv, keep)
     return x, kv, None, {}, total
-  step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
-  scan = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
-                 variable_broadcast='params', split_rngs={'params': False}, length=plan.steps)
-  (x, kv), (xs, aux) = scan(cell, (x, kv), rows)
+  x, kv, xs, aux = scan(cell, x, e, rows, ctx, kv, keep, remat)
   return x, kv, xs, aux, total
+
+
+def scan(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, keep: Any, remat: Any):
+  """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries)."""
+  step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
+  over = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
+                 variable_broadcast='params', split_rngs={'params': False}, length=rows.dt.shape[0])
+  (x, kv), (xs, aux) = over(cell, (x, kv), rows)
+  return x, kv, xs, aux
+
+
+def walk(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, keep: Any):
+  """The rows that live, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into and out
+  of every branch that can skip."""
+  if keep != Last():
+    raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
+  count = jnp.int32(rows.dt.shape[0]) if rows.live is None else rows.live.sum(0).max()
+  return _walk(cell, x, e, _live_first(rows), count, ctx, kv)
 
 
 def _step(cell, carry, tick, *, e, ctx, keep):

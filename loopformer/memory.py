@@ -20,14 +20,24 @@ def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: i
   return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pos=jnp.full((slots, batch, length), -1, jnp.int32))
 
 
-def make(memory, loops: int, *size) -> KV:
-  """The empty cache of a memory that has `slots`; arguments as for `empty`."""
+def make(memory, loops: int, *size, width: int | None = None) -> KV:
+  """The empty cache of a memory that has `slots`; arguments as for `empty`. Keeps no states, so `width` is not read."""
   return empty(memory.slots(loops), *size)
+
+
+def room(memory, kv, ctx: Ctx, taken: Array) -> Array:
+  """All find a place, where there is one for every position."""
+  return taken
 
 
 def map_caches(function, *caches):
   """`function` of every KV in trees of them."""
   return jax.tree.map(function, *caches, is_leaf=lambda leaf: isinstance(leaf, KV))
+
+
+def slots_of(caches) -> int:
+  """Slots of all KVs in a tree of them."""
+  return sum(kv.pos.shape[0] for kv in jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV)))
 
 
 @part
@@ -37,7 +47,7 @@ class PerLoop:
   Bytes a sequence: 2 * loops * N * S * G * d * bytes of an element (LoopFormer section 4; Ouro section 4), and
   4 * loops * S for positions.
   """
-  make, exact, rewinds = make, True, True
+  make, room, exact, rewinds = make, room, True, True
 
   def slots(self, loops: int) -> int:
     return loops
@@ -57,7 +67,7 @@ class First:
   Decodes exactly what a pass over all tokens with this memory computes, which is another function than the loop without
   it: a model must be trained for it. Bytes: PerLoop's with one loop.
   """
-  make, exact, rewinds = make, True, True
+  make, room, exact, rewinds = make, room, True, True
 
   def slots(self, loops: int) -> int:
     return 1
@@ -79,7 +89,7 @@ class Ring:
   Ouro's sharing in decode. Bytes: PerLoop's with `size` loops.
   """
   size: int
-  make, exact, rewinds = make, False, True
+  make, room, exact, rewinds = make, room, False, True
 
   def __post_init__(self):
     if self.size < 1:
@@ -102,7 +112,7 @@ class Mean:
 
   One pass over a prompt is exact, decoding is not. Bytes: PerLoop's with one loop.
   """
-  make, exact, rewinds = make, False, True
+  make, room, exact, rewinds = make, room, False, True
 
   def slots(self, loops: int) -> int:
     return 1
@@ -132,9 +142,12 @@ def _step(ctx):
 
 
 def _exchange(kv, slot, pos, layer, k, v):
-  length = kv.pos.shape[-1]
+  return put(kv, slot, pos, jnp.where(pos < 0, kv.pos.shape[-1], pos), layer, k, v)  # out of range, and dropped
+
+
+def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array, k: Array, v: Array) -> Exchanged:
+  """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot; what it holds then."""
   row = jnp.arange(k.shape[0])[:, None]
-  place = jnp.where(pos < 0, length, pos)  # out of range, and dropped
   kv = KV(k=kv.k.at[slot, layer, row, place].set(k.astype(kv.k.dtype), mode='drop'),
           v=kv.v.at[slot, layer, row, place].set(v.astype(kv.v.dtype), mode='drop'),
           pos=kv.pos.at[slot, row, place].set(pos, mode='drop'))

@@ -2,18 +2,55 @@
 """
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
+import sys
 import time
 from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
 
-# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
-PEAKS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12,
-         'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}
+from loopformer.types import part
+
+
+@part
+class Accelerator:
+  """One device by its maker's data sheet.
+
+  kinds: how JAX names it; flops: a second, dense, bfloat16; memory: bytes; bandwidth: bytes a second from and to it;
+  interconnect: bytes a second that it sends to other devices, over all its links (half of what is told of both ways).
+  node: devices that the interconnect joins, None for all of a slice; network: bytes a second to devices of other nodes,
+  its share of the network cards of the maker's server (DGX).
+  """
+  kinds: tuple[str, ...]
+  flops: float
+  memory: float
+  bandwidth: float
+  interconnect: float
+  node: int | None = None
+  network: float | None = None
+
+  def speed(self, apart: int) -> float:
+    """Bytes a second that it sends to devices, the first and the last of which are so many places apart."""
+    return self.interconnect if self.node is None or apart <= self.node else self.network
+
+
+ACCELERATORS = {
+    'v4': Accelerator(kinds=('TPU v4',), flops=275e12, memory=32e9, bandwidth=1200e9, interconnect=300e9),
+    'v5e': Accelerator(kinds=('TPU v5 lite',), flops=197e12, memory=16e9, bandwidth=819e9, interconnect=200e9),
+    'v5p': Accelerator(kinds=('TPU v5', 'TPU v5p'), flops=459e12, memory=95e9, bandwidth=2765e9, interconnect=600e9),
+    'v6e': Accelerator(kinds=('TPU v6 lite',), flops=918e12, memory=32e9, bandwidth=1640e9, interconnect=400e9),
+    'A100': Accelerator(kinds=('NVIDIA A100',), flops=312e12, memory=80e9, bandwidth=2039e9, interconnect=300e9,
+                        node=8, network=25e9),
+    'H100': Accelerator(kinds=('NVIDIA H100',), flops=989e12, memory=80e9, bandwidth=3350e9, interconnect=450e9,
+                        node=8, network=50e9),
+    'H200': Accelerator(kinds=('NVIDIA H200',), flops=989e12, memory=141e9, bandwidth=4800e9, interconnect=450e9,
+                        node=8, network=50e9),
+}
+PEAKS = {kind: accelerator.flops for accelerator in ACCELERATORS.values() for kind in accelerator.kinds}
 
 
 def peak_flops() -> tuple[float, str]:
@@ -65,6 +102,26 @@ class Writer:
       self._board.close()
 
 
+class Silent:
+  """The writer of processes that write nothing."""
+
+  def write(self, kind: str, step: int, values: Mapping[str, Any]):
+    """Nothing."""
+
+  def close(self):
+    """Nothing."""
+
+
+def memory() -> float:
+  """Most bytes in use so far: of this process's first device, or, where that does not tell, of the process."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return float(stats['peak_bytes_in_use'])
+  import resource  # not on every system
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 def _tensorboard(folder: Path, first_step: int):
   try:
     import tensorboardX  # the extra `tensorboard`
@@ -110,3 +167,11 @@ def table(rows: list[Mapping[str, Any]]) -> str:
   lines = ['| ' + ' | '.join(cell.rjust(width) for cell, width in zip(row, widths)) + ' |' for row in cells]
   lines.insert(1, '|' + '|'.join('-' * (width + 1) + ':' for width in widths) + '|')
   return '\n'.join(lines)
+
+
+def write_csv(path: Path, rows: list[Mapping[str, Any]]):
+  """Writes rows of the same names, under a line of these."""
+  with path.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)

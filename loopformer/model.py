@@ -43,7 +43,7 @@ class Looped(nn.Module):
       kv: None (the parallel pass), or the caches of `cache`, which are read and extended.
       keep: which states the trace keeps besides the last.
       code: `timetable(plan)`, where it was computed before (once for many tokens).
-      noise: keys [B], for a start that is random; None for a fixed one.
+      noise: keys [B] of a pass that learns, where starts are drawn and routers may look ahead; None where it answers.
     """
     kv = dict(kv or {})
     ctx = self._context(tokens, pos, seg, noise)
@@ -125,11 +125,13 @@ class Looped(nn.Module):
     return {name: stack for name, stack in stacks.items() if stack is not None}
 
   def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, Any]:
-    """Empty caches, trees of KV, by the names of their stacks, for `batch` rows of `length` positions and plans of up to `loops` steps."""
+    """Empty caches, trees of KV, by the names of their stacks, for `batch` rows of `length` positions and plans of up
+    to `loops` steps."""
     caches = {}
     for name, stack in self.stacks().items():
       size = stack.applications, batch, length, *stack.block.heads_of(self.read_in.width), stack.block.dtype
-      caches[name] = self.memory.make(loops or self.loops, *size) if name == 'loop' else memories.empty(1, *size)
+      caches[name] = (self.memory.make(loops or self.loops, *size, width=self.read_in.width) if name == 'loop' else
+                      memories.empty(1, *size))
     return caches
 
   def flops(self, length: int, steps: float) -> float:

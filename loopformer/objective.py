@@ -15,9 +15,14 @@ from loopformer.types import Array, Batch, ConfigError, Draw, Params, Planner, T
 
 @dataclasses.dataclass(frozen=True)
 class Roll:
-  """One run of the model: how its steps are arranged, and which states it keeps."""
+  """One run of the model: how its steps are arranged, which states it keeps, and with whose weights it runs.
+
+  weights: None for those that learn, or a work folder, whose last checkpoint gives weights that do not: a teacher. What
+  the checkpoint does not hold is as the model starts.
+  """
   plan: Planner
   keep: Any = loop.Last()
+  weights: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +58,32 @@ class Objective:
     """f32[] for every term: what its sum over this batch is divided by."""
     return {name: weighted.term.weight(batch) for name, weighted in self.terms.items()}
 
-  def rollouts(self, model, params: Params, draw: Draw) -> dict[str, Trace]:
+  @property
+  def teachers(self) -> tuple[str, ...]:
+    """The work folders whose weights some rollouts run with."""
+    return tuple(dict.fromkeys(roll.weights for roll in self.rolls.values() if roll.weights is not None))
+
+  def rollouts(self, model, params: Params, draw: Draw, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
     traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
       own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
       noise = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(f'{name} noise'.encode()))).keys()
-      traces[name] = model.apply({'params': params}, batch['tokens'], roll.plan(own), batch.get('positions'),
+      weights = params if roll.weights is None else jax.lax.stop_gradient(frozen[roll.weights])
+      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(own), batch.get('positions'),
                                  batch.get('segments'), keep=roll.keep, noise=noise)
     return traces
 
-  def __call__(self, model, params: Params, draw: Draw,
-               denominators: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}."""
-    rolls = self.rollouts(model, params, draw)
-    readout = make_readout(model, params, draw.batch)
+  def __call__(self, model, params: Params, draw: Draw, denominators: Mapping[str, Array],
+               frozen: Mapping[str, Params] = {}) -> tuple[Array, dict[str, Array]]:
+    """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}.
+
+    frozen: the weights of `teachers`, by their folders.
+    """
+    rolls = self.rollouts(model, params, draw, frozen)
+    of = {name: make_readout(model, jax.lax.stop_gradient(frozen[roll.weights]), draw.batch)
+          for name, roll in self.rolls.items() if roll.weights is not None}
+    readout = dataclasses.replace(make_readout(model, params, draw.batch), of=of)
     shares = {name: weighted.term(rolls, draw.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
               for name, weighted in self.terms.items()}
     return sum(self.terms[name].weight * share for name, share in shares.items()), shares
@@ -78,6 +94,6 @@ class Objective:
     total = 0.0
     for roll in self.rolls.values():
       steps = roll.plan.expected
-      graded = getattr(roll.plan, 'differentiated', steps)
-      total += model.flops(length, steps) + 2 * model.flops(length, graded)
+      graded = getattr(roll.plan, 'differentiated', steps) if roll.weights is None else 0
+      total += model.flops(length, steps) + (2 * model.flops(length, graded) if graded else 0)
     return total

@@ -1,7 +1,12 @@
-"""Meshes and shardings: the one place where either is made."""
+"""Meshes and shardings: the one place where either is made.
+
+Three axes. The batch divides over data and fsdp. Parameters and optimiser state divide over fsdp and tensor; a training
+step gathers them over fsdp once, however many loops it runs, and never over tensor, where each device computes with its
+own heads and hidden units.
+"""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -9,56 +14,103 @@ import numpy as np
 
 from loopformer.types import Array, Batch, ConfigError, part
 
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')  # what rows are divided over, and what a training step is manual over
+
+# Which axis of a parameter, by the end of its path, the devices of a tensor group divide; the others are whole there.
+# A layer's two products pair up: the columns of the first give what the rows of the second take, with one sum at the
+# end.
+TENSOR = {'attn/qkv/kernel': -1, 'attn/out/kernel': -2, 'mlp/up/kernel': -1, 'mlp/up/bias': -1, 'mlp/down/kernel': -2,
+          'embedding': -2, 'read_out/kernel': -2}
 
 
 @part
 class Mesh:
   """Sizes of the mesh axes; one of them may be -1, all devices that are left.
 
-  The batch divides over both axes; parameters and optimiser state divide over fsdp and are gathered once a step.
+  data: whole copies of the training state; fsdp: devices that divide one copy, and gather it once a step; tensor:
+  devices that divide every layer (attention's heads, hidden units, the vocabulary), and exchange activations.
   """
   data: int = -1
   fsdp: int = 1
+  tensor: int = 1
 
   def __post_init__(self):
-    for name in AXES:
-      if getattr(self, name) < 1 and getattr(self, name) != -1:
-        raise ConfigError(f'mesh.{name} = {getattr(self, name)}; give a number of devices, or -1 for the rest')
-    if self.data == self.fsdp == -1:
-      raise ConfigError('mesh.data and mesh.fsdp are both -1; only one axis can take the devices that are left')
+    sizes = {name: getattr(self, name) for name in AXES}
+    for name, size in sizes.items():
+      if size < 1 and size != -1:
+        raise ConfigError(f'mesh.{name} = {size}; give a number of devices, or -1 for the rest')
+    rest = [f'mesh.{name}' for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+      raise ConfigError(f'{" and ".join(rest)} are both -1; only one axis can take the devices that are left')
 
   def make(self, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (all of them by default). Raises ConfigError where the sizes do not multiply up."""
     devices = devices or jax.devices()
-    sizes = [self.data, self.fsdp]
+    sizes = [self.data, self.fsdp, self.tensor]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
-      raise ConfigError(f'mesh = (data={self.data}, fsdp={self.fsdp}) does not use all {len(devices)} devices; '
-                        'the sizes must multiply to that number')
+      raise ConfigError(f'mesh = (data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}) does not use all '
+                        f'{len(devices)} devices; the sizes must multiply to that number')
     # Named explicitly: make_mesh makes Explicit axes by default, under which a constraint is an assertion.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
-  """The axis of a parameter that is divided over fsdp: its largest that divides evenly; None keeps it whole."""
-  axes = [axis for axis, size in enumerate(shape) if size % parts == 0 and size >= parts]
-  return max(axes, key=lambda axis: shape[axis], default=None) if parts > 1 else None
+def check_model(model: Any, mesh: jax.sharding.Mesh):
+  """Raises ConfigError where heads of keys and values do not divide over the tensor axis."""
+  tensor = mesh.shape['tensor']
+  for name, stack in model.stacks().items() if tensor > 1 else ():
+    groups, _ = stack.block.heads_of(model.read_in.width)
+    if groups % tensor:
+      raise ConfigError(f'mesh.tensor = {tensor} does not divide the {groups} heads of keys and values of the stack '
+                        f'{name!r}; choose a divisor of them, and divide parameters by mesh.fsdp instead')
 
 
-def spec(shape: tuple[int, ...], parts: int) -> P:
-  """The partition of an array of the train state."""
-  axis = split_axis(shape, parts)
-  return P() if axis is None else P(*(None,) * axis, 'fsdp')
+def check_batch(batch: int, accumulate: int, mesh: jax.sharding.Mesh):
+  """Raises ConfigError where the rows of a microbatch do not divide over the mesh."""
+  parts = int(np.prod([mesh.shape[name] for name in BATCH]))
+  if batch // accumulate % parts:
+    raise ConfigError(f'train.batch / train.accumulate = {batch // accumulate} rows do not divide over mesh.data * '
+                      f'mesh.fsdp = {parts}; choose a multiple of {parts}')
 
 
-def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Shardings of a whole train state, from its shapes (`jax.eval_shape`)."""
-  return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, mesh.shape['fsdp'])), state)
+def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+  """The partition of an array of the train state, by its path and its shape.
+
+  Over tensor as `TENSOR` says, over fsdp by the largest axis that is left, in both cases if it divides evenly.
+  """
+  axes: list[str | None] = [None] * len(shape)
+  for end, axis in TENSOR.items():
+    if f'/{path}'.endswith(f'/{end}') and len(shape) >= -axis and sizes['tensor'] > 1 and not (
+        shape[axis] % sizes['tensor']):
+      axes[axis] = 'tensor'
+  left = [axis for axis, size in enumerate(shape)
+          if axes[axis] is None and size % sizes['fsdp'] == 0 and size >= sizes['fsdp']]
+  if left and sizes['fsdp'] > 1:
+    axes[max(left, key=lambda axis: shape[axis])] = 'fsdp'
+  while axes and axes[-1] is None:
+    axes.pop()
+  return P(*axes)
+
+
+def specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Partitions of a whole train state or a part of it, from its shapes."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: spec(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh.shape), tree)
+
+
+def only(partition: P, names: tuple[str, ...]) -> P:
+  """The partition over some of the axes, the others whole."""
+  return P(*(name if name in names else None for name in partition))
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> Any:
+  """Shardings of a train state or a part of it, from its shapes (`jax.eval_shape`), over some of the axes."""
+  return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh))
 
 
 def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-  """This process's rows as part of global arrays [B, ...], rows divided over both axes."""
-  sharding = NamedSharding(mesh, P(AXES))
+  """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp."""
+  sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}

@@ -1,6 +1,8 @@
 """Training: one step for every objective, and the loop around it."""
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,11 +16,12 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
 import optax
 
-from loopformer import metrics, sharding
+from loopformer import metrics, plans, processes, sharding
 from loopformer.checkpoint import Checkpoints, abstract
-from loopformer.evaluate import evaluate
+from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params
 from loopformer.types import Array, ConfigError, Draw, Params, part
 
@@ -28,6 +31,9 @@ class Train:
   """How long, how much at a time, and how often to report.
 
   batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into.
+  keep: so many last checkpoints stay, and the one of the best `best`, a number of the evaluations such as 'loss@8'
+  (None: the last alone; lower is better, but for accuracies).
+  start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
   """
   steps: int = 1000
   batch: int = 16
@@ -38,9 +44,13 @@ class Train:
   eval_batches: int = 8
   save_every: int = 250
   keep: int = 3
+  best: str | None = None
+  start: str | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
+      if field.name in ('best', 'start'):
+        continue
       least = 0 if field.name == 'seed' else 1
       if getattr(self, field.name) < least:
         raise ConfigError(f'train.{field.name} = {getattr(self, field.name)}: must be {least} or more')
@@ -64,32 +74,50 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int) -
   return State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params))
 
 
+def _norms(grads: Params) -> dict[str, Array]:
+  """The gradient's length, and that of every part of the model."""
+  parts = {f'grad_norm/{name}': tree for name, tree in grads.items() if name != 'cell'}
+  parts |= {f'grad_norm/cell/{name}': tree for name, tree in grads.get('cell', {}).items()}
+  return {name: optax.tree.norm(tree) for name, tree in {'grad_norm': grads, **parts}.items()}
+
+
 def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh,
               accumulate: int = 1, seed: int = 0) -> Callable[..., tuple[State, dict[str, Array]]]:
   """The compiled training step: (state, batch of global arrays, stage) -> (state, metrics f32[]); the state is donated.
 
-  The gradient is taken inside a shard_map that is manual over the mesh: parameters are gathered once, all loops run on
-  local weights, and each gradient is reduced once, whatever the number of loops.
+  The gradient is taken inside a shard_map that is manual over data and fsdp: parameters are gathered once, all loops
+  run on local weights, and each gradient is reduced once, whatever the number of loops. The tensor axis is left to the
+  partitioner.
+
+  `frozen`, a last argument, holds the weights of `objective.teachers`; they are gathered too, and have no gradient.
+
+  A batch may say with `row` i32[B] which sequence of the step each is (their order otherwise), and with `stop` f32[B]
+  whether a process was told to stop, which all then learn from the metrics.
   """
   run_key = jax.random.fold_in(jax.random.key(seed), 1)
   optimizer = optax.with_extra_args_support(optimizer)
-  parts = mesh.shape['fsdp']
+  divided = [name for name in sharding.BATCH if mesh.shape[name] > 1]  # XLA refuses sums over a single device
 
-  def gather(leaf, shape):
-    axis = sharding.split_axis(shape, parts)
-    return leaf if axis is None else jax.lax.all_gather(leaf, 'fsdp', axis=axis, tiled=True)
+  def total(tree):
+    return jax.lax.psum(tree, divided) if divided else tree
 
-  def reduce(leaf):
-    axis = sharding.split_axis(leaf.shape, parts)
-    if axis is None:
-      return jax.lax.psum(leaf, sharding.AXES)
-    return jax.lax.psum_scatter(jax.lax.psum(leaf, 'data'), 'fsdp', scatter_dimension=axis, tiled=True)
+  def gather(leaf, partition):
+    if 'fsdp' not in tuple(partition):
+      return leaf
+    return jax.lax.all_gather(leaf, 'fsdp', axis=tuple(partition).index('fsdp'), tiled=True)
 
-  def gradient(shapes, params, draw):
-    params = jax.tree.map(gather, params, shapes)
-    total = jax.lax.psum(objective.denominators(draw.batch), sharding.AXES)
+  def reduce(leaf, partition):
+    if 'fsdp' not in tuple(partition):
+      return total(leaf)
+    mine = jax.lax.psum_scatter(leaf, 'fsdp', scatter_dimension=tuple(partition).index('fsdp'), tiled=True)
+    return jax.lax.psum(mine, 'data') if 'data' in divided else mine
+
+  def gradient(specs, frozen_specs, params, frozen, draw):
+    params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
+    weights = total(objective.denominators(draw.batch))
     batch = draw.batch
-    share = jax.value_and_grad(lambda p, rows: objective(model, p, draw.replace(batch=rows), total), has_aux=True)
+    share = jax.value_and_grad(lambda p, rows: objective(model, p, draw.replace(batch=rows), weights, frozen),
+                               has_aux=True)
     if accumulate == 1:
       (loss, terms), grads = share(params, batch)
     else:
@@ -98,79 +126,128 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
                           jax.eval_shape(share, params, jax.tree.map(lambda rows: rows[0], micro)))
       (loss, terms), grads = jax.lax.scan(
           lambda sums, rows: (jax.tree.map(jnp.add, sums, share(params, rows)), None), zero, micro)[0]
-    return jax.lax.psum({'loss': loss, **terms}, sharding.AXES), jax.tree.map(reduce, grads)
+    return total({'loss': loss, **terms}), jax.tree.map(reduce, grads, specs)
 
-  def step(state, batch, stage=0):
-    size = batch['tokens'].shape[0]
+  def step(state, batch, stage=0, frozen={}):
+    stop = {name: batch[name].max() for name in ('stop',) if name in batch}
+    rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
     draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
-                batch={**batch, 'row': jnp.arange(size)})
-    shapes = jax.tree.map(lambda leaf: leaf.shape, state.params)
-    specs = jax.tree.map(lambda leaf: sharding.spec(leaf.shape, parts), state.params)
+                batch={name: leaf for name, leaf in rows.items() if name not in stop})
+    specs, frozen_specs = (
+        jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), sharding.specs(tree, mesh))
+        for tree in (state.params, frozen))
     mapped = jax.shard_map(
-        functools.partial(gradient, shapes), mesh=mesh, in_specs=(specs, Draw(P(), P(), P(), P(sharding.AXES))),
-        out_specs=(P(), specs), check_vma=False)
-    values, grads = mapped(state.params, draw)
+        functools.partial(gradient, specs, frozen_specs), mesh=mesh,
+        in_specs=(specs, frozen_specs, Draw(P(), P(), P(), P(sharding.BATCH))),
+        out_specs=(P(), specs), axis_names=set(sharding.BATCH), check_vma=False)
+    values, grads = mapped(state.params, frozen, draw)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)
     params = optax.apply_updates(state.params, updates)
-    return State(step=state.step + 1, params=params, optimizer=optimizer_state), {
-        **values, 'grad_norm': optax.tree.norm(grads)}
+    new = State(step=state.step + 1, params=params, optimizer=optimizer_state)
+    new = jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh))
+    return new, {**values, **stop, **_norms(grads)}
 
   return jax.jit(step, donate_argnums=0)
 
 
-def train(config: Any, workdir: Path, log: Callable[[str], None] = print) -> State:
+def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
+          profile: tuple[int, int] | None = None) -> State:
   """Runs or resumes `config` in `workdir`, whose config.json must agree with it already.
+
+  With several processes (processes.py) all call it; the leader writes.
+
+  Args:
+    profile: the first and the last step of a profile, which goes to `workdir`/profile; None for none.
 
   Raises:
     NotFinite: a term of the loss is not a number any more; the checkpoints before it are kept.
-    ConfigError: data or mesh do not fit the configuration.
+    ConfigError: data, mesh or starting weights do not fit the configuration.
   """
   from loopformer import data  # reading text needs grain; a model alone does not
   workdir, options = Path(workdir), config.train
+  log = log if processes.is_leader() else lambda text: None
   mesh = config.mesh.make()
+  sharding.check_model(config.model, mesh)
+  sharding.check_batch(options.batch, options.accumulate, mesh)
   optimizer = config.optim.make(options.steps)
-  if options.batch // options.accumulate % mesh.size:
-    raise ConfigError(f'train.batch / train.accumulate = {options.batch // options.accumulate} rows do not divide over '
-                      f'{mesh.size} devices; choose a multiple of {mesh.size}')
-  tokenizer = config.task.prepare(workdir, log)
+  reader, readers = processes.readers(mesh)
+  tokenizer = processes.leader_first(lambda: config.task.prepare(workdir, log), 'data are prepared')
   if tokenizer is not None and tokenizer.vocab_size > config.model.read_in.vocab:
     raise ConfigError(f'model.read_in.vocab = {config.model.read_in.vocab} is smaller than the tokenizer\'s '
                       f'{tokenizer.vocab_size} entries; raise it to that or more')
+  rows = np.arange(options.batch // readers, dtype=np.int32) * readers + reader  # in the global batch
 
   def batches(split, seed):
-    return data.batches(config.task.examples(workdir, split, seed), batch=options.batch,
-                        process=jax.process_index(), processes=jax.process_count())
+    return data.batches(config.task.examples(workdir, split, seed), batch=options.batch, process=reader,
+                        processes=readers)
 
   stream = iter(batches('train', options.seed))
-  held_out = _first(batches('validation', 0), options.eval_batches, mesh)
+  held_out = [sharding.put_batch({**batch, 'row': rows}, mesh)
+              for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)
-  shardings = sharding.state_shardings(shapes, mesh)
-  byte_lengths = tokenizer and jax.device_put(jnp.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
+  shardings = sharding.shardings(shapes, mesh)
+  byte_lengths = tokenizer and jax.device_put(np.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
   memory = config.control.start()
-  with Checkpoints(workdir, options.keep) as checkpoints:
-    first = checkpoints.latest() or 0
+  with Checkpoints(workdir, options.keep, options.best) as checkpoints:
+    target = abstract(shapes, shardings)
+    first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
     if first:
-      target = abstract(shapes, shardings)
-      params, optimizer_state, position, memory = checkpoints.restore(first, target.params, target.optimizer)
+      params, optimizer_state, position, memory = restored
       stream.set_state(position)
-      state = State(step=jax.device_put(jnp.int32(first), shardings.step), params=params, optimizer=optimizer_state)
+      state = State(step=jax.device_put(np.int32(first), shardings.step), params=params, optimizer=optimizer_state)
       log(f'resumed from step {first}')
     else:
       state = jax.jit(make, out_shardings=shardings)()
-    writer = metrics.Writer(workdir, first)
-    run = _Run(config, mesh, make_step(config.model, config.objective, optimizer, mesh, options.accumulate,
-                                       options.seed), writer, checkpoints, held_out, byte_lengths, log, memory)
+      if options.start is not None:
+        state = state.replace(params=_started(state.params, options.start, mesh, log))
+    writer = metrics.Writer(workdir, first) if processes.is_leader() else metrics.Silent()
+    step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
+    fresh = jax.jit(lambda: make().params, out_shardings=shardings.params)
+    frozen = {folder: _started(fresh(), folder, mesh, log, 'objective.rolls: weights')
+              for folder in config.objective.teachers}
+    run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
+               log, memory, _Profile(workdir / 'profile', profile))
     try:
       return run(state, stream, first)
     finally:
+      run.profile.stop()
       writer.close()
 
 
-def _first(batches, count, mesh):
-  """The first `count` batches, on the devices."""
-  return [sharding.put_batch(batch, mesh) for batch, _ in zip(batches, range(count))]
+def _gathered(params: Params, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
+  """A function that gathers such parameters over fsdp, so that an evaluation too does so once."""
+  if mesh.shape['fsdp'] == 1:
+    return lambda params: params
+  return jax.jit(lambda params: params, out_shardings=sharding.shardings(params, mesh, ('tensor',)))
+
+
+def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
+  """The parameters with those of another run's last checkpoint in the places that both have."""
+  from loopformer import config as configs
+  source = configs.read(Path(start))
+  shapes = jax.eval_shape(lambda: init_params(source.model, jax.random.key(0)))
+  with Checkpoints(Path(start)) as checkpoints:
+    step, given = checkpoints.restore_params(None, abstract(shapes, sharding.shardings(shapes, mesh)))
+  given = dict(jax.tree_util.tree_leaves_with_path(given))
+  taken = []
+
+  def choose(path, own):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if path not in given:
+      return own
+    if given[path].shape != own.shape:
+      raise ConfigError(f'{where} = {start}: {name} has the shape {given[path].shape} there, {own.shape} here; '
+                        'give a run of the same sizes')
+    taken.append(name)
+    return jax.device_put(given[path], own.sharding)
+
+  params = jax.tree_util.tree_map_with_path(choose, params)
+  if not taken:
+    raise ConfigError(f'{where} = {start}: its model shares no parameter with this one')
+  log(f'{len(taken)} of {len(jax.tree.leaves(params))} parameters start from step {step} of {start}')
+  return params
 
 
 @dataclasses.dataclass
@@ -179,42 +256,55 @@ class _Run:
   config: Any
   mesh: Any
   step: Callable
-  writer: metrics.Writer
+  writer: metrics.Writer | metrics.Silent
   checkpoints: Checkpoints
   held_out: list
   byte_lengths: Array | None
+  rows: np.ndarray  # of this process, in the global batch
   log: Callable
   memory: dict  # the controller's
+  profile: _Profile
+  stopped: bool = False  # a process was told to stop, and all know
 
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
-    clock = _Clock(self.config, first)
-    pending = None
+    self.clock = clock = _Clock(self.config, first)
+    whole = _gathered(state.params, self.mesh)
+    pending, evaluated = None, {}
     with _Terminated() as terminated:
       for number in range(first + 1, options.steps + 1):
-        batch, stage = sharding.put_batch(next(stream), self.mesh), self.config.control.stage(self.memory)
-        state, values = self.step(state, batch, stage)
-        self._report(pending, clock)
+        self.profile.at(number)
+        with clock.timed('data'):
+          rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), terminated.is_set(), np.float32)}
+        with clock.timed('step'):
+          batch, stage = sharding.put_batch(rows, self.mesh), self.config.control.stage(self.memory)
+          state, values = self.step(state, batch, stage)
+        self._report(pending)
         pending = (number, values)
-        if number % options.eval_every == 0 or number == options.steps:
-          self._report(pending, clock)
+        last = number == options.steps
+        self.stopped |= jax.process_count() == 1 and terminated.is_set()  # several agree one step later
+        if number % options.eval_every == 0 or last:
+          self._report(pending)
           pending = None
-          self._evaluate(number, state)
-          clock.restart(number)
-        if number % options.save_every == 0 or number == options.steps or terminated.is_set():
-          self._report(pending, clock)  # a state is saved once its loss is known to be finite
+          with clock.timed('eval'):
+            evaluated = self._evaluate(number, whole(state.params))
+        if number % options.save_every == 0 or last or self.stopped:
+          self._report(pending)  # a state is saved once its loss is known to be finite
           pending = None
-          self.checkpoints.save(number, state.params, state.optimizer, stream.get_state(), self.memory)
-        if terminated.is_set() and number < options.steps:
+          with clock.timed('save'):
+            self.checkpoints.save(number, state.params, state.optimizer, stream.get_state(), self.memory, evaluated)
+        if self.stopped and not last:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
           raise SystemExit(0)
     return state
 
-  def _report(self, pending, clock):
+  def _report(self, pending):
     if pending is None:
       return
     number, values = pending
-    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    with self.clock.timed('step'):
+      values = {name: float(value) for name, value in jax.device_get(values).items()}
+    self.stopped |= values.pop('stop') > 0
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
       term = next((name for name in broken if name in self.config.objective.terms), broken[0])
@@ -223,29 +313,38 @@ class _Run:
                       'or the clipping norm, or raise the warm-up')
     self._watch(number, values)
     options = self.config.train
-    if number % options.log_every == 0 or number == options.steps or clock.fresh:
-      speed = clock.read(number)
+    if number % options.log_every == 0 or number == options.steps or self.clock.fresh:
+      speed = self.clock.read(number)
       self.writer.write('train', number, {**values, **speed})
       terms = '  '.join(f'{name} {values[name]:.3f}' for name in self.config.objective.terms)
       left = '' if 'tokens_per_s' not in speed else (
           f'  {speed["tokens_per_s"] / 1e3:.1f}k tok/s  MFU {100 * speed["mfu"]:.0f}%'
-          f'  {metrics.duration(clock.left(number))} left')
+          f'  {metrics.duration(self.clock.left(number))} left')
       self.log(f'step {number}/{options.steps}  loss {values["loss"]:.3f}  {terms}{left}')
 
-  def _evaluate(self, number, state):
+  def _evaluate(self, number, params) -> dict[str, float]:
     config = self.config
-    rows = evaluate(config.model, state.params, self.held_out, config.evals.schedules(), self.byte_lengths,
+    rows = evaluate(config.model, params, self.held_out, config.evals.schedules(), self.byte_lengths,
                     config.task.measure)
     values = {f'{name}@{row["schedule"]}': row[name] for row in rows
               for name in row if name not in ('budget', 'schedule', 'tokens')}
-    values |= config.model.cell.diagnose(jax.device_get(state.params['cell']))
+    values |= config.model.cell.diagnose(jax.device_get(params['cell']))
+    if config.train.best is not None and config.train.best not in values:
+      raise ConfigError(f'train.best = {config.train.best!r}: no number of the evaluations; there are '
+                        f'{", ".join(values)}')
     self.writer.write('eval', number, values)
+    longest = max((steps for steps in config.evals.schedules().values() if isinstance(steps, tuple)), key=len,
+                  default=())
+    if longest:
+      moved = jax.device_get(motion(config.model, params, self.held_out[0], plans.schedule(longest)))
+      self.writer.write('loops', number, {name: values.tolist() for name, values in moved.items()})
     shown = ('loss', 'accuracy', 'exact')
     self.log(f'step {number}  validation loss at ' + '  '.join(
         f'{row["schedule"]} loop{"s" if row["budget"] != 1 else ""}: '
         + ' '.join([f'{row["loss"]:.3f}', *(f'{name} {row[name]:.3f}' for name in shown[1:] if name in row)])
         for row in rows))
     self._watch(number, values)
+    return values
 
   def _watch(self, number, values):
     control = self.config.control
@@ -257,7 +356,10 @@ class _Run:
 
 
 class _Clock:
-  """Tokens a second, model FLOPs utilisation and time left; the first step, which compiles, is not counted."""
+  """Tokens a second, model FLOPs utilisation, where the time went, memory, and time left.
+
+  The first step, which compiles, is not counted, nor are evaluations and saves in the speed.
+  """
 
   def __init__(self, config: Any, first: int):
     self._tokens = config.train.batch * config.task.length
@@ -265,26 +367,56 @@ class _Clock:
     self._peak = metrics.peak_flops()[0] * jax.device_count()
     self._steps = config.train.steps
     self._seconds = 0.0
+    self._number, self._spent, self._start = first, collections.Counter(), time.perf_counter()
     self.fresh = True
-    self.restart(first)
 
-  def restart(self, number: int):
-    self._number, self._start = number, time.perf_counter()
+  @contextlib.contextmanager
+  def timed(self, what: str):
+    """Counts the time inside as that of data, step, eval or save."""
+    start = time.perf_counter()
+    yield
+    self._spent[what] += time.perf_counter() - start
 
   def read(self, number: int) -> dict[str, float]:
-    """Speed since the last reading."""
-    steps, seconds = number - self._number, time.perf_counter() - self._start
+    """Speed and times since the last reading."""
+    now = time.perf_counter()
+    steps, all_, spent = number - self._number, now - self._start, self._spent
     was_fresh, self.fresh = self.fresh, False
-    self.restart(number)
+    self._number, self._start, self._spent = number, now, collections.Counter()
     if was_fresh or not steps:
       return {}
-    self._seconds = seconds / steps
+    self._seconds = (all_ - spent['eval'] - spent['save']) / steps
     return {'tokens_per_s': self._tokens / self._seconds, 'mfu': self._flops / self._seconds / self._peak,
-            'seconds_per_step': self._seconds}
+            'seconds_per_step': self._seconds, **{f'seconds/{what}': spent[what] for what in _SPENT},
+            'memory_gb': metrics.memory() / 1e9}
 
   def left(self, number: int) -> float:
     """Seconds to the end of the run at the present speed."""
     return (self._steps - number) * self._seconds
+
+
+_SPENT = ('data', 'step', 'eval', 'save')
+
+
+class _Profile:
+  """A profile of the steps from first to last, for TensorBoard or Perfetto."""
+
+  def __init__(self, folder: Path, steps: tuple[int, int] | None):
+    self._folder, self._steps, self._on = folder, steps, False
+
+  def at(self, number: int):
+    """Starts or stops where a step begins."""
+    if self._steps and number == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+    elif self._steps and number > self._steps[1]:
+      self.stop()
+
+  def stop(self):
+    """Writes what there is."""
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 class _Terminated:

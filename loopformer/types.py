@@ -29,11 +29,14 @@ class Plan:
   live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
   free: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
+  blend: None or f32[K], how far each step has gone, from 0 to 1, from another way of working to the cell's own (None:
+    all the way), for cells that a trained model is converted to little by little (cells/melt.py).
   """
   t: Array
   dt: Array
   live: Array | None = None
   free: Array | None = None
+  blend: Array | None = None
 
   @property
   def steps(self) -> int:
@@ -80,8 +83,10 @@ class Ctx:
   pos: i32[B, T], position of each token in its document; -1 marks padding (with a cache only).
   seg: None or i32[B, T], tokens attend within equal numbers only.
   tokens: i32[B, T] or f32[B, T, width], the input.
-  noise: None, or keys [B] of the noise that a state starts from.
+  noise: keys [B] of what a pass that learns draws at random; None where it answers.
+  places: with a cache, None or i32[B, S], the segment of each of its places.
   tick: the row of the plan that is running; None in prelude and coda.
+  past: what the cell has kept of tokens before these, of its own (cells/melt.py); None elsewhere.
   memory: how steps share the cache (a frozen part, static).
   remat: what the backward pass saves (a frozen part, static); None saves everything.
   """
@@ -89,7 +94,9 @@ class Ctx:
   seg: Array | None = None
   tokens: Array | None = None
   noise: Array | None = None
+  places: Array | None = None
   tick: Tick | None = None
+  past: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
 
@@ -138,10 +145,11 @@ class Readout:
   """The way from a state to an answer, with its parameters in it.
 
   table: f32[V, D], the head's matrix: answers are z @ table^T. read: a state of the loop [..., B, T, D] -> z, the same
-  after coda and final norm.
+  after coda and final norm. of: the same of rollouts that ran with weights of their own, by their names.
   """
   table: Array
   read: Callable[[Array], Array]
+  of: Mapping[str, Readout] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +223,12 @@ class Memory(Protocol):
   def rewinds(self) -> bool:
     """Whether a cache from which the last tokens are taken away is the cache before them (drafts, shared prompts)."""
 
-  def make(self, loops: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any) -> Any:
-    """An empty cache for plans of up to `loops` steps: a KV, or a tree of them."""
+  def make(self, loops: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any,
+           width: int) -> Any:
+    """An empty cache for plans of up to `loops` steps: a KV, or a tree of them; width: that of the states."""
+
+  def room(self, kv: Any, ctx: Ctx, taken: Array) -> Array:
+    """Which of the tokens that a router takes, bool[B, T], find a place in the cache of the step."""
 
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
     """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, S, G, d] twice, positions [B, S]."""

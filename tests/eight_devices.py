@@ -10,16 +10,29 @@ from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import sharding
+from loopformer import plans, sharding
+from loopformer.blocks import RMSNorm, Stack
+from loopformer.inject import Diagonal
+from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
+from loopformer.terms.cross_entropy import CE
 from loopformer.train import State, make_step
 from tests import parts
 from tests.test_terms import full_objective
 
 LOOPS = 6
-MODEL = parts.looped(parts.timed(), loops=LOOPS)
+MODEL = parts.looped(parts.timed(heads=8), loops=LOOPS)
+FREE = parts.looped(parts.recur(Diagonal(), Stack(parts.block(RMSNorm(), heads=8), parts.N)), loops=LOOPS)
 ROWS = 16
+SETUPS = {'loopformer': (MODEL, full_objective), 'free': (FREE, lambda loops: Objective(
+    rolls={'r': Roll(plans.Truncated(depth=plans.Poisson(average=loops), graded=2, over=plans.Each()))},
+    terms={'lm': Weighted(1.0, CE(roll='r', chunk=8))}))}
+RUNS = [('loopformer', 1, 1, 1, 1), ('loopformer', 1, 1, 1, 4), ('loopformer', 8, 1, 1, 1), ('loopformer', 8, 1, 1, 2),
+        ('loopformer', 1, 8, 1, 1), ('loopformer', 2, 4, 1, 2), ('loopformer', 2, 2, 2, 1), ('loopformer', 2, 2, 2, 2),
+        ('loopformer', 1, 1, 8, 1), ('free', 1, 1, 1, 1), ('free', 2, 4, 1, 1), ('free', 2, 2, 2, 2)]
+PROGRAMS = [(setup, *mesh, loops, 1) for setup in SETUPS for mesh in ((2, 4, 1), (2, 2, 2)) for loops in (2, 16)] + [
+    ('loopformer', 2, 4, 1, 16, 2)]
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
@@ -28,18 +41,55 @@ def optimizer():
   return AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=2), clip=1e3, eps=1e-2).make(10)
 
 
-def state_on(mesh):
-  params = parts.params(MODEL)
+def state_on(mesh, model=MODEL):
+  params = parts.params(model)
   state = State(step=jnp.int32(3), params=params, optimizer=optimizer().init(params))
-  return jax.device_put(jax.tree.map(jnp.array, state), sharding.state_shardings(state, mesh))
+  return jax.device_put(jax.tree.map(jnp.array, state), sharding.shardings(state, mesh))
 
 
-def step_on(mesh, accumulate, loops: int = LOOPS):
-  return make_step(MODEL, full_objective(loops), optimizer(), mesh, accumulate, seed=7)
+def step_on(mesh, accumulate, loops: int = LOOPS, setup: str = 'loopformer'):
+  model, objective = SETUPS[setup]
+  return make_step(model, objective(loops), optimizer(), mesh, accumulate, seed=7)
 
 
-def collectives(text: str) -> dict[str, int]:
-  """How many collectives a compiled program has, and how many of them sit in a loop, directly or through calls."""
+def numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(',')]
+
+
+def ids(dims: str, order: str | None) -> np.ndarray:
+  """All devices, as an array of these dimensions that is then transposed."""
+  grid = np.arange(np.prod(numbers(dims))).reshape(numbers(dims))
+  return grid.transpose(numbers(order)) if order else grid
+
+
+def axes_of(line: str, mesh) -> str:
+  """The axes of the mesh along which a collective's devices differ, such as 'data fsdp'.
+
+  XLA writes groups of devices in three ways: as lists, as a reshaped and transposed range, and as axes of a grid.
+  """
+  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
+  ranged = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+  gridded = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+                      line)
+  if listed:
+    first = numbers(listed[1])
+  elif ranged:
+    first = ids(ranged[2], ranged[3]).reshape(numbers(ranged[1]))[0].tolist()
+  elif gridded:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", gridded[1]))
+    grid = ids(gridded[2] or str(mesh.size), gridded[3]).reshape([int(n) for n in sizes.values()])
+    first = grid[tuple(slice(None) if f"'{name}'" in gridded[4] else 0 for name in sizes)].ravel().tolist()
+  elif 'replica_groups={}' in line:  # none named: all
+    first = list(range(mesh.size))
+  else:
+    raise AssertionError(f'no groups are found in: {line}')
+  places = np.array([np.argwhere(np.vectorize(lambda d: d.id)(mesh.devices) == device)[0] for device in first])
+  return ' '.join(name for name, column in zip(mesh.axis_names, places.T) if len(set(column.tolist())) > 1)
+
+
+def collectives(text: str, mesh) -> dict[str, int]:
+  """How many collectives over data or fsdp a compiled program has, and how many of them sit in a loop, directly or
+  through calls; those over tensor alone, which a layer needs, are counted apart."""
   bodies, name = {}, None
   for line in text.splitlines():
     head = re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line)
@@ -64,22 +114,26 @@ def collectives(text: str) -> dict[str, int]:
     for inner in called[pending.pop()] - looped:
       looped.add(inner)
       pending.append(inner)
-  inside = 0
+  inside = tensor = 0
   for name, lines in bodies.items():
     for line in lines:
       for op in COLLECTIVES:
-        if re.search(rf' {op}(-start)?\(', line):
-          found[op] += 1
-          inside += name in looped
-  return {**found, 'inside_loops': inside, 'loops': len(looped)}
+        match = re.search(rf' = (.*) {op}(-start)?\(', line)
+        if match:
+          if op != 'collective-permute' and axes_of(line, mesh) not in ('', 'tensor'):
+            found[op] += len(re.findall(r'\w\[', match[1]))  # arrays, several of which may share one
+            inside += name in looped
+          else:
+            tensor += 1
+  return {**found, 'inside_loops': inside, 'loops': len(looped), 'tensor': tensor}
 
 
 def control(mesh) -> dict[str, int]:
   """A program whose loop does communicate: what `collectives` must be able to see."""
   def repeat(x):
     return jax.lax.scan(lambda x, _: (jax.lax.psum(jnp.tanh(x), 'fsdp'), None), x, length=50)[0]
-  mapped = jax.shard_map(repeat, mesh=mesh, in_specs=P(sharding.AXES), out_specs=P(sharding.AXES), check_vma=False)
-  return collectives(jax.jit(mapped).lower(jnp.ones((8, 64))).compile().as_text())
+  mapped = jax.shard_map(repeat, mesh=mesh, in_specs=P(sharding.BATCH), out_specs=P(sharding.BATCH), check_vma=False)
+  return collectives(jax.jit(mapped).lower(jnp.ones((8, 64))).compile().as_text(), mesh)
 
 
 def compare(ours, theirs) -> float:
@@ -94,13 +148,12 @@ def main():
   # Padding that is unequal between rows, and so between microbatches and devices.
   weights = (jnp.arange(parts.T)[None] < (1 + jnp.arange(ROWS)[:, None] % parts.T)).astype(jnp.float32)
   batch = parts.batch(ROWS, weights=weights)
-  report = {'steps': {}, 'collectives': {}}
-  alone = Mesh(data=1).make(devices[:1])
-  expected = None
-  runs = [(1, 1, 1), (1, 1, 4), (8, 1, 1), (8, 1, 2), (1, 8, 1), (1, 8, 2), (2, 4, 1), (2, 4, 2)]
-  for data, fsdp, accumulate in runs:
-    mesh = alone if data * fsdp == 1 else Mesh(data=data, fsdp=fsdp).make(devices)
-    state = state_on(mesh)
+  report = {'steps': {}, 'collectives': {}, 'moved': {}}
+  alone, expected = Mesh(data=1).make(devices[:1]), {}
+  for setup, data, fsdp, tensor, accumulate in RUNS:
+    model = SETUPS[setup][0]
+    mesh = alone if data * fsdp * tensor == 1 else Mesh(data=data, fsdp=fsdp, tensor=tensor).make(devices)
+    state = state_on(mesh, model)
     kernel = state.params['cell']['core']['block']['mlp']['up']['kernel']
     moment = jax.tree_util.tree_leaves_with_path(state.optimizer)
     moment = next(leaf for path, leaf in moment if 'mu' in str(path) and leaf.shape == kernel.shape)
@@ -110,26 +163,30 @@ def main():
     placed = {'share': here / whole, 'kernel': list(kernel.addressable_shards[0].data.shape),
               'moment': list(moment.addressable_shards[0].data.shape),
               'rows': rows['tokens'].addressable_shards[0].data.shape[0]}
-    # Optimised in full where the program is read below; the others are compiled sooner without.
-    jax.config.update('jax_disable_most_optimizations', (data, fsdp) != (2, 4))
-    compiled = step_on(mesh, accumulate).lower(state, rows).compile()
-    new, values = compiled(state, rows)
+    jax.config.update('jax_disable_most_optimizations', True)  # compiled sooner
+    new, values = step_on(mesh, accumulate, setup=setup)(state, rows)
     result = {'values': values, 'params': new.params, 'optimizer': new.optimizer}
-    expected = jax.device_get(result) if expected is None else expected
-    report['steps'][f'{data}x{fsdp}/{accumulate}'] = {
+    expected.setdefault(setup, jax.device_get(result))
+    report['steps'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate}'] = {
         'values': {name: float(value) for name, value in values.items()}, 'step': int(new.step),
-        'error': {name: compare(result[name], expected[name]) for name in result},
+        'error': {name: compare(result[name], expected[setup][name]) for name in result},
         **placed,
         'stays': jax.tree.all(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), new,
-                                           sharding.state_shardings(new, mesh)))}
-    if (data, fsdp) == (2, 4):
-      report['collectives'][f'{LOOPS}/{accumulate}'] = collectives(compiled.as_text())
-  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected['params'], jax.device_get(parts.params(MODEL)))
-  report['moved'] = min(jax.tree.leaves(moved))
-  mesh = Mesh(data=2, fsdp=4).make(devices)
-  state, rows = state_on(mesh), sharding.put_batch(batch, mesh)
-  report['collectives']['2/1'] = collectives(step_on(mesh, 1, loops=2).lower(state, rows).compile().as_text())
-  report['control'] = control(mesh)
+                                           sharding.shardings(new, mesh)))}
+  for setup, (model, _) in SETUPS.items():
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected[setup]['params'],
+                         jax.device_get(parts.params(model)))
+    report['moved'][setup] = min(jax.tree.leaves(moved))
+  jax.config.update('jax_disable_most_optimizations', False)  # optimised in full where the program is read
+  for setup, data, fsdp, tensor, loops, accumulate in PROGRAMS:
+    mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor).make(devices)
+    state, rows = state_on(mesh, SETUPS[setup][0]), sharding.put_batch(batch, mesh)
+    text = step_on(mesh, accumulate, loops, setup).lower(state, rows).compile().as_text()
+    divided = sum('fsdp' in tuple(partition) for partition in jax.tree.leaves(
+        sharding.specs(state.params, mesh), is_leaf=lambda leaf: isinstance(leaf, P)))
+    report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {loops}'] = {
+        **collectives(text, mesh), 'divided': divided}
+  report['control'] = control(Mesh(data=2, fsdp=4).make(devices))
   print(json.dumps(report))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import config as configs, metrics
+from loopformer import config as configs, memory, metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f'''
@@ -35,7 +36,8 @@ def get_config(folder):
   config = paper.get_config('tiny,loops=4')
   for change in ('model.read_in.vocab=300', 'model.read_in.length=64', 'task.length=32', 'train.batch=4',
                  'train.steps=24', 'optim.schedule.warmup=2', 'train.save_every=4', 'train.eval_every=12',
-                 'train.log_every=1', 'train.eval_batches=2', 'model.cell.core.depth=1', 'model.cell.modulation.layers=1'):
+                 'train.log_every=1', 'train.eval_batches=2', 'model.cell.core.depth=1',
+                 'model.cell.modulation.layers=1'):
     config = configs.override(config, change)
   task = dataclasses.replace(config.task, corpus=Here(train=(folder + '/*.txt',), validation=0.3), tokenizer=Bytes())
   return dataclasses.replace(config, task=task)
@@ -52,17 +54,21 @@ def run(workdir, *arguments):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope='module')
-def setting(tmp_path_factory):
-  """--config of a corpus of generated text."""
-  folder = tmp_path_factory.mktemp('corpus')
+def write_setting(folder: Path) -> str:
+  """--config of a small run on a corpus of generated text, both written to `folder`."""
+  folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(0)
   words = np.array('one two three loop again and so on\n'.split(' '))
   for index in range(12):
     (folder / f'{index}.txt').write_text(' '.join(rng.choice(words, 150)))
-  path = tmp_path_factory.mktemp('config') / 'mine.py'
-  path.write_text(CONFIG)
-  return f'--config={path}:{folder}'
+  (folder / 'mine.py').write_text(CONFIG)
+  return f'--config={folder / "mine.py"}:{folder}'
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+  """--config of a corpus of generated text."""
+  return write_setting(tmp_path_factory.mktemp('corpus'))
 
 
 @pytest.fixture(scope='module')
@@ -81,9 +87,9 @@ def weights(workdir):
 
 def rows(workdir, kind):
   """The logged rows without what a clock measured."""
-  timed = ('tokens_per_s', 'mfu', 'seconds_per_step')
-  return [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_rows(workdir / 'metrics.jsonl')
-          if row['kind'] == kind]
+  timed = ('tokens_per_s', 'mfu', 'seconds', 'memory')
+  return [{k: v for k, v in row.items() if not k.startswith(timed)}
+          for row in metrics.read_rows(workdir / 'metrics.jsonl') if row['kind'] == kind]
 
 
 def assert_same_run(workdir, other):
@@ -248,12 +254,89 @@ def test_a_loss_that_is_no_number_stops_the_run(setting, tmp_path):
   assert all(saved < step for saved in kept)
 
 
+REFUSED_LATE = {
+    'gate': (['--mode=eval', '--depths=1', '--exits=kl:1e-3;gate:0.5'],
+             ['--exits=gate:0.5: exit.rule: the cell has no gate', 'take a rule that needs none, such as KL']),
+    'threshold': (['--mode=eval', '--depths=1', '--exits=kl:1e-3;kl:-1'],
+                  ['--exits=kl:-1: exit.rule.threshold = -1.0', '0 (all steps) or more']),
+    'gate, texts': (['--mode=generate', '--exit=act:0.01'], ['--exit=act:0.01: exit.rule: the cell has no gate']),
+    'two': (['--mode=generate', '--exit=kl:1e-3,1e-2'], ['--exit=kl:1e-3,1e-2: names 2 exits; give one rule']),
+    'unknown': (['--mode=generate', '--exit=budget:2'], ["--exit=budget:2: there is no rule 'budget'", 'kl, entropy']),
+    'draft': (['--mode=generate', '--exit=kl:1e-3', '--draft=1'], ['exit and draft', 'give one of the two']),
+    'memory': (['--mode=generate', '--memory=second'], ['--memory=second', 'per_loop, first, last, mean, ring:SIZE']),
+    'no size': (['--mode=generate', '--memory=last:2'], ['--memory=last:2: there is no such memory']),
+    'ring': (['--mode=generate', '--memory=ring:two'], ['--memory=ring:SIZE, SIZE=two']),
+    'no ring': (['--mode=generate', '--memory=ring:0'], ['memory.size = 0', '1 slot or more']),
+    'memory and draft': (['--mode=generate', '--memory=mean', '--draft=1'], ['draft with memory = Mean()']),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED_LATE)
+def test_what_a_run_does_not_serve_is_refused_before_anything_is_written(undisturbed, tmp_path, name):
+  arguments, expected = REFUSED_LATE[name]
+  workdir = tmp_path / 'run'
+  shutil.copytree(undisturbed[0], workdir, ignore=shutil.ignore_patterns('eval'))
+  status, out, err = run(workdir, *arguments)
+  assert status == 1 and 'Traceback' not in err and not out.strip(), err
+  for text in expected:
+    assert text in err
+  assert not (workdir / 'eval').exists()
+
+
+def test_generate_with_an_exit(undisturbed):
+  workdir, _ = undisturbed
+  texts = {}
+  for leave in ('state:0', 'state:1e9', None):
+    status, out, err = run(workdir, '--mode=generate', '--prompt=one', '--prompt=two lo', '--max_new_tokens=9',
+                           '--temperature=0', *([] if leave is None else [f'--exit={leave}']))
+    assert status == 0, err
+    texts[leave], _, told = out.partition('--- mean loops a token: ')
+    mean = {'state:0': '4.00 of 4 with state:0', 'state:1e9': '1.00 of 4 with state:1e9', None: ''}[leave]
+    assert told.startswith(mean) and bool(told) == bool(mean)
+  assert texts['state:0'] == texts[None] != texts['state:1e9']
+
+
+def test_generate_without_a_prompt(undisturbed):
+  workdir, _ = undisturbed
+  status, out, err = run(workdir, '--mode=generate', '--max_new_tokens=5', '--temperature=0')
+  assert status == 0, err
+  model, params, tokenizer, _ = loopformer.load(workdir)
+  text, = loopformer.generate(model, params, tokenizer, [''], max_new_tokens=5, temperature=0.0)
+  assert out == f'--- 4 loops\n{text}\n'
+
+
+def test_generate_with_a_memory(undisturbed):
+  workdir, _ = undisturbed
+  model, params, tokenizer, _ = loopformer.load(workdir)
+  prompts = ['one two', 'three loop again and']
+  expected = {}
+  for name, part in (('per_loop', memory.PerLoop()), ('first', memory.First()), ('ring:2', memory.Ring(size=2)),
+                     ('last', memory.Ring(size=1)), ('mean', memory.Mean())):
+    expected[name] = loopformer.generate(model.clone(memory=part), params, tokenizer, prompts, max_new_tokens=12,
+                                         temperature=0.0)
+    if name in ('per_loop', 'first', 'ring:2'):
+      status, out, err = run(workdir, '--mode=generate', f'--memory={name}', '--max_new_tokens=12', '--temperature=0',
+                             *(f'--prompt={prompt}' for prompt in prompts))
+      assert status == 0, err
+      assert out == ''.join(f'--- 4 loops\n{prompt}{text}\n' for prompt, text in zip(prompts, expected[name]))
+  assert len({tuple(texts) for texts in expected.values()}) > 1
+
+
+def test_csv_of_rows(tmp_path):
+  rows = [{'schedule': '0.5 0.5', 'exit': 'a "b", c', 'loss': 1.25}, {'schedule': '1', 'exit': '', 'loss': 2.0}]
+  metrics.write_csv(tmp_path / 'rows.csv', rows)
+  assert (tmp_path / 'rows.csv').read_text() == 'schedule,exit,loss\n0.5 0.5,"a ""b"", c",1.25\n1,,2.0\n'
+
+
 def test_exits_of_the_command_line():
   from experiments import main
   from loopformer import exits
-  runs = main.rules('kl:1e-3,0.5;stable:3', 4)
+  from tests.parts import ROWS
+  model = ROWS['loopformer'].model
+  runs = main.rules('kl:1e-3,0.5;stable:3', model)
   assert list(runs) == ['kl:0.001', 'kl:0.5', 'stable:3']
   assert runs['stable:3'].exit == exits.Adaptive(rule=exits.Stable(threshold=3.0)) and runs['kl:0.5'].plan.longest == 4
   for text, message in (('kl:x', '--exits=x'), ('gait:1', "no rule 'gait'"), ('kl:-1', 'threshold = -1')):
     with pytest.raises(main.ConfigError, match=message):
-      main.rules(text, 4)
+      main.rules(text, model)
+  assert list(main.rules('gate:0.5', ROWS['ouro'].model)) == ['gate:0.5']

@@ -255,8 +255,11 @@ def test_a_process_that_was_told_to_stop_asks_to_be_started_again(copy, program,
 def local(root: Path, processes: int = 2) -> subprocess.Popen:
   """launch/local.sh has been started."""
   words = ['launch/local.sh', str(processes), '--devices=2', '--', '--config=a.py', f'--workdir={root}/run']
-  return subprocess.Popen(['bash', *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True)
+  # A background job is started with SIGINT ignored, and no script can trap what it was told to ignore.
+  heard = ('import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); '
+           'os.execvp("bash", ["bash", *sys.argv[1:]])')
+  return subprocess.Popen([sys.executable, '-c', heard, *words], cwd=root, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_local_processes_are_one_jax(copy):

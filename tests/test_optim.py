@@ -401,7 +401,7 @@ def test_a_state_is_float32_arrays_that_can_be_sharded_and_saved(name, tmp_path)
   optimizer = OPTIMIZERS[name].make(10)
   mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
   shapes = jax.eval_shape(optimizer.init, weights)
-  shardings = sharding.state_shardings(shapes, mesh)
+  shardings = sharding.shardings(shapes, mesh)
   state = jax.jit(optimizer.init, out_shardings=shardings)(weights)
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {'float32', 'int32'}

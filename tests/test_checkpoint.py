@@ -1,0 +1,165 @@
+"""Checkpoints that are damaged, the best of them, starting from another run, and disks that cannot be written."""
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from loopformer import config as configs
+from loopformer.checkpoint import Checkpoints
+from tests import test_cli
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+  return test_cli.write_setting(tmp_path_factory.mktemp('text'))
+
+
+@pytest.fixture(scope='module')
+def run(setting, tmp_path_factory):
+  """A finished run of 24 steps, saved every 4."""
+  workdir = tmp_path_factory.mktemp('run')
+  status, _, err = test_cli.run(workdir, setting)
+  assert status == 0, err
+  return workdir
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+  return shutil.copytree(run, tmp_path / 'copy')
+
+
+def small(step: int) -> dict:
+  return {'a': np.full((3, 2), step, np.float32)}
+
+
+def target():
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), small(0))
+
+
+def save(folder, steps, keep=3, best=None, losses=None):
+  with Checkpoints(folder, keep, best) as checkpoints:
+    for i, step in enumerate(steps):
+      checkpoints.save(step, small(step), small(-step), {'next': step}, {}, losses and {'loss@2': losses[i], 'x': 0.0})
+
+
+def kept(folder) -> list[int]:
+  with Checkpoints(folder) as checkpoints:
+    return checkpoints.steps()
+
+
+def test_the_last_and_the_best_stay(tmp_path):
+  save(tmp_path / 'last', range(1, 7), keep=2)
+  assert kept(tmp_path / 'last') == [5, 6]
+  losses = [3.0, 1.0, 2.0, 4.0, 2.5, 2.6]
+  save(tmp_path / 'loss', range(1, 7), keep=2, best='loss@2', losses=losses)
+  assert kept(tmp_path / 'loss') == [2, 5, 6]
+
+
+def test_the_best_accuracy_is_the_highest(tmp_path):
+  with Checkpoints(tmp_path, 1, 'accuracy@4') as checkpoints:
+    for step, value in enumerate((0.1, 0.9, 0.3, 0.4), 1):
+      checkpoints.save(step, small(step), small(step), {}, {}, {'accuracy@4': value})
+  assert kept(tmp_path) == [2, 4]
+
+
+DAMAGE = {
+    'metadata': lambda step: [path.write_text('{') for path in step.rglob('_METADATA')],
+    'arrays': lambda step: [path.write_bytes(b'') for path in step.rglob('d/*') if path.is_file()],
+    'meta': lambda step: [path.write_text('{"lay') for path in (step / 'meta').rglob('metadata')],
+    'an item': lambda step: [shutil.rmtree(step / 'params')],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_step_is_passed_over_and_named(tmp_path, damage):
+  save(tmp_path, (1, 2, 3))
+  assert DAMAGE[damage](tmp_path / 'checkpoints/3'), 'nothing was damaged'
+  told = []
+  with Checkpoints(tmp_path) as checkpoints:
+    step, (params, optimizer, position, _) = checkpoints.restore_last(target(), target(), told.append)
+    assert step == 2 and position == {'next': 2}
+    np.testing.assert_array_equal(params['a'], small(2)['a'])
+    np.testing.assert_array_equal(optimizer['a'], small(-2)['a'])
+    assert len(told) == 1 and 'checkpoints/3 is damaged' in told[0] and 'damaged-3' in told[0]
+    assert checkpoints.steps() == [1, 2] and (tmp_path / 'checkpoints/damaged-3').is_dir()
+    checkpoints.save(3, small(3), small(-3), {'next': 3}, {})  # its place is free again
+  assert kept(tmp_path) == [1, 2, 3]
+
+
+def test_where_all_are_damaged_nothing_is_moved(tmp_path):
+  save(tmp_path, (1, 2))
+  for step in (1, 2):
+    DAMAGE['metadata'](tmp_path / f'checkpoints/{step}')
+  with Checkpoints(tmp_path) as checkpoints, pytest.raises(configs.ConfigError, match='no step can be read.*2: .*1: '):
+    checkpoints.restore_last(target(), target(), print)
+  assert kept(tmp_path) == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_before_its_damaged_step(run, copy, setting):
+  """And ends with the same weights."""
+  DAMAGE['arrays'](copy / 'checkpoints/24')
+  status, out, err = test_cli.run(copy, setting)
+  assert status == 0, err
+  assert '24 is damaged' in out and 'resumed from step 20' in out
+  test_cli.assert_same_run(copy, run)
+
+
+@pytest.mark.slow
+def test_what_differs_is_listed(copy, setting):
+  status, _, err = test_cli.run(copy, setting, '--set', 'train.seed=5', '--set', 'optim.clip=2.5')
+  assert status != 0
+  assert 'train.seed is 0 there, 5 here' in err and 'optim.clip is 1.0 there, 2.5 here' in err
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_another(run, setting, tmp_path):
+  """Parameters that both have are taken over; one step at a rate of zero shows them."""
+  still = ('--set', 'train.steps=2', '--set', 'optim.schedule.warmup=1', '--set', 'optim.schedule.peak=0.0', '--set',
+           'optim.schedule.end=0.0', '--set', f'train.start={run}')
+  status, out, err = test_cli.run(tmp_path / 'same', setting, *still)
+  assert status == 0, err
+  assert 'parameters start from step 24' in out
+  jax.tree.map(np.testing.assert_array_equal, test_cli.weights(tmp_path / 'same'), test_cli.weights(run))
+  status, _, err = test_cli.run(tmp_path / 'other', setting, *still, '--set', 'model.cell.core.block.mlp.hidden=40')
+  assert status != 0 and 'mlp/' in err and 'sizes' in err
+  status, _, err = test_cli.run(tmp_path / 'none', setting, *still[:-1], f'train.start={tmp_path / "nowhere"}')
+  assert status != 0 and 'no config.json' in err
+
+
+def limit():
+  """No file may grow beyond 20 kB."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_and_leaves_what_was_saved(setting, tmp_path):
+  """A limit on the size of files stands for a disk that is full: both end a write before it is complete."""
+  status, _, err = test_cli.run(tmp_path, setting, '--set', 'train.steps=24')
+  assert status == 0, err
+  before = {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()}
+  other = shutil.copytree(tmp_path, tmp_path.parent / 'full')
+  configuration = (other / 'config.json').read_text().replace('"steps": 24', '"steps": 48')
+  (other / 'config.json').write_text(configuration)
+  done = subprocess.run(test_cli.command(other), cwd=test_cli.ROOT, capture_output=True, text=True, timeout=300,
+                        preexec_fn=limit)
+  assert done.returncode != 0
+  error = done.stderr[done.stderr.rindex('\nerror: '):]  # after what Orbax's threads tell
+  assert 'Error writing' in error and 'full/checkpoints' in error and 'Traceback' not in error, done.stderr
+  after = {path: path.read_bytes() for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()}
+  assert before == after
+  assert test_cli.weights(other)  # its last complete step can be read
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written(setting, tmp_path):
+  """A file where the folder should be stands for a read-only one, which the superuser could write."""
+  (tmp_path / 'file').write_text('')
+  status, _, err = test_cli.run(tmp_path / 'file/run', setting)
+  assert status != 0 and err.startswith('error: ') and 'file/run' in err

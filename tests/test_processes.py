@@ -1,0 +1,151 @@
+"""Several real processes: they train what one does, resume each other's runs, and end together."""
+from __future__ import annotations
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import loopformer
+from loopformer import metrics, processes
+from loopformer.types import ConfigError
+from tests import cluster, parts, soak, test_cli
+
+SMALL = ('--set', 'train.batch=8', '--set', 'train.steps=12', '--set', 'train.eval_every=6', '--set',
+         'train.save_every=3', '--heartbeat=30')
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+  return test_cli.write_setting(tmp_path_factory.mktemp('text'))
+
+
+def train(workdir, count, devices, *arguments):
+  statuses = cluster.wait(cluster.start(workdir, count, devices, *arguments))
+  assert statuses == [0] * count, cluster.told(workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def alone(setting, tmp_path_factory):
+  """One process with one device."""
+  return train(tmp_path_factory.mktemp('alone'), 1, 1, setting, *SMALL)
+
+
+@pytest.fixture(scope='module')
+def two(setting, tmp_path_factory):
+  """Two processes with two devices each, weights divided."""
+  return train(tmp_path_factory.mktemp('two'), 2, 2, setting, *SMALL, '--set', 'mesh.fsdp=2')
+
+
+def assert_close(workdir, other, tolerance=2e-4):
+  """The same losses, evaluations and weights, to the order of sums."""
+  for kind in ('train', 'eval'):
+    ours, theirs = test_cli.rows(workdir, kind), test_cli.rows(other, kind)
+    assert [row['step'] for row in ours] == [row['step'] for row in theirs]
+    for mine, his in zip(ours, theirs):
+      for name, value in his.items():
+        if isinstance(value, float):
+          assert mine[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (mine['step'], name)
+  parts.close(loopformer.load(workdir)[1], loopformer.load(other)[1], tolerance)
+
+
+def test_two_processes_train_what_one_does(alone, two):
+  assert_close(two, alone)
+  assert 'processes: 2; devices: 4' in cluster.told(two)
+
+
+def test_only_the_leader_writes(two):
+  """Besides what Gloo says of connections."""
+  lines = [line for line in cluster.told(two, 1).splitlines() if not line.startswith('[Gloo]')]
+  assert not [line for line in lines if 'step' in line or 'loss' in line or 'parameters' in line], lines
+  steps = [row['step'] for row in metrics.read_rows(two / 'metrics.jsonl') if row['kind'] == 'train']
+  assert steps == list(range(1, 13))
+
+
+def test_four_processes_with_accumulation_and_tensor(alone, setting, tmp_path):
+  four = train(tmp_path, 4, 2, setting, *SMALL, '--set', 'mesh.tensor=2', '--set', 'train.accumulate=2')
+  assert_close(four, alone)
+
+
+def test_a_run_of_two_goes_on_as_one(alone, setting, tmp_path):
+  """SIGTERM to one of two: both finish the step, save, and end with 0; one process with other devices goes on."""
+  started = cluster.start(tmp_path, 2, 2, setting, *SMALL, '--set', 'mesh.fsdp=4')
+  test_cli.wait_for_step(started[0], tmp_path, 4)
+  started[1].send_signal(signal.SIGTERM)
+  assert cluster.wait(started, 60) == [0, 0], cluster.told(tmp_path)
+  stopped = max(row['step'] for row in metrics.read_rows(tmp_path / 'metrics.jsonl'))
+  assert 4 <= stopped < 12
+  assert f'stopped by a signal after step {stopped + 1}' in cluster.told(tmp_path) or (
+      f'stopped by a signal after step {stopped}' in cluster.told(tmp_path))
+  train(tmp_path, 1, 1, setting, *SMALL)
+  assert 'resumed from step' in cluster.told(tmp_path)
+  assert_close(tmp_path, alone)
+
+
+def test_a_run_of_one_goes_on_as_two(alone, setting, tmp_path):
+  started = cluster.start(tmp_path, 1, 1, setting, *SMALL)
+  deadline = time.time() + 240
+  while not (tmp_path / 'checkpoints/3').exists() and time.time() < deadline:
+    time.sleep(0.02)
+  started[0].kill()
+  cluster.wait(started)
+  train(tmp_path, 2, 2, setting, *SMALL, '--set', 'mesh.fsdp=2')
+  assert 'resumed from step' in cluster.told(tmp_path)
+  assert_close(tmp_path, alone)
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_dies_ends_the_job(setting, tmp_path, victim):
+  """Within the time-out and with a message, instead of a wait without end."""
+  started = cluster.start(tmp_path, 2, 1, setting, *SMALL, '--set', 'train.steps=100000')
+  test_cli.wait_for_step(started[0], tmp_path, 2)
+  started[victim].kill()
+  begin = time.time()
+  assert started[1 - victim].wait(90) != 0
+  assert time.time() - begin < 60
+  text = cluster.told(tmp_path, 1 - victim).lower()
+  assert 'peer' in text or 'heartbeat' in text or 'coordination service' in text or 'unavailable' in text, text
+  cluster.wait(started)
+
+
+def test_a_coordinator_that_cannot_be_reached(setting, tmp_path):
+  status, _, err = test_cli.run(tmp_path, setting, '--coordinator=127.0.0.1:1', '--processes=2', '--process=1',
+                                '--connect_timeout=3')
+  assert status != 0
+  assert '127.0.0.1:1' in err and 'connect_timeout' in err or 'DEADLINE_EXCEEDED' in err, err
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(coordinator='a:1'), '--processes is missing'), (dict(processes=2), '--coordinator is missing'),
+    (dict(coordinator='a:1', processes=2, process=2), '--process=2: must be 0 to 1')], ids=str)
+def test_half_an_address_is_refused(arguments, message):
+  with pytest.raises(ConfigError, match=message):
+    processes.connect(**arguments)
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path):
+  """The long form is `python -m tests.soak --kills=20`."""
+  assert soak.soak(tmp_path, kills=3, steps=60, seed=1, log=lambda *a, **k: None) > 0
+
+
+def test_groups_of_readers():
+  """Which rows a process reads, for two processes of two devices."""
+  class Device:
+    def __init__(self, process):
+      self.process_index = process
+
+  class Grid:
+    def __init__(self, shape, tensor):
+      self.devices = np.array([Device(i // 2) for i in range(4)]).reshape(shape)
+      self.shape = {'tensor': tensor}
+
+  import unittest.mock as mock
+  with mock.patch('jax.process_count', lambda: 2), mock.patch('jax.local_device_count', lambda: 2):
+    for shape, tensor, expected in (((4, 1, 1), 1, [(0, 2), (1, 2)]), ((1, 2, 2), 2, [(0, 2), (1, 2)]),
+                                    ((1, 1, 4), 4, [(0, 1), (0, 1)])):
+      for process in (0, 1):
+        with mock.patch('jax.process_index', lambda: process):
+          assert processes.readers(Grid(shape, tensor)) == expected[process]
