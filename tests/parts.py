@@ -18,17 +18,22 @@ from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, Sandwich,
                                SelfAttention, Stack, UnitNorm, ValueEmbed, gelu_tanh, squared_relu)
 from loopformer.cells.halting import Halting
+from loopformer.cells.melt import Gated, LatentAttention, Latest
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
+from loopformer.cells.routed import ExpertChoice, Routed, TokenChoice
+from loopformer.cells.shifted import LearnedMix, Mix, Shifted
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, Trajectory
 from loopformer.config import unshared
 from loopformer.embed import Head, TokenEmbed, Tokens
+from loopformer.gated_attention import GatedAttention, GatedBlock, HiddenGate, QueryGate
 from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
 from loopformer.peri_normed import PeriNormed
 from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Noise, Zeros
+from loopformer.streams import Streams
 from loopformer.types import Ctx, Draw
 
 V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
@@ -38,10 +43,12 @@ UNEVEN = (0.5, 0.125, 0.375)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row: the model, how far two ways to the same value may be apart, and whether its step knows the schedule."""
+  """One row: the model, how far two ways to the same value may be apart, whether its step knows the schedule, or the
+  steps before it, and whether a step can be taken by itself."""
   model: Looped
   tolerance: float = 1e-5
   timed: bool = True
+  steps: bool = True
 
 
 def block(norm=UnitNorm(), **options) -> Block:
@@ -88,6 +95,14 @@ def sandwich() -> Sandwich:
   return Sandwich(attn=SelfAttention(heads=2, position=Rotary(), biased=('q', 'k')), mlp=GatedMLP(hidden=24))
 
 
+def shifted(gate=QueryGate(), window_left: int = 3, mix=Mix(embed=0.7, hidden=0.4), dtype: str = 'float32', **options
+            ) -> dict:
+  """Cell, memory and head of a Parallel Loop Transformer."""
+  layer = GatedBlock(attn=GatedAttention(**{'heads': 2, **options}), mlp=GatedMLP(hidden=24), gate=gate, dtype=dtype)
+  return dict(cell=Shifted(Stack(layer, N), window_left=window_left, mix=mix), memory=Streams(window_left=window_left),
+              read_in=nowhere(), read_out=Head(outputs=V, norm=Identity()))
+
+
 def nowhere() -> Tokens:
   """Tokens without positions."""
   return Tokens(vocab=V, width=D, length=32)
@@ -120,6 +135,15 @@ ROWS = {
     'ouro': Row(looped(Halting(Stack(PeriNormed(attn=SelfAttention(heads=2, position=Rotary()),
                                                 mlp=GatedMLP(hidden=24)), N)), read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
+    'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
+                      coda=stack(1)), steps=False),
+    'mor_token': Row(looped(Routed(stack(N), TokenChoice(recursions=L)), prelude=stack(1)), steps=False),
+    'plt': Row(looped(**shifted())),
+    'plt_hidden': Row(looped(**shifted(HiddenGate(), mix=LearnedMix(), heads=4, groups=2, position=Alibi()),
+                             remat=loop.PerLayer())),
+    'melt': Row(looped(Gated(Stack(PeriNormed(attn=LatentAttention(heads=2, position=Rotary()),
+                                              mlp=GatedMLP(hidden=24)), N)), read_in=nowhere(),
+                       read_out=Head(outputs=V, norm=Identity()), memory=Latest(chunk=1)), steps=False),
 }
 assert T % 3, 'the row blocks_of_3 is there for a last block that is not full'
 all_rows = sorted(ROWS)

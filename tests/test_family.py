@@ -19,7 +19,8 @@ from tests.test_golden import config_of
 SYSTEMS = [('algoformer', 'cpu,task=chain'), ('huginn', 'cpu,ramp=4'), ('intra_layer', 'cpu,map=2111'),
            ('latent_thoughts', 'p_hop,layers=4,loops=1,cosine=1,period=2'), ('latent_thoughts', 'addition,kind=middle'),
            ('length_generalization', 'cpu,task=copy'), ('linear_icl', ''), ('linear_icl', 'predict=weights'),
-           ('looped_icl', 'cpu,grow=1'), ('parcae', 'cpu,ramp=3'), ('shift', 'p_hop,first=2'),
+           ('looped_icl', 'cpu,grow=1'), ('mor', 'tiny'), ('mor', 'tiny,kind=token,balance=free'),
+           ('parcae', 'cpu,ramp=3'), ('plt', 'tiny,window=3'), ('shift', 'p_hop,first=2'),
            ('shift', 'markov,first=2,moments=reset,rewarm=2'), ('timestep', 'cpu,kind=table')]
 
 

@@ -1,0 +1,130 @@
+"""Layers whose later loops mix two reads of attention by a gate (Parallel Loop Transformer; LoopCoder-v2, section 2).
+
+Every loop projects with the same parameters. What its queries then read is told by a view (streams.py), which comes
+in the place of the cache: of the first loop all tokens before, as ever; of later ones the first loop's keys and values
+of the same layer, and their own in a window, mixed head by head.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from loopformer import attention
+from loopformer.blocks import (MLP, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention, check_layer,
+                               heads_of, layer_flops, unfused)
+from loopformer.positions import Rotary
+from loopformer.types import Array, Ctx
+
+
+class QueryGate(nn.Module):
+  """sigmoid(w_h . q_h + b_h), q after its turn, w [H, d]; zero at the start, so that both reads count half."""
+
+  @nn.compact
+  def __call__(self, q: Array, x: Array) -> Array:
+    """q [B, T, H, d], x [B, T, D], the layer's input before its norm -> f32[B, T, H]."""
+    weights = self.param('kernel', Normal(0.0), q.shape[2:])
+    bias = self.param('bias', Normal(0.0), q.shape[2:3])
+    return jax.nn.sigmoid(jnp.einsum('BTHd,Hd->BTH', q.astype(jnp.float32), weights) + bias)
+
+  def flops(self, width: int, heads: int) -> float:
+    """Floating-point operations a token, forward."""
+    return 2.0 * width
+
+
+class HiddenGate(nn.Module):
+  """sigmoid(W norm(x) + b), W [D, H], with a norm of its own; zero at the start."""
+  norm: nn.Module = RMSNorm()
+
+  @nn.compact
+  def __call__(self, q: Array, x: Array) -> Array:
+    """As QueryGate."""
+    return jax.nn.sigmoid(Linear(q.shape[2], 0.0, Normal(0.0), name='out')(self.norm(x.astype(jnp.float32))))
+
+  def flops(self, width: int, heads: int) -> float:
+    """Floating-point operations a token, forward."""
+    return 2.0 * width * heads
+
+
+class ConstantGate(nn.Module):
+  """The same for all heads and tokens: 1 reads the first loop alone, 0 the loop's own window alone (for ablations)."""
+  value: float
+
+  def __call__(self, q: Array, x: Array) -> Array:
+    """As QueryGate."""
+    return jnp.full(q.shape[:3], self.value, jnp.float32)
+
+  def flops(self, width: int, heads: int) -> float:
+    """Floating-point operations a token, forward."""
+    return 0.0
+
+
+class GatedAttention(nn.Module):
+  """Causal self-attention whose reads a view arranges; the fused kernel is laid out as that of `SelfAttention`."""
+  heads: int
+  groups: int | None = None
+  std: float = 0.02
+  out_std: float = 0.02
+  kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  position: Any = Rotary()
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Ctx, view: Any, layer: Array | int,
+               gate: Callable[[Array], Array]) -> tuple[Array, Any]:
+    """x [B, T, D], gate: queries [B, T, H, d] -> f32[B, T, H] -> ([B, T, D], what the view leaves)."""
+    batch, length, width = x.shape
+    check_attention(self, width, '')
+    groups, head = heads_of(self, width)
+    q, k, v = unfused(Linear((self.heads + 2 * groups) * head, self.std, name='qkv')(x), self.heads, groups)
+    q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
+    if self.position is not None:
+      q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+    out, left = view.attend(self, q, k, v, ctx, layer, gate)
+    return Linear(width, self.out_std, name='out')(out.reshape(batch, length, width)), left
+
+  def extended(self, q: Array, k: Array, v: Array, pos: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys."""
+    return (q, k, v) if self.position is None else self.position.extend(q, k, v, pos)
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward, of a first loop."""
+    return attention_flops(self, width, length)
+
+
+class GatedBlock(nn.Module):
+  """One pre-norm layer, `Block` with a gate, whose parameters have the names that they have there."""
+  attn: GatedAttention
+  mlp: MLP | GatedMLP
+  gate: QueryGate | HiddenGate | ConstantGate = QueryGate()
+  norm: nn.Module = RMSNorm()
+  dtype: str = 'float32'
+  layers = 1
+  modulated = False
+  viewed = True  # takes a view in the place of a cache
+
+  def setup(self):
+    self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
+
+  def __call__(self, x: Array, ctx: Ctx, mod: None, view: Any, layer: Array | int = 0) -> tuple[Array, Any]:
+    """x [B, T, D] -> (x, what the view leaves)."""
+    branch, left = self.attn(self.norm_attn(x).astype(self.dtype), ctx, view, layer, lambda q: self.gate(q, x))
+    x = x + branch.astype(x.dtype)
+    return x + self.mlp(self.norm_mlp(x).astype(self.dtype)).astype(x.dtype), left
+
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
+    check_layer(self, width, where)
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return heads_of(self.attn, width)
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token and layer, forward, of a first loop."""
+    return layer_flops(self, width, length)
+
+  def flops_of_mixing(self, width: int, keys: float) -> float:
+    """What a later loop adds to that, where a token reads `keys` tokens of its window."""
+    return 4.0 * width * keys + self.gate.flops(width, self.attn.heads)

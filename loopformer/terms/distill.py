@@ -1,0 +1,96 @@
+"""Learning from a teacher: a rollout that runs with weights of its own, frozen (`objective.Roll.weights`)."""
+from __future__ import annotations
+
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.terms.cross_entropy import CE, CHUNK
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+
+
+def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int = CHUNK) -> Array:
+  """f32[]: sum of weights * KL(softmax(taught teacher^T) || softmax(z table^T)) in nats, over chunks of tokens.
+
+  Differentiable in z and table; the backward pass forms a chunk's logits again.
+
+  Args:
+    z, taught: [..., D]; table, teacher: f32[V, D]; weights: f32[...]; chunk: tokens whose logits are held at once.
+  """
+  taught, teacher = jax.lax.stop_gradient((taught, teacher))
+  size = min(chunk, weights.size)
+
+  def cut(array, *trailing):
+    array = array.reshape(weights.size, *trailing)
+    return jnp.pad(array, ((0, -weights.size % size), *((0, 0),) * len(trailing))).reshape(-1, size, *trailing)
+
+  def log_law(z_nD, table_VD):
+    return jax.nn.log_softmax(jnp.einsum('nD,VD->nV', z_nD, table_VD.astype(z_nD.dtype),
+                                         preferred_element_type=jnp.float32))
+
+  @jax.checkpoint
+  def one(row):
+    z_nD, taught_nD, weight_n = row
+    log_p_nV, log_q_nV = log_law(taught_nD, teacher), log_law(z_nD, table)
+    return jnp.sum(weight_n * jnp.sum(jnp.exp(log_p_nV) * (log_p_nV - log_q_nV), -1))
+
+  rows = cut(z, z.shape[-1]), cut(taught, taught.shape[-1]), cut(weights)
+  return jax.lax.scan(lambda total, row: (total + one(row), None), jnp.float32(0), rows)[0]
+
+
+@part
+class Distill:
+  """KL(teacher || student) of the answers after every step, a mean over steps and tokens by their weights (MELT, 3).
+
+  Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own.
+
+  roll: the student's rollout. teacher: another, which gets no gradient.
+  """
+  roll: str
+  teacher: str
+  chunk: int = CHUNK
+  weight = CE.weight
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return (self.roll, self.teacher)
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    own, taught = _pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')
+    theirs = readout.of.get(self.teacher, readout)
+    weights_KBT = jnp.broadcast_to(batch['weights'], own.shape[:-1])
+    total = kl_sum(readout.read(own), readout.table, theirs.read(taught), theirs.table, weights_KBT, self.chunk)
+    return total / len(own)
+
+
+@part
+class Aligned:
+  """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
+  a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).
+
+  The cell gives it as aux['attention'], [K, N, B, T, D]. roll, teacher: as of `Distill`.
+  """
+  roll: str
+  teacher: str
+  weight, reads = CE.weight, Distill.reads
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    own, taught = _pair(self, rolls, lambda trace: trace.aux.get('attention'),
+                        'does not tell what attention gives: use a cell that does, such as cells/melt.py')
+    apart = jnp.square(own.astype(jnp.float32) - jax.lax.stop_gradient(taught).astype(jnp.float32))
+    return jnp.sum(apart.mean((0, 1, -1)) * batch['weights'])
+
+
+def _pair(term, rolls, pick, remedy):
+  """What `pick` finds of the student's trace and of the teacher's."""
+  found = []
+  for name in (term.roll, term.teacher):
+    value = pick(rolls[name])
+    if value is None:
+      raise ConfigError(f'{type(term).__name__}: the rollout {name!r} {remedy}')
+    found.append(value)
+  if found[0].shape != found[1].shape:
+    raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {found[0].shape}, {term.teacher!r} '
+                      f'{found[1].shape}; give both rollouts the same steps')
+  return found
