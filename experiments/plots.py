@@ -20,6 +20,7 @@ def _figure():
 
 LABELS = {'loss': 'validation loss', 'accuracy': 'accuracy', 'exact': 'sequences all right',
           'last': 'the last answer'}
+FIXED = 'fixed budget'
 
 
 def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | None = None, show: str = 'loss'):
@@ -52,26 +53,43 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   pyplot.close(figure)
 
 
-def exits(path: Path, rows: Rows, title: str):
-  """Loss against mean loops: a curve a rule, and the fixed budgets for comparison."""
+def exits(path: Path, panels: Mapping[str, Rows], show: str = 'loss'):
+  """What `show` names against mean loops: a panel a model, in it a curve a rule, and the fixed budgets.
+
+  Args:
+    panels: title -> rows with `budget`, `schedule` (a number of loops, or rule:threshold) and `show`.
+  """
   pyplot = _figure()
   if pyplot is None:
     return
-  curves = {}
-  for row in rows:
-    rule = row['schedule'].partition(':')[0]
-    curves.setdefault('fixed budget' if rule.isdigit() else rule, []).append(row)
-  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
-  for name, points in curves.items():
-    points = sorted(points, key=lambda row: row['budget'])
-    axes.plot([row['budget'] for row in points], [row['loss'] for row in points], marker='o', label=name)
-  axes.set_xlabel('mean loops a token')
-  axes.set_ylabel('validation loss (nats a token)')
-  axes.set_title(title)
-  axes.grid(alpha=0.3)
-  figure.legend(loc='outside right upper', fontsize=8)
+  rules = dict.fromkeys(rule_of(row) for rows in panels.values() for row in rows)
+  colour = {rule: f'C{i - 1}' if i else 'black' for i, rule in enumerate(rules)}
+  across = min(len(panels), 2)
+  down = -(-len(panels) // across)
+  figure, grid = pyplot.subplots(down, across, figsize=(4.5 * across + 2, 1 + 3 * down), layout='constrained',
+                                 squeeze=False, sharex=True, sharey=True)
+  for (title, rows), axes in zip(panels.items(), grid.flat):
+    for rule in rules:
+      points = sorted((row for row in rows if rule_of(row) == rule), key=lambda row: row['budget'])
+      if points:
+        axes.plot([row['budget'] for row in points], [row[show] for row in points], color=colour[rule], label=rule,
+                  **({'linestyle': '--', 'marker': 'x'} if rule == FIXED else {'marker': '.'}))
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+  for axes in grid[-1]:
+    axes.set_xlabel('mean loops a token')
+  for axes in grid[:, 0]:
+    axes.set_ylabel(LABELS.get(show, show))
+  handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+  figure.legend(handles.values(), handles.keys(), loc='outside right upper', fontsize=8)
   figure.savefig(path, dpi=150)
   pyplot.close(figure)
+
+
+def rule_of(row: Mapping[str, Any]) -> str:
+  """The rule of an exit's row, or FIXED for a budget."""
+  rule = row['schedule'].partition(':')[0]
+  return FIXED if rule.isdigit() else rule
 
 
 def ranking(path: Path, rows: Rows, title: str):

@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.model import make_readout
+from loopformer.model import init_params, make_readout
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
-
 
 
 @part
 class Final:
   """The last state."""
-  dial = None
+  dial, decides = None, False
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
@@ -46,7 +45,7 @@ class Confidence:
   For plans without free steps, whose states are not kept.
   """
   least: int = 1
-  dial = None
+  dial, decides = None, False
 
   def __post_init__(self):
     if self.least < 1:
@@ -99,6 +98,7 @@ class Adaptive:
   rule: Any
   least: int = 1
   fill: Copy | Recompute = Copy()
+  decides = True  # while the model runs, from what each token shows; so it serves where tokens are decoded
 
   def __post_init__(self):
     if self.least < 1:
@@ -129,6 +129,23 @@ def compiled(leave: Final | Confidence | Adaptive | None) -> tuple[Any, Array | 
   return leave.static, jnp.float32(leave.dial)
 
 
+def check(model: Any, leave: Any, name: str):
+  """Raises ConfigError where the model cannot be decoded or scored with the exit; `name` begins its message.
+
+  Steps are traced with abstract values: nothing is computed, and nothing compiled.
+  """
+  if not leave.decides:
+    raise ConfigError(f'{name} = {leave}: it picks from the states of a whole plan, and does not stop token by token; '
+                      'use exits.Adaptive with a rule, or no exit for all steps')
+  plan = Plan(t=jnp.zeros(2), dt=jnp.full(2, 0.5))
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  try:
+    jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, leave, leave.dial,
+                                              method='adapt').steps, params)
+  except ConfigError as error:
+    raise ConfigError(f'{name}: {error}') from error
+
+
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +173,7 @@ class KL:
   __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
-    return jnp.full((*x.shape[:2], model.outputs), -jnp.log(model.outputs))
+    return jnp.full((*x.shape[:2], answers(model)), -jnp.log(answers(model)))
 
   def update(self, state, seen, dial):
     after = jax.nn.log_softmax(seen.logits())
@@ -170,7 +187,7 @@ class EntropyChange:
   __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
-    return jnp.full(x.shape[:2], jnp.log(model.outputs))
+    return jnp.full(x.shape[:2], jnp.log(answers(model)))
 
   def update(self, state, seen, dial):
     after = entropy(seen.logits())
@@ -184,6 +201,7 @@ class Entropy:
   __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
+    answers(model)
     return ()
 
   def update(self, state, seen, dial):
@@ -211,6 +229,7 @@ class Stable:
   __post_init__ = within(1, INF, 'a number of steps, 1 or more')
 
   def init(self, model, x, ctx):
+    answers(model)
     return jnp.full(x.shape[:2], -1), jnp.zeros(x.shape[:2], jnp.int32)
 
   def update(self, state, seen, dial):
@@ -293,6 +312,14 @@ class ACT:
     weight = jnp.where(done, 1 - total, p)
     answer += weight[..., None].astype(answer.dtype) * seen.new
     return (total + weight, answer), done, answer
+
+
+def answers(model: Any) -> int:
+  """How many answers a token may have. Raises ConfigError where it is one, a number, over which there is no law."""
+  if model.outputs < 2:
+    raise ConfigError(f'exit.rule: it compares laws over answers, but the model has {model.outputs} output, a number; '
+                      'take a rule that looks at the state, such as StateChange')
+  return model.outputs
 
 
 def halt(aux: dict[str, Array]) -> Array:

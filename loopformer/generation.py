@@ -387,6 +387,8 @@ class Engine:
         raise ConfigError(f'{name} = {value}: must be 1 or more')
     if length is not None and not 1 < length <= limit:
       raise ConfigError(f'length = {length}: must be 2 to {limit}, the positions of the model (read_in.length)')
+    if exit is not None:
+      exits.check(model, exit, 'exit')
     if exit is not None and draft is not None:
       raise ConfigError('exit and draft: drafts are judged by all loops of the budget; give one of the two')
     if draft is not None and not (model.memory.exact and model.memory.rewinds):

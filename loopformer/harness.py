@@ -9,7 +9,6 @@
 """
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import json
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import metrics, plans
-from loopformer.exits import compiled
+from loopformer.exits import check, compiled
 from loopformer.generation import Engine, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
 
@@ -108,6 +107,27 @@ def score_rows(model: Any, leave: Any, params: Params, tokens: Array, targets: A
   return total, likeliest, jnp.where((place >= 0) & (place < counts[:, None]), taken, 0).sum(-1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _last(model, params, tokens):
+  """z f32[B, T, D] after all of the model's loops."""
+  return model.apply({'params': params}, tokens, plans.schedule(plans.resolve(model.loops))).z.astype(jnp.float32)
+
+
+def check_causal(model: Any, params: Params):
+  """Raises ConfigError where what a token answers depends on those after it.
+
+  Measured, because no part knows it of all others: a pass over a few ids, and one over the same with another last id.
+  """
+  ids = np.arange(min(8, model.read_in.length))[None] % model.read_in.vocab
+  other = ids.copy()
+  other[:, -1] = (ids[:, -1] + 1) % model.read_in.vocab
+  here, there = (_last(model, params, jnp.asarray(tokens, jnp.int32))[:, :-1] for tokens in (ids, other))
+  moved = float(jnp.abs(here - there).max(initial=0))
+  if moved > 1e-5 * float(jnp.abs(here).max(initial=0)):
+    raise ConfigError(f'model: not causal, another last token moves what is before it by {moved:.2g}, so continuations '
+                      'would be scored by themselves; give a model with causal attention (attention.Blockwise)')
+
+
 class Scorer:
   """Log-likelihoods of texts and continuations of prompts, at one depth.
 
@@ -115,6 +135,7 @@ class Scorer:
   program a shape, shared by all depths, schedules and thresholds of one exit rule.
 
   Args:
+    model: a causal one; its memory is what texts are generated with (`model.clone(memory=...)`), scores need none.
     steps: a budget (that many equal steps), or a tuple of step sizes with sum one; the model's own loops by default.
     exit: an exits.Adaptive, by which every position takes fewer steps; rules that read answers (such as KL) form
       logits of all positions after every step. In generation prompts are read with all steps.
@@ -122,7 +143,8 @@ class Scorer:
     log: hears of progress, a line every few seconds; None for silence.
 
   Raises:
-    ConfigError: a schedule that does not sum to one, a model without text, a tokenizer that is larger than the model.
+    ConfigError: a schedule that does not sum to one; a model without text, or that is not causal; a tokenizer that is
+      larger than the model; an exit that is not decided token by token, or that reads a gate which the model lacks.
   """
 
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, steps: int | Sequence[float] | None = None,
@@ -134,6 +156,9 @@ class Scorer:
                         '(read_in.vocab); give the tokenizer that it was trained with')
     if batch < 1:
       raise ConfigError(f'batch = {batch}: must be 1 or more')
+    check_causal(model, params)
+    if exit is not None:
+      check(model, exit, 'exit')
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.steps = plans.resolve(model.loops if steps is None else steps)
     warn_beyond(model, self.steps)
@@ -303,7 +328,7 @@ def __getattr__(name: str):
 
 
 def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int] = (),
-                schedules: Sequence[Sequence[float]] = (), exits: Sequence[Any] = (),
+                schedules: Sequence[Sequence[float]] = (), exits: Mapping[str, Any] | None = None, memory: Any = None,
                 include: str | Path | None = None, limit: int | None = None, step: int | None = None,
                 batch: int = 16, name: str | None = None) -> list[dict[str, Any]]:
   """Evaluates a run's model on tasks at every depth and schedule, with all steps and with every exit.
@@ -315,7 +340,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     workdir: the run's folder; step: which checkpoint, the last by default.
     tasks: names of tasks; patterns such as 'piqa*' are allowed.
     depths: budgets; schedules: step sizes with sum one; the model's own number of loops where neither is given.
-    exits: exits.Adaptive parts, each of which is run at every depth and schedule too.
+    exits: exits.Adaptive parts by the names that the table has for them, each run at every depth and schedule too.
+    memory: what texts are generated with (memory.py); the model's own by default.
     include: a folder of task files (.yaml), the only ones that are looked at; None for the harness's own tasks, whose
       data it fetches from the internet.
     limit: only so many rows of every task.
@@ -325,7 +351,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     The rows of the table, one for every task, schedule and exit.
 
   Raises:
-    ConfigError: no such task; data that cannot be fetched. ImportError: the harness is not installed.
+    ConfigError: no such task; data that cannot be fetched; a model or an exit that `Scorer` refuses, before any task
+      is run. ImportError: the harness is not installed.
   """
   from loopformer.api import load
   harness = _harness_class()
@@ -334,15 +361,18 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   chosen |= {' '.join(f'{size:g}' for size in sizes): plans.check_steps(sizes, name='schedules') for sizes in schedules}
   manager, names = _tasks(tasks, include)
   model, params, tokenizer, _ = load(workdir, step)
+  model = model if memory is None else model.clone(memory=memory)
+  for called, leave in (exits or {}).items():
+    check(model, leave, f'exits = {called}')
   chosen = chosen or {str(model.loops): plans.resolve(model.loops)}
-  runs = list(itertools.product(names, chosen.items(), (None, *exits)))
+  runs = list(itertools.product(names, chosen.items(), {'': None, **(exits or {})}.items()))
   rows = []
-  for number, (task, (label, steps), leave) in enumerate(runs):
-    _say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {leave}' if leave else ''))
+  for number, (task, (label, steps), (called, leave)) in enumerate(runs):
+    _say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if leave else ''))
     lm, start = harness(model, params, tokenizer, steps=steps, exit=leave, batch=batch, log=_say), time.time()
     result = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, log_samples=False,
                                      bootstrap_iters=BOOTSTRAPS)
-    rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': str(leave) if leave else '',
+    rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': called,
               'loops': lm.mean_loops, 'rows': result['n-samples'].get(part, {}).get('effective', ''),
               **_numbers(found), 'seconds': round(time.time() - start, 1)}
              for part, found in result['results'].items()]
@@ -353,12 +383,10 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
   device = jax.devices()[0].device_kind
   about = {'workdir': str(workdir), 'step': step, 'limit': limit, 'include': include and str(include),
+           'memory': str(model.memory), 'exits': {called: str(leave) for called, leave in (exits or {}).items()},
            'lm_eval': lm_eval.__version__, 'device': device, 'rows': rows}
   (folder / f'{name}.json').write_text(json.dumps(about, indent=1) + '\n')
-  with (folder / f'{name}.csv').open('w', newline='') as file:
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows)
+  metrics.write_csv(folder / f'{name}.csv', rows)
   _say(metrics.table(rows))
   _say(f'written to {folder / name}.json and .csv')
   return rows

@@ -1,5 +1,6 @@
 """Exits: every rule against scan and select, edges of thresholds, rows on their own, caches."""
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,38 @@ def test_evaluation_reports_steps_taken_and_run():
   assert [rows[0]['budget'], rows[0]['ran'], rows[2]['budget'], rows[2]['ran']] == [L, L, 1, 1]
   assert 1 < rows[1]['budget'] < rows[1]['ran'] <= L
   assert rows[0]['loss'] == pytest.approx(rows[3]['loss'], rel=1e-5) != pytest.approx(rows[2]['loss'], rel=1e-3)
+
+
+# What a model cannot serve --------------------------------------------------------------------------------------------
+
+NUMBER = parts.looped(parts.plain(), read_out=parts.Head(outputs=1))
+
+
+@pytest.mark.parametrize('name', list(RULES))
+@pytest.mark.parametrize('model, message', [(GATED, None), (PLAIN, 'gate'), (NUMBER, 'gate|1 output')],
+                         ids=['gated', 'plain', 'number'])
+def test_rules_are_refused_where_a_model_lacks_what_they_read(name, model, message):
+  leave = exits.Adaptive(rule=RULES[name][0](threshold=RULES[name][2]))
+  gated, laws = name in ('cumulative', 'confident', 'act'), name in ('kl', 'entropy_change', 'entropy', 'stable')
+  if (gated and model is not GATED) or (laws and model is NUMBER):
+    with pytest.raises(ConfigError, match=rf'--exits={name}: exit\.rule: .*({message}).*take a rule'):
+      exits.check(model, leave, f'--exits={name}')
+  else:
+    exits.check(model, leave, f'--exits={name}')
+
+
+def test_a_check_computes_nothing():
+  """Of a model of 64 GB."""
+  model = PLAIN.clone(read_in=PLAIN.read_in.clone(vocab=2 ** 30))
+  exits.check(model, exits.Adaptive(rule=exits.StateChange()), '')
+  with pytest.raises(ConfigError, match='no gate'):
+    exits.check(model, exits.Adaptive(rule=exits.Sampled()), '')
+
+
+@pytest.mark.parametrize('leave', [exits.Final(), exits.Confidence(least=2)], ids=repr)
+def test_exits_of_whole_plans_do_not_decide_token_by_token(leave):
+  with pytest.raises(ConfigError, match=rf"exit = {re.escape(str(leave))}: .*whole plan.*use exits\.Adaptive"):
+    exits.check(PLAIN, leave, 'exit')
 
 
 @pytest.mark.parametrize('make, message', [

@@ -19,7 +19,9 @@ import pytest
 import loopformer
 from experiments import benchmarks
 from experiments.configs import loopformer as paper
-from loopformer import config as configs, exits, harness
+from loopformer import config as configs, exits, harness, memory
+from loopformer.attention import Fused
+from loopformer.bidirectional import Bidirectional
 from loopformer.checkpoint import Checkpoints
 from loopformer.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
 from loopformer.tokenizer import ByteTokenizer, TrainedPieces
@@ -333,11 +335,32 @@ def test_mean_loops_of_texts():
 @pytest.mark.parametrize('change, message', [
     (dict(tokenizer=None), 'inputs are vectors'), (dict(tokenizer=BYTES), f'257 ids, but the model has {V}'),
     (dict(batch=0), 'batch = 0'), (dict(steps=0), 'steps = 0'), (dict(steps=(0.5, 0.4)), 'sum to 0.9'),
+    (dict(exit=exits.Final()), r'exit = Final\(\): .*use exits\.Adaptive'),
+    (dict(exit=exits.Confidence()), r'exit = Confidence\(least=1\): .*use exits\.Adaptive'),
+    (dict(exit=exits.Adaptive(rule=exits.Cumulative())), r'exit: exit\.rule: the cell has no gate.*take a rule'),
 ], ids=str)
 def test_what_cannot_be_scored_is_refused(change, message):
   options = {'model': MODEL, 'params': PARAMS, 'tokenizer': TOKENIZER, **change}
   with pytest.raises(ConfigError, match=message):
     Scorer(options.pop('model'), options.pop('params'), options.pop('tokenizer'), **options)
+
+
+@pytest.mark.parametrize('length', [80, 2])
+def test_models_that_read_ahead_are_refused(length):
+  read_in = parts.TokenEmbed(vocab=V, width=parts.D, length=length)
+  for kernel, refused in ((Bidirectional(), True), (Fused(), False)):
+    model = parts.looped(parts.timed(kernel=kernel), read_in=read_in)
+    if refused:
+      with pytest.raises(ConfigError, match=r'model: not causal.*attention\.Blockwise'):
+        Scorer(model, parts.params(model), TOKENIZER)
+    else:
+      Scorer(model, parts.params(model), TOKENIZER)
+
+
+@pytest.mark.parametrize('row', ['prelude_coda', 'bfloat16', 'fused', 'alibi', 'parcae', 'huginn', 'ouro'])
+def test_causal_models_are_not_refused(row):
+  model = parts.ROWS[row].model
+  harness.check_causal(model, parts.params(model))
 
 
 def test_a_continuation_that_is_longer_than_the_positions_is_refused():
@@ -451,10 +474,11 @@ def run(workdir, folder, task, depths=(1, 4), **options):
 def test_multiple_choice_at_every_depth_and_schedule(workdir, tmp_path, cache, capsys):
   local_task(tmp_path / 'tasks', MULTIPLE, QUESTIONS)
   rows = run(workdir, tmp_path / 'tasks', 'choices', (1, 2, 4), schedules=[UNEVEN],
-             exits=[exits.Adaptive(rule=exits.StateChange(threshold=1e9))])
+             exits={'state:1e9': exits.Adaptive(rule=exits.StateChange(threshold=1e9))})
   model, params, _, _ = loopformer.load(workdir)
-  table = {(row['schedule'], bool(row['exit'])): row for row in rows}
+  table = {(row['schedule'], row['exit'] == 'state:1e9'): row for row in rows}
   assert list(table) == [(label, leaves) for label in ('1', '2', '4', '0.5 0.125 0.375') for leaves in (False, True)]
+  assert {row['exit'] for row in rows} == {'', 'state:1e9'}
   accuracies = []
   for label, steps in (('1', 1), ('2', 2), ('4', 4), ('0.5 0.125 0.375', UNEVEN)):
     right, normed = [], []
@@ -506,6 +530,31 @@ def test_texts_until_a_stop(workdir, tmp_path, cache):
   rows = run(workdir, tmp_path / 'tasks', 'writing')
   shallow = np.mean([one.split(stop)[0] == answer for one, answer in zip(whole[1], answers)])
   assert [row['exact_match'] for row in rows] == [shallow, 1.0] and shallow < 1
+
+
+@needs_harness
+def test_texts_are_written_with_the_memory_that_is_asked_for(workdir, tmp_path, cache):
+  model, params, tokenizer, _ = loopformer.load(workdir)
+  answers = {name: loopformer.generate(model.clone(memory=part), params, tokenizer, ['one two'], max_new_tokens=8,
+                                       temperature=0.0)[0]
+             for name, part in (('own', model.memory), ('last', memory.Ring(size=1)))}
+  assert answers['own'] != answers['last']
+  local_task(tmp_path / 'tasks', WRITING, [{'prompt': 'one two', 'answer': answers['last']}], STOP='@@@')
+  right = {part: run(workdir, tmp_path / 'tasks', 'writing', (4,), memory=part)[0]['exact_match']
+           for part in (None, memory.Ring(size=1))}
+  assert right == {None: 0.0, memory.Ring(size=1): 1.0}
+  assert 'Ring' in json.loads((workdir / 'harness/writing.json').read_text())['memory']
+
+
+@needs_harness
+def test_one_exit_that_does_not_serve_stops_all(workdir, tmp_path, cache):
+  """Before anything is run or written, and though the others would do."""
+  local_task(tmp_path / 'tasks', MULTIPLE, QUESTIONS)
+  given = {'state:1e9': exits.Adaptive(rule=exits.StateChange(threshold=1e9)),
+           'gate:0.5': exits.Adaptive(rule=exits.Cumulative(threshold=0.5))}
+  with pytest.raises(ConfigError, match='exits = gate:0.5: .*no gate.*take a rule'):
+    run(workdir, tmp_path / 'tasks', 'choices', exits=given, name='refused')
+  assert not list((workdir / 'harness').glob('refused*'))
 
 
 @needs_harness

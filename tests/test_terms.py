@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import plans
+from loopformer import loop, plans
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.terms.cross_entropy import CE, nll_sum
+from loopformer.terms.expected import Expected
 from loopformer.terms.match import Match
+from loopformer.terms.ponder import Averaged, Geometric, Ponder
 from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
 from tests.parts import D, L, ROWS, T, V, close, forward, params
@@ -194,12 +196,25 @@ def test_what_the_long_pass_alone_sees_gets_no_gradient():
 
 
 OBJECTIVE = full_objective()
+GATED = {'all': Roll(plans.Uniform(L), keep=loop.Every())}
+# Model, and an objective of terms that it has what to read for.
+OBJECTIVES = {
+    'loopformer': (MODEL, OBJECTIVE),
+    'ouro': (ROWS['ouro'].model, Objective(rolls=GATED, terms={'lm': Weighted(1.0, Expected(roll='all', chunk=8))})),
+    'pondernet': (ROWS['ouro'].model, Objective(rolls=GATED, terms={
+        'lm': Weighted(1.0, Expected(roll='all', beta=0.0)), 'prior': Weighted(0.5, Geometric(roll='all', rate=0.4))})),
+    'act': (ROWS['ouro'].model, Objective(rolls=GATED, terms={
+        'lm': Weighted(1.0, Averaged(roll='all', threshold=0.2)),
+        'ponder': Weighted(0.5, Ponder(roll='all', threshold=0.2))})),
+}
+every_objective = pytest.mark.parametrize('name', list(OBJECTIVES))
 
 
-@jax.jit
-def share(weights, batch, total):
+@functools.partial(jax.jit, static_argnames='name')
+def share(weights, batch, total, name='loopformer'):
   """((loss, {term: mean}), gradient)."""
-  return jax.value_and_grad(lambda w: OBJECTIVE(MODEL, w, parts.draw(KEY, batch), total), has_aux=True)(weights)
+  model, objective = OBJECTIVES[name]
+  return jax.value_and_grad(lambda w: objective(model, w, parts.draw(KEY, batch), total), has_aux=True)(weights)
 
 
 def test_loss_is_the_sum_assembled_by_hand():
@@ -216,24 +231,28 @@ def test_loss_is_the_sum_assembled_by_hand():
   np.testing.assert_allclose(loss, ce['long'] + 0.1 * ce['short'] + 0.3 * match, rtol=1e-5)
 
 
-def test_parts_of_a_batch_add_up_to_it():
-  batch = parts.batch(8)
-  total = OBJECTIVE.denominators(batch)
+@every_objective
+def test_parts_of_a_batch_add_up_to_it(name):
+  batch, (model, objective) = parts.batch(8), OBJECTIVES[name]
+  weights, total = params(model), objective.denominators(batch)
   halves = [{name: leaf[i:i + 4] for name, leaf in batch.items()} for i in (0, 4)]
   assert len({float(half['weights'].sum()) for half in halves}) == 2  # unequal weights
-  values, grads = jax.tree.map(jnp.add, *(share(params(MODEL), half, total) for half in halves))
-  whole_values, whole_grads = share(params(MODEL), batch, total)
+  values, grads = jax.tree.map(jnp.add, *(share(weights, half, total, name) for half in halves))
+  whole_values, whole_grads = share(weights, batch, total, name)
   close(values, whole_values, 1e-6)
   close(grads, whole_grads, 1e-5)
 
 
-def test_a_batch_without_targets_costs_nothing():
-  batch = parts.batch(weights=jnp.zeros((4, T)))
-  (loss, _), grads = share(params(MODEL), batch, OBJECTIVE.denominators(batch))
+@every_objective
+def test_a_batch_without_targets_costs_nothing(name):
+  batch, (model, objective) = parts.batch(weights=jnp.zeros((4, T))), OBJECTIVES[name]
+  (loss, _), grads = share(params(model), batch, objective.denominators(batch), name)
   assert loss == 0 and all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize('term', [CE(roll='lnog'), Match(roll='short', target='lnog')], ids=['CE', 'Match'])
+@pytest.mark.parametrize('term', [
+    CE(roll='lnog'), Match(roll='short', target='lnog'), Expected(roll='lnog'), Geometric(roll='lnog', rate=0.5),
+    Averaged(roll='lnog'), Ponder(roll='lnog')], ids=lambda term: type(term).__name__)
 def test_an_unknown_rollout_is_refused(term):
   with pytest.raises(ConfigError, match=r"objective\.terms\['broken'\] reads the rollout 'lnog'.*long, short"):
     Objective(rolls=SHORTCUT.rolls, terms={'broken': Weighted(1.0, term)})

@@ -53,7 +53,7 @@ class Expected:
   reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    trace = _whole(rolls, self.roll)
+    trace = whole(rolls, self.roll)
     log_p_KBT = log_exit(trace.aux['halt'])
     p_KBT = jnp.exp(log_p_KBT)
     targets_KBT = jnp.broadcast_to(batch['targets'], p_KBT.shape)
@@ -100,7 +100,7 @@ class Improvement:
   reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    xs_KBTD = jax.lax.stop_gradient(_whole(rolls, self.roll).xs)
+    xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
     targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
     ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk)
     goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
@@ -110,8 +110,8 @@ class Improvement:
     return jnp.sum(loss * batch['weights']) / len(xs_KBTD)
 
 
-def _whole(rolls, name) -> Trace:
-  """The rollout, of which every state and every lambda is needed."""
+def whole(rolls: Mapping[str, Trace], name: str) -> Trace:
+  """The rollout, of which every state and every lambda is needed. Raises ConfigError where it does not have them."""
   trace = rolls[name]
   if 'halt' not in trace.aux:
     raise ConfigError(f'objective: the rollout {name!r} has no gate to learn; use a cell with one (cells/halting.py)')
