@@ -1,13 +1,18 @@
 """Speed, memory and compile time of the library at one reference size, on whatever device JAX finds.
 
     python -m experiments.benchmark [--suite=train,memory,compile,decode] [--peer=torch] [--out=FOLDER]
+    python -m experiments.benchmark --suite=draft --trained=runs/quickstart
 
 train    seconds of a full LoopFormer step (two rollouts, consistency, AdamW), for every way to save activations and to
          attend, beside the same computation in eager PyTorch (--peer=torch; the extra `peer`). Contestants take turns
          inside one process, and ratios are taken within a turn, so that a noisy machine disturbs all alike.
 memory   temporary memory of the compiled step by XLA's own account, its growth per loop, and what it must not hold.
 compile  seconds to compile for several depths; programs compiled for several random trajectories.
-decode   tokens a second of generation at several budgets.
+decode   tokens a second of generation at several budgets; the share of a token that does not depend on the budget; the
+         cache against computing all again; and the bare matrix products of a token.
+comms    bytes that a device sends in a training step on eight simulated devices, from the compiled program: ours, where
+         weights are gathered once, and the automatic partitioner's (alone: --suite=comms).
+draft    tokens a second with drafts of few loops that all loops judge, on the checkpoint of --trained (not by default).
 
 With --out every suite writes FOLDER/<suite>.json and .md. The reference takes about 10 minutes on two CPU cores.
 """
@@ -29,9 +34,11 @@ from typing import Any, Callable, Iterable, Mapping
 from absl import app, flags
 import flax
 import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
+import optax
 
-from experiments import records
+from experiments import plan, records
 from loopformer import loop, metrics, plans, sharding
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
@@ -44,13 +51,14 @@ from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.match import Match
-from loopformer.train import init_state, make_step
-from loopformer.types import Plan, part
+from loopformer.train import State, init_state, make_step
+from loopformer.types import Draw, Plan, part
 
-SUITES = ('train', 'memory', 'compile', 'decode')
+SUITES = ('train', 'memory', 'compile', 'decode', 'draft', 'comms')
 FLAGS = flags.FLAGS
-flags.DEFINE_list('suite', list(SUITES), f'Which suites, in this order: {", ".join(SUITES)}.')
+flags.DEFINE_list('suite', list(SUITES[:4]), f'Which suites, in this order: {", ".join(SUITES)}.')
 flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')
+flags.DEFINE_string('trained', None, 'draft: a work folder with a trained language model.')
 flags.DEFINE_string('out', None, 'Folder for tables as JSON and Markdown.')
 flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)
 
@@ -158,7 +166,7 @@ class Ours:
 
   def start(self):
     """Allocates state and batch."""
-    shardings = sharding.state_shardings(jax.eval_shape(self._make), self._mesh)
+    shardings = sharding.shardings(jax.eval_shape(self._make), self._mesh)
     self._state = jax.jit(self._make, out_shardings=shardings)()
     self._batch = sharding.put_batch(make_batch(self.size), self._mesh)
 
@@ -314,25 +322,177 @@ def programs_suite(size: Size, steps: int = 5) -> list[dict]:
 
 
 def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8),
-                 batches: Iterable[int] = (1, 8)) -> list[dict]:
-  """Tokens a second over a batch, the end of text never drawn; every budget runs the same program."""
+                 batches: Iterable[int] = (1, 8), context: int = 512) -> dict[str, list[dict]]:
+  """Tokens a second over a batch, the end of text never drawn; every budget runs the same program.
+
+  All that is compared takes turns: budgets and batches, the bare products of as many rows, and a pass without cache
+  over `context` tokens.
+  """
   model = make_model(size)
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
-  rows = []
+  contestants = {(batch, budget): functools.partial(decode_once, size, model, params, budget, batch)
+                 for batch in batches for budget in budgets}
+  bare = {batch: bare_products(size, params, batch) for batch in batches}
+  deep = dataclasses.replace(size, prompt=context - size.new, length=context + 1)
+  whole = make_model(deep)
+  weights = jax.jit(functools.partial(init_params, whole))(jax.random.key(0))
+  again = recompute(deep, whole, weights, context)
+  reads, draws = ({key: [] for key in contestants} for _ in range(2))
+  products, cached, recomputed = {batch: [] for batch in bare}, [], []
+  for turn in range(repeats + 1):
+    kept = turn > 0  # the first compiles
+    for key, contestant in contestants.items():
+      read, drawn = contestant()
+      reads[key] += [read] * kept
+      draws[key] += [drawn / size.new] * kept
+    for batch, contestant in bare.items():
+      products[batch] += [contestant()] * kept
+    cached += [decode_once(deep, whole, weights, deep.loops, 1)[1] / deep.new] * kept
+    recomputed += [again()] * kept
+  middle = {key: statistics.median(times) for key, times in draws.items()}
+  rows = [{'rows': batch, 'loops': budget, f'prefill {size.prompt} s': statistics.median(reads[batch, budget]),
+           'ms a round': 1e3 * middle[batch, budget], 'range': spread([1e3 * value for value in draws[batch, budget]]),
+           'tokens/s': round(batch / middle[batch, budget]),
+           'times one row': batch * middle[batches[0], budget] / middle[batch, budget]}
+          for batch, budget in contestants]
+  shares = []
   for batch in batches:
-    contestants = {budget: functools.partial(decode_once, size, model, params, budget, batch) for budget in budgets}
-    reads, draws = {budget: [] for budget in budgets}, {budget: [] for budget in budgets}
+    slope, fixed = np.polyfit(budgets, [middle[batch, budget] for budget in budgets], 1)
+    worst = max(abs(fixed + slope * budget - middle[batch, budget]) / middle[batch, budget] for budget in budgets)
+    shares.append({'rows': batch, 'fixed ms': 1e3 * fixed, 'ms a loop': 1e3 * slope,
+                   f'fixed share at {size.loops} loops %': 100 * fixed / (fixed + slope * size.loops),
+                   'worst miss of the line %': 100 * worst})
+  ratio = [b / a for a, b in zip(cached, recomputed)]
+  caches = [{'places': context, 'cached ms a token': 1e3 * statistics.median(cached),
+             'recomputed ms a token': 1e3 * statistics.median(recomputed),
+             'times as fast': statistics.median(ratio), 'range': spread(ratio)}]
+  floors = [{'rows': batch, 'bare products ms': 1e3 * statistics.median(times),
+             'MB of weights': bare_bytes(size) / MEGA, 'decoding ms': 1e3 * middle[batch, size.loops],
+             'times the floor': middle[batch, size.loops] / statistics.median(times)}
+            for batch, times in products.items()]
+  return {'decode': rows, 'fixed share': shares, 'cache': caches, 'floor': floors}
+
+
+def recompute(size: Size, model: Looped, params: Any, context: int) -> Callable[[], float]:
+  """Seconds of a pass over `context` tokens and the logits of the last: a token without a cache."""
+  tokens = jax.numpy.asarray(np.random.default_rng(0).integers(size.vocab, size=(1, context)), jax.numpy.int32)
+
+  @jax.jit
+  def last(params, tokens):
+    trace = model.apply({'params': params}, tokens, plans.schedule(plans.resolve(size.loops)))
+    return model.apply({'params': params}, trace.z[:, -1], method='logits')
+
+  def once():
+    start = time.perf_counter()
+    last(params, tokens).block_until_ready()
+    return time.perf_counter() - start
+
+  return once
+
+
+def bare_products(size: Size, params: Any, batch: int) -> Callable[[], float]:
+  """Seconds of all matrix products of a token of every row, one after the other, with nothing between: the floor."""
+  block = params['cell']['core']['block']
+  layers = [(block['attn']['qkv']['kernel'][i], block['attn']['out']['kernel'][i], block['mlp']['up']['kernel'][i],
+             block['mlp']['down']['kernel'][i]) for i in range(size.layers)]
+  x = jax.numpy.ones((batch, size.width))
+
+  @jax.jit
+  def all_of(x, layers, table):
+    def loop_(_, x):
+      for qkv, out, up, down in layers:
+        x = (x @ qkv).reshape(batch, -1, size.width).sum(1) @ out
+        x = (x @ up) @ down
+      return x
+    return jax.lax.fori_loop(0, size.loops, loop_, x) @ table.T
+
+  def once():
+    start = time.perf_counter()
+    all_of(x, layers, params['read_in']['embedding']).block_until_ready()
+    return time.perf_counter() - start
+
+  return once
+
+
+def bare_bytes(size: Size) -> float:
+  """Bytes of weights that a token reads: a block a loop, and the head."""
+  block = size.width * (4 * size.width + 2 * size.hidden)
+  return 4.0 * (size.loops * size.layers * block + size.vocab * size.width)
+
+
+def comms_suite(size: Size, depths: Iterable[int] = (2, 8, 16), data: int = 2, fsdp: int = 4) -> list[dict]:
+  """MB that a device sends in a step with two rollouts of all loops, by a ring, and how often the program does so."""
+  mesh = sharding.Mesh(data=data, fsdp=fsdp).make()
+  rows = []
+  for loops in depths:
+    deep = dataclasses.replace(size, loops=loops)
+    model, objective = make_model(deep), with_short(deep, plans.Uniform(loops))
+    optimizer = OPTIM.make(TRAIN_STEPS)
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, 0))
+    state = jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes,
+                         sharding.shardings(shapes, mesh))
+    over_rows = NamedSharding(mesh, P(sharding.BATCH))
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over_rows)
+             for name, leaf in make_batch(deep).items()}
+    steps = {'ours': make_step(model, objective, optimizer, mesh),
+             'automatic': automatic(model, objective, optimizer, mesh)}
+    sent = {}
+    for name, step in steps.items():
+      program = plan.Program(step.lower(state, batch).compile().as_text(), plan.Steps(free=0.0, live=1.0))
+      sent[name] = sum(program.sent.values()) / MEGA
+    rows.append({'loops': loops, **{f'{name} MB': value for name, value in sent.items()},
+                 'automatic / ours': sent['automatic'] / sent['ours'],
+                 'MB of weights': 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes.params)) / MEGA})
+  return rows
+
+
+def automatic(model: Looped, objective: Objective, optimizer: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A training step on the same shardings that leaves all communication to the partitioner."""
+
+  def step(state, batch):
+    draw = Draw(key=jax.random.key(0), step=state.step, stage=jax.numpy.int32(0),
+                batch={**batch, 'row': jax.numpy.arange(batch['tokens'].shape[0])})
+    weights = objective.denominators(draw.batch)
+    (loss, _), grads = jax.value_and_grad(lambda params: objective(model, params, draw, weights), has_aux=True)(
+        state.params)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    new = State(step=state.step + 1, params=optax.apply_updates(state.params, updates), optimizer=moments)
+    return jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh)), loss
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def draft_suite(workdir: str, repeats: int, new: int = 128, temperatures: Iterable[float] = (0.0, 1.0),
+                drafts: Iterable[tuple[int, int]] = ((1, 3), (1, 4), (1, 5), (1, 6), (2, 4)),
+                prompts: int = 4) -> list[dict]:
+  """Tokens a second at one row, plain and with drafts (loops, tokens ahead), in turns; a few texts that the model was
+  not trained on are continued, one after the other."""
+  import loopformer
+  model, params, tokenizer, config = loopformer.load(workdir)
+  examples = config.task.examples(Path(workdir), 'validation', 0)
+  texts = [[int(token) for token in examples[i]['tokens'][:32]] for i in range(prompts)]
+  new = min(new, model.read_in.length - len(texts[0]))
+  rows = []
+  for temperature in temperatures:
+    contestants = {None: Engine(model, params, tokenizer, rows=1)}
+    contestants |= {draft: Engine(model, params, tokenizer, rows=1, draft=draft[0], ahead=draft[1]) for draft in drafts}
+    seconds, drawn = {name: [] for name in contestants}, {name: [] for name in contestants}
     for turn in range(repeats + 1):
-      for budget, contestant in contestants.items():
-        read, drawn = contestant()
+      for name, engine in contestants.items():
+        before = engine.tally['tokens']
+        for text in texts:
+          engine.submit(text, max_new_tokens=new, temperature=temperature, seed=turn)
+        start = time.perf_counter()
+        engine.run()
         if turn:
-          reads[budget].append(read)
-          draws[budget].append(drawn)
-    for budget in budgets:
-      median = statistics.median(draws[budget])
-      rows.append({'rows': batch, 'loops': budget, f'prefill {size.prompt} s': statistics.median(reads[budget]),
-                   f'decode {size.new} s': median, 'range': spread(draws[budget]),
-                   'tokens/s': round(batch * size.new / median)})
+          seconds[name].append(time.perf_counter() - start)
+          drawn[name].append(engine.tally['tokens'] - before)
+    rates = {name: [n / s for n, s in zip(drawn[name], seconds[name])] for name in contestants}
+    for name, engine in contestants.items():
+      ratios = [ours / plain for ours, plain in zip(rates[name], rates[None])]
+      rows.append({'temperature': temperature, 'draft': '-' if name is None else f'{name[0]} loops, {name[1]} ahead',
+                   'tokens/s': round(statistics.median(rates[name])), 'times plain': statistics.median(ratios),
+                   'range': spread(ratios), 'accepted': engine.tally.get('accepted', '-')})
   return rows
 
 
@@ -374,7 +534,13 @@ def run_suite(name: str, size: Size, repeats: int, peer: str | None) -> dict[str
     return {'memory': memory_suite(size)}
   if name == 'compile':
     return {'compile': compile_suite(size, min(repeats, 3)), 'programs': programs_suite(size)}
-  return {'decode': decode_suite(size, repeats)}
+  if name == 'comms':
+    return {'comms': comms_suite(size)}
+  if name == 'draft':
+    if not FLAGS.trained:
+      raise app.UsageError('--suite=draft needs --trained, a work folder with a trained language model')
+    return {'draft': draft_suite(FLAGS.trained, repeats)}
+  return decode_suite(size, repeats)
 
 
 def describe_machine(peer: str | None) -> dict[str, str]:
@@ -404,7 +570,8 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
   record = {'machine': machine, 'size': dataclasses.asdict(size), 'tables': tables}
   records.write(folder / f'{name}.json', record)
   facts = [f'- {fact}: {value}' for fact, value in machine.items()]
-  facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
+  if name != 'draft':  # whose model has its own
+    facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
   parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]
   (folder / f'{name}.md').write_text('\n\n'.join(parts) + '\n')
 
@@ -415,6 +582,10 @@ def main(argv):
   unknown = [name for name in FLAGS.suite if name not in SUITES]
   if unknown:
     raise app.UsageError(f'--suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
+  if 'comms' in FLAGS.suite:
+    if len(FLAGS.suite) > 1:
+      raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
+    plan.simulate(8)
   machine = describe_machine(FLAGS.peer)
   for fact, value in machine.items():
     print(f'{fact}: {value}')

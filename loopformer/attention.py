@@ -44,10 +44,28 @@ class Fused:
     mask = None if seg is None else (seg[:, None, :, None] == seg[:, None, None, :])
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), SAVED)
 
+FEW = 32  # queries times heads up to which all heads read one copy of the keys
+
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """q [B, T, H, d], k and v [B, S, G, d], mask bool[B or 1, T, S] -> [B, T, H, d]; H is a multiple of G."""
+  if q.shape[1] * q.shape[2] <= FEW:
+    return _attend_few(q, k, v, mask)
   return _heads_last(_attend(*_heads_first(q, k, v), mask))
+
+
+def _attend_few(q, k, v, mask):
+  """For few queries, as while decoding. Every head multiplies the keys of all, with zeros in the places of the others:
+  H times the arithmetic of almost nothing, and no copy of keys and values with their heads first, which costs most."""
+  batch, length, heads, width = q.shape
+  places, groups = k.shape[1:3]
+  own = jnp.eye(groups, dtype=q.dtype).repeat(heads // groups, 0)  # [H, G]
+  q_BTHGd = (q * width ** -0.5)[..., None, :] * own[..., None]
+  att_BMS = _dot('BMC,BSC->BMS', q_BTHGd.reshape(batch, length * heads, -1), k.reshape(batch, places, -1))
+  att_BTHS = jnp.where(mask[:, :, None], att_BMS.reshape(batch, length, heads, places), NEGATIVE)
+  att_BMS = jax.nn.softmax(att_BTHS, -1).reshape(att_BMS.shape).astype(v.dtype)
+  out_BTHGd = _dot('BMS,BSC->BMC', att_BMS, v.reshape(batch, places, -1)).reshape(*q.shape[:3], groups, width)
+  return jnp.einsum('BTHGd,HG->BTHd', out_BTHGd, own.astype(out_BTHGd.dtype)).astype(q.dtype)
 
 
 def _heads_first(q, k, v):

@@ -81,14 +81,27 @@ def test_train_rows(monkeypatch):
 
 
 def test_decode_rows_and_files(tmp_path):
-  rows = benchmark.decode_suite(TINY, 1, budgets=(1, 4), batches=(2,))
-  assert [(row['rows'], row['loops']) for row in rows] == [(2, 1), (2, 4)]
+  tables = benchmark.decode_suite(TINY, 1, budgets=(1, 2, 4), batches=(1, 2), context=16)
+  rows = tables['decode']
+  assert [(row['rows'], row['loops']) for row in rows] == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]
   assert all(row['tokens/s'] > 0 for row in rows)
+  assert rows[0]['times one row'] == 1 and [row['rows'] for row in tables['fixed share']] == [1, 2]
+  cache, = tables['cache']
+  assert cache['times as fast'] == pytest.approx(cache['recomputed ms a token'] / cache['cached ms a token'])
+  for row in tables['floor']:
+    assert row['times the floor'] == pytest.approx(row['decoding ms'] / row['bare products ms'])
   machine = benchmark.describe_machine(None)
   benchmark.write(tmp_path, 'decode', {'decode': rows}, TINY, machine)
   assert json.loads((tmp_path / 'decode.json').read_text())['machine'] == machine
   assert metrics.table(rows) in (tmp_path / 'decode.md').read_text()
   assert set(machine) == {'hardware', 'versions', 'date', 'command'}
+
+
+def test_the_floor_counts_every_weight_that_a_token_reads():
+  params = init_params(benchmark.make_model(TINY), jax.random.key(0))
+  kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['cell']['core']) if leaf.ndim == 3]
+  table = params['read_in']['embedding']
+  assert benchmark.bare_bytes(TINY) == 4 * (TINY.loops * sum(leaf.size for leaf in kernels) + table.size)
 
 
 @pytest.mark.parametrize('short', [(1.0,), (0.25, 0.75)])
@@ -115,3 +128,18 @@ def test_peer_computes_the_same_loss_and_gradient(short):
   for name, value in theirs.state_dict().items():
     if not name.endswith('frequencies'):
       np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_what_is_sent_does_not_grow_with_loops():
+  """On eight devices; the automatic partitioner's does."""
+  code = '''
+import dataclasses, json
+from experiments import benchmark, plan
+from tests.test_benchmark import TINY
+plan.simulate(8)
+print(json.dumps(benchmark.comms_suite(dataclasses.replace(TINY, batch=8), depths=(2, 6))))
+'''
+  few, many = json.loads(parts.python(code).splitlines()[-1])
+  assert few['ours MB'] == many['ours MB'] > 0
+  assert many['automatic MB'] > 2 * few['automatic MB'] > 2 * few['ours MB']

@@ -18,6 +18,7 @@ UPDATE = 'UPDATE_GOLDEN'
 FSDP = 4
 CONFIGS = Path(__file__).parent.parent / 'experiments/configs'
 ARGUMENTS = {
+    'act': ['', 'mano,tau=0.001'],
     'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in paper.SIZES for kind in paper.KINDS
                    for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')],
     'algoformer': ['cpu', 'cpu,kind=looped', 'cpu,kind=stacked', 'large', 'cpu,task=autoregression', 'cpu,task=chain'],
@@ -28,9 +29,19 @@ ARGUMENTS = {
     'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
     'linear_icl': ['', 'predict=weights'],
     'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],
+    'mor': ['tiny', 'tiny,kind=token', 'tiny,kind=token,balance=free,form=paper', 'tiny,kind=random',
+            'tiny,kind=recursive', 'tiny,kind=recursive,sharing=sequence,layers=6', 'tiny,kind=vanilla',
+            'tiny,memory=shared', 'tiny,auxiliary=1,router=mlp', '135m', '360m', '360m,recursions=4,memory=compact',
+            '730m', '1.7b'],
+    'melt': ['cpu', 'cpu,phase=transition,base=runs/melt/base',
+             '1.4b,phase=distill,base=runs/melt/base,start=runs/melt/transition',
+             'gpu,phase=transition,base=runs/melt/base,gate=mean,chunk=64'],
     'ouro': ['tiny', 'pointers', 'pointers,gate=prospective', 'mano', 'multi_hop', '1.4b', '2.6b'],
+    'pondernet': ['', 'mano,rate=0.2'],
     'parcae': ['cpu', 'cpu,inject=concat', 'cpu,ramp=100', '140m', '1300m', '140m,kind=transformer', '350m',
                '350m,kind=rdm'],
+    'plt': ['tiny', 'tiny,kind=r1', 'tiny,kind=clp', 'tiny,kind=share', 'tiny,kind=seq,loops=3',
+            'tiny,gate=hidden,mix=learned', 'loopcoder'],
     'shift': ['p_hop', 'text,first=0', 'markov,moments=reset,rewarm=100'],
     'timestep': ['cpu', 'cpu,kind=lt', 'cpu,kind=table', 'ed60', 'lm'],
 }
@@ -50,8 +61,8 @@ def text_of(config) -> str:
   lines = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(parts.shapes(config.model)):
     where = jax.tree_util.keystr(path, simple=True, separator='/')
-    axis = sharding.split_axis(leaf.shape, FSDP)
-    split = 'whole' if axis is None else f'axis {axis}'
+    partition = tuple(sharding.spec(where, leaf.shape, {'fsdp': FSDP, 'tensor': 1}))
+    split = f'axis {partition.index("fsdp")}' if partition else 'whole'
     lines.append(f'{where} {leaf.dtype}{list(leaf.shape)} {split}')
   count = f'parameters: {parameter_count(config.model):,} (with their split over fsdp={FSDP})'
   return '\n'.join([configs.describe(config), '', count, *lines, ''])
