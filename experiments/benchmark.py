@@ -43,6 +43,7 @@ from loopformer import loop, metrics, plans, sharding
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
 from loopformer.cells.timed import Timed
+from loopformer.checkpoint import abstract
 from loopformer.condition import Modulation, Trajectory
 from loopformer.embed import TokenEmbed
 from loopformer.generation import Engine
@@ -429,8 +430,7 @@ def comms_suite(size: Size, depths: Iterable[int] = (2, 8, 16), data: int = 2, f
     model, objective = make_model(deep), with_short(deep, plans.Uniform(loops))
     optimizer = OPTIM.make(TRAIN_STEPS)
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, 0))
-    state = jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes,
-                         sharding.shardings(shapes, mesh))
+    state = abstract(shapes, sharding.shardings(shapes, mesh))
     over_rows = NamedSharding(mesh, P(sharding.BATCH))
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over_rows)
              for name, leaf in make_batch(deep).items()}

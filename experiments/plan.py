@@ -33,6 +33,7 @@ import numpy as np
 
 from loopformer import config as configs
 from loopformer import metrics, sharding
+from loopformer.checkpoint import abstract
 from loopformer.model import init_params
 from loopformer.train import init_state, make_step
 from loopformer.types import ConfigError, Draw, part
@@ -207,8 +208,7 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shapes of a train state or a part of it, with their shardings."""
-  return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree,
-                      sharding.shardings(tree, mesh))
+  return abstract(tree, sharding.shardings(tree, mesh))
 
 
 def _bytes(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = sharding.AXES) -> int:
