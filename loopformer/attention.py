@@ -1,4 +1,4 @@
-"""Attention kernels: frozen parts with one method for the parallel pass, and one function for cached keys.
+"""Attention kernels: frozen parts with one method for the parallel pass, and two functions for keys under a mask.
 
 All compute the softmax in float32 and return the dtype of the queries.
 """
@@ -44,35 +44,25 @@ class Fused:
     mask = None if seg is None else (seg[:, None, :, None] == seg[:, None, None, :])
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), SAVED)
 
-FEW = 32  # queries times heads up to which all heads read one copy of the keys
-
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """q [B, T, H, d], k and v [B, S, G, d], mask bool[B or 1, T, S] -> [B, T, H, d]; H is a multiple of G."""
-  if q.shape[1] * q.shape[2] <= FEW:
-    return _attend_few(q, k, v, mask)
-  return _heads_last(_attend(*_heads_first(q, k, v), mask))
+  return read(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
 
 
-def _attend_few(q, k, v, mask):
-  """For few queries, as while decoding. Every head multiplies the keys of all, with zeros in the places of the others:
-  H times the arithmetic of almost nothing, and no copy of keys and values with their heads first, which costs most."""
-  batch, length, heads, width = q.shape
-  places, groups = k.shape[1:3]
-  own = jnp.eye(groups, dtype=q.dtype).repeat(heads // groups, 0)  # [H, G]
-  q_BTHGd = (q * width ** -0.5)[..., None, :] * own[..., None]
-  att_BMS = _dot('BMC,BSC->BMS', q_BTHGd.reshape(batch, length * heads, -1), k.reshape(batch, places, -1))
-  att_BTHS = jnp.where(mask[:, :, None], att_BMS.reshape(batch, length, heads, places), NEGATIVE)
-  att_BMS = jax.nn.softmax(att_BTHS, -1).reshape(att_BMS.shape).astype(v.dtype)
-  out_BTHGd = _dot('BMS,BSC->BMC', att_BMS, v.reshape(batch, places, -1)).reshape(*q.shape[:3], groups, width)
-  return jnp.einsum('BTHGd,HG->BTHd', out_BTHGd, own.astype(out_BTHGd.dtype)).astype(q.dtype)
+def read(q: Array, k: Array, v: Array, mask: Array) -> Array:
+  """As `attend`, of keys and values with their heads first, [B, G, S, d], as caches hold them."""
+  return _heads_last(_attend(_grouped(q, k.shape[1]), k, v, mask))
 
 
 def _heads_first(q, k, v):
   """[B, T, H, d], [B, S, G, d] twice -> [B, G, H/G, T, d], [B, G, S, d] twice."""
-  groups = k.shape[2]
-  q_BTGrd = q.reshape(*q.shape[:2], groups, q.shape[2] // groups, q.shape[3])
-  return q_BTGrd.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  return _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _grouped(q, groups):
+  """[B, T, H, d] -> [B, G, H/G, T, d]."""
+  return q.reshape(*q.shape[:2], groups, q.shape[2] // groups, q.shape[3]).transpose(0, 2, 3, 1, 4)
 
 
 def _heads_last(out_BGrTd):

@@ -61,6 +61,19 @@ def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
   return (y if gain is None else y * gain).astype(x.dtype)
 
 
+FEW = 64  # rows
+
+
+def turned(x: Array, kernel: Array) -> Array:
+  """x [..., I] @ kernel [O, I]^T -> f32[..., O]. On a CPU few rows are the columns of the product that is computed: its
+  threads and registers then have the many outputs to divide, and it takes half the time."""
+  kernel, rows = kernel.astype(x.dtype), x.size // x.shape[-1]
+  if not 1 < rows <= FEW or jax.default_backend() != 'cpu':
+    return jnp.einsum('...i,oi->...o', x, kernel, preferred_element_type=jnp.float32)
+  y = jnp.einsum('oi,ni->on', kernel, x.reshape(rows, -1), preferred_element_type=jnp.float32)
+  return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)  # without it XLA swaps the operands back
+
+
 def _dense_forward(x, kernel, gain):
   return dense(x, kernel, gain), (x, kernel, gain)
 
@@ -146,6 +159,8 @@ class LayerNorm(nn.Module):
 
 class Linear(nn.Module):
   """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser.
+
+  For decoding the kernel may be given as `turned` [O, I] instead (modules.flattened).
   """
   features: int
   std: float = 0.02
@@ -154,7 +169,11 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, gain: Array | None = None) -> Array:
-    y = dense(x, self.param('kernel', self.init or Normal(self.std), (x.shape[-1], self.features)), gain)
+    if self.has_variable('params', 'turned'):
+      y = turned(x, self.get_variable('params', 'turned'))
+      y = (y if gain is None else y * gain).astype(x.dtype)
+    else:
+      y = dense(x, self.param('kernel', self.init or Normal(self.std), (x.shape[-1], self.features)), gain)
     if self.bias is None:
       return y
     bias = self.param('bias', self.bias, (self.features,)).astype(y.dtype)
@@ -255,14 +274,14 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | N
     kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
   if attn.position is not None:
-    q, k, v = attn.position.extend(q, k, v, pos_BS)
+    q, k, v = attn.position.extend(q, k, v, pos_BS, 2 if kv is None else 1)
   if kv is None:
     out = attn.kernel(q, k, v, ctx.seg)
   else:
     mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
     if ctx.places is not None:
       mask_BTS &= ctx.places[:, None] == ctx.seg[..., None]
-    out = attention.attend(q, k, v, mask_BTS)
+    out = attention.read(q, k, v, mask_BTS)
   return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
 
 

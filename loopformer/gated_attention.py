@@ -84,9 +84,10 @@ class GatedAttention(nn.Module):
     out, left = view.attend(self, q, k, v, ctx, layer, gate)
     return Linear(width, self.out_std, name='out')(out.reshape(batch, length, width)), left
 
-  def extended(self, q: Array, k: Array, v: Array, pos: Array) -> tuple[Array, Array, Array]:
-    """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys."""
-    return (q, k, v) if self.position is None else self.position.extend(q, k, v, pos)
+  def extended(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+    """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys, whose heads stand at
+    the axis `heads`."""
+    return (q, k, v) if self.position is None else self.position.extend(q, k, v, pos, heads)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward, of a first loop."""

@@ -25,6 +25,7 @@ from loopformer.modules import flattened
 from loopformer.types import KV, Array, ConfigError, Params, Plan
 
 ROUND = 64  # lengths are rounded up to multiples of this
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
 
 
@@ -85,8 +86,22 @@ def _threshold(scaled, control):
 
 
 def draw(logits: Array, keys: Array) -> Array:
-  """f32[B, V], keys [B] -> i32[B]: a token of each row's law; the likeliest where there is no other."""
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+  """f32[B, V], keys [B] -> i32[B]: a token of each row's law; the likeliest where there is no other.
+
+  One number a row, looked up in the sums of its probabilities, of blocks first and then within one: a number for every
+  token of the vocabulary would cost more than a loop of a small model.
+  """
+  batch, vocab = logits.shape
+  blocks = jnp.pad(jnp.exp(logits - logits.max(-1, keepdims=True)), ((0, 0), (0, -vocab % BLOCK)))
+  blocks = blocks.reshape(batch, -1, BLOCK)
+  upto = jnp.cumsum(blocks.sum(-1), -1)
+  sought = jax.vmap(jax.random.uniform)(keys) * upto[:, -1]
+  block = (upto <= sought[:, None]).sum(-1)  # the first beyond it, which is never empty
+  own = blocks[jnp.arange(batch), block]
+  before = jnp.where(block > 0, upto[jnp.arange(batch), block - 1], 0)
+  inside = (jnp.cumsum(own, -1) <= jnp.maximum(sought - before, 0)[:, None]).sum(-1)
+  last = BLOCK - 1 - (own[:, ::-1] > 0).argmax(-1)  # the block's sum, formed otherwise, may be a little less
+  return (block * BLOCK + jnp.minimum(inside, last)).astype(jnp.int32)
 
 
 def judge(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Array, Array]:
@@ -394,7 +409,7 @@ class Engine:
     if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
-    model, params = flattened(model, params)
+    model, params = flattened(model, params, turn=rows > 1 and jax.default_backend() == 'cpu')
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
     self.exit, self.ahead = exit, ahead if draft is not None else 0

@@ -1,7 +1,7 @@
 """Memories: what the steps of a loop keep of keys and values while tokens are decoded. Frozen parts.
 
 All store a place for every position: `exchange` writes the keys and values of a step's tokens and returns what they may
-read. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what the parallel
+read, heads first. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what the parallel
 pass computes, and how far off the others are, is in docs/memories.md.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ Exchanged = tuple[KV, Array, Array, Array]
 
 def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype) -> KV:
   """A cache without entries; see `KV` for the shapes."""
-  shape = (slots, layers, batch, length, groups, head)
+  shape = (slots, layers, batch, groups, length, head)
   return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pos=jnp.full((slots, batch, length), -1, jnp.int32))
 
 
@@ -120,7 +120,7 @@ class Mean:
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
     step = _step(ctx)
     place = jnp.where(ctx.pos < 0, kv.pos.shape[-1], ctx.pos)
-    index = (0, layer, jnp.arange(k.shape[0])[:, None], place)
+    index = (0, layer, jnp.arange(k.shape[0])[:, None], slice(None), place)
 
     def mean(cache, new):
       old = cache.at[index].get(mode='fill', fill_value=0).astype(jnp.float32)
@@ -146,10 +146,14 @@ def _exchange(kv, slot, pos, layer, k, v):
 
 
 def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array, k: Array, v: Array) -> Exchanged:
-  """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot; what it holds then."""
+  """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot.
+
+  Returns:
+    (kv, keys and values that the slot then holds [B, G, S, d], their positions i32[B, S]).
+  """
   row = jnp.arange(k.shape[0])[:, None]
-  kv = KV(k=kv.k.at[slot, layer, row, place].set(k.astype(kv.k.dtype), mode='drop'),
-          v=kv.v.at[slot, layer, row, place].set(v.astype(kv.v.dtype), mode='drop'),
+  kv = KV(k=kv.k.at[slot, layer, row, :, place].set(k.astype(kv.k.dtype), mode='drop'),
+          v=kv.v.at[slot, layer, row, :, place].set(v.astype(kv.v.dtype), mode='drop'),
           pos=kv.pos.at[slot, row, place].set(pos, mode='drop'))
   return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
       kv.pos, slot, keepdims=False)
@@ -171,8 +175,8 @@ def _copy_down(kv, pos, last):
   target = jnp.where(unreached, place, length)
   slot, source = jnp.arange(slots)[:, None], jnp.clip(last, 0, slots - 1)
 
-  def copy(cache):  # indices at slots, rows and places, apart by the layers' slice: the result leads with them
-    entries = cache[source, :, row, jnp.maximum(place, 0)]  # [B, N, G, d]
-    return cache.at[slot, :, row[None], target].set(jnp.broadcast_to(entries, (slots, *entries.shape)), mode='drop')
+  def copy(cache):  # indices at slots, rows and places, apart by slices: the result leads with them
+    entries = cache[source, :, row, :, jnp.maximum(place, 0)]  # [B, N, G, d]
+    return cache.at[slot, :, row[None], :, target].set(jnp.broadcast_to(entries, (slots, *entries.shape)), mode='drop')
 
   return KV(k=copy(kv.k), v=copy(kv.v), pos=kv.pos.at[slot, row[None], target].set(place[None], mode='drop'))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop, memory as memories, starts
-from loopformer.blocks import Linear, Stack
+from loopformer.blocks import Linear, Stack, turned
 from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
 
@@ -109,7 +109,7 @@ class Looped(nn.Module):
 
   def logits(self, z: Array) -> Array:
     """[..., D] -> f32[..., V]: the head alone."""
-    return jnp.einsum('...D,VD->...V', z, self.table().astype(z.dtype), preferred_element_type=jnp.float32)
+    return turned(z, self.table())
 
   def timetable(self, plan: Plan) -> Any:
     """What the cell computes ahead of the loop."""

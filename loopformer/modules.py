@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Mapping
 
 from flax import linen as nn
 import jax
@@ -60,18 +60,25 @@ class Flat(nn.Module):
     return self.block.layers * len(self.order)
 
 
-def flattened(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices."""
+def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
+  """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices, with
+  `turn` [O, I] where a `Linear` has a kernel [I, O]; forward alone."""
   if isinstance(module, Stack):
     if module.applications > LAYERS:
       return module, params
     flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
                 order=module.order or tuple(range(module.depth)))
     rest = {name: tree for name, tree in params.items() if name != 'block'}
-    return flat, {**rest, **{f'blocks_{i}': jax.tree.map(lambda leaf: leaf[i], params['block'])
-                             for i in range(module.depth)}}
+    blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
+    return flat, {**rest, **{f'blocks_{i}': _turned(block) if turn else block for i, block in enumerate(blocks)}}
   params, changed = dict(params), {}
   for name, value in fields(module).items():
     if isinstance(value, nn.Module) and name in params:
-      changed[name], params[name] = flattened(value, params[name])
+      changed[name], params[name] = flattened(value, params[name], turn)
   return module.clone(**changed), params
+
+
+def _turned(params):
+  return {**{name: _turned(tree) if isinstance(tree, Mapping) else tree for name, tree in params.items()
+             if name != 'kernel'},
+          **({'turned': params['kernel'].T} if 'kernel' in params else {})}

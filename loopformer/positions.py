@@ -35,7 +35,7 @@ class Rotary:
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
 
-  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array) -> tuple[Array, Array, Array]:
+  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Nothing to add."""
     return q, k, v
 
@@ -56,13 +56,16 @@ class Alibi:
     """Nothing to turn."""
     return x
 
-  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array) -> tuple[Array, Array, Array]:
-    """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 2 channels, scaled so that scores fit."""
-    heads, width = q.shape[2], q.shape[3]
-    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1) / heads) * (width + 2) ** 0.5
+  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+    """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 2 channels, scaled so that scores fit.
+
+    heads: the axis of G in k and v, 1 in a cache's [B, G, S, d].
+    """
+    count, width = q.shape[2:]
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, count + 1) / count) * (width + 2) ** 0.5
     q = q * ((width + 2) / width) ** 0.5  # kernels divide by the root of the width that they see
     slope = jnp.broadcast_to(slopes[:, None], (*q.shape[:3], 2)).astype(q.dtype)
-    place = jnp.stack([pos_BS // 256 * 256, pos_BS % 256], -1)[:, :, None]
+    place = jnp.expand_dims(jnp.stack([pos_BS // 256 * 256, pos_BS % 256], -1), heads)
     place = jnp.broadcast_to(place, (*k.shape[:3], 2)).astype(k.dtype)
     return (jnp.concatenate([q, slope], -1), jnp.concatenate([k, place], -1),
             jnp.concatenate([v, jnp.zeros_like(v[..., :2])], -1))

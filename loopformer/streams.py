@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import memory
-from loopformer.attention import attend
+from loopformer.attention import attend, read
 from loopformer.types import KV, Array, ConfigError, Ctx, part
 
 SMALLEST = 32  # queries of a block of local attention: smaller ones are slower than what they save
@@ -184,7 +184,8 @@ class LaterPrompt:
     k1, v1 = (_layer(entries[0], layer) for entries in (first.k, first.v))
     shared = _placed(attn, q, k1, v1, ctx.pos, first.pos[0], None)
     old_k, old_v = (_layer(_layer(entries, slot), layer) for entries in (rings.k, rings.v))
-    keys, values = (jnp.concatenate([old.astype(new.dtype), new], 1) for old, new in ((old_k, k), (old_v, v)))
+    keys, values = (jnp.concatenate([old.astype(new.dtype), new.swapaxes(1, 2)], 2)
+                    for old, new in ((old_k, k), (old_v, v)))
     places = jnp.concatenate([self.places, ctx.pos], 1)
     own = _placed(attn, q, keys, values, ctx.pos, places, self.window_left)
     # Of a chunk that is longer than the ring, the last tokens alone are kept.
@@ -210,7 +211,7 @@ class Together:
     q_RBHd, k_RBGd, v_RBGd, pos_RB = (x[:, 1:].swapaxes(0, 1) for x in (q, k, v, ctx.pos))
     rings = _put(cache.rings, jnp.arange(later)[:, None], layer, jnp.arange(len(q))[None], pos_RB, k_RBGd, v_RBGd)
     keys, values = (jax.lax.dynamic_index_in_dim(entries[:later], layer, 1, keepdims=False)
-                    for entries in (rings.k, rings.v))  # [R - 1, B, w + 1, G, d]
+                    for entries in (rings.k, rings.v))  # [R - 1, B, G, w + 1, d]
     own = _placed(attn, *(_merged(x) for x in (q_RBHd[:, :, None], keys, values, pos_RB[..., None],
                                                rings.pos[:later])), self.window_left)
     own = own.reshape(q_RBHd.shape).swapaxes(0, 1)
@@ -219,19 +220,20 @@ class Together:
 
 
 def _placed(attn, q, k, v, pos_BT, pos_BS, left):
-  """What queries at positions [B, T] read of keys at [B, S], -1 where there is none, `left` back or all the way."""
+  """What queries at positions [B, T] read of a cache's keys and values [B, G, S, d] at [B, S], -1 where there is none,
+  `left` back or all the way."""
   k, v, head = k.astype(q.dtype), v.astype(q.dtype), q.shape[-1]
   mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= pos_BT[..., None])
   if left is not None:
     mask_BTS &= pos_BT[..., None] - pos_BS[:, None] <= left
-  return attend(*attn.extended(q, k, v, pos_BS), mask_BTS)[..., :head]
+  return read(*attn.extended(q, k, v, pos_BS, heads=1), mask_BTS)[..., :head]
 
 
 def _put(rings, slot, layer, row, pos, k, v):
   """Entries of positions `pos`, of which those of -1 are not written, in the places of rings."""
   place = jnp.where(pos < 0, rings.length, pos % rings.length)
-  return KV(k=rings.k.at[slot, layer, row, place].set(k.astype(rings.k.dtype), mode='drop'),
-            v=rings.v.at[slot, layer, row, place].set(v.astype(rings.v.dtype), mode='drop'),
+  return KV(k=rings.k.at[slot, layer, row, :, place].set(k.astype(rings.k.dtype), mode='drop'),
+            v=rings.v.at[slot, layer, row, :, place].set(v.astype(rings.v.dtype), mode='drop'),
             pos=rings.pos.at[slot, row, place].set(pos, mode='drop'))
 
 

@@ -105,7 +105,8 @@ class Ctx:
 class KV:
   """Keys and values of all slots of one stack.
 
-  k, v: [slots, N, B, S, G, d]; pos: i32[slots, B, S], the position that a place holds, -1 where it is empty.
+  k, v: [slots, N, B, G, S, d], as products of attention want them, which then copy nothing; pos: i32[slots, B, S], the
+  position that a place holds, -1 where it is empty.
   """
   k: Array
   v: Array

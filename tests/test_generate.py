@@ -202,6 +202,29 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_k):
     np.testing.assert_array_equal(np.unique(drawn), np.flatnonzero(reference(2.0, top_k, top_p)), f'top_p = {top_p}')
 
 
+def test_laws_of_many_blocks_are_drawn_from():
+  """Most tokens, and whole blocks of them, are impossible, the first and the last among them."""
+  rng = np.random.default_rng(0)
+  p = np.zeros(1000)
+  possible = rng.choice(np.arange(200, 990), 60, replace=False)
+  p[possible] = rng.dirichlet(np.full(60, 0.5))
+  with np.errstate(divide='ignore'):
+    logits = jnp.asarray(np.log(p), jnp.float32)
+  drawn = jax.jit(draw)(jnp.broadcast_to(logits, (DRAWS, 1000)), jax.random.split(jax.random.key(1), DRAWS))
+  counts = np.bincount(drawn, minlength=1000)
+  assert not counts[p == 0].any()
+  often = p * DRAWS > 5
+  counts, expected = ([*values[often], values[~often].sum()] for values in (counts, p * DRAWS))
+  assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('vocab', [1, 7, 128, 129, 300])
+def test_a_certain_token_is_drawn(vocab):
+  for token in {0, vocab // 2, vocab - 1}:
+    logits = jnp.where(jnp.arange(vocab) == token, 0.0, -jnp.inf)
+    assert (draw(jnp.broadcast_to(logits, (64, vocab)), jax.random.split(jax.random.key(0), 64)) == token).all()
+
+
 def test_temperature_zero_takes_the_likeliest():
   drawn = sample(jnp.broadcast_to(LOGITS, (50, len(LOGITS))), jax.random.key(0), controls(len(LOGITS), 0.0))
   assert (drawn == LOGITS.argmax()).all()

@@ -9,7 +9,7 @@ import pytest
 from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
 from loopformer.attention import Blockwise, Fused, attend
-from loopformer.blocks import UnitNorm, dense, gelu
+from loopformer.blocks import UnitNorm, dense, gelu, turned
 from loopformer.condition import sinusoid
 from loopformer.loop import Every, KeepAll, PerLayer, PerStep
 from loopformer.model import init_params, parameter_count
@@ -433,7 +433,14 @@ def test_cache_bytes(name, loops):
     formula = 2 * slots * core.depth * length * groups * (D // attn.heads) * size + 4 * slots * length
     assert kv.bytes == batch * formula
     assert (kv.pos.shape, kv.k.shape) == ((slots, batch, length),
-                                          (slots, core.depth, batch, length, groups, D // attn.heads))
+                                          (slots, core.depth, batch, groups, length, D // attn.heads))
+
+
+@pytest.mark.parametrize('rows', [(1,), (5,), (3, 4), (65,)], ids=str)
+def test_turned_products(rows):
+  x = jax.random.normal(jax.random.key(0), (*rows, 24))
+  kernel = jax.random.normal(jax.random.key(1), (40, 24))
+  np.testing.assert_allclose(jax.jit(turned)(x, kernel), x @ kernel.T, atol=1e-4)
 
 
 def test_cache_bytes_of_the_published_size():

@@ -275,8 +275,8 @@ def test_loops_overwrite_the_row_of_their_token_and_no_other():
     after = kv['loop']
     assert (np.asarray(after.pos[0]) >= 0).sum(-1).tolist() == [5, 5]
     others = np.arange(T + 2) != 4
-    np.testing.assert_array_equal(np.asarray(after.k)[:, :, :, others], np.asarray(before['loop'].k)[:, :, :, others])
-    rows.append(np.asarray(after.k)[0, -1, :, 4])
+    np.testing.assert_array_equal(np.asarray(after.k)[..., others, :], np.asarray(before['loop'].k)[..., others, :])
+    rows.append(np.asarray(after.k)[0, -1, :, :, 4])
   assert np.abs(rows[0] - rows[1]).max() > 1e-3 and np.abs(rows[1] - rows[2]).max() > 1e-3
 
 

@@ -72,7 +72,7 @@ def steps_of(part, loops, pos):
       entry = jnp.full((1, 1, 1, 1), 100.0 * p + k + 1)
       kv, keys, values, places = part.exchange(kv, Ctx(pos=jnp.array([[p]]), tick=tick(k)), jnp.int32(0), entry, -entry)
       np.testing.assert_array_equal(keys, -values)
-      reads.append((p, k, np.asarray(keys)[0, :, 0, 0], np.asarray(places)[0]))
+      reads.append((p, k, np.asarray(keys)[0, 0, :, 0], np.asarray(places)[0]))
   return reads, kv
 
 

@@ -141,6 +141,8 @@ class Matrix(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> Array:
+    if self.has_variable('params', 'turned'):
+      return self.get_variable('params', 'turned').T
     return self.param('kernel', Normal(self.std), (width, self.features))
 
 
