@@ -146,3 +146,35 @@ def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
   both[1].legend(fontsize=7)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
+
+
+def growth(path: Path, rows: Rows):
+  """Seconds of a training step against what grows, a panel a dimension, and what the arithmetic would have them be.
+
+  Args:
+    rows: `grows`, `to`, `s/step` and `GFLOP`, as the benchmark's suite growth makes them.
+  """
+  pyplot = _figure()
+  if pyplot is None:
+    return
+  axes_of = list(dict.fromkeys(row['grows'] for row in rows))
+  across = min(len(axes_of), 3)
+  down = -(-len(axes_of) // across)
+  figure, grid = pyplot.subplots(down, across, figsize=(3.2 * across, 2.8 * down), layout='constrained', squeeze=False,
+                                 sharey=True)
+  for name, axes in zip(axes_of, grid.flat):
+    points = [row for row in rows if row['grows'] == name]
+    sizes, first = [row['to'] for row in points], points[0]
+    axes.plot(sizes, [row['s/step'] for row in points], marker='o', label='measured')
+    axes.plot(sizes, [first['s/step'] * row['GFLOP'] / first['GFLOP'] for row in points], linestyle='--', color='black',
+              label='as the arithmetic')
+    axes.set_xscale('log', base=2)
+    axes.set_yscale('log', base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel(name)
+    axes.grid(alpha=0.3)
+  for left in grid[:, 0]:
+    left.set_ylabel('s a step')
+  grid[0, 0].legend(fontsize=8)
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)

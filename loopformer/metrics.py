@@ -62,17 +62,26 @@ def peak_flops() -> tuple[float, str]:
   return measured_peak(), 'measured, float32 matrix product'
 
 
-def measured_peak(size: int = 1024, repeats: int = 5) -> float:
-  """FLOP/s of a square float32 matrix product here, the best of a few."""
-  product = jax.jit(jnp.dot)
-  a = jnp.ones((size, size))
-  product(a, a).block_until_ready()
+def measured_peak(size: int = 1024, repeats: int = 5, dtype: str = 'float32') -> float:
+  """FLOP/s of a square matrix product here, the best of a few."""
+  a = jnp.ones((size, size), dtype)
+  return 2.0 * size ** 3 / _least_seconds(jax.jit(jnp.dot), repeats, a, a)
+
+
+def measured_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+  """Bytes a second that a copy reads and writes here, the best of a few."""
+  x = jnp.ones(megabytes << 18)
+  return 2.0 * x.nbytes / _least_seconds(jax.jit(lambda x: -x), repeats, x)
+
+
+def _least_seconds(program, repeats, *operands):
+  program(*operands).block_until_ready()
   best = math.inf
   for _ in range(repeats):
     start = time.perf_counter()
-    product(a, a).block_until_ready()
+    program(*operands).block_until_ready()
     best = min(best, time.perf_counter() - start)
-  return 2.0 * size ** 3 / best
+  return best
 
 
 class Writer:

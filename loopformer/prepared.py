@@ -3,8 +3,13 @@
 A split is one stream of tokens, every document followed by `eos`, cut into records of RECORD tokens. A folder holds
 `manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards.
 array_record is imported only where it is used.
+
+Until a folder is whole, what is done of it stands in `{folder}.preparing`: the tokenizer, and chunks of tokenised
+documents. All are named by a hash of what they were made from, so whoever finds one may use it: the same preparation
+after it was interrupted, or another that runs at the same time.
 """
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -15,7 +20,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -25,6 +30,9 @@ VERSION = 1
 RECORD = 4096  # tokens in a record
 BUCKETS = 64  # files through which documents are shuffled: one of them is held in memory at a time
 LISTED = 10_000  # sources listed in the manifest; of more, only one digest is kept
+CHUNK = 4_000_000  # characters that are tokenised and kept together, and the rest of the last document
+EVERY = 5.0  # seconds between two lines of progress
+ENTRY = struct.Struct('<8sBQQ')  # stands before a document's ids: hash of its name, split, bytes of text and of ids
 SPLITS = ('train', 'validation')
 MANIFEST = 'manifest.json'
 
@@ -41,8 +49,9 @@ class Prepared:
 def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: Callable = print) -> Prepared:
   """Tokenises a corpus into a folder, or reuses the folder if it was made from the same corpus and part.
 
-  Documents are put in the order of a hash of their names. Holds a batch of documents, or 1/BUCKETS of the tokens,
-  in memory. Written beside the folder and renamed, so the folder is whole or absent.
+  Documents are put in the order of a hash of their names. Holds a few chunks of documents, or 1/BUCKETS of the tokens,
+  in memory. Written beside the folder and renamed, so the folder is whole or absent; what an interrupted or failed call
+  has tokenised is used by the next one, and the result is the same to the byte.
   ValueError if a split is empty, or if the folder was made from something else (names the first difference).
   """
   folder, began = os.path.abspath(folder), time.monotonic()
@@ -54,29 +63,33 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
   if os.path.isdir(folder) and os.listdir(folder):
     return _reuse(folder, inputs, log)
   _check_splits(corpus)
-  work = f'{folder}.preparing-{secrets.token_hex(4)}'
-  os.makedirs(work)
+  work = _work(folder)
+  mine = os.path.join(work, f'folder-{secrets.token_hex(4)}')
   try:
-    tokenizer = tokenizer_part.build(d.text for d in corpus.documents() if d.split == 'train')
-    tokenizer.save(os.path.join(work, 'tokenizer'))
+    tokenizer = _tokenizer(corpus, tokenizer_part, os.path.join(work, f'tokenizer-{_hash(json.dumps(inputs))}'), log)
     dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    stored = np.dtype(dtype).newbyteorder('<')
+    chunks = _tokenise(corpus, tokenizer, work, stored, log)
+    tokenizer.save(os.path.join(mine, 'tokenizer'))
     manifest = {
       'version': VERSION,
       **inputs,
       'fingerprint': tokenizer.fingerprint(),
       'dtype': dtype,
       'record': RECORD,
-      'splits': _tokenise(corpus, tokenizer, work, dtype, max(1, shard_tokens // RECORD)),
+      'splits': _sort(chunks, mine, stored, max(1, shard_tokens // RECORD), log),
     }
-    with open(os.path.join(work, MANIFEST), 'w', encoding='utf-8') as f:
+    with open(os.path.join(mine, MANIFEST), 'w', encoding='utf-8') as f:
       json.dump(manifest, f, indent=1)
-    try:
-      os.rename(work, folder)
-    except OSError:
-      # Another process may have prepared the same folder meanwhile.
-      return _reuse(folder, inputs, log)
+    os.rename(mine, folder)
+  except Exception:
+    # Another process may have prepared the same folder meanwhile, and removed the chunks.
+    if not os.path.isfile(os.path.join(folder, MANIFEST)):
+      raise
+    return _reuse(folder, inputs, log)
   finally:
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(mine, ignore_errors=True)
+  shutil.rmtree(work, ignore_errors=True)
   log(f'data: {_counts(manifest)}; written to {folder} in {time.monotonic() - began:.1f} s')
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
@@ -103,6 +116,7 @@ def load_manifest(folder) -> dict:
 
 def _reuse(folder: str, inputs: dict, log) -> Prepared:
   manifest = load_manifest(folder)
+  shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
   change = _first_change(manifest['sources'], inputs['sources'])
   for part in ('corpus', 'tokenizer'):
     if manifest[part] != inputs[part]:
@@ -114,6 +128,18 @@ def _reuse(folder: str, inputs: dict, log) -> Prepared:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
   log(f'data: {_counts(manifest)}; reused from {folder}')
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def _work(folder: str) -> str:
+  return f'{folder}.preparing'
+
+
+def _hash(*parts: str) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  for part in parts:
+    data = part.encode('utf-8', 'surrogatepass')
+    digest.update(struct.pack('<Q', len(data)) + data)
+  return digest.hexdigest()
 
 
 def _summary(sources: list) -> dict:
@@ -158,21 +184,73 @@ def _check_splits(corpus) -> None:
   raise ValueError(f'{corpus!r} has no {missing} document: give two different documents, or files for validation')
 
 
-def _tokenise(corpus, tokenizer: Tokenizer, work: str, dtype: str, shard_records: int) -> dict:
-  stored = np.dtype(dtype).newbyteorder('<')
-  counts = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
-  with contextlib.ExitStack() as stack:
-    spills = {split: _Spill(work, split, stored, stack) for split in SPLITS}
-    for batch in _batched(corpus.documents(), 4_000_000):
-      for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-        n = counts[document.split]
-        n['documents'] += 1
-        n['tokens'] += len(ids) + 1
-        n['bytes'] += len(document.text.encode('utf-8', 'replace'))
-        spills[document.split].add(document.name, np.array([*ids, tokenizer.eos], stored))
-    for split in SPLITS:
-      counts[split]['shards'] = _write_shards(spills[split].drain(), work, split, shard_records)
-  return counts
+def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
+  try:
+    return load_tokenizer(saved)
+  except (OSError, ValueError):  # absent or, the machine having stopped, damaged
+    documents = _watched(corpus.documents(), _text_bytes, 'documents read for the tokenizer', log)
+    tokenizer = part.build(d.text for d in documents if d.split == 'train')
+    temporary = f'{saved}.{secrets.token_hex(4)}'
+    tokenizer.save(temporary)
+    with contextlib.suppress(OSError):  # another process was first
+      os.rename(temporary, saved)
+    return tokenizer
+
+
+def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, log) -> list[str]:
+  """The files of all chunks, in order; only those are made that are not there."""
+  os.makedirs(work, exist_ok=True)
+  paths, found, fingerprint = [], 0, tokenizer.fingerprint()
+  for batch in _batched(_watched(corpus.documents(), _text_bytes, 'documents tokenised', log), CHUNK):
+    contents = (part for d in batch for part in (d.name, d.split, d.text))
+    paths.append(os.path.join(work, _hash(fingerprint, *contents)))
+    if _read_chunk(paths[-1]) is not None:
+      found += 1
+      continue
+    entries = []
+    for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+      # By way of an array, which takes less than half the time of NumPy's own reading of a list.
+      data = np.array(array.array('I', [*ids, tokenizer.eos])).astype(stored).tobytes()
+      key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+      entries += [ENTRY.pack(key, SPLITS.index(document.split), _text_bytes(document), len(data)), data]
+    _write_chunk(paths[-1], b''.join(entries))
+  if found:
+    log(f'data: {found:,} of {len(paths):,} chunks had been tokenised before')
+  return paths
+
+
+def _write_chunk(path: str, data: bytes) -> None:
+  temporary = f'{path}.{secrets.token_hex(4)}'
+  with open(temporary, 'wb') as f:
+    f.write(hashlib.blake2b(data).digest())
+    f.write(data)
+  os.replace(temporary, path)
+
+
+def _read_chunk(path: str) -> memoryview | None:
+  """What a chunk holds; None if it is absent or, the machine having stopped, not what was written."""
+  try:
+    with open(path, 'rb') as f:
+      digest, data = f.read(64), f.read()
+  except FileNotFoundError:
+    return None
+  return memoryview(data) if hashlib.blake2b(data).digest() == digest else None
+
+
+def _watched(items: Iterable, size: Callable, what: str, log) -> Iterator:
+  """The items, and every few seconds a line of how many have passed; size: bytes of an item."""
+  count = total = before = 0
+  last = time.monotonic()
+  for item in items:
+    yield item
+    count, total, now = count + 1, total + size(item), time.monotonic()
+    if now - last >= EVERY:
+      log(f'data: {count:,} {what}, {total / 1e6:,.1f} MB, {(total - before) / 1e6 / (now - last):.1f} MB/s')
+      last, before = now, total
+
+
+def _text_bytes(document) -> int:
+  return len(document.text.encode('utf-8', 'replace'))
 
 
 def _batched(documents: Iterator, characters: int):
@@ -187,30 +265,54 @@ def _batched(documents: Iterator, characters: int):
     yield batch
 
 
+def _sort(chunks: list[str], folder: str, stored: np.dtype, shard_records: int, log) -> dict:
+  """Writes the shards; what the manifest says of the splits."""
+  counts = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
+  with contextlib.ExitStack() as stack:
+    spills = {split: _Spill(folder, split, stored, stack) for split in SPLITS}
+    for path in _watched(chunks, os.path.getsize, 'chunks sorted', log):
+      data = _read_chunk(path)
+      if data is None:
+        raise OSError(f'{path} is not what was written a moment ago: run the same command again')
+      for key, split, size, start, end in _entries(data):
+        n = counts[SPLITS[split]]
+        n['documents'] += 1
+        n['tokens'] += (end - start) // stored.itemsize
+        n['bytes'] += size
+        spills[SPLITS[split]].add(key, data[start - ENTRY.size : end])
+    for split in SPLITS:
+      documents = _watched(spills[split].drain(), lambda ids: ids.nbytes, f'{split} documents written', log)
+      counts[split]['shards'] = _write_shards(documents, folder, split, shard_records)
+  return counts
+
+
+def _entries(data) -> Iterator[tuple[bytes, int, int, int, int]]:
+  """Of each document: hash of its name, split, bytes of its text, and where its ids start and end."""
+  at = 0
+  while at < len(data):
+    key, split, size, volume = ENTRY.unpack_from(data, at)
+    at += ENTRY.size + volume
+    yield key, split, size, at - volume, at
+
+
 class _Spill:
   """Sorts tokenised documents by a hash of their names, through files of which one at a time is in memory."""
 
-  def __init__(self, work: str, split: str, stored: np.dtype, stack: contextlib.ExitStack):
+  def __init__(self, folder: str, split: str, stored: np.dtype, stack: contextlib.ExitStack):
     self._stored = stored
-    self._paths = [os.path.join(work, f'{split}.bucket-{i:02}') for i in range(BUCKETS)]
+    self._paths = [os.path.join(folder, f'{split}.bucket-{i:02}') for i in range(BUCKETS)]
     self._files = [stack.enter_context(open(path, 'w+b')) for path in self._paths]
 
-  def add(self, name: str, ids: np.ndarray) -> None:
-    key = hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
-    file = self._files[key[0] * BUCKETS // 256]
-    file.write(key + struct.pack('<Q', ids.nbytes) + ids.tobytes())
+  def add(self, key: bytes, entry: memoryview) -> None:
+    self._files[key[0] * BUCKETS // 256].write(entry)
 
   def drain(self) -> Iterator[np.ndarray]:
     for file, path in zip(self._files, self._paths):
       file.seek(0)
-      data, at, entries = file.read(), 0, []
+      data = file.read()
       os.remove(path)
-      while at < len(data):
-        (size,) = struct.unpack_from('<Q', data, at + 8)
-        entries.append((data[at : at + 8], at + 16, size))
-        at += 16 + size
-      for _, start, size in sorted(entries):
-        yield np.frombuffer(data, self._stored, size // self._stored.itemsize, start)
+      for _, start, end in sorted((key, start, end) for key, _, _, start, end in _entries(data)):
+        yield np.frombuffer(data, self._stored, (end - start) // self._stored.itemsize, start)
 
 
 def _write_shards(documents: Iterator[np.ndarray], work: str, split: str, shard_records: int) -> list[dict]:

@@ -138,8 +138,10 @@ class PieceTokenizer(Tokenizer):
     texts = [text.encode('utf-8', 'replace').decode('utf-8') for text in texts]
     if max(map(len, texts), default=0) <= BLOCK or not self._cuttable:
       return self._processor.encode(texts)
-    # One call on a text of gigabytes would need many times its size in memory.
-    return [[i for block in _blocks(text) for i in self._processor.encode(block)] for text in texts]
+    # A text of gigabytes as one would need many times its size in memory, and have one thread.
+    blocks = [list(_blocks(text)) for text in texts]
+    ids = iter(self._processor.encode([block for text in blocks for block in text]))
+    return [[i for _ in text for i in next(ids)] for text in blocks]
 
   def decode(self, ids):
     special = self._special

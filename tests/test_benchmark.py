@@ -1,30 +1,31 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments.benchmark import __main__ as benchmark, compile, decode, growth, memory, plain, sizes, train
 from loopformer import loop, metrics, plans
 from loopformer.model import init_params
 from tests import parts
 
-TINY = benchmark.Size(batch=2, length=16, width=16, heads=2, hidden=24, vocab=40, layers=2, loops=4, short=2, prompt=4,
+TINY = sizes.Size(batch=2, length=16, width=16, heads=2, hidden=24, vocab=40, layers=2, loops=4, short=2, prompt=4,
                       new=4)
 
 
 def lowered(objective, **changes):
   size = dataclasses.replace(TINY, **changes)
-  return benchmark.Ours(size, benchmark.make_model(size), objective(size)).lower()
+  return sizes.Ours(size, sizes.make_model(size), objective(size)).lower()
 
 
 def random_short(size):
-  return benchmark.with_short(size, plans.Partition(size.loops))
+  return sizes.with_short(size, plans.Partition(size.loops))
 
 
 def test_random_trajectories_share_one_program():
-  row, = benchmark.programs_suite(TINY)
+  row, = compile.programs_rows(TINY)
   assert row['programs'] == 1
   assert np.isfinite(row['last loss'])
 
@@ -32,7 +33,7 @@ def test_random_trajectories_share_one_program():
 def test_program_does_not_grow_with_depth():
   texts = {(loops, layers): lowered(random_short, loops=loops, layers=layers).as_text()
            for loops, layers in ((3, 2), (9, 2), (3, 7))}
-  counts = {case: benchmark.count_instructions(text) for case, text in texts.items()}
+  counts = {case: compile.count_instructions(text) for case, text in texts.items()}
   assert counts[3, 2] > 100
   for count in counts.values():  # a scan per layer or loop would add hundreds; a few constants of the plan remain
     assert abs(count - counts[3, 2]) < 0.05 * counts[3, 2], counts
@@ -41,9 +42,9 @@ def test_program_does_not_grow_with_depth():
 @pytest.mark.parametrize('remat, states', [(loop.PerStep(), 1), (loop.PerLayer(), 2 * TINY.layers)], ids=str)
 def test_memory_grows_by_the_states_that_are_saved(remat, states):
   size = dataclasses.replace(TINY, batch=8, length=32, width=32)
-  rows = [benchmark.memory_row(dataclasses.replace(size, loops=loops), remat, 'long alone',
-                               benchmark.long_alone(dataclasses.replace(size, loops=loops))) for loops in (3, 9)]
-  growth = (rows[1]['temp MB'] - rows[0]['temp MB']) * benchmark.MEGA / 6
+  rows = [memory.memory_row(dataclasses.replace(size, loops=loops), remat, 'long alone',
+                               sizes.long_alone(loops)) for loops in (3, 9)]
+  growth = (rows[1]['temp MB'] - rows[0]['temp MB']) * sizes.MEGA / 6
   state = 4 * size.tokens * size.width
   sums = 4 * size.tokens * size.heads * size.layers * (states > 1)  # of the softmax, which attention saves
   modulations = 4 * 4 * size.width * size.layers
@@ -53,7 +54,7 @@ def test_memory_grows_by_the_states_that_are_saved(remat, states):
 
 def test_program_holds_no_logits_of_all_tokens():
   size = dataclasses.replace(TINY, batch=12, length=64)  # more tokens than a chunk of the cross-entropy
-  row = benchmark.memory_row(size, loop.PerStep(), 'both', benchmark.with_short(size, benchmark.short_of(size)))
+  row = memory.memory_row(size, loop.PerStep(), 'both', sizes.with_short(size, sizes.short_of(size)))
   assert row['[tokens, V] arrays'] == 0
 
 
@@ -63,25 +64,68 @@ def test_logits_are_seen_where_they_are():
 
   z, table = jax.ShapeDtypeStruct((2, 16, 16), np.float32), jax.ShapeDtypeStruct((40, 16), np.float32)
   program = jax.jit(jax.grad(loss)).lower(z, table).compile().as_text()
-  assert benchmark.logit_arrays(program, TINY)
+  assert memory.logit_arrays(program, TINY)
 
 
 def test_padded_plan_runs_its_steps_and_skips_the_rest():
-  plan = benchmark.Padded(count=2, rows=3)(jax.random.key(0))
+  plan = sizes.Padded(count=2, rows=3)(jax.random.key(0))
   assert plan.live.tolist() == [True, True, False]
   assert plan.dt.tolist() == [0.5, 0.5, 0.0]
 
 
 def test_train_rows(monkeypatch):
-  monkeypatch.setattr(metrics, 'measured_peak', lambda size: 1e12)
-  rows = benchmark.train_suite(TINY, 1, None, kernels=(benchmark.Blockwise(),), remats=(loop.PerStep(), loop.KeepAll()))
-  assert [row['step'] for row in rows] == ['PerStep, Blockwise', 'KeepAll, Blockwise']
+  monkeypatch.setattr(metrics, 'measured_peak', lambda size, dtype: 1e12)
+  tables = train.train_suite(TINY, 1, None, kernels=(sizes.Blockwise(),), remats=(loop.KeepAll(), loop.PerStep()))
+  rows = tables['train']
+  assert [row['step'] for row in rows] == ['KeepAll, Blockwise', 'PerStep, Blockwise']
   np.testing.assert_allclose(rows[0]['first loss'], rows[1]['first loss'], rtol=1e-5)
-  assert rows[0]['MFU %'] > 0
+  assert rows[0]['% of peak'] > 0
+  losses = {row['step']: row['first loss'] for row in tables['one pass']}
+  assert len(losses) == 4
+  for layers in ('8 layers', '2 layers 4 times'):  # from the same parameters each
+    np.testing.assert_allclose(losses[f'ours, {layers}'], losses[f'plain JAX, {layers}'], rtol=1e-5)
+
+
+def test_the_plain_peer_has_our_gradient():
+  model = sizes.make_plain(TINY, TINY.layers, TINY.loops)
+  params = init_params(model, jax.random.key(3))
+  batch = sizes.make_batch(TINY)
+  objective = sizes.long_alone(TINY.loops)
+
+  def ours(params):
+    return objective(model, params, parts.draw(jax.random.key(0), batch), objective.denominators(batch))[0]
+
+  def theirs(params):
+    return plain.loss(plain.from_params(model, params), batch['tokens'], batch['targets'], TINY.heads, TINY.loops,
+                      TINY.dtype)
+
+  (loss, grads), (expected, expected_grads) = (jax.jit(jax.value_and_grad(each))(params) for each in (ours, theirs))
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  chex.assert_trees_all_close(grads, expected_grads, atol=1e-6)
+
+
+def test_the_largest_batch_is_compiled():
+  rows = memory.largest(TINY, loops=3, memory=5e6, remats=(loop.PerStep(),))
+  assert rows[0]['step'].startswith('plain JAX') and rows[0]['times plain'] == 1
+  for row in rows:
+    assert row['largest batch'] >= 2 and row['needs GB'] == pytest.approx(5e-3, rel=0.15), row
+
+
+def test_growth_rows():
+  tables = growth.growth_suite(TINY, 1, axes=('loops',), factors=(1, 2), base={})
+  rows = tables['growth']
+  assert [(row['grows'], row['to']) for row in rows] == [('loops', 4), ('loops', 8)]
+  row, = tables['powers']
+  assert row['arithmetic as the power'] == pytest.approx(np.log2(rows[1]['GFLOP'] / rows[0]['GFLOP']))
+  assert row['time as the power'] == pytest.approx(np.log2(rows[1]['s/step'] / rows[0]['s/step']))
+
+
+def test_a_power_is_a_slope():
+  assert growth.slope({1: 3.0, 2: 12.0, 4: 48.0}) == pytest.approx(2.0)
 
 
 def test_decode_rows_and_files(tmp_path):
-  tables = benchmark.decode_suite(TINY, 1, budgets=(1, 2, 4), batches=(1, 2), context=16)
+  tables = decode.decode_suite(TINY, 1, budgets=(1, 2, 4), batches=(1, 2), context=16)
   rows = tables['decode']
   assert [(row['rows'], row['loops']) for row in rows] == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]
   assert all(row['tokens/s'] > 0 for row in rows)
@@ -94,24 +138,24 @@ def test_decode_rows_and_files(tmp_path):
   benchmark.write(tmp_path, 'decode', {'decode': rows}, TINY, machine)
   assert json.loads((tmp_path / 'decode.json').read_text())['machine'] == machine
   assert metrics.table(rows) in (tmp_path / 'decode.md').read_text()
-  assert set(machine) == {'hardware', 'versions', 'date', 'command'}
+  assert set(machine) == {'hardware', 'peaks', 'versions', 'date', 'command'}
 
 
 def test_the_floor_counts_every_weight_that_a_token_reads():
-  params = init_params(benchmark.make_model(TINY), jax.random.key(0))
+  params = init_params(sizes.make_model(TINY), jax.random.key(0))
   kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['cell']['core']) if leaf.ndim == 3]
   table = params['read_in']['embedding']
-  assert benchmark.bare_bytes(TINY) == 4 * (TINY.loops * sum(leaf.size for leaf in kernels) + table.size)
+  assert decode.bare_bytes(TINY) == 4 * (TINY.loops * sum(leaf.size for leaf in kernels) + table.size)
 
 
 @pytest.mark.parametrize('short', [(1.0,), (0.25, 0.75)])
 def test_peer_computes_the_same_loss_and_gradient(short):
   torch = pytest.importorskip('torch')
   from experiments import peer
-  model = benchmark.make_model(TINY)
+  model = sizes.make_model(TINY)
   params = init_params(model, jax.random.key(3))
-  batch = benchmark.make_batch(TINY)
-  objective = benchmark.with_short(TINY, plans.Fixed(steps=short))
+  batch = sizes.make_batch(TINY)
+  objective = sizes.with_short(TINY, parts.Fixed(short))
 
   def loss(params):
     return objective(model, params, parts.draw(jax.random.key(0), batch), objective.denominators(batch))[0]
@@ -135,10 +179,11 @@ def test_what_is_sent_does_not_grow_with_loops():
   """On eight devices; the automatic partitioner's does."""
   code = '''
 import dataclasses, json
-from experiments import benchmark, plan
+from experiments import plan
+from experiments.benchmark import comms
 from tests.test_benchmark import TINY
 plan.simulate(8)
-print(json.dumps(benchmark.comms_suite(dataclasses.replace(TINY, batch=8), depths=(2, 6))))
+print(json.dumps(comms.comms_suite(dataclasses.replace(TINY, batch=8), depths=(2, 6))['comms']))
 '''
   few, many = json.loads(parts.python(code).splitlines()[-1])
   assert few['ours MB'] == many['ours MB'] > 0

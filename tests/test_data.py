@@ -1,6 +1,11 @@
+import dataclasses
 import itertools
 import json
 import os
+import pathlib
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -9,10 +14,12 @@ import grain
 import numpy as np
 import pytest
 
+from experiments.benchmark import data as benchmark
+from experiments.benchmark.sizes import Size
 from loopformer import data, prepared
 from loopformer.corpus import Files
 from loopformer.tasks.text import Text
-from loopformer.tokenizer import Bytes, GivenPieces, TrainedPieces
+from loopformer.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces
 
 
 def quiet(_):
@@ -93,10 +100,127 @@ def test_manifest_and_folder(shared):
   assert sorted(os.listdir(folder)) == ['corpus', 'data']
 
 
-def test_same_corpus_gives_the_same_bytes(corpus, tmp_path):
-  folders = [tmp_path / 'one', tmp_path / 'two']
-  manifests = [prepared.prepare(corpus, TrainedPieces(vocab=290), f, log=quiet).manifest for f in folders]
-  assert manifests[0] == manifests[1]
+def files(folder) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_same_corpus_gives_the_same_bytes_whatever_chunks_and_threads(corpus, tmp_path, monkeypatch):
+  from sentencepiece import SentencePieceProcessor
+
+  results = []
+  for chunk, threads in [(prepared.CHUNK, 1), (prepared.CHUNK, 2), (1, 1), (3000, 3)]:
+    monkeypatch.setattr(prepared, 'CHUNK', chunk)
+    monkeypatch.setattr(PieceTokenizer, '_processor', property(
+      lambda self, threads=threads: SentencePieceProcessor(model_proto=self.model, num_threads=threads)))
+    prepared.prepare(corpus, TrainedPieces(vocab=290), tmp_path / str(len(results)), log=quiet)
+    results.append(files(tmp_path / str(len(results))))
+  assert len(results[0]) == 5 and all(result == results[0] for result in results)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+  """The batches that are encoded from now on, of about 3000 characters each."""
+  batches, encode = [], ByteTokenizer.encode_batch
+
+  def counting(self, texts):
+    batches.append(tuple(texts))
+    return encode(self, texts)
+
+  monkeypatch.setattr(prepared, 'CHUNK', 3000)
+  monkeypatch.setattr(ByteTokenizer, 'encode_batch', counting)
+  return batches
+
+
+def chunks(work):
+  return sorted(path for path in work.iterdir() if path.is_file())
+
+
+def test_a_killed_preparation_goes_on_where_it_was(corpus, tmp_path, encoded):
+  prepared.prepare(corpus, Bytes(), tmp_path / 'whole', log=quiet)
+  everything = encoded.copy()
+  encoded.clear()
+  code = (
+    'import os, signal, sys\n'
+    'from loopformer import corpus, prepared, tokenizer\n'
+    'calls, encode = [], tokenizer.ByteTokenizer.encode_batch\n'
+    'def dying(self, texts):\n'
+    '  calls.append(texts)\n'
+    '  if len(calls) == 6:\n'
+    '    os.kill(os.getpid(), signal.SIGKILL)\n'
+    '  return encode(self, texts)\n'
+    'tokenizer.ByteTokenizer.encode_batch = dying\n'
+    'prepared.CHUNK = 3000\n'
+    f"prepared.prepare(corpus.{corpus!r}, tokenizer.Bytes(), {str(tmp_path / 'data')!r})\n"
+  )
+  env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+  assert subprocess.run([sys.executable, '-c', code], env=env, timeout=60).returncode == -signal.SIGKILL
+  done, lines = chunks(tmp_path / 'data.preparing'), []
+  assert len(done) == 5 and not (tmp_path / 'data').exists()
+  # One was not written to its end, as when the machine stops, and another has lost a bit.
+  done[0].write_bytes(done[0].read_bytes()[:-1])
+  flip(done[1])
+  prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append)
+  assert lines[0] == f'data: 3 of {len(everything)} chunks had been tokenised before'
+  assert len(encoded) == len(everything) - 3 and set(everything[5:]) < set(encoded) < set(everything)
+  assert files(tmp_path / 'data') == files(tmp_path / 'whole')
+  assert sorted(os.listdir(tmp_path)) == ['corpus', 'data', 'whole']
+
+
+def test_what_a_failure_left_is_used_for_the_same_contents_only(corpus, tmp_path, encoded, monkeypatch):
+  write = prepared._write_chunk
+
+  def failing(path, data):
+    if len(chunks(tmp_path / 'data.preparing')) == 4:
+      raise OSError('no space left')
+    write(path, data)
+
+  with monkeypatch.context() as m:
+    m.setattr(prepared, '_write_chunk', failing)
+    with pytest.raises(OSError, match='no space left'):
+      prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  for name in ('pieces', 'split'):
+    shutil.copytree(tmp_path / 'data.preparing', tmp_path / f'{name}.preparing')
+  (tmp_path / 'corpus' / '000.txt').write_text((tmp_path / 'corpus' / '000.txt').read_text().upper())
+  half = dataclasses.replace(corpus, validation=0.5)
+  for name, texts, part in [('data', corpus, Bytes()), ('pieces', corpus, TrainedPieces(vocab=290)),
+                            ('split', half, Bytes())]:
+    told = []
+    prepared.prepare(texts, part, tmp_path / name, log=told.append)
+    prepared.prepare(texts, part, tmp_path / f'fresh {name}', log=quiet)
+    assert files(tmp_path / name) == files(tmp_path / f'fresh {name}')
+    assert not (tmp_path / f'{name}.preparing').exists()
+    assert name != 'data' or told[0].startswith('data: 3 of')
+
+
+def test_a_chunk_that_is_lost_before_it_is_sorted_is_an_error(corpus, tmp_path, encoded, monkeypatch):
+  sort = prepared._sort
+
+  def spoilt(paths, *rest):
+    flip(pathlib.Path(paths[2]))
+    return sort(paths, *rest)
+
+  with monkeypatch.context() as m:
+    m.setattr(prepared, '_sort', spoilt)
+    with pytest.raises(OSError, match='data.preparing/.* is not what was written .* run the same command again'):
+      prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  everything = encoded.copy()
+  encoded.clear()
+  prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet)
+  assert encoded == everything[2:3]
+  assert sorted(os.listdir(tmp_path)) == ['corpus', 'data']
+
+
+def test_progress_is_told(corpus, tmp_path, encoded, monkeypatch):
+  monkeypatch.setattr(prepared, 'EVERY', 0)
+  lines = []
+  manifest = prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append).manifest
+  amount = r'[\d,.]+ MB, [\d.]+ MB/s'
+  told = [re.fullmatch(rf'data: ([\d,]+) ([a-z ]+), {amount}', line) for line in lines[:-1]]
+  assert [m[1] for m in told if m[2] == 'documents tokenised'] == [str(n) for n in range(1, 61)]
+  assert {m[2] for m in told} == {'documents tokenised', 'chunks sorted', 'train documents written',
+                                  'validation documents written'}
+  volume = sum(split['bytes'] for split in manifest['splits'].values())
+  assert f' 60 documents tokenised, {volume / 1e6:.1f} MB, ' in '\n'.join(lines)
 
 
 class Unbuildable:
@@ -115,8 +239,9 @@ class Unbuildable:
 def test_second_call_reuses(corpus, tmp_path):
   lines = []
   first = prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=lines.append)
+  (tmp_path / 'data.preparing').mkdir()  # of one that was killed when another had done it
   again = prepared.prepare(corpus, Unbuildable(), tmp_path / 'data', log=lines.append)
-  assert first == again and len(lines) == 2
+  assert first == again and len(lines) == 2 and sorted(os.listdir(tmp_path)) == ['corpus', 'data']
   assert 'train' in lines[0] and 'written to' in lines[0] and 'reused from' in lines[1]
 
 
@@ -175,22 +300,31 @@ def test_a_failed_preparation_leaves_nothing(corpus, tmp_path):
   assert (tmp_path / 'data' / 'mine.txt').read_text() == 'keep'
 
 
-def test_two_processes_may_prepare_at_once(corpus, tmp_path):
+def test_two_processes_may_prepare_at_once(corpus, tmp_path, encoded):
+  prepared.prepare(corpus, Bytes(), tmp_path / 'whole', log=quiet)
   results, errors = [], []
 
-  def work():
+  def work(corpus):
     try:
       results.append(prepared.prepare(corpus, Bytes(), tmp_path / 'data', log=quiet))
     except Exception as e:
       errors.append(e)
 
-  threads = [threading.Thread(target=work) for _ in range(4)]
-  for t in threads:
-    t.start()
-  for t in threads:
-    t.join()
-  assert not errors and all(r == results[0] for r in results) and len(results) == 4
-  assert sorted(os.listdir(tmp_path)) == ['corpus', 'data']
+  other = Files(train=corpus.train, validation=0.3)
+  for corpora in [(corpus,) * 4, (corpus, other, corpus, other)]:
+    threads = [threading.Thread(target=work, args=(c,)) for c in corpora]
+    for t in threads:
+      t.start()
+    for t in threads:
+      t.join()
+    assert all(r == results[0] for r in results) and len(results) + len(errors) == 4
+    assert sorted(os.listdir(tmp_path)) == ['corpus', 'data', 'whole']
+    if other not in corpora:
+      assert not errors and files(tmp_path / 'data') == files(tmp_path / 'whole')
+    else:  # who came first decides what the folder is
+      assert len(errors) == 2 and all('was prepared from something else' in str(e) for e in errors)
+    shutil.rmtree(tmp_path / 'data')
+    results.clear()
 
 
 def test_empty_corpora(tmp_path):
@@ -312,8 +446,15 @@ def first_tokens(dataset, indices):
   return [tuple(dataset[i]['tokens']) for i in indices]
 
 
-def test_epochs_and_seeds(shared):
+@pytest.fixture(scope='module')
+def few(shared):
+  """The same text in windows so long that an epoch has few of them: a task and its work folder."""
   _, task, folder = shared
+  return dataclasses.replace(task, length=256), folder
+
+
+def test_epochs_and_seeds(few):
+  task, folder = few
   train = task.examples(folder, 'train', 0)
   n = (task.describe(folder)['train']['tokens'] - 1) // task.length
   epochs = [first_tokens(train, range(e * n, e * n + n)) for e in range(3)]
@@ -329,7 +470,7 @@ def test_epochs_and_seeds(shared):
   order = first_tokens(validation, range(m))
   assert order == first_tokens(task.examples(folder, 'validation', 7), range(m))
   stream = prepared.open_split(folder / 'data', 'validation')
-  assert sorted(order) == sorted(tuple(stream.window(i * 32, 32)) for i in range(m)) != order
+  assert sorted(order) == sorted(tuple(stream.window(i * 256, 256)) for i in range(m)) != order
 
 
 def take(iterator, n):
@@ -352,8 +493,8 @@ def test_batches_are_rows_of_the_dataset(shared):
     assert [tuple(row) for row in batch['tokens']] == first_tokens(dataset, range(8 * s, 8 * s + 8))
 
 
-def test_exact_resume_in_and_across_epochs(shared):
-  _, task, folder = shared
+def test_exact_resume_in_and_across_epochs(few):
+  task, folder = few
   dataset = task.examples(folder, 'train', 3)
   n = (task.describe(folder)['train']['tokens'] - 1) // task.length
   total = 2 * n // 8 + 3
@@ -440,6 +581,20 @@ def test_a_process_ends_while_batches_are_being_read(shared):
   env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
   result = subprocess.run([sys.executable, '-c', code], env=env, timeout=60, capture_output=True, text=True)
   assert result.returncode == 0 and result.stdout == 'done\n', result.stderr
+
+
+def test_the_benchmark_measures_both_ways_to_treat_documents_and_all_tokenizers(shared):
+  corpus, _, _ = shared
+  tables = benchmark.data_suite(Size(batch=2, length=16), 2, corpus, (TrainedPieces(vocab=290), Bytes()), drawn=500)
+  assert [row['documents'] for row in tables['pipeline']] == ['Joined()', 'Separate()']
+  pieces = 'TrainedPieces(vocab=290, sample_bytes=8000000)'
+  assert [(row['tokenizer'], row['what'], row['threads']) for row in tables['tokenising']] == [
+    (pieces, 'encode', 'all'), (pieces, 'encode', 1), ('Bytes()', 'encode', 1),
+    (pieces, 'prepare', 'all'), ('Bytes()', 'prepare', 1)]
+  volume = sum(len(document.text) for document in corpus.documents()) / 1e6
+  assert {row['MB'] for row in tables['tokenising']} == {volume}
+  rates = [*(row['tokens/s'] for row in tables['pipeline']), *(row['MB/s'] for row in tables['tokenising'])]
+  assert all(np.isfinite(rate) and rate > 0 for rate in rates)
 
 
 def test_reads_from_many_threads_agree(shared):

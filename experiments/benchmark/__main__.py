@@ -1,0 +1,132 @@
+"""Speed, memory and compile time of the library, on whatever device JAX finds.
+
+    python -m experiments.benchmark [--suite=train,memory,compile,decode] [--size=small] [--peer=torch] [--out=FOLDER]
+    python -m experiments.benchmark --suite=draft --trained=runs/quickstart
+    python -m experiments.benchmark --suite=comms
+
+train    seconds of a full LoopFormer step (two rollouts, consistency, AdamW), for every way to save activations and to
+         attend, beside the same computation in eager PyTorch (--peer=torch; the extra `peer`); and of one pass through
+         as many layers, looped and not, beside a plain decoder in JAX. Contestants take turns inside one process, and
+         ratios are taken within a turn, so that a noisy machine disturbs all alike.
+memory   temporary memory of the compiled step by XLA's own account, its growth per loop, what it must not hold, and the
+         largest batches that fit.
+compile  seconds to compile for several depths, and the published configuration from cold and from the cache of
+         programs; programs compiled for several random trajectories.
+decode   tokens a second of generation at several budgets; the share of a token that does not depend on the budget; the
+         cache against computing all again; and the bare matrix products of a token.
+data     tokens a second of the input pipeline alone, and megabytes a second of tokenising.
+growth   seconds of a step against loops, layers, width, length, vocabulary and batch, beside the arithmetic.
+comms    bytes that a device sends in a training step on eight simulated devices, from the compiled program: ours, where
+         weights are gathered once, and the automatic partitioner's (alone).
+draft    tokens a second with drafts of few loops that all loops judge, on the checkpoint of --trained.
+
+With --out every suite writes FOLDER/<suite>.json and .md.
+"""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+import platform
+import re
+import sys
+import time
+from typing import Mapping
+
+from absl import app, flags
+import flax
+import jax
+
+from experiments import plan, plots, records
+from experiments.benchmark import comms, compile, data, decode, draft, growth, memory, train
+from experiments.benchmark.sizes import SIZES, Size
+from loopformer import metrics
+
+SUITES = {
+    'train': lambda size, repeats: train.train_suite(size, repeats, FLAGS.peer),
+    'memory': lambda size, repeats: memory.memory_suite(size),
+    'compile': lambda size, repeats: compile.compile_suite(size, min(repeats, 3)),
+    'decode': decode.decode_suite,
+    'data': data.data_suite,
+    'growth': growth.growth_suite,
+    'comms': lambda size, repeats: comms.comms_suite(size),
+    'draft': lambda size, repeats: draft.draft_suite(FLAGS.trained, repeats),
+}
+FLAGS = flags.FLAGS
+flags.DEFINE_list('suite', ['train', 'memory', 'compile', 'decode'],
+                  f'Which suites, in this order: {", ".join(SUITES)}.')
+flags.DEFINE_enum('size', None, list(SIZES), 'What is measured; by default reference on CPUs, small elsewhere.')
+flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')
+flags.DEFINE_string('trained', None, 'draft: a work folder with a trained language model.')
+flags.DEFINE_string('out', None, 'Folder for tables as JSON and Markdown.')
+flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)
+
+
+def describe_machine(peer: str | None) -> dict[str, str]:
+  """Where the numbers are from: hardware and what it reaches here, versions, date and command."""
+  versions = {'python': platform.python_version(), 'jax': jax.__version__, 'flax': flax.__version__}
+  if peer:
+    import torch
+    versions['torch'] = torch.__version__
+  kind = jax.devices()[0].device_kind
+  if jax.default_backend() == 'cpu':
+    kind = f'{cpu_model()}, {os.cpu_count()} cores'
+  peaks = f'{train.peak_of(SIZES["reference"]) / 1e9:.4g} GFLOP/s by a float32 product'
+  if jax.default_backend() != 'cpu':
+    peaks += f', {train.peak_of(SIZES["paper"]) / 1e9:.4g} in bfloat16'
+  return {'hardware': kind, 'peaks': f'{peaks}, {metrics.measured_bandwidth() / 1e9:.4g} GB/s by a copy',
+          'versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
+          'date': datetime.date.today().isoformat(),
+          'command': ' '.join(['python -m experiments.benchmark', *sys.argv[1:]])}
+
+
+def cpu_model() -> str:
+  """The processor's name, where the system tells."""
+  info = Path('/proc/cpuinfo')
+  found = re.search(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else None
+  return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size, machine: Mapping[str, str]):
+  """The tables of a suite as JSON and as Markdown."""
+  folder.mkdir(parents=True, exist_ok=True)
+  record = {'machine': machine, 'size': dataclasses.asdict(size), 'tables': tables}
+  records.write(folder / f'{name}.json', record)
+  facts = [f'- {fact}: {value}' for fact, value in machine.items()]
+  if name != 'draft':  # whose model has its own
+    facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
+  parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]
+  (folder / f'{name}.md').write_text('\n\n'.join(parts) + '\n')
+  if name == 'growth':
+    plots.growth(folder / 'growth.png', tables['growth'])
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  unknown = [name for name in FLAGS.suite if name not in SUITES]
+  if unknown:
+    raise app.UsageError(f'--suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
+  if 'draft' in FLAGS.suite and not FLAGS.trained:
+    raise app.UsageError('--suite=draft needs --trained, a work folder with a trained language model')
+  if 'comms' in FLAGS.suite:
+    if len(FLAGS.suite) > 1:
+      raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
+    plan.simulate(8)
+  size = SIZES[FLAGS.size or ('reference' if jax.default_backend() == 'cpu' else 'small')]
+  machine = describe_machine(FLAGS.peer)
+  for fact, value in machine.items():
+    print(f'{fact}: {value}')
+  for name in FLAGS.suite:
+    start = time.time()
+    tables = SUITES[name](size, FLAGS.repeats)
+    print(f'\n{name}: {metrics.duration(time.time() - start)}')
+    for rows in tables.values():
+      print(metrics.table(rows), flush=True)
+    if FLAGS.out:
+      write(Path(FLAGS.out), name, tables, size, machine)
+
+
+if __name__ == '__main__':
+  app.run(main)

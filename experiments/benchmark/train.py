@@ -1,0 +1,93 @@
+"""Seconds of a training step, ours and others'."""
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any, Callable, Iterable
+
+import jax
+
+from experiments.benchmark.plain import PlainStep
+from experiments.benchmark.sizes import (MEGA, OPTIM, REMATS, Ours, Size, long_alone, make_batch, make_model,
+                                         make_plain, short_of, spread, take_turns, with_short)
+from loopformer import metrics
+from loopformer.attention import Blockwise, Fused
+from loopformer.model import Looped, init_params
+
+PEER = 'PyTorch, eager'
+
+
+class Theirs:
+  """The same step in eager PyTorch, from the parameters that ours starts from."""
+
+  def __init__(self, size: Size, model: Looped):
+    import torch
+    from experiments import peer
+    device = 'cuda' if jax.default_backend() == 'gpu' and torch.cuda.is_available() else 'cpu'
+    params = jax.jit(functools.partial(init_params, model))(jax.random.fold_in(jax.random.key(0), 0))
+    self._peer, self._model = peer, peer.from_params(model, params).to(device)
+    self._optimizer = peer.make_optimizer(self._model, OPTIM.schedule.peak, OPTIM.decay)
+    batch = make_batch(size)
+    self._batch = [torch.tensor(batch[name], dtype=torch.long, device=device) for name in ('tokens', 'targets')]
+    short = short_of(size)
+    self._plans = (1.0 / size.loops,) * size.loops, (1.0 / short.count,) * short.count
+
+  def __call__(self) -> float:
+    """One step; its loss."""
+    return self._peer.train_step(self._model, self._optimizer, *self._batch, *self._plans, OPTIM.clip)
+
+
+def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[Any] = (Blockwise(), Fused()),
+                remats: Iterable[Any] = REMATS) -> dict[str, list[dict]]:
+  """Seconds a step: of LoopFormer's two rollouts, and of one pass of as many layers with plain JAX beside ours.
+
+  The first loss of every row shows which compute the same. On a machine that others use, processor seconds and the
+  least seconds say more than medians.
+  """
+  kernels, remats = list(kernels), list(remats)
+  ways = [(kernels[0], remat) for remat in remats] + [(kernel, remats[0]) for kernel in kernels[1:]]
+  steps = {f'{type(remat).__name__}, {type(kernel).__name__}':
+           Ours(size, make_model(size, remat, kernel), with_short(size, short_of(size))) for kernel, remat in ways}
+  default = next(iter(steps.values()))
+  both = race(size, repeats, steps, default, {PEER: functools.partial(Theirs, size, default.model)} if peer else {})
+  distinct = size.layers * size.loops
+  looped, deep = (make_plain(size, layers, distinct // layers, remats[0], kernels[0])
+                  for layers in (size.layers, distinct))
+  one_pass = {
+      f'plain JAX, {distinct} layers': PlainStep(size, deep, 1),
+      f'plain JAX, {size.layers} layers {size.loops} times': PlainStep(size, looped, size.loops),
+      f'ours, {distinct} layers': Ours(size, deep, long_alone(1)),
+      f'ours, {size.layers} layers {size.loops} times': (ours := Ours(size, looped, long_alone(size.loops)))}
+  return {'train': both, 'one pass': race(size, repeats, one_pass, ours, {})}
+
+
+def race(size: Size, repeats: int, steps: dict[str, Any], model_of: Ours,
+         others: dict[str, Callable[[], Any]]) -> list[dict]:
+  """A row for each of `steps`, and of the `others` that are made last, beside the last of all.
+
+  model_of: the step whose arithmetic is that of all.
+  """
+  for step in steps.values():
+    step.start()
+  memory = {name: step.compiled.memory_analysis().temp_size_in_bytes / MEGA for name, step in steps.items()}
+  contestants = {**steps, **{name: make() for name, make in others.items()}}
+  losses = {name: contestant() for name, contestant in contestants.items()}
+  seconds, work = take_turns(contestants, repeats)
+  peak = peak_of(size)
+  flops = model_of.objective.flops(model_of.model, size.length) * size.tokens
+  beside = next(reversed(others), next(iter(contestants)))
+  rows = []
+  for name, times in seconds.items():
+    median = statistics.median(times)
+    ratios = [their / our for their, our in zip(seconds[beside], times)]
+    rows.append({'step': name, 's/step': median, 'range': spread(times),
+                 'processor s': statistics.median(work[name]), 'tokens/s': round(size.tokens / median),
+                 'GFLOP': flops / 1e9, '% of peak': 100 * flops / median / peak, 'temp MB': memory.get(name, ''),
+                 'first loss': losses[name], f'times as fast as {beside}': statistics.median(ratios),
+                 'range of that': spread(ratios), 'by least seconds': min(seconds[beside]) / min(times)})
+  return rows
+
+
+def peak_of(size: Size) -> float:
+  """FLOP/s of a large matrix product here, in the size's dtype."""
+  return metrics.measured_peak(1024 if jax.default_backend() == 'cpu' else 8192, dtype=size.dtype)
