@@ -26,15 +26,19 @@ class Checkpoints:
   def __init__(self, workdir: Path, keep: int = 3, best: str | None = None):
     import orbax.checkpoint as ocp
     policy = ocp.checkpoint_managers
-    kept = [policy.LatestN(keep)]
+    kept, filed = [policy.LatestN(keep)], {}
     if best is not None:
       higher = best.startswith(('accuracy', 'exact'))
-      kept.append(policy.BestN(get_metric_fn=lambda values: values[best] * (1 if higher else -1), n=1,
-                               keep_checkpoints_without_metrics=False))
+
+      def rank(values):
+        return values[best] * (1 if higher else -1)
+
+      kept.append(policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
+      filed = {'best_fn': rank}  # without it the policy works, but the numbers are not written
     self._ocp, self._best = ocp, best
     self._folder = Path(workdir).resolve() / FOLDER
     self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(kept), create=True))
+        preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed))
 
   def __enter__(self):
     return self
@@ -54,8 +58,8 @@ class Checkpoints:
            values: Mapping[str, float] | None = None):
     """Starts to save; returns as soon as the arrays may be overwritten.
 
-    `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of the
-    last evaluation, among them `best`.
+    `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of an
+    evaluation of this step, among them `best`, if there was one.
     """
     args = self._ocp.args
     known = {self._best: values[self._best]} if self._best and values else None

@@ -1,8 +1,8 @@
 """Memories: what the steps of a loop keep of keys and values while tokens are decoded. Frozen parts.
 
 All store a place for every position: `exchange` writes the keys and values of a step's tokens and returns what they may
-read, heads first. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what the parallel
-pass computes, and how far off the others are, is in docs/memories.md.
+read, heads first. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what
+the parallel pass computes, and how far off the others are, is in docs/memories.md.
 """
 from __future__ import annotations
 

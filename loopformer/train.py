@@ -32,7 +32,7 @@ class Train:
 
   batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into.
   keep: so many last checkpoints stay, and the one of the best `best`, a number of the evaluations such as 'loss@8'
-  (None: the last alone; lower is better, but for accuracies).
+  (None: the last alone; lower is better, but for accuracies); with `best` every evaluated state is saved.
   start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
   """
   steps: int = 1000
@@ -270,7 +270,7 @@ class _Run:
     options = self.config.train
     self.clock = clock = _Clock(self.config, first)
     whole = _gathered(state.params, self.mesh)
-    pending, evaluated = None, {}
+    pending = None
     with _Terminated() as terminated:
       for number in range(first + 1, options.steps + 1):
         self.profile.at(number)
@@ -281,14 +281,14 @@ class _Run:
           state, values = self.step(state, batch, stage)
         self._report(pending)
         pending = (number, values)
-        last = number == options.steps
+        last, evaluated = number == options.steps, {}
         self.stopped |= jax.process_count() == 1 and terminated.is_set()  # several agree one step later
         if number % options.eval_every == 0 or last:
           self._report(pending)
           pending = None
           with clock.timed('eval'):
             evaluated = self._evaluate(number, whole(state.params))
-        if number % options.save_every == 0 or last or self.stopped:
+        if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
           self._report(pending)  # a state is saved once its loss is known to be finite
           pending = None
           with clock.timed('save'):

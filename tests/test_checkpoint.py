@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, the best of them, starting from another run, and disks that cannot be written."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -59,6 +60,32 @@ def test_the_last_and_the_best_stay(tmp_path):
   losses = [3.0, 1.0, 2.0, 4.0, 2.5, 2.6]
   save(tmp_path / 'loss', range(1, 7), keep=2, best='loss@2', losses=losses)
   assert kept(tmp_path / 'loss') == [2, 5, 6]
+
+
+def test_a_later_run_knows_the_best_of_those_before(tmp_path):
+  for step, value in enumerate((2.0, 1.0, 4.0, 3.0), 1):
+    save(tmp_path, [step], keep=1, best='loss@2', losses=[value])
+  assert kept(tmp_path) == [2, 4]
+
+
+def test_steps_that_were_not_evaluated_are_never_the_best(tmp_path):
+  with Checkpoints(tmp_path, 1, 'loss@2') as checkpoints:
+    for step, value in enumerate((None, 2.0, None, 3.0, None), 1):
+      checkpoints.save(step, small(step), small(step), {}, {}, {} if value is None else {'loss@2': value})
+  assert kept(tmp_path) == [2, 5]
+
+
+@pytest.mark.slow
+def test_evaluated_states_are_saved_where_the_best_is_kept(setting, tmp_path):
+  changes = ('train.best=loss@1', 'train.eval_every=10', 'train.save_every=16', 'train.keep=9')
+  status, _, err = test_cli.run(tmp_path, setting, *(f'--set={change}' for change in changes))
+  assert status == 0, err
+  assert kept(tmp_path) == [10, 16, 20, 24]
+  values = {row['step']: row['loss@1'] for row in test_cli.rows(tmp_path, 'eval')}
+  for step, value in values.items():
+    told = json.loads((tmp_path / f'checkpoints/{step}/metrics/metrics').read_text())
+    assert told == {'loss@1': value}
+  assert not (tmp_path / 'checkpoints/16/metrics').exists()
 
 
 def test_the_best_accuracy_is_the_highest(tmp_path):
