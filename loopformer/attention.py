@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from loopformer.types import Array, part
 
-SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again
+SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again,
+PRODUCT = 'product'  # and of projections
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
 
 

@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from loopformer import attention
@@ -174,6 +175,7 @@ class Linear(nn.Module):
       y = (y if gain is None else y * gain).astype(x.dtype)
     else:
       y = dense(x, self.param('kernel', self.init or Normal(self.std), (x.shape[-1], self.features)), gain)
+      y = checkpoint_name(y, attention.PRODUCT)
     if self.bias is None:
       return y
     bias = self.param('bias', self.bias, (self.features,)).astype(y.dtype)

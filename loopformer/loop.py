@@ -72,6 +72,31 @@ class PerLayer:
     return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(attention.SAVED))
 
 
+@part
+class Products:
+  """Save every layer's input and what attention and projections gave, and recompute norms and activations alone."""
+
+  def step(self, step):
+    return step
+
+  def layer(self, layer):
+    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(
+        attention.SAVED, attention.PRODUCT))
+
+
+@part
+class Offload:
+  """As PerLayer, with what attention gave kept in the host's memory until the backward pass wants it."""
+
+  def step(self, step):
+    return step
+
+  def layer(self, layer):
+    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[attention.SAVED], offload_src='device',
+        offload_dst='pinned_host'))
+
+
 def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any,
         code: Any = None):
   """Applies `cell` once for every row of `plan`; a bound module, inside its parent's method.

@@ -11,7 +11,7 @@ from loopformer import loop, plans
 from loopformer.attention import Blockwise, Fused, attend
 from loopformer.blocks import UnitNorm, dense, gelu, turned
 from loopformer.condition import sinusoid
-from loopformer.loop import Every, KeepAll, PerLayer, PerStep
+from loopformer.loop import Every, KeepAll, Offload, PerLayer, PerStep, Products
 from loopformer.model import init_params, parameter_count
 from loopformer.types import ConfigError, Plan, Tick
 from tests import parts
@@ -292,7 +292,7 @@ def test_free_steps_of_a_cell_that_knows_the_trajectory_are_refused(name):
 # What is saved and kept ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('remat', [PerStep(), PerLayer()], ids=repr)
+@pytest.mark.parametrize('remat', [PerStep(), PerLayer(), Products(), Offload()], ids=repr)
 def test_rematerialised_equals_plain(remat):
   model = ROWS['prelude_coda'].model
   plan = padded(parts.UNEVEN)

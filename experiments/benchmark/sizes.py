@@ -60,7 +60,7 @@ SIZES = {
     'small': Size(batch=16, length=1024, width=1024, heads=16, hidden=2560, vocab=32768, prompt=512, dtype='bfloat16'),
     'paper': Size(batch=12, length=1024, width=2048, heads=32, hidden=5120, vocab=50304, prompt=512, dtype='bfloat16'),
 }
-REMATS = (loop.PerLayer(), loop.PerStep(), loop.KeepAll())
+REMATS = (loop.PerLayer(), loop.PerStep(), loop.Products(), loop.Offload(), loop.KeepAll())
 
 
 @part
