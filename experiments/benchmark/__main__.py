@@ -34,7 +34,7 @@ import sys
 import time
 from typing import Mapping
 
-from absl import app, flags
+from absl import app, flags, logging
 import flax
 import jax
 
@@ -75,7 +75,7 @@ def describe_machine(peer: str | None) -> dict[str, str]:
   peaks = f'{train.peak_of(SIZES["reference"]) / 1e9:.4g} GFLOP/s by a float32 product'
   if jax.default_backend() != 'cpu':
     peaks += f', {train.peak_of(SIZES["paper"]) / 1e9:.4g} in bfloat16'
-  return {'hardware': kind, 'peaks': f'{peaks}, {metrics.measured_bandwidth() / 1e9:.4g} GB/s by a copy',
+  return {'hardware': kind, 'peaks': f'{peaks}, {metrics.measured_bandwidth() / 1e9:.4g} GB/s in place',
           'versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
           'date': datetime.date.today().isoformat(),
           'command': ' '.join(['python -m experiments.benchmark', *sys.argv[1:]])}
@@ -114,6 +114,7 @@ def main(argv):
     if len(FLAGS.suite) > 1:
       raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
     plan.simulate(8)
+  logging.set_verbosity(logging.WARNING)
   size = SIZES[FLAGS.size or ('reference' if jax.default_backend() == 'cpu' else 'small')]
   machine = describe_machine(FLAGS.peer)
   for fact, value in machine.items():
