@@ -11,6 +11,7 @@ from loopformer.blocks import Stack
 from loopformer.types import KV, Array, Ctx
 
 LAYERS = 8  # stacks of up to this many applications are made flat
+PROJECTIONS = ('qkv', 'out', 'up', 'down')  # the names that layers give to a `Linear`
 
 
 def fields(module: nn.Module) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Flat(nn.Module):
 
 def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
   """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices, with
-  `turn` [O, I] where a `Linear` has a kernel [I, O]; forward alone."""
+  `turn` [O, I] where a projection has a kernel [I, O]; forward alone."""
   if isinstance(module, Stack):
     if module.applications > LAYERS:
       return module, params
@@ -79,6 +80,10 @@ def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Mo
 
 
 def _turned(params):
-  return {**{name: _turned(tree) if isinstance(tree, Mapping) else tree for name, tree in params.items()
-             if name != 'kernel'},
-          **({'turned': params['kernel'].T} if 'kernel' in params else {})}
+  return {name: _turned_projection(tree) if name in PROJECTIONS else _turned(tree) if isinstance(tree, Mapping) else tree
+          for name, tree in params.items()}
+
+
+def _turned_projection(params):
+  return {('turned' if name == 'kernel' else name): leaf.T if name == 'kernel' else leaf
+          for name, leaf in params.items()}
