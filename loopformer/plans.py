@@ -109,26 +109,6 @@ class RandomDepth:
     return Plan(t=index * dt, dt=dt, live=index < count)
 
 
-@part
-class Fixed:
-  """The same schedule every time: `steps` are step sizes with sum one."""
-  steps: tuple[float, ...]
-
-  def __post_init__(self):
-    check_steps(self.steps)
-
-  @property
-  def longest(self) -> int:
-    return len(self.steps)
-
-  @property
-  def expected(self) -> float:
-    return float(len(self.steps))
-
-  def __call__(self, draw: Draw) -> Plan:
-    return schedule(self.steps)
-
-
 # Depths that are drawn -----------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,21 @@ def draw(key, batch=None, step: int = 0, stage: int = 0) -> Draw:
   return Draw(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+  """A planner whose steps are always the same."""
+  steps: tuple[float, ...]
+
+  @property
+  def longest(self) -> int:
+    return len(self.steps)
+
+  expected = longest
+
+  def __call__(self, draw: Draw):
+    return plans.schedule(self.steps)
+
+
 def padded(steps, rows: int = L):
   """The plan of a budget or schedule, padded to `rows`: one program for all."""
   return plans.schedule(plans.resolve(steps), rows)

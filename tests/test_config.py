@@ -154,7 +154,7 @@ def test_saved_and_read_is_the_same(variant, tmp_path):
 def test_unusual_parts_are_saved(tmp_path):
   config = dataclasses.replace(
       TINY, model=TINY.model.clone(prelude=parts.stack(1), cell=parts.timed(init=0.5, groups=1, heads=4)),
-      objective=Objective(rolls={'a': Roll(plans.Fixed(steps=(0.75, 0.25)), Every())},
+      objective=Objective(rolls={'a': Roll(plans.Staged(loops=(1, 4)), Every())},
                           terms={'x': Weighted(np.float64(0.5), CE(roll='a'))}))
   configs.save(config, tmp_path)
   assert configs.read(tmp_path) == config

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import cosines
 from loopformer import plans
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.terms.cosine import Cosine, block_cosines
@@ -169,3 +170,16 @@ def test_shares_of_a_batch_add_up_to_one_mean():
 def test_what_the_parameters_do_not_have_is_refused(options, match):
   with pytest.raises(ConfigError, match=match):
     value(term(**options), parts.params(MODEL))
+
+
+def test_a_report_of_runs():
+  """Blocks of one run, and the means over seeds; one block that is looped is like itself."""
+  found = cosines.cosines_of(MODEL, parts.params(MODEL), 2)
+  assert found == pytest.approx(block_cosines(parts.params(MODEL), term(groups=MATRICES)))
+  assert max(found.values()) < 0.9
+  assert cosines.cosines_of(MODEL, tied(2), 2) == pytest.approx(dict.fromkeys(MATRICES, 1.0))
+  looped = parts.looped(parts.plain(2), loops=3)
+  assert cosines.cosines_of(looped, parts.params(looped), 2) == dict.fromkeys(MATRICES, 1.0)
+  rows = cosines.summary({'a': [{'accuracy': 0.5, 'x': 1.0}, {'accuracy': 0.75, 'x': 2.0}], 'b': [{'accuracy': 1.0}]})
+  assert rows == [{'run': 'a', 'seeds': 2, 'accuracy': 0.625, '+-': 0.125, 'x': 1.5},
+                  {'run': 'b', 'seeds': 1, 'accuracy': 1.0, '+-': 0.0}]

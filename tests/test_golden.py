@@ -43,7 +43,7 @@ ARGUMENTS = {
     'plt': ['tiny', 'tiny,kind=r1', 'tiny,kind=clp', 'tiny,kind=share', 'tiny,kind=seq,loops=3',
             'tiny,gate=hidden,mix=learned', 'loopcoder'],
     'shift': ['p_hop', 'text,first=0', 'markov,moments=reset,rewarm=100'],
-    'timestep': ['cpu', 'cpu,kind=lt', 'cpu,kind=table', 'ed60', 'lm'],
+    'timestep': ['cpu', 'cpu,kind=lt', 'cpu,kind=legacy', 'cpu,kind=table', 'ed60', 'lm'],
 }
 VARIANTS = [(file, argument) for file, arguments in ARGUMENTS.items() for argument in arguments]
 

@@ -354,19 +354,21 @@ def test_a_chain_over_columns_is_a_loop_over_a_state():
 
 
 def test_data_are_those_of_the_tasks():
-  """The losses of the script are the squared errors of DescentChain and WeightPrompt."""
+  """Chains descend as the tasks' floors do, start as WeightPrompt, and their loss is the squared error of thoughts."""
   k = 4
   x, y, _, best = (jnp.float32(value) for value in problem())
   iterates = descent.gradient_descent(x, y, RATE, k).transpose(1, 0, 2)
   parts.close(linear_cot.descend(x, y, RATE, k), iterates, 1e-5)
-  example = descent.DescentChain(inputs=D, examples=N, steps=k, rate=RATE)(np.random.default_rng(0))
+  example = descent.WeightPrompt(inputs=D, examples=N)(np.random.default_rng(0))
   shown = example['tokens'][:N]
-  thoughts = linear_cot.descend(jnp.asarray(shown[:, :D]), jnp.asarray(shown[:, D]), RATE, k)
-  parts.close(linear_cot.lay_out(shown[:, :D], shown[:, D], thoughts[:-1]), example['tokens'], 1e-5)
+  x, y = jnp.asarray(shown[None, :, :D]), jnp.asarray(shown[None, :, D])
+  parts.close(linear_cot.lay_out(x, y, jnp.zeros((1, 1, D)))[0], example['tokens'], 1e-6)
+  thoughts = linear_cot.descend(x, y, RATE, k)
+  tokens = linear_cot.lay_out(x, y, thoughts[:, :-1])
   of = linear_cot.Sparse(inputs=D)
   made = of.matrices(of.constructive(0.3))
-  batch = {'x': jnp.asarray(shown[None, :, :D]), 'y': jnp.asarray(shown[None, :, D]), 'best': best[:1]}
-  wrong = linear_cot.successors(made, jnp.asarray(example['tokens'])[None], N)[0] - example['targets'][N:]
+  batch = {'x': x, 'y': y, 'best': jnp.asarray(example['targets'][None, -1, D + 1:-1])}
+  wrong = (linear_cot.successors(made, tokens, N) - linear_cot.lay_out(x, y, thoughts[:, 1:])[:, N:])[0]
   loss = linear_cot.loss_with_chain(made, batch, k, RATE)
   assert float(loss) == pytest.approx(float(jnp.square(wrong).sum()) / 2, rel=1e-4)
   assert linear_cot.loss_with_chain(of.matrices(of.constructive(RATE)), batch, k, RATE) < 1e-10

@@ -129,16 +129,6 @@ def test_uniform():
     plans.Uniform(0)
 
 
-def test_fixed():
-  part = plans.Fixed(steps=(0.5, 0.25, 0.25))
-  plan = part(jax.random.key(0))
-  assert part.longest == 3 and part.expected == 3.0
-  np.testing.assert_array_equal(plan.dt, [0.5, 0.25, 0.25])
-  np.testing.assert_array_equal(plan.t, [0, 0.5, 0.75])
-  with pytest.raises(ConfigError, match='sum to 0.75'):
-    plans.Fixed(steps=(0.5, 0.25))
-
-
 def test_schedule_pads_with_skipped_rows():
   plan = plans.schedule((0.5, 0.3, 0.2), rows=5)
   assert plan.steps == 5 and plan.dt.dtype == plan.t.dtype == jnp.float32

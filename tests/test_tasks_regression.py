@@ -6,7 +6,7 @@ import pytest
 
 from loopformer.measures import Errors
 from loopformer.tasks.chains import Autoregression, ChainOfThought, Contracted
-from loopformer.tasks.descent import DescentChain, LinearPrompt, WeightPrompt, best_rate, gradient_descent
+from loopformer.tasks.descent import LinearPrompt, WeightPrompt, best_rate, gradient_descent
 from loopformer.tasks.functions import Linear, Network, Representation, Represented, Sparse, Tree, states_of
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.guesses import ridge
@@ -28,10 +28,9 @@ GENERATORS = {
   'chain of thought': ChainOfThought(points=6),
   'wide chain of thought': ChainOfThought(inputs=2, hidden=5, layers=1, points=4),
   'linear prompt': LinearPrompt(),
-  'descent chain': DescentChain(),
   'weight prompt': WeightPrompt(inputs=3, examples=2),
 }
-VECTORS = (Autoregression, ChainOfThought, DescentChain, WeightPrompt)  # whose targets are vectors
+VECTORS = (Autoregression, ChainOfThought, WeightPrompt)  # whose targets are vectors
 REGRESSIONS = [name for name, of in GENERATORS.items() if isinstance(of, Regression)]
 every = pytest.mark.parametrize('name', GENERATORS)
 
@@ -102,8 +101,8 @@ def test_floors_are_finite_and_leave_examples_alone(name):
   assert all(map(same, made, many(of, 8)))
 
 
-@pytest.mark.parametrize('name', [name for name, of in GENERATORS.items() if not isinstance(of, (
-  DescentChain, WeightPrompt))])  # the scale of these is of errors of w
+@pytest.mark.parametrize('name', [  # the scale of WeightPrompt is of errors of w
+  name for name, of in GENERATORS.items() if not isinstance(of, WeightPrompt)])
 def test_scale_is_the_mean_square_of_what_is_asked_for(name):
   of = GENERATORS[name]
   squares = [np.square(e['targets'][e['weights'] > 0]).mean() for e in many(of, 1500)]
@@ -433,24 +432,14 @@ def test_linear_prompt_hides_the_label_of_the_query():
   np.testing.assert_allclose(made['tokens'][-1, :-1] @ weights, made['targets'][-1], rtol=1e-4)
 
 
-def test_descent_chain_holds_the_iterates():
-  of = DescentChain(inputs=4, examples=6, steps=9, rate=0.3)
-  made = example(of)
-  x, y = made['tokens'][:6, :4], made['tokens'][:6, 4]
-  iterates = gradient_descent(x, y, 0.3, 9).astype(np.float32)
-  np.testing.assert_array_equal(made['tokens'][6:, 5:-1], iterates[:-1])
-  np.testing.assert_array_equal(made['targets'][6:, 5:-1], iterates[1:])
-  np.testing.assert_array_equal(made['weights'], [0] * 6 + [1] * 9)
-  np.testing.assert_array_equal(made['targets'][:, -1], made['weights'])
-  np.testing.assert_array_equal(made['tokens'][:, -1], made['weights'])
-  assert not made['tokens'][:6, 5:].any() and not made['tokens'][6:, :5].any() and not made['targets'][:, :5].any()
-
-
 def test_weight_prompt_asks_for_the_weights():
   made = example(WeightPrompt(inputs=4, examples=9))
   x, y = made['tokens'][:9, :4].astype(np.float64), made['tokens'][:9, 4]
   np.testing.assert_allclose(made['targets'][-1, 5:-1], np.linalg.lstsq(x, y, rcond=None)[0], rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(made['tokens'][-1], [0] * 9 + [1])
+  np.testing.assert_array_equal(made['weights'], [0] * 9 + [1])
+  np.testing.assert_array_equal(made['targets'][:, -1], made['weights'])
+  assert not made['tokens'][:9, 5:].any() and not made['targets'][:, :5].any()
 
 
 @pytest.mark.parametrize('inputs, examples', [(10, 20), (5, 20), (3, 4)])
@@ -514,8 +503,6 @@ def test_floors_of_one_step_follow_the_formula():
   (lambda: ChainOfThought(slope=-1.0), r'ChainOfThought\.slope = -1'),
   (lambda: LinearPrompt(inputs=0), r'LinearPrompt\.inputs = 0'),
   (lambda: LinearPrompt(examples=0), r'LinearPrompt\.examples = 0'),
-  (lambda: DescentChain(steps=0), r'DescentChain\.steps = 0'),
-  (lambda: DescentChain(rate=-0.1), r'DescentChain\.rate = -0\.1'),
   (lambda: WeightPrompt(examples=0), r'WeightPrompt\.examples = 0'),
 ])
 def test_bad_fields_are_refused(make, message):

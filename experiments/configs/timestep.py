@@ -8,19 +8,24 @@ Argument: size, then any of
             ed60     the paper's ED-60: width 256, 100 loops
             lm       the paper's language model: width 768, 24 loops, on our text
     kind    lt       the plain loop, properly pre-normed
+            legacy   the plain loop as released: values and MLP read the state without its norm
             tmlt     gates and scales from a sinusoidal code of the loop's index
             table    gates and scales learned for every loop by themselves (the control that the paper lacks)
     loops   r
 
-The released `lt` takes its values from another input than its queries, without a norm (sheet, section 7); ours does
-not. Positions are learned, not sinusoidal; weight decay, clipping and the schedule are the same at all sizes, where the
-paper's differ.
+The paper compares `tmlt` with `legacy`, so that its gain mixes the time code with proper norms (sheet, section 7);
+`lt` is the fair one. Its theorem in miniature, without attention, is experiments/memorise.py. Positions are learned,
+not sinusoidal; weight decay, clipping and the schedule are the same at all sizes, where the paper's differ.
 Measured figures: experiments/reports/timestep/.
 """
 import dataclasses
 
+from flax import linen as nn
+import jax.numpy as jnp
+
 from loopformer import loop, plans
-from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm
+from loopformer.blocks import (MLP, Block, Linear, RMSNorm, SelfAttention, Stack, UnitNorm, attended, check_layer,
+                               heads_of, layer_flops)
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, StepNumber, Table
@@ -36,6 +41,34 @@ from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.tokenizer import TrainedPieces
 from loopformer.train import Train
+from loopformer.types import KV, Array, Ctx
+
+
+class LegacyBlock(nn.Module):
+  """A layer of the released loop: q and k of norm(x), but v of x itself; x += Attn(q, k, v); x += MLP(x).
+
+  attn: its sizes, spreads and kernel; it is not called itself.
+  """
+  attn: SelfAttention
+  mlp: MLP
+  norm: nn.Module = RMSNorm()
+  dtype: str = 'float32'
+  layers = 1
+  modulated = False
+  check, heads_of, flops = check_layer, Block.heads_of, layer_flops
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:
+    """x [B, T, D] -> (x, kv)."""
+    batch, length, width = x.shape
+    groups, head = heads_of(self.attn, width)
+    low = x.astype(self.dtype)
+    qk = Linear((self.attn.heads + groups) * head, self.attn.std, name='qk')(self.norm(x).astype(self.dtype))
+    q, k = jnp.split(qk.reshape(batch, length, -1, head), [self.attn.heads], 2)
+    v = Linear(groups * head, self.attn.std, name='v')(low).reshape(batch, length, groups, head)
+    out, kv = attended(self.attn, q, k, v, ctx, kv, layer)
+    x = x + Linear(width, self.attn.out_std, name='out')(out).astype(x.dtype)
+    return x + self.mlp(x.astype(self.dtype)).astype(x.dtype), kv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +105,12 @@ def get_config(argument: str = '') -> Experiment:
   size = choose('size', given['size'], SIZES)
   loops, width = given['loops'] or size.loops, size.width
   kind = given['kind']
-  block = Block(attn=SelfAttention(heads=size.heads, out_std=0.02 / 24 ** 0.5),
-                mlp=MLP(hidden=4 * width, out_std=0.02 / 24 ** 0.5),
-                norm=RMSNorm() if kind == 'lt' else UnitNorm(), dtype=size.dtype)
-  core = Stack(block, 1)
+  layer = dict(attn=SelfAttention(heads=size.heads, out_std=0.02 / 24 ** 0.5),
+               mlp=MLP(hidden=4 * width, out_std=0.02 / 24 ** 0.5), dtype=size.dtype)
+  core = Stack(Block(**layer, norm=UnitNorm()), 1)
   cell = choose('kind', kind, {
-      'lt': Plain(core), 'tmlt': Timed(core, LoopIndex(width), Modulation(1)),
+      'lt': Plain(Stack(Block(**layer), 1)), 'legacy': Plain(Stack(LegacyBlock(**layer), 1)),
+      'tmlt': Timed(core, LoopIndex(width), Modulation(1)),
       'table': Timed(core, StepNumber(width), Table(layers=1, loops=loops, width=width))})
   return Experiment(
       name=f'{kind} r={loops}',

@@ -61,16 +61,22 @@ def exact(examples: Sequence[Example], guesses: Mapping[str, np.ndarray]) -> dic
 # What the parts share ------------------------------------------------------------------------------------------------
 
 
-def _check(of: Any):
-  name = type(of).__name__
-  at_least(f'{name}.shortest', of.shortest, 1, 'an input has a symbol')
-  at_least(f'{name}.longest', of.longest, of.shortest, 'the longest input is not below the shortest')
-  at_least(f'{name}.room', of.room, of.longest, 'a row has place for the longest input')
+@part
+class _Lengths:
+  """The fields of all parts: which n are drawn, and the largest that a row has place for."""
+  shortest: int = 1
+  longest: int
+  room: int
 
+  def __post_init__(self):
+    name = type(self).__name__
+    at_least(f'{name}.shortest', self.shortest, 1, 'an input has a symbol')
+    at_least(f'{name}.longest', self.longest, self.shortest, 'the longest input is not below the shortest')
+    at_least(f'{name}.room', self.room, self.longest, 'a row has place for the longest input')
 
-def _count(of: Any, rng: np.random.Generator) -> int:
-  """n."""
-  return int(rng.integers(of.shortest, of.longest + 1))
+  def _count(self, rng: np.random.Generator) -> int:
+    """n."""
+    return int(rng.integers(self.shortest, self.longest + 1))
 
 
 def _row(of: Any, x: Sequence[int], answer: Sequence[int], loops: int) -> Example:
@@ -123,23 +129,17 @@ def _symbols(two: str, four: str, five: str) -> tuple[str, ...]:
 
 
 @part
-class Parity:
+class Parity(_Lengths):
   """b_1 .. b_n > : the sum of the bits mod 2; `0 1 1 >` -> `0`. T = n; rows of room + 2. Ids: > 2, EOS 3, ignored 5."""
-  shortest: int = 1
-  longest: int
-  room: int
   symbols = _symbols('>', '<4>', '<ignored>')
   eos, ignored, choices = 3, 5, 2
-
-  def __post_init__(self):
-    _check(self)
 
   @property
   def length(self) -> int:
     return self.room + 2
 
   def __call__(self, rng: np.random.Generator) -> Example:
-    bits = rng.integers(2, size=_count(self, rng)).tolist()
+    bits = rng.integers(2, size=self._count(rng)).tolist()
     return _row(self, [*bits, 2], [sum(bits) % 2], len(bits))
 
   def floors(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -147,23 +147,17 @@ class Parity:
 
 
 @part
-class Copy:
+class Copy(_Lengths):
   """b_1 .. b_n > : the bits; `0 1 1 >` -> `0 1 1`. T = n; rows of 2 (room + 1). Ids: > 2, EOS 3, ignored 4."""
-  shortest: int = 1
-  longest: int
-  room: int
   symbols = _symbols('>', '<ignored>', '<5>')
   eos, ignored, choices = 3, 4, 2
-
-  def __post_init__(self):
-    _check(self)
 
   @property
   def length(self) -> int:
     return 2 * (self.room + 1)
 
   def __call__(self, rng: np.random.Generator) -> Example:
-    bits = rng.integers(2, size=_count(self, rng)).tolist()
+    bits = rng.integers(2, size=self._count(rng)).tolist()
     return _row(self, [*bits, 2], bits, len(bits))
 
   def floors(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -171,26 +165,20 @@ class Copy:
 
 
 @part
-class Addition:
+class Addition(_Lengths):
   """a_1 .. a_n + b_1 .. b_n = : a + b in n + 1 bits, the most significant first everywhere; `1 1 + 0 1 =` -> `1 0 0`.
 
   T = n; rows of 3 (room + 1). Ids: + 2, EOS 3, ignored 4, = 5.
   """
-  shortest: int = 1
-  longest: int
-  room: int
   symbols = _symbols('+', '<ignored>', '=')
   eos, ignored, choices = 3, 4, 2
-
-  def __post_init__(self):
-    _check(self)
 
   @property
   def length(self) -> int:
     return 3 * (self.room + 1)
 
   def __call__(self, rng: np.random.Generator) -> Example:
-    a, b = rng.integers(2, size=(2, _count(self, rng))).tolist()
+    a, b = rng.integers(2, size=(2, self._count(rng))).tolist()
     answer = _bits(_number(a) + _number(b), len(a) + 1)[::-1]
     return _row(self, [*a, 2, *b, 5], answer, len(a))
 
@@ -202,26 +190,20 @@ class Addition:
 
 
 @part
-class BinarySum:
+class BinarySum(_Lengths):
   """b_1 .. b_n = : how many are 1, in binary, the least significant bit first, nothing for none; `1 1 0 =` -> `0 1`.
 
   T = n; rows have place for the answer n = room and an EOS. Ids: EOS 3, ignored 4, = 5.
   """
-  shortest: int = 1
-  longest: int
-  room: int
   symbols = _symbols('<2>', '<ignored>', '=')
   eos, ignored, choices = 3, 4, 2
-
-  def __post_init__(self):
-    _check(self)
 
   @property
   def length(self) -> int:
     return self.room + self.room.bit_length() + 1
 
   def __call__(self, rng: np.random.Generator) -> Example:
-    bits = rng.integers(2, size=_count(self, rng)).tolist()
+    bits = rng.integers(2, size=self._count(rng)).tolist()
     ones = sum(bits)
     return _row(self, [*bits, 5], _bits(ones, ones.bit_length()), len(bits))
 
@@ -233,21 +215,18 @@ class BinarySum:
 
 
 @part
-class Multiplication:
+class Multiplication(_Lengths):
   """a * b = : their product in len(a) + len(b) bits, the least significant first, a and b the most significant first.
 
   `1 0 * 1 1 =` -> `0 1 1 0` (2 * 3 = 6). first: lengths of a, any of them alike (tests of the paper: 2); n bits of b.
   T = len(a) n; rows of 4 (room + 1). Ids: * 2, EOS 3, ignored 4, = 5.
   """
-  shortest: int = 1
-  longest: int
-  room: int
   first: tuple[int, ...] = (1, 2)
   symbols = _symbols('*', '<ignored>', '=')
   eos, ignored, choices = 3, 4, 2
 
   def __post_init__(self):
-    _check(self)
+    _Lengths.__post_init__(self)
     most = self.room + 1  # with it, len(a) + 1 + n + 1 tokens and an answer of len(a) + n fit, the first of both shared
     if not self.first or min(self.first) < 1 or max(self.first) > most:
       raise ConfigError(f'Multiplication.first = {self.first}: give lengths of the first factor, from 1 to {most}, '
@@ -259,7 +238,7 @@ class Multiplication:
 
   def __call__(self, rng: np.random.Generator) -> Example:
     count = self.first[rng.integers(len(self.first))]
-    a, b = rng.integers(2, size=count).tolist(), rng.integers(2, size=_count(self, rng)).tolist()
+    a, b = rng.integers(2, size=count).tolist(), rng.integers(2, size=self._count(rng)).tolist()
     answer = _bits(_number(a) * _number(b), count + len(b))
     return _row(self, [*a, 2, *b, 5], answer, count * len(b))
 
@@ -271,26 +250,20 @@ class Multiplication:
 
 
 @part
-class UniqueSet:
+class UniqueSet(_Lengths):
   """s_1 .. s_n = : the different symbols, in order of first appearance; `7 3 7 =` -> `7 3`.
 
   T = n; rows of 2 (room + 1). Ids: symbols 0..49, = 51, ignored 52, EOS 53; 60 of them, the end symbol included.
   """
-  shortest: int = 1
-  longest: int
-  room: int
   symbols = (*map(str, range(50)), '<50>', '=', '<ignored>', '<eos>', *(f'<{i}>' for i in range(54, 59)), '<end>')
   eos, ignored, choices = 53, 52, 50
-
-  def __post_init__(self):
-    _check(self)
 
   @property
   def length(self) -> int:
     return 2 * (self.room + 1)
 
   def __call__(self, rng: np.random.Generator) -> Example:
-    drawn = rng.integers(50, size=_count(self, rng)).tolist()
+    drawn = rng.integers(50, size=self._count(rng)).tolist()
     return _row(self, [*drawn, 51], list(dict.fromkeys(drawn)), len(drawn))
 
   def floors(self, examples: Sequence[Example]) -> dict[str, float]:

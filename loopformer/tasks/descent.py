@@ -1,7 +1,8 @@
-"""Data of linear in-context learning: the matrices of linear looped transformers, and chains of gradient descent.
+"""Data of linear in-context learning: the matrices of linear looped transformers.
 
-After looped in-context learning, sections 2.2, 2.3 and 3.3. x ~ N(0, I_d), w* ~ N(0, I_d), y = x . w*.
-Columns of the matrices there are tokens here. Computed in float64, from the x that the model sees; given in float32.
+After looped in-context learning, sections 2.2, 2.3 and 3.3; chains of thought are in experiments/linear_cot.py.
+x ~ N(0, I_d), w* ~ N(0, I_d), y = x . w*. Columns of the matrices there are tokens here. Computed in float64, from the
+x that the model sees; given in float32.
 """
 from __future__ import annotations
 
@@ -90,52 +91,11 @@ class LinearPrompt:
 
 
 @part
-class DescentChain:
-  """Predict each iterate of gradient descent from the one before: the matrix of section 2.3, transposed (3.3).
-
-  tokens f32[n + steps, 2d + 2]: examples (x_i, y_i, 0_d, 0), then thoughts (0_d, 0, w_i, 1) of i = 0 .. steps - 1, the
-  true iterates, w_0 = 0; targets f32[n + steps, 2d + 2], vectors: (0_d, 0, w_{i+1}, 1) at thought i, else 0;
-  weights: 1 at thoughts, else 0.
-  """
-  inputs: int = 10
-  examples: int = 20
-  steps: int = 10
-  rate: float = 0.4
-  symbols = None
-
-  def __post_init__(self):
-    _check('DescentChain', self.inputs, self.examples)
-    at_least('DescentChain.steps', self.steps, 1, 'a chain needs a step')
-    at_least('DescentChain.rate', self.rate, 0, 'gradient descent goes down')
-
-  @property
-  def length(self) -> int:
-    return self.examples + self.steps
-
-  @property
-  def scale(self) -> float:
-    """d / (2d + 2): turns a mean over 2d + 2 outputs into |error of w|^2 / d."""
-    return self.inputs / (2 * self.inputs + 2)
-
-  def __call__(self, rng: np.random.Generator) -> Example:
-    x, best = _drawn(rng, self.inputs, self.examples)
-    y = (x @ best).astype(np.float32)
-    thoughts = gradient_descent(x, y, self.rate, self.steps)
-    return _chain(x, y, thoughts[:-1], thoughts[1:])
-
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
-    """In units of d: of zero, and of repeating the last thought."""
-    made = np.stack([[e['tokens'], e['targets']] for e in examples[:SHOWN]]).astype(np.float64)
-    before, after = np.moveaxis(made[:, :, self.examples:, self.inputs + 1:-1], 1, 0)
-    return {'zero': float(np.square(after).sum(-1).mean() / self.inputs),
-            'repeat': float(np.square(after - before).sum(-1).mean() / self.inputs)}
-
-
-@part
 class WeightPrompt:
-  """Predict w* at once, the chain left out: as DescentChain of one step, with target (0_d, 0, w*, 1) (section 3.3).
+  """Predict w* at once: the matrix of section 2.3, transposed, before its first step (3.3).
 
-  Also what a chain of any length is judged by.
+  tokens f32[n + 1, 2d + 2]: examples (x_i, y_i, 0_d, 0) and at last the thought (0_d, 0, 0_d, 1); targets
+  f32[n + 1, 2d + 2], vectors: (0_d, 0, w*, 1) at the thought, else 0; weights: 1 there, else 0.
   """
   inputs: int = 10
   examples: int = 20
@@ -155,7 +115,12 @@ class WeightPrompt:
 
   def __call__(self, rng: np.random.Generator) -> Example:
     x, best = _drawn(rng, self.inputs, self.examples)
-    return _chain(x, x @ best, np.zeros((1, self.inputs)), best[None])
+    d = self.inputs
+    tokens, targets = np.zeros((2, self.length, 2 * d + 2), np.float32)
+    tokens[:-1, :d], tokens[:-1, d] = x, x @ best
+    targets[-1, d + 1:-1] = best
+    tokens[-1, -1] = targets[-1, -1] = 1
+    return aligned(tokens, targets, np.arange(self.length) == self.examples)
 
   def floors(self, examples: Sequence[Example]) -> dict[str, float]:
     """In units of d: of zero, of one step of gradient descent at the best rate, of least squares."""
@@ -166,13 +131,3 @@ class WeightPrompt:
     step = gradient_descent(x, y, best_rate(d, self.examples), 1)[-1]
     guesses = {'zero': 0, 'one step': step, 'least squares': np.einsum('Edn,En->Ed', np.linalg.pinv(x), y)}
     return {name: float(np.square(guess - best).sum(-1).mean() / d) for name, guess in guesses.items()}
-
-
-def _chain(x, y, thoughts, following):
-  """The example of x[n, d], y[n] and thoughts [k, d] that are followed by others [k, d]."""
-  (count, d), steps = x.shape, len(thoughts)
-  tokens, targets = np.zeros((2, count + steps, 2 * d + 2), np.float32)
-  tokens[:count, :d], tokens[:count, d] = x, y
-  tokens[count:, d + 1:-1], targets[count:, d + 1:-1] = thoughts, following
-  tokens[count:, -1] = targets[count:, -1] = 1
-  return aligned(tokens, targets, np.arange(count + steps) >= count)
