@@ -13,7 +13,7 @@ from absl import app, flags, logging
 import numpy as np
 
 import loopformer
-from experiments import records
+from experiments import plots, records
 from experiments.configs.latent_thoughts import MATRICES
 from experiments.main import held_out
 from loopformer import metrics, plans
@@ -57,13 +57,9 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
 
 def draw(path: Path, runs: dict[str, list[dict]]):
   """Accuracy against the mean cosine, a point a run."""
-  try:
-    import matplotlib
-  except ImportError:
-    print('no plot: install matplotlib (the extra `plot`)')
+  pyplot = plots.library()
+  if pyplot is None:
     return
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
   for name, rows in runs.items():
     axes.plot([row['mean cosine'] for row in rows], [row['accuracy'] for row in rows], 'o', label=name)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import records
+from experiments import plots, records
 from loopformer import metrics
 from loopformer.cells.linear import EXACT
 from loopformer.types import Array, Batch, ConfigError, Params, part
@@ -298,13 +298,9 @@ def write(out: Path, rows: list[dict], products: dict, trained: int):
   """results.json and errors.png."""
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', {'errors': rows, 'products': products})
-  try:
-    import matplotlib
-  except ImportError:
-    print('no plot: install matplotlib (the extra `plot`)')
+  pyplot = plots.library()
+  if pyplot is None:
     return
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
   for name in list(rows[0])[1:]:
     axes.plot([row['step'] for row in rows], [row[name] for row in rows], marker='.',

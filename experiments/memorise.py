@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import records
+from experiments import plots, records
 from loopformer import loop, metrics, plans
 from loopformer.blocks import MLP, Block, Identity, Stack, UnitNorm
 from loopformer.cells.plain import Plain
@@ -152,13 +152,9 @@ def write(out: Path, rows: list[dict], table: str):
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', rows)
   (out / 'table.md').write_text(table + '\n')
-  try:
-    import matplotlib
-  except ImportError:
-    print('no plot: install matplotlib (the extra `plot`)')
+  pyplot = plots.library()
+  if pyplot is None:
     return
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
   for kind in KINDS:
     mine = [row for row in rows if row['model'] == kind]

@@ -7,7 +7,8 @@ from typing import Any, Mapping, Sequence
 Rows = Sequence[Mapping[str, Any]]
 
 
-def _figure():
+def library():
+  """matplotlib.pyplot for pictures in files; None, and a line that says so, where it is not installed."""
   try:
     import matplotlib
   except ImportError:
@@ -30,7 +31,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
     curves: name -> rows with `budget`, `show` and, where several seeds were run, `spread` (half the range).
     flat: name -> the same of models that have no loops to choose, drawn as horizontal lines.
   """
-  pyplot = _figure()
+  pyplot = library()
   if pyplot is None:
     return
   figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
@@ -59,7 +60,7 @@ def exits(path: Path, panels: Mapping[str, Rows], show: str = 'loss'):
   Args:
     panels: title -> rows with `budget`, `schedule` (a number of loops, or rule:threshold) and `show`.
   """
-  pyplot = _figure()
+  pyplot = library()
   if pyplot is None:
     return
   rules = dict.fromkeys(rule_of(row) for rows in panels.values() for row in rows)
@@ -94,7 +95,7 @@ def rule_of(row: Mapping[str, Any]) -> str:
 
 def ranking(path: Path, rows: Rows, title: str):
   """Loss of every schedule, best at the top."""
-  pyplot = _figure()
+  pyplot = library()
   if pyplot is None:
     return
   rows = sorted(rows, key=lambda row: -row['loss'])
@@ -110,7 +111,7 @@ def ranking(path: Path, rows: Rows, title: str):
 
 def training(path: Path, rows: Rows):
   """Validation loss at every budget against steps, from the rows of metrics.jsonl."""
-  pyplot = _figure()
+  pyplot = library()
   rows = [row for row in rows if row['kind'] == 'eval']
   if pyplot is None or not rows:
     return
@@ -131,7 +132,7 @@ def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
   Args:
     curves: name -> evaluations during training: rows with `step`, `seconds`, and `<show>@<loops>` for each budget.
   """
-  pyplot = _figure()
+  pyplot = library()
   if pyplot is None:
     return
   figure, both = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained', sharey=True)
@@ -154,7 +155,7 @@ def growth(path: Path, rows: Rows):
   Args:
     rows: `grows`, `to`, `s/step` and `GFLOP`, as the benchmark's suite growth makes them.
   """
-  pyplot = _figure()
+  pyplot = library()
   if pyplot is None:
     return
   axes_of = list(dict.fromkeys(row['grows'] for row in rows))

@@ -80,10 +80,11 @@ def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Mo
 
 
 def _turned(params):
-  return {name: _turned_projection(tree) if name in PROJECTIONS else _turned(tree) if isinstance(tree, Mapping) else tree
-          for name, tree in params.items()}
+  def own(name, tree):
+    if not isinstance(tree, Mapping):
+      return tree
+    if name not in PROJECTIONS or 'kernel' not in tree:
+      return _turned(tree)
+    return {**{other: leaf for other, leaf in tree.items() if other != 'kernel'}, 'turned': tree['kernel'].T}
 
-
-def _turned_projection(params):
-  return {('turned' if name == 'kernel' else name): leaf.T if name == 'kernel' else leaf
-          for name, leaf in params.items()}
+  return {name: own(name, tree) for name, tree in params.items()}
