@@ -136,7 +136,7 @@ def rows_of(results: dict[str, dict]) -> list[dict]:
 
 def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
   """Decoded and parallel NLL by chunk, a mean over seeds; bytes of caches by loops."""
-  pyplot = plots._figure()
+  pyplot = plots.library()
   if pyplot is None:
     return
   figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout='constrained')

@@ -149,7 +149,7 @@ def rows_of(results: dict[str, dict]) -> tuple[list[dict], list[dict], list[dict
 
 def draw(path: Path, results: dict[str, dict]):
   """Accuracy against mean steps: a panel a seed, a curve a gate, and the static steps."""
-  pyplot = plots._figure()
+  pyplot = plots.library()
   if pyplot is None:
     return
   figure, panels = pyplot.subplots(1, len(results), figsize=(4 * len(results) + 2, 4), layout='constrained',
