@@ -21,7 +21,7 @@ from loopformer.model import make_readout, parameter_count
 from loopformer.optim import AdamW, Trapezoid
 from loopformer.positions import Rotary
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.router import (AuxiliaryBCE, Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore)
+from loopformer.terms.router import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.types import ConfigError, Trace, part
 from tests import parts
 from tests.parts import D, L, T, V, close, forward, padded, params, poked, tokens
@@ -412,12 +412,12 @@ def test_the_routers_loss_by_hand_and_its_gradient():
 
 def test_from_the_auxiliary_router_the_model_learns_nothing():
   model = ROUTERS['auxiliary']
-  value, grads = gradient(model, AuxiliaryBCE(roll='all'))
+  value, grads = gradient(model, RouterBCE(roll='all', of='auxiliary'))
   router = dict(grads['cell'].pop('router'))
   assert moves([router.pop(f'others_{r}') for r in range(L)]) and value > 0
   assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((grads, router)))
   with pytest.raises(ConfigError, match='has no auxiliary of a router'):
-    gradient(MODEL, AuxiliaryBCE(roll='all'))
+    gradient(MODEL, RouterBCE(roll='all', of='auxiliary'))
 
 
 def test_squared_scores():

@@ -46,7 +46,7 @@ from loopformer.positions import Rotary
 from loopformer.routing import AsTrained, LossFree
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.router import AuxiliaryBCE, Balance, LoadBias, RouterBCE
+from loopformer.terms.router import Balance, LoadBias, RouterBCE
 from loopformer.tokenizer import Bytes, TrainedPieces
 from loopformer.train import Train
 from loopformer.types import ConfigError
@@ -185,7 +185,7 @@ def losses(kind: str, given: dict) -> dict[str, Weighted]:
   if kind == 'token':
     return choose('balance', given['balance'], {'loss': {'balance': Weighted(0.1, Balance(roll='all'))},
                                                 'free': {'load': Weighted(1.0, LoadBias(roll='all'))}, 'none': {}})
-  term = AuxiliaryBCE(roll='all') if given['auxiliary'] else RouterBCE(roll='all')
+  term = RouterBCE(roll='all', of='auxiliary' if given['auxiliary'] else 'score')
   return {'router': Weighted(given['c'], term)}
 
 

@@ -215,7 +215,7 @@ class ExpertChoice(nn.Module):
                         '1; use Sigmoid()')
     if self.answer.asks and self.auxiliary is None:
       raise ConfigError(f'model.cell.router.answer = {self.answer}: there is no auxiliary router to ask; give it by '
-                        'auxiliary=LinearScore(), and the term AuxiliaryBCE to learn from')
+                        'auxiliary=LinearScore(), and RouterBCE(of=\'auxiliary\') to learn from')
 
   def begin(self, x: Array, plan: Plan, ctx: Ctx) -> Pick:
     """Before the first recursion all tokens are candidates, but for padding."""

@@ -52,24 +52,21 @@ def bce(logit: Array, target: Array) -> Array:
 @part
 class RouterBCE:
   """sum over recursions of the mean over their candidates of BCE(score, whether it was taken): it separates the scores
-  of those taken and not, so that a threshold can answer (expert choice)."""
+  of those taken and not, so that a threshold can answer (expert choice).
+
+  of: whose score, the router's, or 'auxiliary', the router's that answers instead and learns from this term alone.
+  """
   roll: str
+  of: str = 'score'
   reads, weight = property(_reads), _rows
 
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    aux = routed(rolls, self.roll, 'score')
-    return over_candidates(bce(aux['score'], aux['taken']), aux)
-
-
-@part
-class AuxiliaryBCE:
-  """The same of the auxiliary router, which alone learns from it."""
-  roll: str
-  reads, weight = property(_reads), _rows
+  def __post_init__(self):
+    if self.of not in ('score', 'auxiliary'):
+      raise ConfigError(f'RouterBCE.of = {self.of!r}: use \'score\' or \'auxiliary\'')
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    aux = routed(rolls, self.roll, 'auxiliary')
-    return over_candidates(bce(aux['auxiliary'], aux['taken']), aux)
+    aux = routed(rolls, self.roll, self.of)
+    return over_candidates(bce(aux[self.of], aux['taken']), aux)
 
 
 @part
