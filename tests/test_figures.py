@@ -10,7 +10,7 @@ import pytest
 
 from tests import parts
 
-RECORD = Path(__file__).parent / 'golden/figures.json'
+RECORD = Path(__file__).with_name('figures.json')
 ROOM = 1.1  # of the recorded figure: versions of the compiler differ by a few parts in a hundred
 
 
