@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import loopformer
+from loopformer import plans
 from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_pretrained, gguf, retrofit
@@ -98,7 +99,7 @@ def test_layers_between_prelude_and_coda_are_looped(name, tmp_path):
 
 def test_decodes_with_a_cache_what_the_parallel_pass_computes(tmp_path):
   model, params, _ = imported(tmp_path, 'qwen3')
-  plan, kv, rows = loopformer.api.plans.schedule((1.0,)), model.cache(len(TOKENS), TOKENS.shape[1]), []
+  plan, kv, rows = plans.schedule((1.0,)), model.cache(len(TOKENS), TOKENS.shape[1]), []
   for place in range(TOKENS.shape[1]):
     trace = model.apply({'params': params}, TOKENS[:, place:place + 1], plan, jnp.full((len(TOKENS), 1), place), kv=kv)
     kv = trace.kv
