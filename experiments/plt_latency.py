@@ -18,7 +18,9 @@ from absl import app
 import jax
 
 from experiments import plots, records
-from experiments.benchmark import FLAGS, decode_once, describe_machine, spread  # defines --out and --repeats
+from experiments.benchmark.__main__ import FLAGS, describe_machine  # defines --out and --repeats
+from experiments.benchmark.decode import decode_once
+from experiments.benchmark.sizes import spread
 from loopformer import metrics
 from loopformer.blocks import Block, GatedMLP, Identity, SelfAttention, Stack
 from loopformer.cells.plain import Plain

@@ -49,3 +49,20 @@ except AttributeError as error:
   print(error)
 '''
   assert parts.python(code) == "module 'loopformer' has no attribute 'nonsense'\n"
+
+
+def test_every_script_can_be_imported():
+  """In one process; flags are forgotten before each, because scripts define some of the same names."""
+  told = parts.python('''
+import importlib, pkgutil
+from absl import flags
+import experiments, experiments.benchmark
+names = [f'experiments.{found.name}' for found in pkgutil.iter_modules(experiments.__path__) if found.name != 'peer']
+names += [f'experiments.benchmark.{found.name}' for found in pkgutil.iter_modules(experiments.benchmark.__path__)]
+for name in names:
+  for flag in list(flags.FLAGS):
+    delattr(flags.FLAGS, flag)
+  importlib.import_module(name)
+print(len(names))
+''')
+  assert int(told.splitlines()[-1]) > 20
