@@ -63,7 +63,7 @@ def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[An
 
 def race(size: Size, repeats: int, steps: dict[str, Any], model_of: Ours,
          others: dict[str, Callable[[], Any]]) -> list[dict]:
-  """A row for each of `steps`, and of the `others` that are made last, beside the last of all.
+  """A row for each of `steps` and of the `others`, which are made last; beside the last of these, or the first step.
 
   model_of: the step whose arithmetic is that of all.
   """
