@@ -193,11 +193,11 @@ def test_copy_saves_steps_and_leaves_no_hole():
   assert 1 < steps.mean() < L and np.isfinite(z).all()
   np.testing.assert_array_equal(kv['loop'].pos[:, :, :T], np.broadcast_to(np.arange(T), (L, len(z), T)))
   last = np.asarray(steps) - 1
-  k = np.asarray(kv['loop'].k)  # [slots, N, B, S, G, d]
+  k = np.asarray(kv['loop'].k)  # [slots, N, B, G, S, d]
   for row in range(len(z)):
     for i in range(T):
       for slot in range(last[row, i], L):
-        np.testing.assert_array_equal(k[slot, :, row, i], k[last[row, i], :, row, i])
+        np.testing.assert_array_equal(k[slot, :, row, :, i], k[last[row, i], :, row, :, i])
   assert np.abs(np.asarray(run('kl').z) - np.asarray(z)).max() > 1e-3  # it is an approximation, and no more
 
 
