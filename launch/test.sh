@@ -2,4 +2,5 @@
 # Installs, and runs the test suite; arguments go to pytest.
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
-exec .venv/bin/python -m pytest "$@"
+# A file's tests stay in one worker, where they share what they compiled.
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
