@@ -132,6 +132,9 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
 def scan(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, keep: Any, remat: Any):
   """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries)."""
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
+  if cell.is_initializing():  # one step makes all parameters, and a scan would trace it twice more
+    (x, kv), (xs, aux) = step(cell, (x, kv), jax.tree.map(lambda leaf: leaf[0], rows))
+    return x, kv, jax.tree.map(lambda leaf: leaf[None], xs), jax.tree.map(lambda leaf: leaf[None], aux)
   over = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
                  variable_broadcast='params', split_rngs={'params': False}, length=rows.dt.shape[0])
   (x, kv), (xs, aux) = over(cell, (x, kv), rows)
