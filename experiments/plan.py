@@ -141,7 +141,7 @@ def rows_of(task: Any) -> dict[str, np.ndarray]:
     return task.source('train', 0)[0]
   tokens = np.zeros(task.length, np.int32)
   return {'tokens': tokens, 'targets': tokens, 'weights': np.ones(task.length, np.float32),
-          'positions': np.arange(task.length, dtype=np.int32), 'segments': np.ones(task.length, np.int32)}
+          'positions': np.arange(task.length, dtype=np.int32)}
 
 
 def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step: int) -> Steps:

@@ -15,14 +15,10 @@ class Joined:
   """Part: documents in a window are one sequence and may attend across (GPT style)."""
 
   def arrange(self, tokens: np.ndarray, eos: int) -> dict[str, np.ndarray]:
-    """Tokens i32[T] -> weights f32[T] (all 1), positions i32[T] (0 .. T-1), segments i32[T] (all 1)."""
+    """Tokens i32[T] -> weights f32[T] (all 1), positions i32[T] (0 .. T-1)."""
     del eos
     length = len(tokens)
-    return {
-      'weights': np.ones(length, np.float32),
-      'positions': np.arange(length, dtype=np.int32),
-      'segments': np.ones(length, np.int32),
-    }
+    return {'weights': np.ones(length, np.float32), 'positions': np.arange(length, dtype=np.int32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,8 @@ class Separate:
 class Windows:
   """A random access source of training windows: window i holds stream tokens i*length .. i*length + length.
 
-  Element: tokens, targets (the next tokens), positions, segments, all i32[T], and weights f32[T].
+  Element: tokens, targets (the next tokens), positions, all i32[T], and weights f32[T]; segments i32[T] where documents
+  are separate.
   """
 
   stream: TokenStream

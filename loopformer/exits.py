@@ -31,7 +31,7 @@ class Final:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
-    trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'])
+    trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'))
     steps = plan.steps if plan.live is None else plan.live.sum(0)
     steps += 0 if plan.free is None else plan.free
     steps = jnp.broadcast_to(steps, trace.z.shape[:1])
@@ -53,7 +53,7 @@ class Confidence:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
-    trace = model.apply({'params': params}, batch['tokens'], plan, batch['positions'], batch['segments'],
+    trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'),
                         keep=loop.Every())
     readout = make_readout(model, params, batch)
     z, steps = self.pick(readout, trace, batch)
@@ -116,8 +116,8 @@ class Adaptive:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """As Final.run; steps i32[B, T]."""
-    trace = model.apply({'params': params}, batch['tokens'], plan, self, dial, batch['positions'], batch['segments'],
-                        method='adapt')
+    trace = model.apply({'params': params}, batch['tokens'], plan, self, dial, batch.get('positions'),
+                        batch.get('segments'), method='adapt')
     return trace, make_readout(model, params, batch)
 
 

@@ -257,7 +257,8 @@ class Task(Protocol):
   def prepare(self, workdir, log) -> Any: ...
 
   def examples(self, workdir, split: str, seed: int) -> Any:
-    """A grain.MapDataset of single examples: tokens, targets, weights, positions, segments, each [T, ...]."""
+    """A grain.MapDataset of single examples: tokens, targets, weights, positions, each [T, ...]; segments i32[T] too
+    where several documents, which must not see each other, share an example."""
 
 
 class ConfigError(ValueError):

@@ -419,7 +419,7 @@ def test_joined_by_hand():
   w = windows[1]
   assert w['tokens'].tolist() == [8, 5, 6, 7, 9, 5] and w['targets'].tolist() == [5, 6, 7, 9, 5, 6]
   assert w['positions'].tolist() == [0, 1, 2, 3, 4, 5]
-  assert w['segments'].tolist() == [1] * 6 and w['weights'].tolist() == [1.0] * 6
+  assert w['weights'].tolist() == [1.0] * 6 and 'segments' not in w  # which would cost a mask and divide nothing
 
 
 def test_separate_by_hand():

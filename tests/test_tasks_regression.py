@@ -63,7 +63,6 @@ def test_shapes_and_dtypes(name):
   assert set(np.unique(weights)) <= {0, 1} and weights.any()
   assert not targets[weights == 0].any() or isinstance(of, Autoregression)
   np.testing.assert_array_equal(made['positions'], np.arange(of.length))
-  np.testing.assert_array_equal(made['segments'], 1)
   integers = made.keys() - {'tokens', 'targets', 'weights'}
   assert all(made[key].dtype == np.int32 and made[key].shape == (of.length,) for key in integers)
 

@@ -173,16 +173,15 @@ def test_shapes_and_dtypes(name):
   end = len(of.symbols) - 1
   assert len(set(of.symbols)) == len(of.symbols) and all(isinstance(symbol, str) for symbol in of.symbols)
   for made in many(of, 20):
-    for key in ('tokens', 'targets', 'positions', 'segments'):
+    for key in ('tokens', 'targets', 'positions'):
       assert made[key].dtype == np.int32 and made[key].shape == (of.length,)
     assert made['weights'].dtype == np.float32 and made['weights'].shape == (of.length,)
     assert set(np.unique(made['weights'])) <= {0, 1} and made['weights'].any()
     assert made['tokens'].min() >= 0 and made['tokens'].max() <= end
     assert made['targets'].min() >= 0 and made['targets'].max() <= end
     np.testing.assert_array_equal(made['positions'], np.arange(of.length))
-    np.testing.assert_array_equal(made['segments'], 1)
     extra = {'loops': np.int32} if isinstance(of, ALGORITHMS) else {'information': np.float32}
-    for key in made.keys() - {'tokens', 'targets', 'weights', 'positions', 'segments'}:
+    for key in made.keys() - {'tokens', 'targets', 'weights', 'positions'}:
       assert made[key].dtype == extra[key] and made[key].shape == ()
 
 

@@ -66,8 +66,7 @@ mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
 step = make_step(config.model, config.objective, optimizer, mesh, config.train.accumulate)
 shape = (config.train.batch, config.task.length)
 batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in (
-    ('tokens', np.int32), ('targets', np.int32), ('weights', np.float32), ('positions', np.int32),
-    ('segments', np.int32))}
+    ('tokens', np.int32), ('targets', np.int32), ('weights', np.float32), ('positions', np.int32))}
 lowered = step.lower(jax.eval_shape(functools.partial(init_state, config.model, optimizer, 0)), batch)
 traced = time.perf_counter()
 lowered.compile()

@@ -39,7 +39,7 @@ class Generator(Protocol):
 
   def __call__(self, rng: np.random.Generator) -> Example:
     """tokens i32[T] (or f32[T, width]), targets i32[T] (or f32[T]), weights f32[T] (1 where an answer is wanted),
-    positions i32[T], segments i32[T]; and whatever else a plan or term reads."""
+    positions i32[T]; segments i32[T] where documents share an example; and whatever else a plan or term reads."""
 
   def floors(self, examples: Sequence[Example]) -> dict[str, float]:
     """Scores on `examples` of guesses that need no thought, by name; what a result has to be compared with."""
@@ -67,7 +67,7 @@ def aligned(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Exa
   """The example whose position i is asked for targets[i]; one document from its first token to its last."""
   length = len(tokens)
   return {'tokens': tokens, 'targets': targets, 'weights': np.asarray(weights, np.float32),
-          'positions': np.arange(length, dtype=np.int32), 'segments': np.ones(length, np.int32)}
+          'positions': np.arange(length, dtype=np.int32)}
 
 
 def at_least(name: str, value: float, least: float, why: str):
