@@ -4,14 +4,21 @@ All compute the softmax in float32 and return the dtype of the queries.
 """
 from __future__ import annotations
 
+from typing import Any, Callable
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 import jax.numpy as jnp
 
-from loopformer.types import Array, part
+from loopformer import sharding
+from loopformer.types import Array, ConfigError, part
 
 SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again,
 PRODUCT = 'product'  # and of projections
+LANES = 128  # of a TPU's registers
+HALVES = (jnp.bfloat16, jnp.float16)
+CUDNN = 'dot_product_attention_fwd_wrapper'  # the primitive
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
 
 
@@ -39,11 +46,83 @@ class Blockwise:
 
 @part
 class Fused:
-  """Causal attention by `jax.nn.dot_product_attention`: the kernel of the backend, where it has one."""
+  """Causal attention by the kernel of the backend: cuDNN's on a GPU, splash attention on a TPU, Blockwise elsewhere and
+  where those cannot serve (on a GPU float32, and heads whose width is no multiple of 8 or beyond 128; on a TPU, texts
+  whose length is no multiple of 128).
+
+  size: of Blockwise's blocks.
+  """
+  size: int = 32
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    mask = None if seg is None else (seg[:, None, :, None] == seg[:, None, None, :])
-    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), SAVED)
+    return self.on(jax.default_backend(), q.dtype, q.shape[1], q.shape[3])(q, k, v, seg)
+
+  def on(self, backend: str, dtype: Any, length: int, head: int) -> Blockwise | Cudnn | Splash:
+    """What attends with `length` queries of width `head` in this dtype on this backend: 'cpu', 'gpu' or 'tpu'."""
+    if backend == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128:
+      return Cudnn()
+    if backend == 'tpu' and length % LANES == 0:
+      return Splash()
+    return Blockwise(size=self.size)
+
+
+@part
+class Cudnn:
+  """cuDNN's flash attention, causal, for Nvidia's GPUs in bfloat16 and float16. With segments it reads a mask,
+  [B, 1, T, T]."""
+
+  def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+    if jax.default_backend() != 'gpu' or q.dtype not in HALVES:
+      raise ConfigError(f'kernel = Cudnn() with {q.dtype} on {jax.default_backend()}: cuDNN attends on a GPU in '
+                        'bfloat16 or float16; take attention.Fused(), which chooses by backend and dtype')
+    mask = None if seg is None else seg[:, None, :, None] == seg[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')
+
+
+@part
+class Splash:
+  """Splash attention, causal: JAX's Pallas kernel for TPUs, which never visits blocks above the diagonal.
+
+  size: the longest block of queries and of keys. interpret: emulate the kernel, to test it elsewhere.
+  """
+  size: int = 512
+  interpret: bool = False
+
+  def __post_init__(self):
+    if self.size < LANES or self.size % LANES:
+      raise ConfigError(f'kernel.size = {self.size}: blocks of splash attention are multiples of {LANES} long')
+
+  def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+    if q.shape[1] % LANES:
+      raise ConfigError(f'kernel = Splash() with {q.shape[1]} tokens: it wants a multiple of {LANES}; take '
+                        'attention.Fused(), which chooses by length')
+    # The partitioner cannot divide a Pallas kernel: every device runs it on its own rows and heads.
+    return sharding.by_rows_and_heads(self._attend, (q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, seg)
+
+  def _attend(self, q, k, v, seg):
+    length, heads = q.shape[1:3]
+    size = next(size for size in range(min(self.size, length), 0, -LANES) if length % size == 0)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=blocks, residual_checkpoint_name=SAVED, interpret=self.interpret)
+    ids = None if seg is None else splash_attention_kernel.SegmentIds(q=seg, kv=seg)
+    return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
+
+
+Kernel = Blockwise | Fused | Cudnn | Splash
+
+
+def saving(*names: str) -> Callable[..., Any]:
+  """The policy of a rematerialising loop that saves these names, and cuDNN's attention where SAVED is one: of its two
+  results, what it gives and the sums that its backward pass wants, JAX lets nobody name the second."""
+  by_name = jax.checkpoint_policies.save_only_these_names(*names)
+
+  def policy(primitive, *avals, **params):
+    return by_name(primitive, *avals, **params) or (SAVED in names and primitive.name == CUDNN)
+
+  return policy
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:

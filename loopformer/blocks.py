@@ -58,8 +58,14 @@ def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
   differentiation would form first; and it needs x alone: the gain's gradient is found in the weight's, so the product
   itself is neither saved nor recomputed.
   """
-  y = jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+  y = jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=_written(x.dtype))
   return (y if gain is None else y * gain).astype(x.dtype)
+
+
+def _written(dtype):
+  """What a product of this dtype is written in: an accelerator accumulates in float32 whatever it writes, and a wider
+  result would only have to be read again."""
+  return jnp.float32 if jax.default_backend() == 'cpu' else dtype
 
 
 FEW = 64  # rows
@@ -87,7 +93,8 @@ def _dense_backward(saved, dy):
     scaled, dkernel, dgain = kernel, outer, None
   else:
     scaled, dkernel, dgain = kernel * gain, outer * gain, jnp.sum(outer * kernel, 0).astype(gain.dtype)
-  dx = jnp.einsum('...o,io->...i', dy, scaled.astype(dy.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+  dx = jnp.einsum('...o,io->...i', dy, scaled.astype(dy.dtype), preferred_element_type=_written(dy.dtype))
+  dx = dx.astype(x.dtype)
   return dx, dkernel.astype(kernel.dtype), dgain
 
 
@@ -210,7 +217,7 @@ class SelfAttention(nn.Module):
   groups: int | None = None
   std: float = 0.02
   out_std: float = 0.02
-  kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  kernel: attention.Kernel = attention.Fused()
   position: Any = None
   norm_qk: nn.Module | None = None
   biased: tuple[str, ...] = ()
@@ -486,8 +493,26 @@ class Chain(nn.Module):
     return sum(block.flops(width, length) for block in self.blocks)
 
 
+UNROLLED = 4  # layers
+
+
+def unrolls(layers: int) -> bool:
+  """Whether so many layers of a stack are written out and not scanned when there is no cache.
+
+  A scan stacks what its layers save for the backward pass, and the loop around it copies the stack into its own: on a
+  GPU that was a sixth of a step (docs/performance.md). On a CPU, where it is less, programs that compile twice as fast
+  are worth more.
+  """
+  return layers <= UNROLLED and jax.default_backend() != 'cpu'
+
+
+def _layer_of(which, params):
+  return jax.tree.map(lambda leaf: leaf[which], params)
+
+
 class Stack(nn.Module):
-  """`depth` blocks with parameters of their own, stacked [N, ...] and scanned: compile time does not grow with N.
+  """`depth` blocks with parameters of their own, stacked [N, ...] and, but for few (`unrolls`), scanned: compile time
+  does not grow with N.
 
   order: which block runs when, if not each once from the first to the last: (0, 0, 1) applies the first twice. norm: of
   what leaves the stack.
@@ -508,14 +533,22 @@ class Stack(nn.Module):
 
     # The cache is carried, not scanned over: as a scanned input and output it would be copied whole each time.
     layer = ctx.remat.layer(layer) if ctx.remat else layer
+    order = tuple(range(self.depth)) if self.order is None else self.order
+    if kv is None and not self.is_initializing() and unrolls(len(order)):
+      for index, which in enumerate(order):
+        own = nn.map_variables(layer, 'params', trans_in_fn=functools.partial(_layer_of, which))
+        (x, kv), _ = own(self.block, (x, kv), (index, None if mods is None else mods[index]))
+      return x if self.norm is None else self.norm(x), kv
     scan = functools.partial(nn.scan, layer, variable_axes={'params': 0}, split_rngs={'params': True})
-    if self.order is None or self.is_initializing():
+    if self.order is None:
       (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), mods))
+    elif self.is_initializing():  # each block once, whatever runs when
+      some = None if mods is None else jnp.broadcast_to(mods[0], (self.depth, *mods.shape[1:]))
+      (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), some))
     else:
-      order = jnp.asarray(self.order)
-      ordered = nn.map_variables(scan(length=order.size), 'params',
-                                 trans_in_fn=lambda tree: jax.tree.map(lambda leaf: leaf[order], tree))
-      (x, kv), _ = ordered(self.block, (x, kv), (jnp.arange(order.size), mods))
+      ordered = nn.map_variables(scan(length=len(order)), 'params',
+                                 trans_in_fn=functools.partial(_layer_of, jnp.asarray(order)))
+      (x, kv), _ = ordered(self.block, (x, kv), (jnp.arange(len(order)), mods))
     return (x if self.norm is None else self.norm(x)), kv
 
   @property

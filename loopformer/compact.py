@@ -56,7 +56,8 @@ class Compact:
     own, stored = kv[step], ctx.pos >= 0
     start = jnp.where(stored, ctx.pos, jnp.iinfo(jnp.int32).max).min(-1, keepdims=True)
     before = ((own.pos[0] >= 0) & (own.pos[0] < start)).sum(-1, keepdims=True)  # not those of the layer before
-    place = jnp.where(stored, before + jnp.cumsum(stored, -1) - 1, own.length)  # out of range, and dropped
+    beyond = own.length + jnp.arange(stored.shape[1])  # out of range, and dropped
+    place = jnp.where(stored, before + jnp.cumsum(stored, -1) - 1, beyond)
     own, keys, values, pos = memory.put(own, 0, ctx.pos, place, layer, k, v)
     return (*kv[:step], own, *kv[step + 1:]), keys, values, pos
 

@@ -67,7 +67,7 @@ class GatedAttention(nn.Module):
   groups: int | None = None
   std: float = 0.02
   out_std: float = 0.02
-  kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  kernel: attention.Kernel = attention.Fused()
   position: Any = Rotary()
 
   @nn.compact

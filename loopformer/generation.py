@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, plans
+from loopformer.blocks import turned
 from loopformer.memory import map_caches
 from loopformer.modules import flattened
 from loopformer.types import KV, Array, ConfigError, Params, Plan
@@ -274,8 +275,11 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
     pos = rows.place[:, None] + offset + jnp.arange(count)
     return jnp.where((rows.left > 0)[:, None] & (pos < length), pos, -1)
 
+  # Cast once, here: XLA would cast the whole table for every token.
+  table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.read_in.dtype))
+
   def logits_of(z):
-    return model.apply(variables, z, method='logits')
+    return turned(z, table) if z.dtype == table.dtype else model.apply(variables, z, method='logits')
 
   def full(rows, tokens, pos):
     plan = rows.plan.replace(live=rows.plan.live & (rows.left > 0))
@@ -409,7 +413,8 @@ class Engine:
     if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
-    model, params = flattened(model, params, turn=rows > 1 and jax.default_backend() == 'cpu')
+    # A CPU multiplies one row by [I, O] well, and a GPU that sums over contiguous weights.
+    model, params = flattened(model, params, turn=rows > 1 or jax.default_backend() == 'gpu')
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
     self.exit, self.ahead = exit, ahead if draft is not None else 0

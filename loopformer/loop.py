@@ -69,7 +69,7 @@ class PerLayer:
     return step
 
   def layer(self, layer):
-    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(attention.SAVED))
+    return nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED))
 
 
 @part
@@ -80,13 +80,13 @@ class Products:
     return step
 
   def layer(self, layer):
-    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(
-        attention.SAVED, attention.PRODUCT))
+    return nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED, attention.PRODUCT))
 
 
 @part
 class Offload:
-  """As PerLayer, with what attention gave kept in the host's memory until the backward pass wants it."""
+  """As PerLayer, with what attention gave kept in the host's memory until the backward pass wants it; cuDNN's, whose
+  results cannot be named, is run again."""
 
   def step(self, step):
     return step

@@ -142,19 +142,20 @@ def _step(ctx):
 
 
 def _exchange(kv, slot, pos, layer, k, v):
-  return put(kv, slot, pos, jnp.where(pos < 0, kv.pos.shape[-1], pos), layer, k, v)  # out of range, and dropped
+  beyond = kv.pos.shape[-1] + jnp.arange(pos.shape[1])  # out of range, each by itself, and dropped
+  return put(kv, slot, pos, jnp.where(pos < 0, beyond, pos), layer, k, v)
 
 
 def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array, k: Array, v: Array) -> Exchanged:
-  """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot.
+  """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot, no two of a row the same.
 
   Returns:
     (kv, keys and values that the slot then holds [B, G, S, d], their positions i32[B, S]).
   """
   row = jnp.arange(k.shape[0])[:, None]
-  kv = KV(k=kv.k.at[slot, layer, row, :, place].set(k.astype(kv.k.dtype), mode='drop'),
-          v=kv.v.at[slot, layer, row, :, place].set(v.astype(kv.v.dtype), mode='drop'),
-          pos=kv.pos.at[slot, row, place].set(pos, mode='drop'))
+  kv = KV(k=kv.k.at[slot, layer, row, :, place].set(k.astype(kv.k.dtype), mode='drop', unique_indices=True),
+          v=kv.v.at[slot, layer, row, :, place].set(v.astype(kv.v.dtype), mode='drop', unique_indices=True),
+          pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True))
   return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
       kv.pos, slot, keepdims=False)
 

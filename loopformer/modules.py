@@ -1,4 +1,4 @@
-"""Descriptions of modules as values: taken apart, made anew, and made flat for decoding."""
+"""Descriptions of modules as values: taken apart, made anew, and made ready for decoding."""
 from __future__ import annotations
 
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any, Mapping
 from flax import linen as nn
 import jax
 
-from loopformer.blocks import Stack
+from loopformer.blocks import Chain, Stack
 from loopformer.types import KV, Array, Ctx
 
 LAYERS = 8  # stacks of up to this many applications are made flat
@@ -63,8 +63,10 @@ class Flat(nn.Module):
 
 def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
   """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices, with
-  `turn` [O, I] where a projection has a kernel [I, O]; forward alone."""
+  `turn` [O, I] where a projection has a kernel [I, O]; kernels are in the dtype in which they multiply. Forward
+  alone."""
   if isinstance(module, Stack):
+    params = {**params, 'block': _cast(module.block, params['block'])}
     if module.applications > LAYERS:
       return module, params
     flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
@@ -77,6 +79,18 @@ def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Mo
     if isinstance(value, nn.Module) and name in params:
       changed[name], params[name] = flattened(value, params[name], turn)
   return module.clone(**changed), params
+
+
+def _cast(block, params):
+  """A block's projections in its dtype, into which every call would cast them."""
+  if isinstance(block, Chain):
+    return {name: _cast(block.blocks[int(name.removeprefix('blocks_'))], tree) for name, tree in params.items()}
+
+  def own(path, leaf):
+    names = [entry.key for entry in path]
+    return leaf.astype(block.dtype) if names[-1] == 'kernel' and names[-2] in PROJECTIONS else leaf
+
+  return jax.tree_util.tree_map_with_path(own, params)
 
 
 def _turned(params):

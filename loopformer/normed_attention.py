@@ -21,7 +21,7 @@ class NormedAttention(nn.Module):
   groups: int | None = None
   std: float = 0.02
   out_std: float = 0.02
-  kernel: attention.Blockwise | attention.Fused = attention.Blockwise()
+  kernel: attention.Kernel = attention.Fused()
   position: Any = Rotary()
   norm: nn.Module = RMSNorm(1e-6)
 

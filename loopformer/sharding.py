@@ -6,7 +6,7 @@ own heads and hidden units.
 """
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -114,3 +114,15 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
   """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp."""
   sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+  """`function` of q [B, T, H, d], k and v [B, T, G, d] and segments, on every device of the context's mesh with its own
+  rows and heads; without such a mesh, or inside a shard_map over all of it, as it is."""
+  free = jax.sharding.get_abstract_mesh().auto_axes
+  if not free:
+    return function(q, k, v, seg)
+  rows = tuple(name for name in BATCH if name in free) or None
+  heads = P(rows, None, 'tensor' if 'tensor' in free else None)
+  return jax.shard_map(function, in_specs=(heads, heads, heads, None if seg is None else P(rows)), out_specs=heads,
+                       axis_names=set(free), check_vma=False)(q, k, v, seg)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from experiments.configs.loopformer import get_config
-from loopformer import loop, plans
-from loopformer.attention import Blockwise, Fused, attend
-from loopformer.blocks import UnitNorm, dense, gelu, turned
-from loopformer.condition import sinusoid
+from loopformer import attention, blocks, loop, plans
+from loopformer.attention import Blockwise, Cudnn, Fused, Splash, attend
+from loopformer.blocks import Normal, Stack, UnitNorm, dense, gelu, turned
+from loopformer.cells.timed import Timed
+from loopformer.condition import Modulation, Trajectory, sinusoid
 from loopformer.loop import Every, KeepAll, Offload, PerLayer, PerStep, Products
 from loopformer.model import init_params, parameter_count
 from loopformer.types import ConfigError, Plan, Tick
@@ -213,6 +214,56 @@ def test_attention_and_its_gradients(kernel, groups, segments):
   close(value_and_gradients(kernel), value_and_gradients(by_softmax), 1e-5)
 
 
+CUDNN = pytest.param(Cudnn(), marks=pytest.mark.skipif(jax.default_backend() != 'gpu', reason='wants a GPU'))
+
+
+SPLASH = pytest.param(Splash(size=256, interpret=True), marks=pytest.mark.skipif(
+    jax.default_backend() == 'gpu', reason='which multiplies float32 less exactly'))
+
+
+@pytest.mark.parametrize('kernel', [SPLASH, CUDNN], ids=str)
+@pytest.mark.parametrize('length, groups, segments', [(128, 4, False), (384, 2, True), (512, 1, False)])
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 1e-2)])
+def test_kernels_of_accelerators(kernel, length, groups, segments, dtype, tolerance):
+  if kernel == Cudnn() and dtype == 'float32':
+    pytest.skip('cuDNN has no kernel for float32')
+  rng = np.random.default_rng(0)
+  q, k, v, seed = (jnp.asarray(rng.standard_normal((2, length, heads, 8)), dtype) for heads in (4, groups, groups, 4))
+  seg = jnp.asarray((rng.random((2, length)) < 0.02).cumsum(1), jnp.int32) if segments else None
+
+  def value_and_gradients(attend):
+    def loss(q, k, v):
+      out = attend(q, k, v, seg).astype(jnp.float32)
+      return jnp.sum(seed * out), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return [np.asarray(leaf, np.float32) for leaf in (out, *grads)]
+
+  for ours, theirs in zip(value_and_gradients(kernel), value_and_gradients(by_softmax)):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('backend, dtype, length, head, kernel', [
+    ('cpu', 'float32', 1024, 64, Blockwise(size=16)), ('cpu', 'bfloat16', 1024, 64, Blockwise(size=16)),
+    ('gpu', 'bfloat16', 1000, 64, Cudnn()), ('gpu', 'float32', 1024, 64, Blockwise(size=16)),
+    ('gpu', 'bfloat16', 1024, 66, Blockwise(size=16)), ('gpu', 'bfloat16', 1024, 256, Blockwise(size=16)),
+    ('tpu', 'bfloat16', 1024, 64, Splash()), ('tpu', 'float32', 128, 66, Splash()),
+    ('tpu', 'bfloat16', 1000, 64, Blockwise(size=16))])
+def test_fused_takes_the_kernel_of_the_backend(backend, dtype, length, head, kernel):
+  assert Fused(size=16).on(backend, jnp.dtype(dtype), length, head) == kernel
+
+
+@pytest.mark.skipif(jax.default_backend() == 'gpu', reason='there is cuDNN')
+def test_kernels_that_cannot_serve_say_so():
+  q = jnp.ones((1, 100, 2, 8))
+  for kernel, message in ((Cudnn(), r'Cudnn\(\) with float32 on cpu.*attention\.Fused'),
+                          (Splash(), r'Splash\(\) with 100 tokens.*multiple of 128.*attention\.Fused')):
+    with pytest.raises(ConfigError, match=message):
+      kernel(q, q, q, None)
+  with pytest.raises(ConfigError, match=r'kernel\.size = 200.*multiples of 128'):
+    Splash(size=200)
+
+
 def test_a_query_without_keys_is_finite():
   q = jnp.ones((1, 2, 2, 4))
   mask = jnp.array([[[True, False], [False, False]]])
@@ -227,6 +278,32 @@ def test_dense_and_gelu_have_the_gradients_of_their_formulas():
   theirs = jax.value_and_grad(lambda x, w: jnp.sum(
       seed * (x @ w) * 0.5 * (1 + jax.scipy.special.erf((x @ w) / np.sqrt(2)))), (0, 1))(x, w)
   close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize('order', [None, (0, 1, 1)], ids=['each once', 'one twice'])
+@pytest.mark.parametrize('remat', [loop.KeepAll(), loop.PerLayer()], ids=str)
+def test_layers_written_out_equal_layers_scanned(order, remat, monkeypatch):
+  gates = Modulation(len(order or (0, 1)), init=Normal(0.5))
+  model = parts.looped(Timed(Stack(parts.block(), 2, order=order), Trajectory(D), gates), remat=remat)
+  weights = params(model)
+
+  def value_and_gradient(unrolled):
+    monkeypatch.setattr(blocks, 'unrolls', lambda layers: unrolled)
+    # A function of its own each time: what is compiled does not know what was changed.
+    return jax.jit(jax.value_and_grad(
+        lambda p: (model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z[..., 0] ** 2).sum()))(weights)
+
+  close(value_and_gradient(True), value_and_gradient(False), 1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='wants a GPU')
+@pytest.mark.parametrize('remat, runs', [(loop.PerLayer(), 1), (loop.PerStep(), 2)], ids=str)
+def test_attention_of_cudnn_is_not_run_again(remat, runs):
+  model = parts.looped(parts.timed(heads=1, dtype='bfloat16'), remat=remat)
+  text = str(jax.make_jaxpr(jax.grad(
+      lambda p: model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z.astype(jnp.float32).sum()))(
+          params(model)))
+  assert text.count(attention.CUDNN) == runs * parts.N
 
 
 # Steps without gradient ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from loopformer import loop, plans, sharding
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
@@ -81,13 +81,13 @@ class Padded:
     return plans.schedule((1.0 / self.count,) * self.count, self.rows)
 
 
-def make_model(size: Size, remat: Any = loop.PerLayer(), kernel: Any = Blockwise()) -> Looped:
+def make_model(size: Size, remat: Any = loop.PerLayer(), kernel: Any = Fused()) -> Looped:
   """A LoopFormer with gates that are open from the start, as they are in training."""
   cell = Timed(make_stack(size, size.layers, kernel), Trajectory(size.width), Modulation(size.layers, Normal(0.02)))
   return make_looped(size, cell, size.loops, remat)
 
 
-def make_plain(size: Size, layers: int, loops: int, remat: Any = loop.PerLayer(), kernel: Any = Blockwise()) -> Looped:
+def make_plain(size: Size, layers: int, loops: int, remat: Any = loop.PerLayer(), kernel: Any = Fused()) -> Looped:
   """A decoder of `layers` layers applied `loops` times, without conditions: what the plain peer computes too."""
   return make_looped(size, Plain(make_stack(size, layers, kernel)), loops, remat)
 
@@ -129,8 +129,7 @@ def make_batch(size: Size) -> dict[str, np.ndarray]:
   tokens = np.random.default_rng(0).integers(size.vocab, size=(size.batch, size.length + 1), dtype=np.int32)
   shape = (size.batch, size.length)
   return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones(shape, np.float32),
-          'positions': np.broadcast_to(np.arange(size.length, dtype=np.int32), shape),
-          'segments': np.ones(shape, np.int32)}
+          'positions': np.broadcast_to(np.arange(size.length, dtype=np.int32), shape)}
 
 
 class Ours:

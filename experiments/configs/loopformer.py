@@ -22,7 +22,7 @@ import math
 
 from loopformer import loop, plans
 from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, Trajectory
@@ -104,7 +104,7 @@ def cell(kind: str, size: Size, layers: int, dtype: str):
   """The step of a kind: plain layers with learned norms, or modulated layers with bare ones."""
   out_std = size.std / math.sqrt(2 * layers)
   block = Block(
-      attn=SelfAttention(heads=size.heads, std=size.std, out_std=out_std, kernel=Blockwise(size=size.block)),
+      attn=SelfAttention(heads=size.heads, std=size.std, out_std=out_std, kernel=Fused(size=size.block)),
       mlp=MLP(hidden=size.hidden, std=size.std, out_std=out_std),
       norm=RMSNorm() if kind in ('base', 'base_loop') else UnitNorm(),
       dtype=dtype)

@@ -30,7 +30,7 @@ besides its learning rates (AdamW as Ouro's, warm-up 2 %). The published size ta
 import dataclasses
 
 from loopformer import loop, plans
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
 from loopformer.cells.melt import (Apart, Constant, Elementwise, Gated, LatentAttention, Latest, Mean, Scalar,
@@ -71,7 +71,7 @@ class Size:
   base: Train
   transition: Train
   distill: Train
-  kernel: Blockwise = Blockwise()
+  kernel: Fused = Fused()
   dtype: str = 'float32'
   remat: loop.PerStep | loop.KeepAll = loop.PerStep()
 
@@ -89,7 +89,7 @@ SIZES = {
                  task=Text(tokenizer=TrainedPieces(vocab=49_152), length=10_000), chunk=500, peak=3e-4, warmup=2000,
                  rates=(8e-6, 5e-4), base=Train(steps=375_000, batch=32, accumulate=32),
                  transition=Train(steps=500, batch=32, accumulate=32),
-                 distill=Train(steps=300, batch=32, accumulate=32), kernel=Blockwise(size=128), dtype='bfloat16'),
+                 distill=Train(steps=300, batch=32, accumulate=32), kernel=Fused(size=128), dtype='bfloat16'),
 }
 GATES = {'elementwise': Elementwise(), 'scalar': Scalar(), 'mean': Mean(), 'average': Constant(0.2), 'last': Constant()}
 PHASES = ('base', 'transition', 'distill')

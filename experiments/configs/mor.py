@@ -30,7 +30,7 @@ import dataclasses
 import math
 
 from loopformer import loop, memory as memories, plans
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.blocks import Block, GatedMLP, Normal, RMSNorm, SelfAttention, Stack, repeated
 from loopformer.cells.plain import Plain
 from loopformer.cells.routed import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore, Routed,
@@ -135,7 +135,7 @@ def get_config(argument: str = '') -> Experiment:
     raise ConfigError(f'config argument auxiliary = {given["auxiliary"]}: another router is for kind=mor; leave it out')
   out_std = size.std / math.sqrt(2 * layers) if given['size'] == 'tiny' else size.std
   block = Block(attn=SelfAttention(heads=size.heads, groups=size.groups, std=size.std, out_std=out_std,
-                                   position=Rotary(), kernel=Blockwise(size=size.block)),
+                                   position=Rotary(), kernel=Fused(size=size.block)),
                 mlp=GatedMLP(hidden=size.hidden, std=size.std, out_std=out_std), norm=RMSNorm(1e-5), dtype=size.dtype)
   end = Stack(block, 1) if ends else None
   core = Stack(block, each, order=repeated((recursions,) * each) if sequence and recursions > 1 else None)

@@ -27,7 +27,7 @@ batch of an ablation for one GPU instead of width 1024. Multi-hop questions and 
 import dataclasses
 
 from loopformer import loop, plans
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.bidirectional import Bidirectional
 from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
@@ -65,7 +65,7 @@ class Size:
   optim: AdamW
   gate: Train
   position: Rotary | None = Rotary()
-  kernel: Blockwise | Bidirectional = Blockwise()
+  kernel: Fused | Bidirectional = Fused()
   dtype: str = 'float32'
   remat: loop.PerStep | loop.PerLayer = loop.PerStep()
 
@@ -83,7 +83,7 @@ def published(layers: int) -> Size:
               read_in=Tokens(vocab=vocab, width=width, length=4096),
               task=Text(tokenizer=TrainedPieces(vocab=vocab), length=4096), train=run,
               optim=AdamW(schedule=Trapezoid(peak=3e-4, end=3e-4, warmup=2000), decay=0.1),
-              gate=dataclasses.replace(run, steps=10_000), kernel=Blockwise(size=128), dtype='bfloat16')
+              gate=dataclasses.replace(run, steps=10_000), kernel=Fused(size=128), dtype='bfloat16')
 
 
 POINTERS = Pointers(places=8, hops=4)

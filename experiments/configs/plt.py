@@ -29,7 +29,7 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.attention import Blockwise
+from loopformer.attention import Fused
 from loopformer.blocks import Block, GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.plain import Plain
 from loopformer.cells.shifted import LearnedMix, Mix, Shifted
@@ -65,7 +65,7 @@ class Size:
   base: float = 10_000.0
   untied: bool = False
   dtype: str = 'float32'
-  kernel: Blockwise = Blockwise()
+  kernel: Fused = Fused()
   eps: float = 1e-5
 
 
@@ -80,7 +80,7 @@ SIZES = {
                       train=Train(steps=4_300_000, batch=1024, accumulate=64, log_every=100, eval_every=5000,
                                   save_every=5000),
                       optim=AdamW(schedule=WarmupCosine(peak=4e-4, end=0.0, warmup=215_000), decay=0.1, eps=1e-15),
-                      base=5e5, untied=True, dtype='bfloat16', kernel=Blockwise(size=128)),
+                      base=5e5, untied=True, dtype='bfloat16', kernel=Fused(size=128)),
 }
 KINDS = ('gswa', 'share', 'clp', 'seq', 'r1')
 GATES = {'query': QueryGate(), 'hidden': HiddenGate()}

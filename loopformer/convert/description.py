@@ -30,7 +30,8 @@ COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, 
 FUNCTIONS = (blocks.gelu, blocks.gelu_tanh, blocks.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = (blocks.Normal, blocks.UniformWithin, blocks.Orthogonal, blocks.Halves, attention.Blockwise, attention.Fused,
-          loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memory.PerLoop)
+          attention.Cudnn, attention.Splash, loop.KeepAll,
+          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memory.PerLoop)
 
 
 def _name(thing: Any) -> str:

@@ -218,7 +218,7 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
 # What a decoder computes does not depend on these: how weights began, how gradients and attention are computed, and in
 # what precision; the order of layers is unrolled.
 PASSED = ('std', 'up_std', 'out_std', 'init', 'out_init', 'remat', 'dtype', 'order')
-KERNELS = ('loopformer.attention.Blockwise', 'loopformer.attention.Fused')
+KERNELS = tuple(f'loopformer.attention.{kernel}' for kernel in ('Blockwise', 'Fused', 'Cudnn', 'Splash'))
 
 
 def _essence(model: nn.Module) -> dict[str, str]:

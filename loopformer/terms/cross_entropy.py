@@ -9,18 +9,23 @@ import jax.numpy as jnp
 
 from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
-CHUNK = 512
+
+def at_once(chunk: int | None, tokens: int) -> int:
+  """Of so many tokens, those whose logits are held at once: `chunk`; by default few enough for a CPU's caches, and
+  elsewhere enough to keep the device busy, and to add to the table's gradient seldom."""
+  return min(chunk or (512 if jax.default_backend() == 'cpu' else 4096), tokens)
+
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Array:
+def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int | None = None) -> Array:
   """f32[]: sum of weights * -log softmax(z table^T)[targets], over chunks of tokens.
 
   Differentiable in z, table and weights. The gradient is formed in the forward pass, chunk by chunk: that saves the
   backward pass the product that would recompute the logits, for a buffer of the size of z and one of the table's.
 
   Args:
-    z: [..., D]; table: f32[V, D]; targets: i32[...]; weights: f32[...]; chunk: tokens whose logits are held at once.
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; weights: f32[...]; chunk: see `at_once`.
   """
   chunks = _chunks(z, targets, weights, chunk)
   table = table.astype(z.dtype)
@@ -33,11 +38,11 @@ def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int =
   return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def token_nll(z: Array, table: Array, targets: Array, chunk: int = CHUNK) -> Array:
+def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None) -> Array:
   """f32[...]: -log softmax(z table^T)[targets] of every token, over chunks of tokens; constants, without gradient.
 
   Args:
-    z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk: tokens whose logits are held at once.
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk: see `at_once`.
   """
   z, table = jax.lax.stop_gradient((z, table.astype(z.dtype)))
 
@@ -53,7 +58,7 @@ def token_nll(z: Array, table: Array, targets: Array, chunk: int = CHUNK) -> Arr
 def _chunks(z, targets, weights, chunk):
   """Flattened, padded by tokens of weight zero, and cut: [chunks, chunk, ...]."""
   count = targets.size
-  chunk = min(chunk, count)
+  chunk = at_once(chunk, count)
   pad = -count % chunk
 
   def cut(array, trailing):
@@ -106,7 +111,7 @@ nll_sum.defvjp(_forward, _backward)
 class CE:
   """Cross-entropy at the end of the rollout `roll`; a mean over tokens by their weights."""
   roll: str
-  chunk: int = CHUNK
+  chunk: int | None = None
 
   @property
   def reads(self) -> tuple[str, ...]:

@@ -6,11 +6,11 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE, CHUNK
+from loopformer.terms.cross_entropy import CE, at_once
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
 
-def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int = CHUNK) -> Array:
+def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int | None = None) -> Array:
   """f32[]: sum of weights * KL(softmax(taught teacher^T) || softmax(z table^T)) in nats, over chunks of tokens.
 
   Differentiable in z and table; the backward pass forms a chunk's logits again.
@@ -19,7 +19,7 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
     z, taught: [..., D]; table, teacher: f32[V, D]; weights: f32[...]; chunk: tokens whose logits are held at once.
   """
   taught, teacher = jax.lax.stop_gradient((taught, teacher))
-  size = min(chunk, weights.size)
+  size = at_once(chunk, weights.size)
 
   def cut(array, *trailing):
     array = array.reshape(weights.size, *trailing)
@@ -49,7 +49,7 @@ class Distill:
   """
   roll: str
   teacher: str
-  chunk: int = CHUNK
+  chunk: int | None = None
   weight = CE.weight
 
   @property

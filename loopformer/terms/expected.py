@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from loopformer.cells.halting import GATE, halt_logits
 from loopformer.exits import SLACK
-from loopformer.terms.cross_entropy import CE, CHUNK, nll_sum, token_nll
+from loopformer.terms.cross_entropy import CE, nll_sum, token_nll
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
 
@@ -49,7 +49,7 @@ class Expected:
   """
   roll: str
   beta: float = 0.05
-  chunk: int = CHUNK
+  chunk: int | None = None
   reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
@@ -96,7 +96,7 @@ class Improvement:
   slope: float = 50.0
   least: float = 0.005
   gate: Any = GATE
-  chunk: int = CHUNK
+  chunk: int | None = None
   reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:

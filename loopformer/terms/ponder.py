@@ -19,7 +19,7 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE, CHUNK, nll_sum
+from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import log_exit, whole
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
@@ -86,7 +86,7 @@ class Averaged:
   """
   roll: str
   threshold: float = 0.01
-  chunk: int = CHUNK
+  chunk: int | None = None
   reads, weight, __post_init__ = CE.reads, CE.weight, _check_threshold
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
