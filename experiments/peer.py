@@ -101,10 +101,11 @@ def make_optimizer(model: Peer, rate: float, decay: float) -> torch.optim.Optimi
 
 
 def train_step(model: Peer, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, targets: torch.Tensor,
-               long: Sequence[float], short: Sequence[float], clip: float) -> float:
-  """One step in place; returns the loss, and so waits for the device."""
+               long: Sequence[float], short: Sequence[float], clip: float, halves: bool = False) -> float:
+  """One step in place, `halves` under autocast to bfloat16; returns the loss, and so waits for the device."""
   optimizer.zero_grad(set_to_none=True)
-  loss = loss_of(model, tokens, targets, long, short)
+  with torch.autocast(tokens.device.type, torch.bfloat16, enabled=halves):
+    loss = loss_of(model, tokens, targets, long, short)
   loss.backward()
   nn.utils.clip_grad_norm_(model.parameters(), clip)
   optimizer.step()

@@ -146,16 +146,19 @@ def _exchange(kv, slot, pos, layer, k, v):
   return put(kv, slot, pos, jnp.where(pos < 0, beyond, pos), layer, k, v)
 
 
-def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array, k: Array, v: Array) -> Exchanged:
+def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array | int, k: Array, v: Array) -> Exchanged:
   """Writes k, v [B, T, G, d] of positions pos i32[B, T] at the places i32[B, T] of a slot, no two of a row the same.
+
+  Layers of a step come in order, and after the first, where its number is known, the positions are there already.
 
   Returns:
     (kv, keys and values that the slot then holds [B, G, S, d], their positions i32[B, S]).
   """
   row = jnp.arange(k.shape[0])[:, None]
+  first = not isinstance(layer, int) or layer == 0
   kv = KV(k=kv.k.at[slot, layer, row, :, place].set(k.astype(kv.k.dtype), mode='drop', unique_indices=True),
           v=kv.v.at[slot, layer, row, :, place].set(v.astype(kv.v.dtype), mode='drop', unique_indices=True),
-          pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True))
+          pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True) if first else kv.pos)
   return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
       kv.pos, slot, keepdims=False)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark, compile, decode, growth, memory, plain, sizes, train
-from loopformer import loop, metrics, plans
+from loopformer import attention, loop, metrics, plans
 from loopformer.model import init_params
 from tests import parts
 
@@ -75,15 +75,54 @@ def test_padded_plan_runs_its_steps_and_skips_the_rest():
 
 def test_train_rows(monkeypatch):
   monkeypatch.setattr(metrics, 'measured_peak', lambda size, dtype: 1e12)
-  tables = train.train_suite(TINY, 1, None, kernels=(sizes.Blockwise(),), remats=(loop.KeepAll(), loop.PerStep()))
+  tables = train.train_suite(TINY, 1, None, kernels=(attention.Blockwise(),), remats=(loop.KeepAll(), loop.PerStep()))
   rows = tables['train']
   assert [row['step'] for row in rows] == ['KeepAll, Blockwise', 'PerStep, Blockwise']
   np.testing.assert_allclose(rows[0]['first loss'], rows[1]['first loss'], rtol=1e-5)
   assert rows[0]['% of peak'] > 0
-  losses = {row['step']: row['first loss'] for row in tables['one pass']}
+  losses = {row['step']: row['first loss'] for row in train.plain_suite(TINY, 1)['one pass']}
   assert len(losses) == 4
   for layers in ('8 layers', '2 layers 4 times'):  # from the same parameters each
     np.testing.assert_allclose(losses[f'ours, {layers}'], losses[f'plain JAX, {layers}'], rtol=1e-5)
+
+
+def test_what_does_not_fit_takes_no_part(monkeypatch):
+  monkeypatch.setattr(metrics, 'measured_peak', lambda size, dtype: 1e12)
+
+  class Ran:
+    objective, model = sizes.long_alone(TINY.loops), sizes.make_plain(TINY, 2, TINY.loops)
+    compiles, error = True, None
+
+    def lower(self):
+      return self
+
+    def compile(self):
+      if not self.compiles:
+        raise RuntimeError('RESOURCE_EXHAUSTED: 3 GB')
+      return jax.jit(lambda: 0).lower().compile()
+
+    def start(self, compiled):
+      assert compiled
+
+    def __call__(self):
+      if self.error:
+        raise RuntimeError(self.error)
+      return 1.0
+
+  class Large(Ran):
+    compiles = False
+
+  class Larger(Ran):
+    error = 'CUDA out of memory'
+
+  class Wrong(Ran):
+    error = 'a fault'
+
+  rows = train.race(TINY, 1, {'fits': Ran(), 'large': Large()}, Ran(), {'larger': Larger})
+  assert [row['step'] for row in rows] == ['fits', 'large: out of memory', 'larger: out of memory']
+  assert metrics.table(rows)
+  with pytest.raises(RuntimeError, match='a fault'):
+    train.race(TINY, 1, {'wrong': Wrong()}, Ran(), {})
 
 
 def test_the_plain_peer_has_our_gradient():
@@ -133,7 +172,8 @@ def test_decode_rows_and_files(tmp_path):
   cache, = tables['cache']
   assert cache['times as fast'] == pytest.approx(cache['recomputed ms a token'] / cache['cached ms a token'])
   for row in tables['floor']:
-    assert row['times the floor'] == pytest.approx(row['decoding ms'] / row['bare products ms'])
+    assert row['times the products'] == pytest.approx(row['decoding ms'] / row['bare products ms'])
+    assert row['% of roofline'] == pytest.approx(100 * row['roofline ms'] / row['decoding ms'])
   machine = benchmark.describe_machine(None)
   benchmark.write(tmp_path, 'decode', {'decode': rows}, TINY, machine)
   assert json.loads((tmp_path / 'decode.json').read_text())['machine'] == machine

@@ -1,13 +1,14 @@
 """Speed, memory and compile time of the library, on whatever device JAX finds.
 
-    python -m experiments.benchmark [--suite=train,memory,compile,decode] [--size=small] [--peer=torch] [--out=FOLDER]
+    python -m experiments.benchmark [--suite=train,plain,memory,compile,decode] [--size=small] [--peer=torch]
+                                    [--out=FOLDER]
     python -m experiments.benchmark --suite=draft --trained=runs/quickstart
     python -m experiments.benchmark --suite=comms
 
 train    seconds of a full LoopFormer step (two rollouts, consistency, AdamW), for every way to save activations and to
-         attend, beside the same computation in eager PyTorch (--peer=torch; the extra `peer`); and of one pass through
-         as many layers, looped and not, beside a plain decoder in JAX. Contestants take turns inside one process, and
-         ratios are taken within a turn, so that a noisy machine disturbs all alike.
+         attend, beside the same computation in eager PyTorch (--peer=torch; the extra `peer`). Contestants take turns
+         inside one process, and ratios are taken within a turn, so that a noisy machine disturbs all alike.
+plain    the same for one pass through as many layers, looped and not, beside a plain decoder in JAX.
 memory   temporary memory of the compiled step by XLA's own account, its growth per loop, what it must not hold, and the
          largest batches that fit.
 compile  seconds to compile for several depths, and the published configuration from cold and from the cache of
@@ -45,6 +46,7 @@ from loopformer import metrics
 
 SUITES = {
     'train': lambda size, repeats: train.train_suite(size, repeats, FLAGS.peer),
+    'plain': train.plain_suite,
     'memory': lambda size, repeats: memory.memory_suite(size),
     'compile': lambda size, repeats: compile.compile_suite(size, min(repeats, 3)),
     'decode': decode.decode_suite,
@@ -54,7 +56,7 @@ SUITES = {
     'draft': lambda size, repeats: draft.draft_suite(FLAGS.trained, repeats),
 }
 FLAGS = flags.FLAGS
-flags.DEFINE_list('suite', ['train', 'memory', 'compile', 'decode'],
+flags.DEFINE_list('suite', ['train', 'plain', 'memory', 'compile', 'decode'],
                   f'Which suites, in this order: {", ".join(SUITES)}.')
 flags.DEFINE_enum('size', None, list(SIZES), 'What is measured; by default reference on CPUs, small elsewhere.')
 flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')

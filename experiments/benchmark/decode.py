@@ -11,18 +11,19 @@ import jax
 import numpy as np
 
 from experiments.benchmark.sizes import MEGA, Size, make_model, spread
-from loopformer import plans
+from loopformer import metrics, plans
 from loopformer.generation import Engine
 from loopformer.model import Looped, init_params
 
 
 def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8),
-                 batches: Iterable[int] = (1, 8), context: int = 512) -> dict[str, list[dict]]:
+                 batches: Iterable[int] | None = None, context: int = 512) -> dict[str, list[dict]]:
   """Tokens a second over a batch, the end of text never drawn; every budget runs the same program.
 
   All that is compared takes turns: budgets and batches, the bare products of as many rows, and a pass without cache
-  over `context` tokens.
+  over `context` tokens. batches: 1 and 8 rows on a CPU, 1 and 64 elsewhere.
   """
+  batches = batches or ((1, 8) if jax.default_backend() == 'cpu' else (1, 64))
   model = make_model(size)
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
   contestants = {(batch, budget): functools.partial(decode_once, size, model, params, budget, batch)
@@ -61,10 +62,13 @@ def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8)
   caches = [{'places': context, 'cached ms a token': 1e3 * statistics.median(cached),
              'recomputed ms a token': 1e3 * statistics.median(recomputed),
              'times as fast': statistics.median(ratio), 'range': spread(ratio)}]
-  floors = [{'rows': batch, 'bare products ms': 1e3 * statistics.median(times),
-             'MB of weights': bare_bytes(size) / MEGA, 'decoding ms': 1e3 * middle[batch, size.loops],
-             'times the floor': middle[batch, size.loops] / statistics.median(times)}
-            for batch, times in products.items()]
+  bandwidth, floors = metrics.measured_bandwidth(), []
+  for batch, times in products.items():
+    least, seconds = (bare_bytes(size) + batch * cache_bytes(size)) / bandwidth, middle[batch, size.loops]
+    floors.append({'rows': batch, 'bare products ms': 1e3 * statistics.median(times),
+                   'MB of weights': bare_bytes(size) / MEGA, 'MB of caches': batch * cache_bytes(size) / MEGA,
+                   'roofline ms': 1e3 * least, 'decoding ms': 1e3 * seconds,
+                   'times the products': seconds / statistics.median(times), '% of roofline': 100 * least / seconds})
   return {'decode': rows, 'fixed share': shares, 'cache': caches, 'floor': floors}
 
 
@@ -88,9 +92,10 @@ def recompute(size: Size, model: Looped, params: Any, context: int) -> Callable[
 def bare_products(size: Size, params: Any, batch: int) -> Callable[[], float]:
   """Seconds of all matrix products of a token of every row, one after the other, with nothing between: the floor."""
   block = params['cell']['core']['block']
-  layers = [(block['attn']['qkv']['kernel'][i], block['attn']['out']['kernel'][i], block['mlp']['up']['kernel'][i],
-             block['mlp']['down']['kernel'][i]) for i in range(size.layers)]
-  x = jax.numpy.ones((batch, size.width))
+  layers = [tuple(kernel[i].astype(size.dtype) for kernel in (
+      block['attn']['qkv']['kernel'], block['attn']['out']['kernel'], block['mlp']['up']['kernel'],
+      block['mlp']['down']['kernel'])) for i in range(size.layers)]
+  x, table = jax.numpy.ones((batch, size.width), size.dtype), params['read_in']['embedding'].astype(size.dtype)
 
   @jax.jit
   def all_of(x, layers, table):
@@ -103,16 +108,22 @@ def bare_products(size: Size, params: Any, batch: int) -> Callable[[], float]:
 
   def once():
     start = time.perf_counter()
-    all_of(x, layers, params['read_in']['embedding']).block_until_ready()
+    all_of(x, layers, table).block_until_ready()
     return time.perf_counter() - start
 
   return once
 
 
 def bare_bytes(size: Size) -> float:
-  """Bytes of weights that a token reads: a block a loop, and the head."""
+  """Bytes of weights that a token of all rows reads: a block a loop, and the head."""
   block = size.width * (4 * size.width + 2 * size.hidden)
-  return 4.0 * (size.loops * size.layers * block + size.vocab * size.width)
+  return float(jax.numpy.dtype(size.dtype).itemsize) * (size.loops * size.layers * block + size.vocab * size.width)
+
+
+def cache_bytes(size: Size) -> float:
+  """Bytes of keys and values that a token of a row reads: those of the prompt and half of the new tokens."""
+  places = size.prompt + size.new / 2
+  return float(jax.numpy.dtype(size.dtype).itemsize) * 2 * size.loops * size.layers * places * size.width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,10 +77,10 @@ class PlainStep:
     """The traced step; nothing is allocated."""
     return self.step.lower(jax.eval_shape(self._make), *self._tokens())
 
-  def start(self):
-    """Allocates state and batch, and compiles the step for them."""
+  def start(self, compiled: Any = None):
+    """Allocates state and batch; compiles the step, where it is not given."""
+    self.compiled = compiled or self.lower().compile()
     self._state, self._batch = jax.jit(self._make)(), jax.device_put(self._tokens())
-    self.compiled = self.step.lower(self._state, *self._batch).compile()
 
   def __call__(self) -> float:
     """One step; its loss."""

@@ -147,12 +147,12 @@ class Ours:
     batch = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in make_batch(self.size).items()}
     return self.step.lower(jax.eval_shape(self._make), batch)
 
-  def start(self):
-    """Allocates state and batch, and compiles the step for them."""
+  def start(self, compiled: Any = None):
+    """Allocates state and batch; compiles the step, where it is not given."""
+    self.compiled = compiled or self.lower().compile()
     shardings = sharding.shardings(jax.eval_shape(self._make), self._mesh)
     self.state = jax.jit(self._make, out_shardings=shardings)()
     self.batch = sharding.put_batch(make_batch(self.size), self._mesh)
-    self.compiled = self.step.lower(self.state, self.batch).compile()
 
   def __call__(self) -> float:
     """One step; its loss."""

@@ -1,6 +1,7 @@
 """Seconds of a training step, ours and others'."""
 from __future__ import annotations
 
+from concurrent import futures
 import functools
 import statistics
 from typing import Any, Callable, Iterable
@@ -29,53 +30,95 @@ class Theirs:
     self._optimizer = peer.make_optimizer(self._model, OPTIM.schedule.peak, OPTIM.decay)
     batch = make_batch(size)
     self._batch = [torch.tensor(batch[name], dtype=torch.long, device=device) for name in ('tokens', 'targets')]
+    self._halves = size.dtype == 'bfloat16'
     short = short_of(size)
     self._plans = (1.0 / size.loops,) * size.loops, (1.0 / short.count,) * short.count
 
   def __call__(self) -> float:
     """One step; its loss."""
-    return self._peer.train_step(self._model, self._optimizer, *self._batch, *self._plans, OPTIM.clip)
+    return self._peer.train_step(self._model, self._optimizer, *self._batch, *self._plans, OPTIM.clip,
+                                 self._halves)
 
 
-def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[Any] = (Blockwise(), Fused()),
+def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[Any] | None = None,
                 remats: Iterable[Any] = REMATS) -> dict[str, list[dict]]:
-  """Seconds a step: of LoopFormer's two rollouts, and of one pass of as many layers with plain JAX beside ours.
+  """Seconds a step of LoopFormer's two rollouts.
 
-  The first loss of every row shows which compute the same. On a machine that others use, processor seconds and the
-  least seconds say more than medians.
+  kernels: the backend's by default, and elsewhere than on a CPU blocks without a kernel. The first loss of every row
+  shows which compute the same. On a machine that others use, processor seconds and the least seconds say more than
+  medians.
   """
+  if kernels is None:
+    kernels = (Fused(),) if jax.default_backend() == 'cpu' else (Fused(), Blockwise(size=128))
   kernels, remats = list(kernels), list(remats)
   ways = [(kernels[0], remat) for remat in remats] + [(kernel, remats[0]) for kernel in kernels[1:]]
-  steps = {f'{type(remat).__name__}, {type(kernel).__name__}':
+  steps = {f'{type(remat).__name__}, {kernel_name(size, kernel)}':
            Ours(size, make_model(size, remat, kernel), with_short(size, short_of(size))) for kernel, remat in ways}
   default = next(iter(steps.values()))
-  both = race(size, repeats, steps, default, {PEER: functools.partial(Theirs, size, default.model)} if peer else {})
+  return {'train': race(size, repeats, steps, default,
+                        {PEER: functools.partial(Theirs, size, default.model)} if peer else {})}
+
+
+def plain_suite(size: Size, repeats: int) -> dict[str, list[dict]]:
+  """Seconds of a step of one pass of as many layers, looped and not, with plain JAX beside ours."""
   distinct = size.layers * size.loops
-  looped, deep = (make_plain(size, layers, distinct // layers, remats[0], kernels[0])
-                  for layers in (size.layers, distinct))
+  looped, deep = (make_plain(size, layers, distinct // layers) for layers in (size.layers, distinct))
   one_pass = {
       f'plain JAX, {distinct} layers': PlainStep(size, deep, 1),
       f'plain JAX, {size.layers} layers {size.loops} times': PlainStep(size, looped, size.loops),
       f'ours, {distinct} layers': Ours(size, deep, long_alone(1)),
       f'ours, {size.layers} layers {size.loops} times': (ours := Ours(size, looped, long_alone(size.loops)))}
-  return {'train': both, 'one pass': race(size, repeats, one_pass, ours, {})}
+  return {'one pass': race(size, repeats, one_pass, ours, {})}
+
+
+def kernel_name(size: Size, kernel: Any) -> str:
+  """What attends: of `Fused`, that of the backend."""
+  if isinstance(kernel, Fused):
+    kernel = kernel.on(jax.default_backend(), jax.numpy.dtype(size.dtype), size.length, size.width // size.heads)
+  return type(kernel).__name__
+
+
+def compile_all(steps: dict[str, Any]) -> dict[str, Any]:
+  """The compiled steps, at the same time where that is not what a CPU is busy with; None where XLA finds no memory."""
+  lowered = {name: step.lower() for name, step in steps.items()}
+
+  def compiled(name):
+    return fitting(lowered[name].compile)
+
+  with futures.ThreadPoolExecutor(1 if jax.default_backend() == 'cpu' else 8) as pool:
+    return dict(zip(lowered, pool.map(compiled, lowered)))
+
+
+def fitting(function: Callable[..., Any], *arguments) -> Any:
+  """What it returns; None where the device's memory does not suffice."""
+  try:
+    return function(*arguments)
+  except RuntimeError as error:
+    if 'out of memory' not in str(error).lower().replace('resource_exhausted', 'out of memory'):
+      raise
+    return None
 
 
 def race(size: Size, repeats: int, steps: dict[str, Any], model_of: Ours,
          others: dict[str, Callable[[], Any]]) -> list[dict]:
   """A row for each of `steps` and of the `others`, which are made last; beside the last of these, or the first step.
+  What the device has no memory for takes no part.
 
   model_of: the step whose arithmetic is that of all.
   """
-  for step in steps.values():
-    step.start()
-  memory = {name: step.compiled.memory_analysis().temp_size_in_bytes / MEGA for name, step in steps.items()}
-  contestants = {**steps, **{name: make() for name, make in others.items()}}
-  losses = {name: contestant() for name, contestant in contestants.items()}
+  programs = compile_all(steps)
+  memory = {name: program.memory_analysis().temp_size_in_bytes / MEGA for name, program in programs.items() if program}
+  for name, program in programs.items():
+    if program:
+      steps[name].start(program)
+  contestants = {name: step for name, step in steps.items() if programs[name]}
+  contestants |= {name: make() for name, make in others.items()}
+  losses = {name: fitting(contestant) for name, contestant in contestants.items()}
+  contestants = {name: contestant for name, contestant in contestants.items() if losses[name] is not None}
   seconds, work = take_turns(contestants, repeats)
   peak = peak_of(size)
   flops = model_of.objective.flops(model_of.model, size.length) * size.tokens
-  beside = next(reversed(others), next(iter(contestants)))
+  beside = next((name for name in reversed(others) if name in contestants), next(iter(contestants)))
   rows = []
   for name, times in seconds.items():
     median = statistics.median(times)
@@ -85,7 +128,8 @@ def race(size: Size, repeats: int, steps: dict[str, Any], model_of: Ours,
                  'GFLOP': flops / 1e9, '% of peak': 100 * flops / median / peak, 'temp MB': memory.get(name, ''),
                  'first loss': losses[name], f'times as fast as {beside}': statistics.median(ratios),
                  'range of that': spread(ratios), 'by least seconds': min(seconds[beside]) / min(times)})
-  return rows
+  return rows + [{**dict.fromkeys(rows[0], ''), 'step': f'{name}: out of memory'} for name in (*steps, *others)
+                 if name not in contestants]
 
 
 def peak_of(size: Size) -> float:
