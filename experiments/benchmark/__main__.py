@@ -1,6 +1,6 @@
 """Speed, memory and compile time of the library, on whatever device JAX finds.
 
-    python -m experiments.benchmark [--suite=train,plain,memory,compile,decode] [--size=small] [--peer=torch]
+    python -m experiments.benchmark [--suite=train,plain,decode,memory,compile] [--size=small] [--peer=torch]
                                     [--out=FOLDER]
     python -m experiments.benchmark --suite=draft --trained=runs/quickstart
     python -m experiments.benchmark --suite=comms
@@ -56,8 +56,8 @@ SUITES = {
     'draft': lambda size, repeats: draft.draft_suite(FLAGS.trained, repeats),
 }
 FLAGS = flags.FLAGS
-flags.DEFINE_list('suite', ['train', 'plain', 'memory', 'compile', 'decode'],
-                  f'Which suites, in this order: {", ".join(SUITES)}.')
+flags.DEFINE_list('suite', None, f'Which suites, in this order: {", ".join(SUITES)}. By default train, plain, decode, '
+                  'and on CPUs memory and compile, which say of other devices what their compiler says.')
 flags.DEFINE_enum('size', None, list(SIZES), 'What is measured; by default reference on CPUs, small elsewhere.')
 flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')
 flags.DEFINE_string('trained', None, 'draft: a work folder with a trained language model.')
@@ -107,13 +107,14 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
-  unknown = [name for name in FLAGS.suite if name not in SUITES]
+  suites = FLAGS.suite or ['train', 'plain', 'decode'] + ['memory', 'compile'] * (jax.default_backend() == 'cpu')
+  unknown = [name for name in suites if name not in SUITES]
   if unknown:
     raise app.UsageError(f'--suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
-  if 'draft' in FLAGS.suite and not FLAGS.trained:
+  if 'draft' in suites and not FLAGS.trained:
     raise app.UsageError('--suite=draft needs --trained, a work folder with a trained language model')
-  if 'comms' in FLAGS.suite:
-    if len(FLAGS.suite) > 1:
+  if 'comms' in suites:
+    if len(suites) > 1:
       raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
     plan.simulate(8)
   logging.set_verbosity(logging.WARNING)
@@ -121,7 +122,7 @@ def main(argv):
   machine = describe_machine(FLAGS.peer)
   for fact, value in machine.items():
     print(f'{fact}: {value}')
-  for name in FLAGS.suite:
+  for name in suites:
     start = time.time()
     tables = SUITES[name](size, FLAGS.repeats)
     print(f'\n{name}: {metrics.duration(time.time() - start)}')

@@ -4,6 +4,8 @@ from __future__ import annotations
 from concurrent import futures
 import functools
 import statistics
+import sys
+import time
 from typing import Any, Callable, Iterable
 
 import jax
@@ -78,15 +80,20 @@ def kernel_name(size: Size, kernel: Any) -> str:
   return type(kernel).__name__
 
 
-def compile_all(steps: dict[str, Any]) -> dict[str, Any]:
-  """The compiled steps, at the same time where that is not what a CPU is busy with; None where XLA finds no memory."""
-  lowered = {name: step.lower() for name, step in steps.items()}
+def start_all(steps: dict[str, Any]) -> dict[str, Any]:
+  """Compiles and starts all steps, at the same time where a CPU is not what is measured; the compiled ones, None where
+  XLA finds no memory."""
+  lowered, begun = {name: step.lower() for name, step in steps.items()}, time.time()
 
-  def compiled(name):
-    return fitting(lowered[name].compile)
+  def start(name):
+    program = fitting(lowered[name].compile)
+    if program:
+      steps[name].start(program)
+    print(f'{name}: {"ready" if program else "does not fit"} after {time.time() - begun:.0f} s', file=sys.stderr)
+    return program
 
   with futures.ThreadPoolExecutor(1 if jax.default_backend() == 'cpu' else 8) as pool:
-    return dict(zip(lowered, pool.map(compiled, lowered)))
+    return dict(zip(lowered, pool.map(start, lowered)))
 
 
 def fitting(function: Callable[..., Any], *arguments) -> Any:
@@ -106,11 +113,8 @@ def race(size: Size, repeats: int, steps: dict[str, Any], model_of: Ours,
 
   model_of: the step whose arithmetic is that of all.
   """
-  programs = compile_all(steps)
+  programs = start_all(steps)
   memory = {name: program.memory_analysis().temp_size_in_bytes / MEGA for name, program in programs.items() if program}
-  for name, program in programs.items():
-    if program:
-      steps[name].start(program)
   contestants = {name: step for name, step in steps.items() if programs[name]}
   contestants |= {name: make() for name, make in others.items()}
   losses = {name: fitting(contestant) for name, contestant in contestants.items()}
