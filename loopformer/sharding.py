@@ -6,6 +6,7 @@ own heads and hidden units.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Mapping
 
 import jax
@@ -118,11 +119,18 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
 
 def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:
   """`function` of q [B, T, H, d], k and v [B, T, G, d] and segments, on every device of the context's mesh with its own
-  rows and heads; without such a mesh, or inside a shard_map over all of it, as it is."""
-  free = jax.sharding.get_abstract_mesh().auto_axes
+  rows and heads, where the devices divide them, and otherwise with all; without such a mesh, or inside a shard_map over
+  all of it, as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = mesh.auto_axes
   if not free:
     return function(q, k, v, seg)
-  rows = tuple(name for name in BATCH if name in free) or None
-  heads = P(rows, None, 'tensor' if 'tensor' in free else None)
+
+  def dividing(axes, count):
+    axes = tuple(name for name in axes if name in free)
+    return axes if axes and count % math.prod(mesh.shape[name] for name in axes) == 0 else None
+
+  rows = dividing(BATCH, q.shape[0])
+  heads = P(rows, None, dividing(('tensor',), k.shape[2]))
   return jax.shard_map(function, in_specs=(heads, heads, heads, None if seg is None else P(rows)), out_specs=heads,
                        axis_names=set(free), check_vma=False)(q, k, v, seg)

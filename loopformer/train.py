@@ -286,7 +286,7 @@ class _Run:
         if number % options.eval_every == 0 or last:
           self._report(pending)
           pending = None
-          with clock.timed('eval'):
+          with clock.timed('eval'), jax.set_mesh(self.mesh):  # over which kernels divide their rows
             evaluated = self._evaluate(number, whole(state.params))
         if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
           self._report(pending)  # a state is saved once its loss is known to be finite

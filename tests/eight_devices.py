@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import plans, sharding
+from loopformer.attention import Blockwise
 from loopformer.blocks import RMSNorm, Stack
 from loopformer.inject import Diagonal
 from loopformer.objective import Objective, Roll, Weighted
@@ -142,6 +143,31 @@ def compare(ours, theirs) -> float:
   return max(float(np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(b)))) for a, b in pairs)
 
 
+def kernels(devices) -> dict[str, dict]:
+  """What a kernel sees of rows and heads on a device, and how far its results are from those of one device."""
+  mesh = Mesh(data=2, fsdp=2, tensor=2).make(devices)
+  found = {}
+  for name, rows, groups, inside in (('evaluating', 8, 2, False), ('odd', 3, 1, False), ('training', 8, 2, True)):
+    rng, seen = np.random.default_rng(0), []
+    q, k, v = (jnp.asarray(rng.standard_normal((rows, 6, heads, 4)), jnp.float32) for heads in (4, groups, groups))
+    seg = jnp.asarray(rng.integers(0, 2, (rows, 6)).cumsum(1))
+
+    def attend(*args):
+      seen.append(args[0].shape)
+      return Blockwise()(*args)
+
+    def divided(*args):
+      return sharding.by_rows_and_heads(attend, *args)
+
+    if inside:
+      divided = jax.shard_map(divided, mesh=mesh, in_specs=P(sharding.BATCH), out_specs=P(sharding.BATCH),
+                              axis_names=set(sharding.BATCH), check_vma=False)
+    with jax.set_mesh(mesh):
+      out = jax.jit(divided)(q, k, v, seg)
+    found[name] = {'seen': seen[-1], 'error': float(jnp.abs(jax.device_get(out) - Blockwise()(q, k, v, seg)).max())}
+  return found
+
+
 def main():
   devices = jax.devices()
   assert len(devices) == 8, devices
@@ -186,6 +212,7 @@ def main():
         sharding.specs(state.params, mesh), is_leaf=lambda leaf: isinstance(leaf, P)))
     report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {loops}'] = {
         **collectives(text, mesh), 'divided': divided}
+  report['kernels'] = kernels(devices)
   report['control'] = control(Mesh(data=2, fsdp=4).make(devices))
   print(json.dumps(report))
 

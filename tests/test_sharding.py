@@ -71,6 +71,13 @@ def test_communication_does_not_grow_with_loops(report, setup, mesh):
 
 
 @pytest.mark.slow
+def test_a_kernel_runs_on_the_rows_and_heads_of_its_device(report):
+  assert {name: found['seen'] for name, found in report['kernels'].items()} == {
+      'evaluating': [2, 6, 2, 4], 'odd': [3, 6, 4, 4], 'training': [2, 6, 2, 4]}
+  assert max(found['error'] for found in report['kernels'].values()) < 1e-6
+
+
+@pytest.mark.slow
 def test_no_communication_inside_loops(report):
   assert {name: row['inside_loops'] for name, row in report['collectives'].items()} == dict.fromkeys(
       report['collectives'], 0)
