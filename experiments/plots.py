@@ -136,15 +136,19 @@ def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
   if pyplot is None:
     return
   figure, both = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained', sharey=True)
+  deepest = {}
+  for name, rows in curves.items():
+    depths = [key for key in rows[-1] if key.startswith(f'{show}@') and key.split('@')[1].isdigit()]
+    if depths:
+      deepest[name] = depths[-1]
   for axes, across in zip(both, ('step', 'seconds')):
-    for name, rows in curves.items():
-      depths = [key for key in rows[-1] if key.startswith(f'{show}@') and key.split('@')[1].isdigit()]
-      if depths:
-        axes.plot([row[across] for row in rows], [row[depths[-1]] for row in rows], marker='.', label=name)
+    for name, key in deepest.items():
+      label = f'{name} ({key.split("@")[1]})'  # the loops are not those that every run was trained for
+      axes.plot([row[across] for row in curves[name]], [row[key] for row in curves[name]], marker='.', label=label)
     axes.set_xlabel('step' if across == 'step' else 'seconds of training')
     axes.grid(alpha=0.3)
   both[0].set_ylabel(LABELS.get(show, show))
-  both[1].legend(fontsize=7)
+  both[1].legend(fontsize=7, title='run (loops)', title_fontsize=7)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
 
