@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from loopformer import attention, memory
@@ -34,6 +35,23 @@ class Norms:
 
   def __call__(self, x: Array) -> Any:
     return jnp.linalg.norm(x.astype(jnp.float32), axis=-1).mean(-1)
+
+
+LAYER = 'layer'  # the name under which a layer's input may be saved
+
+
+def _named(layer):
+  """A layer whose input has a name.
+
+  With it, what layers save is saved for the step as a whole. Saved inside a step that may be skipped, the weights of
+  every layer would be too, once for every row of the plan.
+  """
+  def call(block, carry, row):
+    x, *rest = carry if isinstance(carry, tuple) else (carry,)
+    x = checkpoint_name(x, LAYER)
+    return layer(block, (x, *rest) if rest else x, row)
+
+  return call
 
 
 @part
@@ -66,10 +84,10 @@ class PerLayer:
   """
 
   def step(self, step):
-    return step
+    return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED))
 
   def layer(self, layer):
-    return nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED))
+    return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED)))
 
 
 @part
@@ -77,10 +95,10 @@ class Products:
   """Save every layer's input and what attention and projections gave, and recompute norms and activations alone."""
 
   def step(self, step):
-    return step
+    return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED, attention.PRODUCT))
 
   def layer(self, layer):
-    return nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED, attention.PRODUCT))
+    return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED, attention.PRODUCT)))
 
 
 @part
@@ -89,12 +107,15 @@ class Offload:
   results cannot be named, is run again."""
 
   def step(self, step):
-    return step
+    return nn.remat(step, prevent_cse=False, policy=self._policy(LAYER))
 
   def layer(self, layer):
-    return nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[attention.SAVED], offload_src='device',
-        offload_dst='pinned_host'))
+    return _named(nn.remat(layer, prevent_cse=False, policy=self._policy()))
+
+  def _policy(self, *saved):
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=[attention.SAVED], offload_src='device',
+        offload_dst='pinned_host')
 
 
 def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any,
