@@ -47,19 +47,19 @@ class Blockwise:
 @part
 class Fused:
   """Causal attention by the kernel of the backend: cuDNN's on a GPU, splash attention on a TPU, Blockwise elsewhere and
-  where those cannot serve (on a GPU float32, and heads whose width is no multiple of 8 or beyond 128; on a TPU, texts
-  whose length is no multiple of 128).
+  where those cannot serve (on a GPU float32, heads whose width is no multiple of 8 or beyond 128, and segments in texts
+  of odd length; on a TPU, texts whose length is no multiple of 128).
 
   size: of Blockwise's blocks.
   """
   size: int = 32
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    return self.on(jax.default_backend(), q.dtype, q.shape[1], q.shape[3])(q, k, v, seg)
+    return self.on(jax.default_backend(), q.dtype, q.shape[1], q.shape[3], seg is not None)(q, k, v, seg)
 
-  def on(self, backend: str, dtype: Any, length: int, head: int) -> Blockwise | Cudnn | Splash:
+  def on(self, backend: str, dtype: Any, length: int, head: int, segments: bool = False) -> Blockwise | Cudnn | Splash:
     """What attends with `length` queries of width `head` in this dtype on this backend: 'cpu', 'gpu' or 'tpu'."""
-    if backend == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128:
+    if backend == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128 and not (segments and length % 2):
       return Cudnn()
     if backend == 'tpu' and length % LANES == 0:
       return Splash()

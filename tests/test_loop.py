@@ -244,6 +244,7 @@ def test_kernels_of_accelerators(kernel, length, groups, segments, dtype, tolera
 
 
 @pytest.mark.parametrize('backend, dtype, length, head, kernel', [
+    ('gpu', 'bfloat16', 1001, 64, Cudnn()),
     ('cpu', 'float32', 1024, 64, Blockwise(size=16)), ('cpu', 'bfloat16', 1024, 64, Blockwise(size=16)),
     ('gpu', 'bfloat16', 1000, 64, Cudnn()), ('gpu', 'float32', 1024, 64, Blockwise(size=16)),
     ('gpu', 'bfloat16', 1024, 66, Blockwise(size=16)), ('gpu', 'bfloat16', 1024, 256, Blockwise(size=16)),
@@ -251,6 +252,8 @@ def test_kernels_of_accelerators(kernel, length, groups, segments, dtype, tolera
     ('tpu', 'bfloat16', 1000, 64, Blockwise(size=16))])
 def test_fused_takes_the_kernel_of_the_backend(backend, dtype, length, head, kernel):
   assert Fused(size=16).on(backend, jnp.dtype(dtype), length, head) == kernel
+  odd = kernel == Cudnn() and length % 2
+  assert Fused(size=16).on(backend, jnp.dtype(dtype), length, head, True) == (Blockwise(size=16) if odd else kernel)
 
 
 @pytest.mark.skipif(jax.default_backend() == 'gpu', reason='there is cuDNN')
