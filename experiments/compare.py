@@ -92,7 +92,7 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
 
 
 def draw(out: Path, runs: dict[str, list[dict]], show: str):
-  """depths.png and training.png."""
+  """depths.png, where a run was evaluated at several depths, and training.png."""
   curves, flat = {}, {}
   for name, results in runs.items():
     rows = [{'budget': int(same[0]['schedule']), show: float(np.mean([row[show] for row in same])),
@@ -102,7 +102,8 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
       curves[name] = rows
     elif rows:
       flat[name] = rows[0][show]
-  plots.depths(out / 'depths.png', curves, flat, show)
+  if curves:
+    plots.depths(out / 'depths.png', curves, flat, show)
   trained = {name: results[0]['curve'] for name, results in runs.items() if results[0]['curve']}
   plots.progress(out / 'training.png', trained, show)
 
