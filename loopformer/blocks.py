@@ -500,8 +500,8 @@ def unrolls(layers: int) -> bool:
   """Whether so many layers of a stack are written out and not scanned when there is no cache.
 
   A scan stacks what its layers save for the backward pass, and the loop around it copies the stack into its own: on a
-  GPU that was a sixth of a step (docs/performance.md). On a CPU, where it is less, programs that compile twice as fast
-  are worth more.
+  GPU that was up to an eighth of a step (docs/performance.md). On a CPU, where it is less, programs that compile twice
+  as fast are worth more.
   """
   return layers <= UNROLLED and jax.default_backend() != 'cpu'
 

@@ -8,7 +8,11 @@ import pytest
 from scipy import stats
 
 import loopformer
+from loopformer import plans
+from loopformer.blocks import Chain, RMSNorm, Stack
+from loopformer.cells.plain import Plain
 from loopformer.generation import ROUND, controls, decode, draw, generate, law, prefill
+from loopformer.modules import PROJECTIONS, flattened
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import D, L, UNEVEN, V
@@ -266,3 +270,17 @@ def test_logits_equal_the_model(steps):
   ours = loopformer.logits(MODEL, PARAMS, np.asarray(text), steps=steps)
   np.testing.assert_allclose(ours, z @ PARAMS['read_in']['embedding'].T, atol=1e-4)
   assert ours.shape == (2, parts.T, V) and ours.dtype == jnp.float32
+
+
+def test_weights_that_are_cast_ahead_change_nothing():
+  chain = Chain((parts.block(RMSNorm(), dtype='bfloat16'), parts.block(RMSNorm(), dtype='bfloat16')))
+  for model in (parts.ROWS['bfloat16'].model, parts.looped(Plain(Stack(chain, 2)))):
+    weights = parts.params(model)
+    flat, own = flattened(model, weights)
+    dtypes = {leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(own['cell']['core'])
+              if any(f"'{name}'" in jax.tree_util.keystr(path) for name in PROJECTIONS)}
+    assert dtypes == {'bfloat16'}
+    plan = plans.Uniform(2)(None)
+    ours, theirs = (jax.jit(lambda p, model=model: model.apply({'params': p}, parts.tokens(2), plan).z)(p)
+                    for model, p in ((flat, own), (model, weights)))
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
