@@ -176,7 +176,8 @@ class Arrivals:
 
   row: i32[R], where to; a number beyond the rows is nobody. tokens: i32[R, W], what is to be read, padded; lengths:
   i32[R], without padding. source: i32[R], a row that has read the same before; shared: i32[R], how many tokens of it.
-  plan, keys, control, left: as of `Rows`, with columns R.
+  seed: u32[R], number: i32[R]; what the randomness of a request comes from. plan, control, left: as of `Rows`, with
+  columns R.
   """
   row: Array
   tokens: Array
@@ -184,7 +185,8 @@ class Arrivals:
   source: Array
   shared: Array
   plan: Plan
-  keys: Array
+  seed: Array
+  number: Array
   control: Controls
   left: Array
 
@@ -205,7 +207,8 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
   trace, kv = read(rows.kv, new.plan)
   draft = rows.draft and read(rows.draft, draft_plan)[1]
   z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
-  first = draw(law(model.apply(variables, z, method='logits'), new.control), _fold(new.keys, jnp.zeros_like(new.row)))
+  keys = _fold(jax.vmap(jax.random.key)(new.seed), new.number)
+  first = draw(law(model.apply(variables, z, method='logits'), new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
   def put(old, value):
@@ -215,7 +218,7 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
   return Rows(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
               last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
               left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
-              drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, new.keys),
+              drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
               control=jax.tree.map(put, rows.control, new.control)), first
 
 
@@ -368,7 +371,8 @@ class _Request:
   steps: tuple[float, ...]
   most: int
   control: Controls
-  key: Array
+  seed: int
+  origin: int
   stop: tuple[str, ...]
   drawn: list[int] = dataclasses.field(default_factory=list)
   told: str = ''
@@ -468,8 +472,7 @@ class Engine:
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
                         'or ask for fewer tokens')
     control = controls(self.model.read_in.vocab, temperature, top_k, top_p)
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, key, tuple(stop)))
+    self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, seed, number, tuple(stop)))
     self._requests += 1
     return self._requests - 1
 
@@ -499,17 +502,20 @@ class Engine:
       for line, (_, request), (_, shared) in zip(tokens, batch, origin):
         line[:len(request.prompt) - shared] = request.prompt[shared:]
 
-      def column(values):
-        return jnp.asarray([values[i] for i in columns])
+      def column(values, dtype=np.int32):
+        return np.asarray([values[i] for i in columns], dtype)
 
-      schedules = [plans.schedule(request.steps, self.loops) for _, request in batch]
+      def columns_of(trees, axis):
+        return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *[trees[i] for i in columns])
+
       new = Arrivals(
-          row=jnp.asarray([row for row, _ in batch] + [len(self._of)] * (size - len(batch)), jnp.int32),
-          tokens=jnp.asarray(tokens), lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
+          row=np.asarray([row for row, _ in batch] + [len(self._of)] * (size - len(batch)), np.int32),
+          tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
           source=column([row for row, _ in origin]), shared=column([n for _, n in origin]),
-          plan=jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *[schedules[i] for i in columns]),
-          keys=jnp.stack([batch[i][1].key for i in columns]),
-          control=jax.tree.map(lambda *leaves: jnp.stack(leaves), *[batch[i][1].control for i in columns]),
+          plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
+          seed=column([request.seed & 0xffffffff for _, request in batch], np.uint32),
+          number=column([request.origin for _, request in batch]),
+          control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
                                   jnp.int32(self.tokenizer.eos))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
-import math
 from pathlib import Path
 import sys
 import time
@@ -62,30 +62,33 @@ def peak_flops() -> tuple[float, str]:
   return measured_peak(), 'measured, float32 matrix product'
 
 
-def measured_peak(size: int = 1024, repeats: int = 5, dtype: str = 'float32') -> float:
-  """FLOP/s of a square matrix product here, the best of a few; of random numbers, because a GPU multiplies equal ones
-  faster."""
+@functools.cache
+def measured_peak(size: int = 1024, dtype: str = 'float32') -> float:
+  """FLOP/s of a square matrix product here, at its fastest; of random numbers, because a GPU multiplies equal ones
+  faster. Measured once."""
   a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-  return 2.0 * size ** 3 / _least_seconds(jax.jit(jnp.dot), repeats, a, a)
+  return 2.0 * size ** 3 / _least_seconds(jax.jit(jnp.dot), a, a)
 
 
-def measured_bandwidth(megabytes: int | None = None, repeats: int = 5) -> float:
-  """Bytes a second that a pass over an array in place reads and writes here, the best of a few; of 256 MB on a CPU and
-  2 GB elsewhere, beside which its launch is short."""
+@functools.cache
+def measured_bandwidth(megabytes: int | None = None) -> float:
+  """Bytes a second that a pass over an array in place reads and writes here, at its fastest; of 256 MB on a CPU and
+  2 GB elsewhere, beside which its launch is short. Measured once."""
   megabytes = megabytes or (256 if jax.default_backend() == 'cpu' else 2048)
   negate = jax.jit(lambda x: -x, donate_argnums=0)
   x = [negate(jnp.ones(megabytes << 18))]  # without a new array a call, whose pages the system would have to find
-  return 2.0 * x[0].nbytes / _least_seconds(lambda: x.append(negate(x.pop())) or x[0], repeats)
+  return 2.0 * x[0].nbytes / _least_seconds(lambda: x.append(negate(x.pop())) or x[0])
 
 
-def _least_seconds(program, repeats, *operands):
+def _least_seconds(program, *operands, seconds=0.5):
+  """Of the calls within so many seconds, and of five at least: a machine that others use is slow for moments."""
   jax.block_until_ready(program(*operands))
-  best = math.inf
-  for _ in range(repeats):
+  times, begun = [], time.perf_counter()
+  while len(times) < 5 or time.perf_counter() - begun < seconds:
     start = time.perf_counter()
     jax.block_until_ready(program(*operands))
-    best = min(best, time.perf_counter() - start)
-  return best
+    times.append(time.perf_counter() - start)
+  return min(times)
 
 
 class Writer:

@@ -364,13 +364,17 @@ def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'st
 
 def schedule(steps: Sequence[float], rows: int | None = None) -> Plan:
   """The plan of a schedule; with `rows`, padded by skipped rows so that one program serves many schedules."""
-  dt = np.asarray(steps, np.float64)
-  t = np.concatenate([[0.0], np.cumsum(dt)[:-1]])
+  return jax.tree.map(jnp.asarray, on_host(steps, rows))
+
+
+def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
+  """As `schedule`, in NumPy's arrays: no device is asked for anything."""
+  dt = np.asarray(steps, np.float32)
+  t = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)[:-1]]).astype(np.float32)
   if rows is None:
-    return Plan(t=jnp.asarray(t, jnp.float32), dt=jnp.asarray(dt, jnp.float32))
+    return Plan(t=t, dt=dt)
   pad = (0, rows - len(dt))
-  return Plan(t=jnp.asarray(np.pad(t, pad), jnp.float32), dt=jnp.asarray(np.pad(dt, pad), jnp.float32),
-              live=jnp.arange(rows) < len(dt))
+  return Plan(t=np.pad(t, pad), dt=np.pad(dt, pad), live=np.arange(rows) < len(dt))
 
 
 def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, ...]:

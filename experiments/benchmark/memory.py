@@ -43,8 +43,9 @@ def largest(size: Size, loops: int = 16, memory: float | None = None, remats: It
   """The largest batch of `size.length` tokens whose step fits into `memory` bytes (the device's, or 4 GB), weights and
   optimizer included: one rollout of `loops` loops, ours and the plain peer of as many layers.
 
-  Memory is a constant and a share of each sequence, which two compiled batches give; a third, the largest, is compiled
-  to see what it needs.
+  Memory is about a constant and a share of each sequence, which two compiled batches give; the largest is compiled to
+  see what it needs, and those below it until one fits. Where not even one sequence does, the batch is 0, what it needs
+  is that of one, and there is no ratio to a plain peer of batch 0.
   """
   if memory is None:
     memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', 4e9)
@@ -63,10 +64,14 @@ def largest(size: Size, loops: int = 16, memory: float | None = None, remats: It
 
     few, more = needed(2), needed(4)
     share = (more - few) / 2
-    batch = int((memory - few) / share) + 2
+    batch = max(int((memory - few) / share) + 2, 1)
+    while (needs := needed(batch)) > memory and batch > 1:
+      batch -= 1
+    fits = needs <= memory
+    plain = rows[0]['largest batch'] if rows else batch * fits
     rows.append({'step': name, 'length': size.length, 'loops': loops, 'GB': memory / 1e9, 'MB a sequence': share / MEGA,
-                 'largest batch': batch, 'needs GB': needed(batch) / 1e9,
-                 'times plain': batch / rows[0]['largest batch'] if rows else 1.0})
+                 'largest batch': batch * fits, 'needs GB': needs / 1e9,
+                 'times plain': batch * fits / plain if plain else ''})
   return rows
 
 
