@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+from tests import quick
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,7 +24,7 @@ def start(workdir: Path, processes: int, devices: int, *arguments: str, output: 
   workdir.mkdir(parents=True, exist_ok=True)
   address = f'127.0.0.1:{free_port()}'
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-                 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+                 'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}'}
   started = []
   for i in range(processes):
     place = [f'--coordinator={address}', f'--processes={processes}', f'--process={i}'] if processes > 1 else []

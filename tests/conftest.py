@@ -1,17 +1,33 @@
 """What all tests share: quick compilation, deterministic hypothesis, quiet logs."""
+import collections
 import gc
 import logging
+import os
 
 import hypothesis
 import jax
 import pytest
 
-# The tests compile several hundred small programs and run each a few times. What must hold of optimised programs (the
-# sharded step) runs in processes of their own, which do not read this file.
-jax.config.update('jax_disable_most_optimizations', True)
+from tests import quick
+
+# The tests compile thousands of small programs and run each a few times. Flags are read when the first device is asked
+# for; the processes that tests start do not inherit them.
+given = os.environ.get('XLA_FLAGS')
+os.environ['XLA_FLAGS'] = f'{quick.FLAGS} {given or ""}'
+jax.devices()
+if given is None:
+  del os.environ['XLA_FLAGS']
+else:
+  os.environ['XLA_FLAGS'] = given
 hypothesis.settings.register_profile('loopformer', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('loopformer')
 logging.getLogger('absl').setLevel(logging.ERROR)
+
+
+def pytest_collection_modifyitems(items):
+  """Files with the most long tests first: what is handed out last should be short."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope='module', autouse=True)

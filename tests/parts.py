@@ -35,6 +35,7 @@ from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Noise, Zeros
 from loopformer.streams import Streams
 from loopformer.types import Ctx, Draw
+from tests import quick
 
 V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,9 +264,10 @@ def close(a, b, tolerance: float, message: str = ''):
 
 
 def python(code: str, *arguments: str, timeout: int = 300, **environment: str) -> str:
-  """The standard output of a program in a process of its own."""
+  """The standard output of a program in a process of its own, compiled as the tests are unless XLA_FLAGS are given."""
   path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
   done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=timeout,
-                        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path, **environment})
+                        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': quick.FLAGS, 'PYTHONPATH': path,
+                             **environment})
   assert done.returncode == 0, done.stderr
   return done.stdout

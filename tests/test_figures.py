@@ -18,7 +18,7 @@ ROOM = 1.1  # of the recorded figure: versions of the compiler differ by a few p
 def test_figures_of_compiled_programs_do_not_grow():
   """In a process of its own, whose compiler optimises."""
   code = 'import json; from experiments.benchmark.figures import figures; print(json.dumps(figures()))'
-  found = json.loads(parts.python(code).splitlines()[-1])
+  found = json.loads(parts.python(code, XLA_FLAGS='').splitlines()[-1])
   if os.environ.get('UPDATE_GOLDEN'):
     RECORD.write_text(json.dumps(found, indent=1) + '\n')
   recorded = json.loads(RECORD.read_text())

@@ -8,15 +8,14 @@ import pytest
 from loopformer import sharding
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
-from tests import eight_devices, parts
-
+from tests import eight_devices, parts, quick
 
 
 @pytest.fixture(scope='module')
 def report() -> dict:
-  """Of one program on eight devices, whose programs are compiled as in a real run."""
+  """Of one program on eight devices."""
   out = parts.python('from tests import eight_devices; eight_devices.main()', timeout=900,
-                     XLA_FLAGS='--xla_force_host_platform_device_count=8')
+                     XLA_FLAGS=f'{quick.FLAGS} --xla_force_host_platform_device_count=8')
   return json.loads(out.splitlines()[-1])
 
 
