@@ -372,7 +372,7 @@ class _Request:
   most: int
   control: Controls
   seed: int
-  origin: int
+  draw_number: int
   stop: tuple[str, ...]
   drawn: list[int] = dataclasses.field(default_factory=list)
   told: str = ''
@@ -514,7 +514,7 @@ class Engine:
           source=column([row for row, _ in origin]), shared=column([n for _, n in origin]),
           plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
           seed=column([request.seed & 0xffffffff for _, request in batch], np.uint32),
-          number=column([request.origin for _, request in batch]),
+          number=column([request.draw_number for _, request in batch]),
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
