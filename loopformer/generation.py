@@ -176,7 +176,7 @@ class Arrivals:
 
   row: i32[R], where to; a number beyond the rows is nobody. tokens: i32[R, W], what is to be read, padded; lengths:
   i32[R], without padding. source: i32[R], a row that has read the same before; shared: i32[R], how many tokens of it.
-  seed: u32[R], number: i32[R]; what the randomness of a request comes from. plan, control, left: as of `Rows`, with
+  seed, number: u32[R], what the randomness of a request comes from. plan, control, left: as of `Rows`, with
   columns R.
   """
   row: Array
@@ -514,7 +514,7 @@ class Engine:
           source=column([row for row, _ in origin]), shared=column([n for _, n in origin]),
           plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
           seed=column([request.seed & 0xffffffff for _, request in batch], np.uint32),
-          number=column([request.draw_number for _, request in batch]),
+          number=column([request.draw_number & 0xffffffff for _, request in batch], np.uint32),
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
