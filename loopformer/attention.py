@@ -27,7 +27,7 @@ class Blockwise:
   """Causal attention over blocks of queries; each block reads the keys up to its end only.
 
   Half of the score matrix is never computed, and only one block's scores are held, in the backward pass too, where
-  they are recomputed. Portable; the default.
+  they are recomputed. Portable.
   """
   size: int = 64
 

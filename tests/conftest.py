@@ -3,6 +3,7 @@ import collections
 import gc
 import logging
 import os
+from unittest import mock
 
 import hypothesis
 import jax
@@ -12,13 +13,8 @@ from tests import quick
 
 # The tests compile thousands of small programs and run each a few times. Flags are read when the first device is asked
 # for; the processes that tests start do not inherit them.
-given = os.environ.get('XLA_FLAGS')
-os.environ['XLA_FLAGS'] = f'{quick.FLAGS} {given or ""}'
-jax.devices()
-if given is None:
-  del os.environ['XLA_FLAGS']
-else:
-  os.environ['XLA_FLAGS'] = given
+with mock.patch.dict(os.environ, XLA_FLAGS=f'{quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}'):
+  jax.devices()
 hypothesis.settings.register_profile('loopformer', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('loopformer')
 logging.getLogger('absl').setLevel(logging.ERROR)

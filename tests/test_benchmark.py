@@ -148,6 +148,9 @@ def test_the_largest_batch_is_compiled():
   assert rows[0]['step'].startswith('plain JAX') and rows[0]['times plain'] == 1
   for row in rows:
     assert row['largest batch'] >= 2 and row['needs GB'] == pytest.approx(5e-3, rel=0.15), row
+    assert row['needs GB'] <= 5e-3, row
+  row, = memory.largest(TINY, loops=3, memory=1e3, remats=())
+  assert row['largest batch'] == 0 and row['times plain'] == '' and row['needs GB'] > 1e-6
 
 
 def test_growth_rows():

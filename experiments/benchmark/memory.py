@@ -67,12 +67,10 @@ def largest(size: Size, loops: int = 16, memory: float | None = None, remats: It
     batch = max(int((memory - few) / share) + 2, 1)
     while (needs := needed(batch)) > memory and batch > 1:
       batch -= 1
-    fits = needs <= memory
-    plain = rows[0]['largest batch'] if rows else batch * fits
     rows.append({'step': name, 'length': size.length, 'loops': loops, 'GB': memory / 1e9, 'MB a sequence': share / MEGA,
-                 'largest batch': batch * fits, 'needs GB': needs / 1e9,
-                 'times plain': batch * fits / plain if plain else ''})
-  return rows
+                 'largest batch': batch if needs <= memory else 0, 'needs GB': needs / 1e9})
+  plain = rows[0]['largest batch']
+  return [{**row, 'times plain': row['largest batch'] / plain if plain else ''} for row in rows]
 
 
 def memory_row(size: Size, remat: Any, name: str, objective: Objective) -> dict:
