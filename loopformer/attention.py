@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 import jax.numpy as jnp
 
-from loopformer import sharding
+from loopformer import backend, sharding
 from loopformer.types import Array, ConfigError, part
 
 SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again,
@@ -55,13 +55,13 @@ class Fused:
   size: int = 64
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    return self.on(jax.default_backend(), q.dtype, q.shape[1], q.shape[3], seg is not None)(q, k, v, seg)
+    return self.on(backend.current().name, q.dtype, q.shape[1], q.shape[3], seg is not None)(q, k, v, seg)
 
-  def on(self, backend: str, dtype: Any, length: int, head: int, segments: bool = False) -> Blockwise | Cudnn | Splash:
-    """What attends with `length` queries of width `head` in this dtype on this backend: 'cpu', 'gpu' or 'tpu'."""
-    if backend == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128 and not (segments and length % 2):
+  def on(self, name: str, dtype: Any, length: int, head: int, segments: bool = False) -> Blockwise | Cudnn | Splash:
+    """What attends with `length` queries of width `head` in this dtype on a backend: 'cpu', 'gpu' or 'tpu'."""
+    if name == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128 and not (segments and length % 2):
       return Cudnn()
-    if backend == 'tpu' and length % LANES == 0:
+    if name == 'tpu' and length % LANES == 0:
       return Splash()
     return Blockwise(size=self.size)
 
@@ -72,8 +72,8 @@ class Cudnn:
   [B, 1, T, T]."""
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    if jax.default_backend() != 'gpu' or q.dtype not in HALVES:
-      raise ConfigError(f'kernel = Cudnn() with {q.dtype} on {jax.default_backend()}: cuDNN attends on a GPU in '
+    if backend.current().name != 'gpu' or q.dtype not in HALVES:
+      raise ConfigError(f'kernel = Cudnn() with {q.dtype} on {backend.current().name}: cuDNN attends on a GPU in '
                         'bfloat16 or float16; take attention.Fused(), which chooses by backend and dtype')
     mask = None if seg is None else seg[:, None, :, None] == seg[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')

@@ -16,7 +16,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from loopformer import attention
+from loopformer import attention, backend
 from loopformer.types import KV, Array, ConfigError, Ctx
 
 DTYPES = ('float32', 'bfloat16')
@@ -58,24 +58,14 @@ def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
   differentiation would form first; and it needs x alone: the gain's gradient is found in the weight's, so the product
   itself is neither saved nor recomputed.
   """
-  y = jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=_written(x.dtype))
+  y = jnp.einsum('...i,io->...o', x, kernel.astype(x.dtype), preferred_element_type=backend.written(x.dtype))
   return (y if gain is None else y * gain).astype(x.dtype)
 
 
-def _written(dtype):
-  """What a product of this dtype is written in: an accelerator accumulates in float32 whatever it writes, and a wider
-  result would only have to be read again."""
-  return jnp.float32 if jax.default_backend() == 'cpu' else dtype
-
-
-FEW = 64  # rows
-
-
 def turned(x: Array, kernel: Array) -> Array:
-  """x [..., I] @ kernel [O, I]^T -> f32[..., O]. On a CPU few rows are the columns of the product that is computed: its
-  threads and registers then have the many outputs to divide, and it takes half the time."""
+  """x [..., I] @ kernel [O, I]^T -> f32[..., O]; of few rows as columns, where the backend wants that (backend.py)."""
   kernel, rows = kernel.astype(x.dtype), x.size // x.shape[-1]
-  if not 1 < rows <= FEW or jax.default_backend() != 'cpu':
+  if not 1 < rows <= backend.current().columns:
     return jnp.einsum('...i,oi->...o', x, kernel, preferred_element_type=jnp.float32)
   y = jnp.einsum('oi,ni->on', kernel, x.reshape(rows, -1), preferred_element_type=jnp.float32)
   return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)  # without it XLA swaps the operands back
@@ -93,7 +83,7 @@ def _dense_backward(saved, dy):
     scaled, dkernel, dgain = kernel, outer, None
   else:
     scaled, dkernel, dgain = kernel * gain, outer * gain, jnp.sum(outer * kernel, 0).astype(gain.dtype)
-  dx = jnp.einsum('...o,io->...i', dy, scaled.astype(dy.dtype), preferred_element_type=_written(dy.dtype))
+  dx = jnp.einsum('...o,io->...i', dy, scaled.astype(dy.dtype), preferred_element_type=backend.written(dy.dtype))
   dx = dx.astype(x.dtype)
   return dx, dkernel.astype(kernel.dtype), dgain
 
@@ -493,17 +483,9 @@ class Chain(nn.Module):
     return sum(block.flops(width, length) for block in self.blocks)
 
 
-UNROLLED = 4  # layers
-
-
 def unrolls(layers: int) -> bool:
-  """Whether so many layers of a stack are written out and not scanned when there is no cache.
-
-  A scan stacks what its layers save for the backward pass, and the loop around it copies the stack into its own: on a
-  GPU that was up to an eighth of a step (docs/performance.md). On a CPU, where it is less, programs that compile twice
-  as fast are worth more.
-  """
-  return layers <= UNROLLED and jax.default_backend() != 'cpu'
+  """Whether so many layers of a stack are written out and not scanned when there is no cache (backend.py)."""
+  return layers <= backend.current().unrolled
 
 
 def _layer_of(which, params):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import exits, plans
+from loopformer import backend, exits, plans
 from loopformer.blocks import turned
 from loopformer.memory import map_caches
 from loopformer.modules import flattened
@@ -417,8 +417,7 @@ class Engine:
     if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
-    # A CPU multiplies one row by [I, O] well, and a GPU that sums over contiguous weights.
-    model, params = flattened(model, params, turn=rows > 1 or jax.default_backend() == 'gpu')
+    model, params = flattened(model, params, turn=rows > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
     self.exit, self.ahead = exit, ahead if draft is not None else 0

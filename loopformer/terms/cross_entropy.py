@@ -7,15 +7,13 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer import backend
 from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
 def at_once(chunk: int | None, tokens: int) -> int:
-  """Of so many tokens, those whose logits are held at once: `chunk`; by default few enough for a CPU's caches, and
-  elsewhere enough to keep the device busy, and to add to the table's gradient seldom."""
-  return min(chunk or (512 if jax.default_backend() == 'cpu' else 4096), tokens)
-
-
+  """Of so many tokens, those whose logits are held at once: `chunk`, or what the backend wants (backend.py)."""
+  return min(chunk or backend.current().logits_at_once, tokens)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int | None = None) -> Array:

@@ -1,0 +1,68 @@
+"""The backend that programs are made for: one value, read here by all that chooses by it.
+
+It is that of JAX's devices, unless a program is compiled for machines that are not here:
+
+    with backend.compiling_for('tpu'):
+      program = step.lower(...).compile()
+
+Traced programs are kept apart by it. What each backend wants was measured (docs/performance.md) or is what its compiler
+does with the other choice (docs/plan.md).
+"""
+from __future__ import annotations
+
+from typing import Any, ContextManager
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.types import ConfigError, part
+
+_CHOSEN = jax.make_user_context(None)
+
+
+@part
+class Backend:
+  """What programs of one kind of device look like.
+
+  name: as JAX calls it: 'cpu', 'gpu' (Nvidia's) or 'tpu'; attention.Fused chooses its kernel by it.
+  unrolled: stacks of up to so many layers are written out and not scanned, where there is no cache. A scan stacks what
+    its layers save for the backward pass, and the loop around it copies the stack into its own: on a GPU that was up to
+    an eighth of a step. On a CPU, where it is less, programs that compile twice as fast are worth more.
+  logits_at_once: tokens whose logits are held at a time: few enough for a CPU's caches, and elsewhere enough to keep the
+    device busy, and to add to the table's gradient seldom.
+  product: the dtype that products of projections are written in; None: that of their operands. An accelerator
+    accumulates in float32 whatever it writes, and a wider result would only have to be read again.
+  columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads and
+    registers then have the many outputs to divide, and it takes half the time.
+  sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
+  """
+  name: str
+  unrolled: int = 4
+  logits_at_once: int = 4096
+  product: str | None = None
+  columns: int = 0
+  sums_contiguous: bool = True
+
+
+BACKENDS = {backend.name: backend for backend in (
+    Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False),
+    Backend(name='gpu'),
+    Backend(name='tpu', sums_contiguous=False))}
+
+
+def current() -> Backend:
+  """The backend that a program which is traced now is for."""
+  name = _CHOSEN.value or jax.default_backend()
+  return BACKENDS.get(name) or Backend(name=name)
+
+
+def compiling_for(name: str) -> ContextManager[Any]:
+  """Within it, programs are traced for another backend. Raises ConfigError where there is none of that name."""
+  if name not in BACKENDS:
+    raise ConfigError(f'backend = {name!r}: choose from {", ".join(BACKENDS)}')
+  return _CHOSEN(name)
+
+
+def written(dtype: Any) -> Any:
+  """What a product of operands of this dtype is written in."""
+  return jnp.dtype(current().product or dtype)
