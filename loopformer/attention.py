@@ -48,7 +48,7 @@ class Blockwise:
 class Fused:
   """Causal attention by the kernel of the backend: cuDNN's on a GPU, splash attention on a TPU, Blockwise elsewhere and
   where those cannot serve (on a GPU float32, heads whose width is no multiple of 8 or beyond 128, and segments in texts
-  of odd length; on a TPU, texts whose length is no multiple of 128).
+  of odd length; on a TPU float16, and texts whose length is no multiple of 128).
 
   size: of Blockwise's blocks.
   """
@@ -61,7 +61,7 @@ class Fused:
     """What attends with `length` queries of width `head` in this dtype on a backend: 'cpu', 'gpu' or 'tpu'."""
     if name == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128 and not (segments and length % 2):
       return Cudnn()
-    if name == 'tpu' and length % LANES == 0:
+    if name == 'tpu' and dtype in Splash.dtypes and length % LANES == 0:
       return Splash()
     return Blockwise(size=self.size)
 
@@ -75,6 +75,10 @@ class Cudnn:
     if backend.current().name != 'gpu' or q.dtype not in HALVES:
       raise ConfigError(f'kernel = Cudnn() with {q.dtype} on {backend.current().name}: cuDNN attends on a GPU in '
                         'bfloat16 or float16; take attention.Fused(), which chooses by backend and dtype')
+    # The kernel brings rules for the partitioner, which do not compile where a mesh is divided by hand already.
+    return sharding.by_rows_and_heads(self._attend, q, k, v, seg)
+
+  def _attend(self, q, k, v, seg):
     mask = None if seg is None else seg[:, None, :, None] == seg[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')
 
@@ -87,6 +91,7 @@ class Splash:
   """
   size: int = 512
   interpret: bool = False
+  dtypes = (jnp.float32, jnp.bfloat16)  # with others the kernel's compiler crashes
 
   def __post_init__(self):
     if self.size < LANES or self.size % LANES:
@@ -96,6 +101,9 @@ class Splash:
     if q.shape[1] % LANES:
       raise ConfigError(f'kernel = Splash() with {q.shape[1]} tokens: it wants a multiple of {LANES}; take '
                         'attention.Fused(), which chooses by length')
+    if q.dtype not in self.dtypes:
+      raise ConfigError(f'kernel = Splash() with {q.dtype}: it attends in bfloat16 or float32; take attention.Fused(), '
+                        'which chooses by dtype')
     # The partitioner cannot divide a Pallas kernel: every device runs it on its own rows and heads.
     return sharding.by_rows_and_heads(self._attend, (q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, seg)
 

@@ -34,6 +34,10 @@ class Backend:
     accumulates in float32 whatever it writes, and a wider result would only have to be read again.
   columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads and
     registers then have the many outputs to divide, and it takes half the time.
+  largest_scatter: the most devices that one sum is scattered over, where these are all devices that there are; of more, a
+    TPU's compiler makes the sum whole on every device, and sends twice as much. None: any number.
+  qkv_apart: whether queries, keys and values are three products, each in the layout that attention wants. Of one product,
+    a TPU's compiler copies all three in every layer and loop.
   sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
   """
   name: str
@@ -42,12 +46,14 @@ class Backend:
   product: str | None = None
   columns: int = 0
   sums_contiguous: bool = True
+  largest_scatter: int | None = None
+  qkv_apart: bool = False
 
 
 BACKENDS = {backend.name: backend for backend in (
     Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False),
     Backend(name='gpu'),
-    Backend(name='tpu', sums_contiguous=False))}
+    Backend(name='tpu', sums_contiguous=False, largest_scatter=8, qkv_apart=True))}
 
 
 def current() -> Backend:

@@ -92,6 +92,27 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 
 @jax.custom_vjp
+def dense_heads(x: Array, kernel: Array) -> Array:
+  """x [B, T, I], kernel [I, H, d] -> [B, T, H, d]; as `dense`, of a kernel whose columns are heads.
+
+  Heads are an axis of the products themselves, forward and backward: the compiler can write them in the layout that
+  attention reads.
+  """
+  return jnp.einsum('BTi,iHd->BTHd', x, kernel.astype(x.dtype),
+                    preferred_element_type=backend.written(x.dtype)).astype(x.dtype)
+
+
+def _dense_heads_backward(saved, dy):
+  x, kernel = saved
+  dkernel = jnp.einsum('BTi,BTHd->iHd', x, dy, preferred_element_type=jnp.float32)
+  dx = jnp.einsum('BTHd,iHd->BTi', dy, kernel.astype(dy.dtype), preferred_element_type=backend.written(dy.dtype))
+  return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+dense_heads.defvjp(lambda x, kernel: (dense_heads(x, kernel), (x, kernel)), _dense_heads_backward)
+
+
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
   """Exact GELU, x/2 (1 + erf(x/sqrt 2)); by erf, which is cheaper than the erfc of `jax.nn.gelu`; saves x alone."""
   return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
@@ -179,6 +200,34 @@ class Linear(nn.Module):
     return y + (bias if gain is None else bias * gain.astype(y.dtype))
 
 
+class QKV(nn.Module):
+  """Queries, keys and values, the products of x with one kernel [D, G (H/G queries + 1 key + 1 value) d].
+
+  So laid out, it divides over groups. Where the backend wants them apart (backend.py), its parts are multiplied each by
+  itself; else it is one product, which is then cut.
+  """
+  heads: int
+  groups: int
+  std: float = 0.02
+  init: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+    """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]."""
+    width = x.shape[-1]
+    head = width // self.heads
+    outputs = (self.heads + 2 * self.groups) * head
+    if self.has_variable('params', 'turned'):
+      q, k, v = unfused(turned(x, self.get_variable('params', 'turned')).astype(x.dtype), self.heads, self.groups)
+    else:
+      kernel = self.param('kernel', self.init or Normal(self.std), (width, outputs))
+      if backend.current().qkv_apart:
+        q, k, v = (dense_heads(x, part.reshape(width, -1, head)) for part in unfused(kernel, self.heads, self.groups))
+        return tuple(checkpoint_name(y, attention.PRODUCT) for y in (q, k, v))
+      q, k, v = unfused(checkpoint_name(dense(x, kernel), attention.PRODUCT), self.heads, self.groups)
+    return q.reshape(*x.shape[:-1], self.heads, head), k.squeeze(-2), v.squeeze(-2)
+
+
 class ValueEmbed(nn.Module):
   """v + g * E[tokens], g = 2 sigmoid(W_g x[..., :32]) for every key/value head (Parcae section 2); E ~ N(0, 1)."""
   vocab: int
@@ -196,9 +245,7 @@ class ValueEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Causal self-attention with a fused projection; grouped keys and values when `groups` < `heads`.
-
-  The fused kernel is laid out [D, G, H/G queries + 1 key + 1 value, d], so that it divides over groups.
+  """Causal self-attention with one kernel for queries, keys and values (`QKV`); grouped when `groups` < `heads`.
 
   position: where queries and keys learn their places (positions.py), if not from the input. norm_qk: of every query and
   key, after that. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
@@ -218,12 +265,10 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, KV | None]:
-    batch, length, width = x.shape
+    width = x.shape[-1]
     check_attention(self, width, '')
-    groups, head = heads_of(self, width)
-    qkv = Linear((self.heads + 2 * groups) * head, self.std, init=self.init, name='qkv')(x)
-    q, k, v = unfused(qkv, self.heads, groups)
-    q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
+    groups, _ = heads_of(self, width)
+    q, k, v = QKV(self.heads, groups, self.std, self.init, name='qkv')(x)
     q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)

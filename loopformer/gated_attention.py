@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import attention
-from loopformer.blocks import (MLP, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention, check_layer,
-                               heads_of, layer_flops, unfused)
+from loopformer.blocks import (MLP, QKV, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention,
+                               check_layer, heads_of, layer_flops)
 from loopformer.positions import Rotary
 from loopformer.types import Array, Ctx
 
@@ -76,9 +76,8 @@ class GatedAttention(nn.Module):
     """x [B, T, D], gate: queries [B, T, H, d] -> f32[B, T, H] -> ([B, T, D], what the view leaves)."""
     batch, length, width = x.shape
     check_attention(self, width, '')
-    groups, head = heads_of(self, width)
-    q, k, v = unfused(Linear((self.heads + 2 * groups) * head, self.std, name='qkv')(x), self.heads, groups)
-    q, k, v = q.reshape(batch, length, self.heads, head), k.squeeze(3), v.squeeze(3)
+    groups, _ = heads_of(self, width)
+    q, k, v = QKV(self.heads, groups, self.std, name='qkv')(x)
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     out, left = view.attend(self, q, k, v, ctx, layer, gate)

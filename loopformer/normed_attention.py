@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import attention
-from loopformer.blocks import Linear, RMSNorm, attended, attention_flops, check_attention, heads_of, unfused
+from loopformer.blocks import QKV, Linear, RMSNorm, attended, attention_flops, check_attention, heads_of
 from loopformer.positions import Rotary
 from loopformer.types import KV, Array, Ctx
 
@@ -31,11 +31,11 @@ class NormedAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, KV | None]:
-    batch, length, width = x.shape
+    width = x.shape[-1]
     check_attention(self, width, '')
-    groups, head = heads_of(self, width)
-    q, k, v = unfused(Linear((self.heads + 2 * groups) * head, self.std, name='qkv')(x), self.heads, groups)
-    q, k, v = self.norm_q(q.reshape(batch, length, self.heads, head)), self.norm_k(k.squeeze(3)), v.squeeze(3)
+    groups, _ = heads_of(self, width)
+    q, k, v = QKV(self.heads, groups, self.std, name='qkv')(x)
+    q, k = self.norm_q(q), self.norm_k(k)
     q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     out, kv = attended(self, q, k, v, ctx, kv, layer)
     return Linear(width, self.out_std, name='out')(out, gate), kv

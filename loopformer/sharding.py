@@ -6,13 +6,16 @@ own heads and hidden units.
 """
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, Mapping
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from loopformer import backend
 from loopformer.types import Array, Batch, ConfigError, part
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -54,8 +57,10 @@ class Mesh:
     if int(np.prod(sizes)) != len(devices):
       raise ConfigError(f'mesh = (data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}) does not use all '
                         f'{len(devices)} devices; the sizes must multiply to that number')
-    # Named explicitly: make_mesh makes Explicit axes by default, under which a constraint is an assertion.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis of the mesh may be a part of a ring of a slice: without that, most meshes of a slice of TPUs are refused.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Named explicitly: the default may be Explicit axes, under which a constraint is an assertion.
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_model(model: Any, mesh: jax.sharding.Mesh):
@@ -115,6 +120,44 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
   """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp."""
   sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def gather(leaf: Array, partition: P) -> Array:
+  """Inside the training step's shard_map: a parameter whole over fsdp, and divided over tensor as it was."""
+  return _over_tensor(lambda x: jax.lax.all_gather(x, 'fsdp', axis=tuple(partition).index('fsdp'), tiled=True), leaf,
+                      partition)
+
+
+def scatter(leaf: Array, partition: P) -> Array:
+  """Inside the training step's shard_map: the sum over fsdp of a gradient, each device its part."""
+  axis = tuple(partition).index('fsdp')
+
+  def once(x, groups=None):
+    return jax.lax.psum_scatter(x, 'fsdp', scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+
+  return _over_tensor(lambda x: functools.reduce(once, _stages(), x), leaf, partition)
+
+
+def _stages() -> list[list[list[int]] | None]:
+  """The groups of devices along fsdp that a sum is scattered in, one stage after the other; None are all in one.
+
+  In two, the first is among devices that are far apart, so that each has its part in the order of the devices.
+  """
+  mesh, most = jax.sharding.get_abstract_mesh(), backend.current().largest_scatter
+  size = mesh.shape['fsdp']
+  inner = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+  if most is None or size <= most or size < mesh.size or inner == 1:
+    return [None]
+  places = np.arange(size).reshape(-1, inner)
+  return [places.T.tolist(), places.tolist()]
+
+
+def _over_tensor(exchange, leaf, partition):
+  """Every device of a tensor group exchanges its own part, which the partitioner would take to be whole otherwise."""
+  if 'tensor' not in tuple(partition) or jax.sharding.get_abstract_mesh().shape['tensor'] == 1:
+    return exchange(leaf)
+  spec = only(partition, ('tensor',))
+  return jax.shard_map(exchange, in_specs=spec, out_specs=spec, axis_names={'tensor'}, check_vma=False)(leaf)
 
 
 def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:

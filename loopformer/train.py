@@ -102,14 +102,12 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     return jax.lax.psum(tree, divided) if divided else tree
 
   def gather(leaf, partition):
-    if 'fsdp' not in tuple(partition):
-      return leaf
-    return jax.lax.all_gather(leaf, 'fsdp', axis=tuple(partition).index('fsdp'), tiled=True)
+    return sharding.gather(leaf, partition) if 'fsdp' in tuple(partition) else leaf
 
   def reduce(leaf, partition):
     if 'fsdp' not in tuple(partition):
       return total(leaf)
-    mine = jax.lax.psum_scatter(leaf, 'fsdp', scatter_dimension=tuple(partition).index('fsdp'), tiled=True)
+    mine = sharding.scatter(leaf, partition)
     return jax.lax.psum(mine, 'data') if 'data' in divided else mine
 
   def gradient(specs, frozen_specs, params, frozen, draw):
@@ -133,13 +131,13 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
     draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
                 batch={name: leaf for name, leaf in rows.items() if name not in stop})
-    specs, frozen_specs = (
-        jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), sharding.specs(tree, mesh))
-        for tree in (state.params, frozen))
+    specs, frozen_specs = sharding.specs(state.params, mesh), sharding.specs(frozen, mesh)
+    by_rows, frozen_by_rows = (
+        jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
     mapped = jax.shard_map(
         functools.partial(gradient, specs, frozen_specs), mesh=mesh,
-        in_specs=(specs, frozen_specs, Draw(P(), P(), P(), P(sharding.BATCH))),
-        out_specs=(P(), specs), axis_names=set(sharding.BATCH), check_vma=False)
+        in_specs=(by_rows, frozen_by_rows, Draw(P(), P(), P(), P(sharding.BATCH))),
+        out_specs=(P(), by_rows), axis_names=set(sharding.BATCH), check_vma=False)
     values, grads = mapped(state.params, frozen, draw)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)
     params = optax.apply_updates(state.params, updates)

@@ -2,16 +2,20 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.eight_devices
 """
+import dataclasses
+import itertools
 import json
 import re
+from typing import Any
+from unittest import mock
 
 import jax
 from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import plans, sharding
-from loopformer.attention import Blockwise
+from loopformer import attention, backend, plans, sharding
+from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import RMSNorm, Stack
 from loopformer.inject import Diagonal
 from loopformer.objective import Objective, Roll, Weighted
@@ -144,28 +148,55 @@ def compare(ours, theirs) -> float:
 
 
 def kernels(devices) -> dict[str, dict]:
-  """What a kernel sees of rows and heads on a device, and how far its results are from those of one device."""
+  """What a kernel that no partitioner divides sees of rows and heads on a device, and how far its results are from those
+  of one device. What runs in the place of cuDNN's and of splash attention is plain attention, with their arguments."""
   mesh = Mesh(data=2, fsdp=2, tensor=2).make(devices)
-  found = {}
-  for name, rows, groups, inside in (('evaluating', 8, 2, False), ('odd', 3, 1, False), ('training', 8, 2, True)):
-    rng, seen = np.random.default_rng(0), []
-    q, k, v = (jnp.asarray(rng.standard_normal((rows, 6, heads, 4)), jnp.float32) for heads in (4, groups, groups))
-    seg = jnp.asarray(rng.integers(0, 2, (rows, 6)).cumsum(1))
+  found, seen = {}, []
 
-    def attend(*args):
-      seen.append(args[0].shape)
-      return Blockwise()(*args)
+  def attend(*args):
+    seen.append(args[0].shape)
+    return Blockwise()(*args)
 
-    def divided(*args):
-      return sharding.by_rows_and_heads(attend, *args)
+  def cudnn(q, k, v, mask, is_causal, implementation):
+    assert is_causal and implementation == 'cudnn'
+    seen.append(q.shape)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='xla')
 
+  def splash(self, q, k, v, seg):
+    return attend(q * q.shape[-1] ** 0.5, k, v, seg)
+
+  kinds = {'plain': ('cpu', lambda *args: sharding.by_rows_and_heads(attend, *args), 6, jnp.float32),
+           'cudnn': ('gpu', Fused(), 6, jnp.bfloat16), 'splash': ('tpu', Fused(), 128, jnp.float32)}
+  for (kind, (name, kernel, length, dtype)), (where, rows, groups, inside) in itertools.product(
+      kinds.items(), (('evaluating', 8, 2, False), ('odd', 3, 1, False), ('training', 8, 2, True))):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, 8)), dtype) for heads in (4, groups, groups))
+    seg = jnp.asarray(rng.integers(0, 2, (rows, length)).cumsum(1))
+    divided = kernel
     if inside:
-      divided = jax.shard_map(divided, mesh=mesh, in_specs=P(sharding.BATCH), out_specs=P(sharding.BATCH),
+      divided = jax.shard_map(kernel, mesh=mesh, in_specs=P(sharding.BATCH), out_specs=P(sharding.BATCH),
                               axis_names=set(sharding.BATCH), check_vma=False)
-    with jax.set_mesh(mesh):
-      out = jax.jit(divided)(q, k, v, seg)
-    found[name] = {'seen': seen[-1], 'error': float(jnp.abs(jax.device_get(out) - Blockwise()(q, k, v, seg)).max())}
+    with (jax.set_mesh(mesh), backend.compiling_for(name), mock.patch.object(attention.Splash, '_attend', splash),
+          mock.patch.object(attention, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=cudnn))):
+      out = jax.device_get(jax.jit(lambda *args: divided(*args))(q, k, v, seg))
+    error = jnp.abs(out.astype(jnp.float32) - Blockwise()(q, k, v, seg).astype(jnp.float32)).max()
+    found[f'{kind} {where}'] = {'seen': seen[-1], 'error': float(error)}
   return found
+
+
+def staged(devices) -> dict[str, Any]:
+  """A sum that is scattered over all devices, for a backend that does it in one stage and one that does it in two."""
+  mesh, found = Mesh(fsdp=8).make(devices), {}
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16, 3)), jnp.float32)
+  for name in ('cpu', 'tpu'):
+    few = dataclasses.replace(backend.BACKENDS[name], largest_scatter=4 if name == 'tpu' else None)
+    with backend.compiling_for(name), mock.patch.dict(backend.BACKENDS, {name: few}):
+      scatter = jax.jit(jax.shard_map(lambda x: sharding.scatter(x, P(None, 'fsdp')), mesh=mesh, in_specs=P('fsdp'),
+                                      out_specs=P(None, 'fsdp'), axis_names=set(sharding.BATCH), check_vma=False))
+      found[name] = jax.device_get(scatter(x))
+      found[f'{name} scatters'] = scatter.lower(x).compile().as_text().count(' reduce-scatter(')
+  return {'error': float(np.abs(found['tpu'] - found['cpu']).max()), 'size': float(np.abs(found['cpu']).max()),
+          'scatters': [found['cpu scatters'], found['tpu scatters']]}
 
 
 def main():
@@ -212,7 +243,7 @@ def main():
         sharding.specs(state.params, mesh), is_leaf=lambda leaf: isinstance(leaf, P)))
     report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {loops}'] = {
         **collectives(text, mesh), 'divided': divided}
-  report['kernels'] = kernels(devices)
+  report['kernels'], report['staged'] = kernels(devices), staged(devices)
   report['control'] = control(Mesh(data=2, fsdp=4).make(devices))
   print(json.dumps(report))
 
