@@ -24,10 +24,17 @@ COPIES = ('copy', 'copy-start', 'transpose')
 class Steps:
   """How often branches and loops run of which a program does not tell.
 
-  free: steps of a loop whose end is not known; live: share of the calls of a conditional that take its second branch.
+  free: steps of a loop whose end is not known, such as those without gradient that a rollout begins with, on average;
+  live: share of the calls of a conditional that take its second branch, such as that of the steps that may be skipped.
+  outer: steps of a loop whose end is not known and around which there is no other such; None: as `free`.
   """
   free: float
   live: float
+  outer: float | None = None
+
+  def often(self, within: bool) -> float:
+    """Steps of a loop whose end is not known, within another such or not."""
+    return self.free if within or self.outer is None else self.outer
 
 
 @part
@@ -87,7 +94,7 @@ class Program:
     self.copies: list[Copy] = []
     self.kernels = collections.Counter()
     bodies, entry = _computations(text)
-    times, looped = collections.Counter({entry: 1.0}), {entry: False}
+    times, looped, within = collections.Counter({entry: 1.0}), {entry: False}, {entry: False}
     for name in reversed(bodies):  # what is called is printed before what calls it
       if not times[name]:
         continue
@@ -95,9 +102,11 @@ class Program:
       for line in bodies[name]:
         result, kind, op = _LINE.match(line).groups()
         shapes[result] = kind
-        for callee, often in _calls(op, line, steps, bodies):
+        trips = _trips(line, bodies) if op == 'while' else None
+        for callee, often in _calls(op, line, steps, trips, within[name]):
           times[callee] += times[name] * often
           looped[callee] = looped.get(callee, False) or looped[name] or op == 'while'
+          within[callee] = within.get(callee, False) or within[name] or (op == 'while' and trips is None)
         self._count(name, result, op, kind, line, shapes, times[name], looped[name])
 
   @property
@@ -161,8 +170,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _calls(op: str, line: str, steps: Steps, bodies) -> Iterator[tuple[str, float]]:
-  """(computation, how often) of all that an instruction runs."""
+def _calls(op: str, line: str, steps: Steps, trips: float | None, within: bool) -> Iterator[tuple[str, float]]:
+  """(computation, how often) of all that an instruction runs; trips: of a loop, None where they are not known."""
   if op == 'conditional':
     branches = re.search(r'branch_computations=\{([^}]*)\}', line)
     pair = re.search(r'false_computation=%?([\w.\-]+)', line), re.search(r'true_computation=%?([\w.\-]+)', line)
@@ -170,9 +179,8 @@ def _calls(op: str, line: str, steps: Steps, bodies) -> Iterator[tuple[str, floa
     for number, name in enumerate(names):
       yield name, steps.live if number else 1 - steps.live
   elif op == 'while':
-    often = _trips(line, bodies)
     for name in re.findall(r'(?:body|condition)=%?([\w.\-]+)', line):
-      yield name, steps.free if often is None else often
+      yield name, steps.often(within) if trips is None else trips
   else:
     for name in re.findall(r'(?:calls|to_apply)=%?([\w.\-]+)', line):
       yield name, 1.0

@@ -68,6 +68,10 @@ flags.DEFINE_integer('connect_timeout', 300, 'train: seconds to wait for the oth
 flags.DEFINE_integer('heartbeat', 60, 'train: seconds without a sign of life after which a process counts as dead, and '
                      'the others end.')
 flags.DEFINE_integer('devices', 1, 'plan: how many devices the mesh has.')
+flags.DEFINE_string('topology', None, 'plan: a machine whose own compiler compiles the program, such as v5e:4x4 or h100:8 '
+                    '(extra `tpu`; docs/plan.md).')
+flags.DEFINE_string('program', 'train', 'plan, with --topology: train, eval, prefill or decode.')
+flags.DEFINE_integer('rows', 1, 'plan, with --topology: sequences that are evaluated, or requests served, at a time.')
 flags.DEFINE_list('accelerators', ['v5e', 'v5p', 'H100', 'H200'], 'plan: what they may be, of metrics.ACCELERATORS.')
 
 
@@ -196,11 +200,18 @@ def run_harness(workdir: Path):
 
 
 def run_plan():
-  """Prints what a training step needs of every device, and how long it takes at least; writes nothing."""
-  from experiments import plan
+  """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
+  from experiments import ahead, plan
   if FLAGS.config is None:
     raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:paper')
-  plan.run(configs.load(FLAGS.config, FLAGS.set), FLAGS.devices, FLAGS.accelerators)
+  config = configs.load(FLAGS.config, FLAGS.set)
+  if FLAGS.topology is not None:
+    ahead.run(config, FLAGS.topology, FLAGS.program, FLAGS.rows)
+  elif FLAGS.program != 'train':
+    raise ConfigError(f'--program={FLAGS.program}: simulated CPU devices plan training alone; name a machine by '
+                      '--topology, such as v5e:4x4')
+  else:
+    plan.run(config, FLAGS.devices, FLAGS.accelerators)
 
 
 def numbers(text: str, flag: str, kind: type = float) -> tuple:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import collections
 import functools
 import math
-import re
 import sys
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
+from experiments.hlo import Program, Steps
 from loopformer import config as configs
 from loopformer import metrics, sharding
 from loopformer.checkpoint import abstract
@@ -42,17 +42,6 @@ DRAWS = 1024  # plans that are drawn to see how many steps they take
 BLOCKS = 8  # of queries, at most: attention in more of them takes minutes to trace, and plans nothing else
 QUICK = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_passes': True}  # no code is run
 GIGA = 1e9
-
-
-@part
-class Steps:
-  """What the loops of an objective do on average, as its plans are drawn.
-
-  free: steps without gradient that a rollout begins with, of those that have any; live: share of the steps that may be
-  skipped that is taken.
-  """
-  free: float
-  live: float
 
 
 @part
@@ -191,11 +180,13 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   memory, program = compiled.memory_analysis(), Program(compiled.as_text(), steps)
 
   params = jax.tree.leaves(state.params)
-  weights, whole = _bytes(state.params, mesh), _bytes(state.params, mesh, ('tensor',))
-  optimizer_bytes = _bytes(state.optimizer, mesh)
+  weights, whole = held(state.params, mesh), held(state.params, mesh, ('tensor',))
+  optimizer_bytes = held(state.optimizer, mesh)
   tokens = options.batch * config.task.length
-  mapped = [equation.params['jaxpr'] for equation in traced.jaxpr.jaxpr.eqns if equation.primitive.name == 'shard_map']
-  traffic = sum(sum(products(body, steps)) for body in mapped) / mesh.shape['tensor'] + program.outside
+  mapped = [equation for equation in traced.jaxpr.jaxpr.eqns if equation.primitive.name == 'shard_map']
+  traffic = program.outside + sum(
+      product.moved for equation in mapped
+      for product in products(equation.params['jaxpr'], steps, mesh.shape, manual=frozenset(sharding.BATCH)))
   return Plan(
       mesh=dict(mesh.shape), parameters=sum(leaf.size for leaf in params), tokens=tokens, rows=rows, steps=steps,
       weights=weights, optimizer=optimizer_bytes, gathered=whole if mesh.shape['fsdp'] > 1 else 0,
@@ -211,33 +202,48 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return abstract(tree, sharding.shardings(tree, mesh))
 
 
-def _bytes(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = sharding.AXES) -> int:
+def held(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = sharding.AXES) -> int:
   """Bytes that a device has of a tree that is divided over some of the axes."""
   placed = jax.tree.leaves(sharding.shardings(tree, mesh, names))
   return sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
              for leaf, where in zip(jax.tree.leaves(tree), placed))
 
 
-# The traced step -----------------------------------------------------------------------------------------------------
+# The traced program ---------------------------------------------------------------------------------------------------
 
 
-def products(jaxpr: Any, steps: Steps, times: float = 1.0) -> Iterator[float]:
-  """Bytes of the operands and the result of every matrix product, times how often it runs.
+@part
+class Product:
+  """A matrix product on one device: floating-point operations, and bytes of its operands and its result, times how often
+  it runs."""
+  flops: float
+  moved: float
 
-  They have the types that an accelerator computes in, which the program for CPUs has not. Inside the step's shard_map,
-  shapes are those of one device but for tensor. A loop whose end the trace does not know is one of free steps.
+
+def products(jaxpr: Any, steps: Steps, sizes: Mapping[str, int], times: float = 1.0, manual: frozenset = frozenset(),
+             within: bool = False) -> Iterator[Product]:
+  """Every matrix product of a traced program, in the dtypes that it is written in.
+
+  sizes: of the mesh. Inside a shard_map shapes are those of one device of the axes that it is manual over; what no
+  shard_map divides counts as if the partitioner divided it over all devices. A loop whose end the trace does not know is
+  one of `steps.free`, or, if no other is around it, of `steps.outer`.
   """
   for equation in jaxpr.eqns:
     name, inner = equation.primitive.name, list(_inner(equation.params))
     if name == 'dot_general':
-      yield times * sum(var.aval.size * var.aval.dtype.itemsize for var in (*equation.invars, *equation.outvars))
+      (left, _), _ = equation.params['dimension_numbers']
+      summed = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
+      share = times / math.prod(size for axis, size in sizes.items() if axis not in manual)
+      yield Product(flops=share * 2.0 * equation.outvars[0].aval.size * summed, moved=share * sum(
+          var.aval.size * var.aval.dtype.itemsize for var in (*equation.invars, *equation.outvars)))
     elif name == 'cond':
       for number, branch in enumerate(inner):
-        yield from products(branch, steps, times * (steps.live if number else 1 - steps.live))
+        yield from products(branch, steps, sizes, times * (steps.live if number else 1 - steps.live), manual, within)
     else:
-      often = {'scan': equation.params.get('length'), 'while': steps.free}.get(name, 1)
+      often = {'scan': equation.params.get('length'), 'while': steps.often(within)}.get(name, 1)
+      also = frozenset(equation.params['newly_manual_axes']) if name == 'shard_map' else frozenset()
       for body in inner:
-        yield from products(body, steps, times * often)
+        yield from products(body, steps, sizes, times * often, manual | also, within or name == 'while')
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
@@ -247,128 +253,6 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
       item = getattr(item, 'jaxpr', item)
       if hasattr(item, 'eqns'):
         yield item
-
-
-# The compiled program ------------------------------------------------------------------------------------------------
-
-SENDS = {'all-gather': 1.0, 'reduce-scatter': 1.0, 'all-reduce': 2.0, 'all-to-all': 1.0}
-BITS = {'pred': 8, 'bf16': 16}
-
-
-class Program:
-  """The text of a compiled program, read for what it computes and sends.
-
-  flops: of all matrix products; outside: bytes of operands and results of those that are not in the step's shard_map,
-  an optimiser's; sent: bytes by (collective, devices of a group, how far apart).
-
-  Raises:
-    ValueError: the text has a collective, or names its devices, in a way that is not known here.
-  """
-
-  def __init__(self, text: str, steps: Steps):
-    self.flops, self.outside, self.sent = 0.0, 0.0, collections.Counter()
-    bodies = _computations(text)
-    times = collections.Counter({next(reversed(bodies)): 1.0})
-    for name in reversed(bodies):  # what is called is printed before what calls it
-      shapes = {}
-      for line in bodies[name]:
-        result, kind, op = _LINE.match(line).groups()
-        shapes[result] = kind
-        for callee, often in _calls(op, line, steps):
-          times[callee] += times[name] * often
-        self._count(op, kind, line, shapes, times[name])
-
-  def _count(self, op, kind, line, shapes, times):
-    if op == 'dot':
-      left, right = re.search(r' dot\((?:\S+ )?%?([\w.\-]+), (?:\S+ )?%?([\w.\-]+)\)', line).groups()
-      summed = [int(axis) for axis in re.search(r'lhs_contracting_dims=\{([\d,]*)\}', line)[1].split(',') if axis]
-      (_, dims), = _SHAPE.findall(shapes[left])
-      sides = [int(n) for n in dims.split(',') if n]
-      self.flops += times * 2.0 * _elements(kind) * math.prod(sides[axis] for axis in summed)
-      if 'shard_map' not in line:
-        self.outside += times * (_size(kind) + _size(shapes[left]) + _size(shapes[right]))
-    elif op.endswith('-start'):
-      raise ValueError(f'an asynchronous operation, which programs for CPUs had none of: {line.strip()[:300]}')
-    elif op in SENDS or op == 'collective-permute':
-      group = None if op == 'collective-permute' else _group(line)
-      count = 2 if group is None else len(group)
-      size = _size(kind) * (count if op == 'reduce-scatter' else 1)
-      share = 1.0 if group is None else SENDS[op] * (count - 1) / count
-      key = op, count, count if group is None else max(group) - min(group) + 1
-      if share:
-        self.sent[key] += times * size * share
-
-
-_LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(')
-_SHAPE = re.compile(r'([a-z]+\d*)\[([\d,]*)\]')
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-  """The lines of every computation, in the order of the text; the entry is the last."""
-  bodies, name = {}, None
-  for line in text.splitlines():
-    head = re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line)
-    if head:
-      name = head[1]
-      bodies[name] = []
-    elif name and _LINE.match(line):
-      bodies[name].append(line)
-  return bodies
-
-
-def _calls(op: str, line: str, steps: Steps) -> Iterator[tuple[str, float]]:
-  """(computation, how often) of all that an instruction runs."""
-  if op == 'conditional':
-    branches = re.search(r'branch_computations=\{([^}]*)\}', line)
-    pair = re.search(r'false_computation=%?([\w.\-]+)', line), re.search(r'true_computation=%?([\w.\-]+)', line)
-    names = [word.strip().lstrip('%') for word in branches[1].split(',')] if branches else [name[1] for name in pair]
-    for number, name in enumerate(names):
-      yield name, steps.live if number else 1 - steps.live
-  elif op == 'while':
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-    for name in re.findall(r'(?:body|condition)=%?([\w.\-]+)', line):
-      yield name, float(known[1]) if known else steps.free
-  else:
-    for name in re.findall(r'(?:calls|to_apply)=%?([\w.\-]+)', line):
-      yield name, 1.0
-
-
-def _elements(kind: str) -> int:
-  return sum(math.prod(int(n) for n in dims.split(',') if n) for _, dims in _SHAPE.findall(kind))
-
-
-def _size(kind: str) -> float:
-  """Bytes of a shape or a tuple of shapes."""
-  total = 0.0
-  for dtype, dims in _SHAPE.findall(kind):
-    bits = BITS.get(dtype) or int(re.search(r'\d+', dtype)[0])
-    total += bits / 8 * math.prod(int(n) for n in dims.split(',') if n)
-  return total
-
-
-def _group(line: str) -> list[int]:
-  """The places in the mesh of the devices of a collective's first group."""
-  named = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
-  if named:
-    return [int(n) for n in named[1].split(',')]
-  short = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
-  if short:
-    return _arranged(short[2], short[3]).reshape([int(n) for n in short[1].split(',')])[0].tolist()
-  axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-                   line)
-  if axes is None or ':' in axes[4]:
-    raise ValueError(f'a collective that this version of experiments.plan cannot read: {line.strip()[:300]}')
-  names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", axes[1]))
-  places = _arranged(axes[2] or ','.join(sizes), axes[3]).reshape([int(n) for n in sizes])
-  own = [name.strip("' ") for name in axes[4].split(',')]
-  return places[tuple(slice(None) if name in own else 0 for name in names)].ravel().tolist()
-
-
-def _arranged(dims: str, order: str | None) -> np.ndarray:
-  """0, 1, 2, ... in an array of such dimensions, these then reordered."""
-  sizes = [int(n) for n in dims.split(',')]
-  places = np.arange(math.prod(sizes)).reshape(sizes)
-  return places if order is None else places.transpose([int(n) for n in order.split(',')])
 
 
 # The report ----------------------------------------------------------------------------------------------------------

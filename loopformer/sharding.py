@@ -63,6 +63,11 @@ class Mesh:
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+  """How many parts rows are divided into."""
+  return math.prod(mesh.shape[name] for name in BATCH)
+
+
 def check_model(model: Any, mesh: jax.sharding.Mesh):
   """Raises ConfigError where heads of keys and values do not divide over the tensor axis."""
   tensor = mesh.shape['tensor']

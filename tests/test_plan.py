@@ -255,7 +255,11 @@ def test_traffic_of_products():
   x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
   traced = jax.jit(run).trace(x, w, 2)
   one = 2 * (4 * 8 + 8 * 8 + 4 * 8)
-  assert sum(plan.products(traced.jaxpr.jaxpr, plan.Steps(free=5.0, live=0.25))) == (3 + 5 + 0.25) * one
+  found = list(plan.products(traced.jaxpr.jaxpr, plan.Steps(free=5.0, live=0.25), {'data': 2, 'tensor': 1}))
+  assert sum(product.moved for product in found) == (3 + 5 + 0.25) * one / 2
+  assert sum(product.flops for product in found) == (3 + 5 + 0.25) * 2 * 4 * 8 * 8 / 2
+  once = plan.products(traced.jaxpr.jaxpr, plan.Steps(free=5.0, live=0.25, outer=1.0), {})
+  assert sum(product.moved for product in once) == (3 + 1 + 0.25) * one
 
 
 @pytest.mark.parametrize('planner, free, live', [
