@@ -35,6 +35,7 @@ class Backend:
   columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads and
     registers then have the many outputs to divide, and it takes half the time.
   sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
+  merged: whether caches have their heads merged in the last axis (layouts.py).
   """
   name: str
   unrolled: int = 4
@@ -42,12 +43,13 @@ class Backend:
   product: str | None = None
   columns: int = 0
   sums_contiguous: bool = True
+  merged: bool = False
 
 
 BACKENDS = {backend.name: backend for backend in (
     Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False),
     Backend(name='gpu'),
-    Backend(name='tpu', sums_contiguous=False))}
+    Backend(name='tpu', sums_contiguous=False, merged=True))}
 
 
 def current() -> Backend:
