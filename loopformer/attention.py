@@ -17,6 +17,7 @@ from loopformer.types import Array, ConfigError, part
 SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again,
 PRODUCT = 'product'  # and of projections
 LANES = 128  # of a TPU's registers
+ACROSS = 256  # queries of all heads, up to which a TPU multiplies faster than it reads
 HALVES = (jnp.bfloat16, jnp.float16)
 CUDNN = 'dot_product_attention_fwd_wrapper'  # the primitive
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
@@ -135,12 +136,34 @@ def saving(*names: str) -> Callable[..., Any]:
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """q [B, T, H, d], k and v [B, S, G, d], mask bool[B or 1, T, S] -> [B, T, H, d]; H is a multiple of G."""
-  return read(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  return _heads_last(_attend(*_heads_first(q, k, v), mask))
 
 
 def read(q: Array, k: Array, v: Array, mask: Array) -> Array:
-  """As `attend`, of keys and values with their heads first, [B, G, S, d], as caches hold them."""
+  """As `attend`, of keys and values with their heads first, [B, G, S, d], as caches give them (layouts.py)."""
+  if backend.current().merged and q.shape[1] * q.shape[2] <= ACROSS:
+    return _across(q, k, v, mask)
   return _heads_last(_attend(_grouped(q, k.shape[1]), k, v, mask))
+
+
+def _across(q_BTHd, k_BGSd, v_BGSd, mask_BTS):
+  """Attention of few queries as products of all heads at once, for keys and values whose heads are merged in memory.
+
+  A query is as wide as all heads together, and zero but for its own: G times the arithmetic of the products by heads,
+  which is nothing beside reading keys and values, and these are read as they lie.
+  """
+  batch, length, heads, width = q_BTHd.shape
+  groups = k_BGSd.shape[1]
+  own_HG = jnp.arange(heads)[:, None] // (heads // groups) == jnp.arange(groups)
+  k_BSE, v_BSE = (x.swapaxes(1, 2).reshape(batch, -1, groups * width) for x in (k_BGSd, v_BGSd))
+  q_BTHGd = jnp.where(own_HG[..., None], (q_BTHd * width ** -0.5)[..., None, :], 0)
+  att_BMS = _dot('BME,BSE->BMS', q_BTHGd.reshape(batch, -1, groups * width), k_BSE)
+  att_BTHS = jnp.where(mask_BTS[:, :, None], att_BMS.reshape(batch, length, heads, -1), NEGATIVE)
+  att_BTHS = jnp.exp(att_BTHS - att_BTHS.max(-1, keepdims=True))
+  out_BME = _dot('BMS,BSE->BME', att_BTHS.reshape(att_BMS.shape).astype(v_BSE.dtype), v_BSE)
+  out_BTHGd = out_BME.reshape(batch, length, heads, groups, width)
+  out_BTHd = jnp.where(own_HG[..., None], out_BTHGd, 0).sum(3) / att_BTHS.sum(-1, keepdims=True)
+  return out_BTHd.astype(q_BTHd.dtype)
 
 
 def _heads_first(q, k, v):

@@ -9,15 +9,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from loopformer import layouts
 from loopformer.types import KV, Array, ConfigError, Ctx, part
 
 Exchanged = tuple[KV, Array, Array, Array]
 
 
-def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype) -> KV:
-  """A cache without entries; see `KV` for the shapes."""
-  shape = (slots, layers, batch, groups, length, head)
-  return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pos=jnp.full((slots, batch, length), -1, jnp.int32))
+def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype,
+          layout: layouts.Layout | None = None) -> KV:
+  """A cache without entries; see `KV` for the shapes. layout: the backend's where it is not given."""
+  layout = layout or layouts.chosen(groups)
+  shape = layout.shape(slots, layers, batch, length, groups, head)
+  return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), pos=jnp.full((slots, batch, length), -1, jnp.int32),
+            layout=layout)
 
 
 def make(memory, loops: int, *size, width: int | None = None) -> KV:
@@ -120,16 +124,18 @@ class Mean:
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
     step = _step(ctx)
     place = jnp.where(ctx.pos < 0, kv.pos.shape[-1], ctx.pos)
-    index = (0, layer, jnp.arange(k.shape[0])[:, None], slice(None), place)
+    row = jnp.arange(k.shape[0])[:, None]
 
     def mean(cache, new):
-      old = cache.at[index].get(mode='fill', fill_value=0).astype(jnp.float32)
+      old = kv.layout.get(cache, (0, layer, row, place), mode='fill', fill_value=0).astype(jnp.float32)
       return (jnp.where(step == 0, 0, old) * step + new.astype(jnp.float32)) / (step + 1)
 
     kept, *_ = _exchange(kv, jnp.int32(0), ctx.pos, layer, mean(kv.k, k), mean(kv.v, v))
-    row = index[2:]
-    return (kept, _read(kept.k, 0, layer).at[row].set(k.astype(kv.k.dtype), mode='drop'),
-            _read(kept.v, 0, layer).at[row].set(v.astype(kv.v.dtype), mode='drop'), kept.pos[0])
+
+    def read(cache, own):
+      return kv.layout.of_heads(kv.layout.put(_layer(cache, 0, layer), (row, place), own, mode='drop'))
+
+    return kept, read(kept.k, k), read(kept.v, v), kept.pos[0]
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
     """Nothing: the mean is that of the steps that were taken."""
@@ -156,16 +162,20 @@ def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array | int,
   """
   row = jnp.arange(k.shape[0])[:, None]
   first = not isinstance(layer, int) or layer == 0
-  kv = KV(k=kv.k.at[slot, layer, row, :, place].set(k.astype(kv.k.dtype), mode='drop', unique_indices=True),
-          v=kv.v.at[slot, layer, row, :, place].set(v.astype(kv.v.dtype), mode='drop', unique_indices=True),
-          pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True) if first else kv.pos)
-  return kv, _read(kv.k, slot, layer), _read(kv.v, slot, layer), jax.lax.dynamic_index_in_dim(
-      kv.pos, slot, keepdims=False)
+
+  def written(cache, new):
+    return kv.layout.put(cache, (slot, layer, row, place), new, mode='drop', unique_indices=True)
+
+  kv = kv.replace(k=written(kv.k, k), v=written(kv.v, v),
+                  pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True) if first else kv.pos)
+  keys, values = (kv.layout.of_heads(_layer(cache, slot, layer)) for cache in (kv.k, kv.v))
+  return kv, keys, values, jax.lax.dynamic_index_in_dim(kv.pos, slot, keepdims=False)
 
 
-def _read(cache, slot, layer):
-  size = (1, 1, *cache.shape[2:])
-  return jax.lax.dynamic_slice(cache, (slot, layer, 0, 0, 0, 0), size).reshape(cache.shape[2:])
+def _layer(cache, slot, layer):
+  """One layer's entries of a slot, [B, ...]."""
+  start = (slot, layer, *(0,) * (cache.ndim - 2))
+  return jax.lax.dynamic_slice(cache, start, (1, 1, *cache.shape[2:])).reshape(cache.shape[2:])
 
 
 def _copy_down(kv, pos, last):
@@ -180,7 +190,8 @@ def _copy_down(kv, pos, last):
   slot, source = jnp.arange(slots)[:, None], jnp.clip(last, 0, slots - 1)
 
   def copy(cache):  # indices at slots, rows and places, apart by slices: the result leads with them
-    entries = cache[source, :, row, :, jnp.maximum(place, 0)]  # [B, N, G, d]
-    return cache.at[slot, :, row[None], :, target].set(jnp.broadcast_to(entries, (slots, *entries.shape)), mode='drop')
+    entries = kv.layout.get(cache, (source, slice(None), row, jnp.maximum(place, 0)))  # [B, N, G, d]
+    entries = jnp.broadcast_to(entries, (slots, *entries.shape))
+    return kv.layout.put(cache, (slot, slice(None), row[None], target), entries, mode='drop')
 
-  return KV(k=copy(kv.k), v=copy(kv.v), pos=kv.pos.at[slot, row[None], target].set(place[None], mode='drop'))
+  return kv.replace(k=copy(kv.k), v=copy(kv.v), pos=kv.pos.at[slot, row[None], target].set(place[None], mode='drop'))

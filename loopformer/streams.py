@@ -17,7 +17,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from loopformer import memory
+from loopformer import layouts, memory
 from loopformer.attention import attend, read
 from loopformer.types import KV, Array, ConfigError, Ctx, part
 
@@ -67,7 +67,7 @@ class Streams:
     if loops < 1:
       raise ConfigError(f'loops = {loops}: a cache serves 1 loop or more')
     places = min(self.window_left + 1, length)
-    carried = memory.empty(loops - 1, 1, batch, 1, 1, width, jnp.float32)
+    carried = memory.empty(loops - 1, 1, batch, 1, 1, width, jnp.float32, layouts.HeadsFirst())
     return Cache(first=memory.empty(1, layers, batch, length, groups, head, dtype),
                  rings=memory.empty(loops - 1, layers, batch, places, groups, head, dtype),
                  carried=carried.replace(v=carried.v[..., :0]))
@@ -181,9 +181,9 @@ class LaterPrompt:
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
     first, rings, slot = self.cache.first, self.cache.rings, ctx.tick.k - 1
-    k1, v1 = (_layer(entries[0], layer) for entries in (first.k, first.v))
+    k1, v1 = (first.layout.of_heads(_layer(entries[0], layer)) for entries in (first.k, first.v))
     shared = _placed(attn, q, k1, v1, ctx.pos, first.pos[0], None)
-    old_k, old_v = (_layer(_layer(entries, slot), layer) for entries in (rings.k, rings.v))
+    old_k, old_v = (rings.layout.of_heads(_layer(_layer(entries, slot), layer)) for entries in (rings.k, rings.v))
     keys, values = (jnp.concatenate([old.astype(new.dtype), new.swapaxes(1, 2)], 2)
                     for old, new in ((old_k, k), (old_v, v)))
     places = jnp.concatenate([self.places, ctx.pos], 1)
@@ -210,7 +210,7 @@ class Together:
       return shared, self.replace(cache=cache)
     q_RBHd, k_RBGd, v_RBGd, pos_RB = (x[:, 1:].swapaxes(0, 1) for x in (q, k, v, ctx.pos))
     rings = _put(cache.rings, jnp.arange(later)[:, None], layer, jnp.arange(len(q))[None], pos_RB, k_RBGd, v_RBGd)
-    keys, values = (jax.lax.dynamic_index_in_dim(entries[:later], layer, 1, keepdims=False)
+    keys, values = (rings.layout.of_heads(jax.lax.dynamic_index_in_dim(entries[:later], layer, 1, keepdims=False))
                     for entries in (rings.k, rings.v))  # [R - 1, B, G, w + 1, d]
     own = _placed(attn, *(_merged(x) for x in (q_RBHd[:, :, None], keys, values, pos_RB[..., None],
                                                rings.pos[:later])), self.window_left)
@@ -232,9 +232,9 @@ def _placed(attn, q, k, v, pos_BT, pos_BS, left):
 def _put(rings, slot, layer, row, pos, k, v):
   """Entries of positions `pos`, of which those of -1 are not written, in the places of rings."""
   place = jnp.where(pos < 0, rings.length, pos % rings.length)
-  return KV(k=rings.k.at[slot, layer, row, :, place].set(k.astype(rings.k.dtype), mode='drop'),
-            v=rings.v.at[slot, layer, row, :, place].set(v.astype(rings.v.dtype), mode='drop'),
-            pos=rings.pos.at[slot, row, place].set(pos, mode='drop'))
+  k, v = (rings.layout.put(cache, (slot, layer, row, place), new, mode='drop')
+          for cache, new in ((rings.k, k), (rings.v, v)))
+  return rings.replace(k=k, v=v, pos=rings.pos.at[slot, row, place].set(pos, mode='drop'))
 
 
 def _layer(entries, index):

@@ -105,12 +105,14 @@ class Ctx:
 class KV:
   """Keys and values of all slots of one stack.
 
-  k, v: [slots, N, B, G, S, d], as products of attention want them, which then copy nothing; pos: i32[slots, B, S], the
-  position that a place holds, -1 where it is empty.
+  k, v: [slots, N, B, ...], rows always the third axis, the rest as the `layout` says (a part of layouts.py, static),
+  [G, S, d] or [S, G d]; heads are its axis `layout.heads`, in order, so that it may be divided over them. pos:
+  i32[slots, B, S], the position that a place holds, -1 where it is empty.
   """
   k: Array
   v: Array
   pos: Array
+  layout: Any = struct.field(pytree_node=False)
 
   @property
   def bytes(self) -> int:
@@ -232,7 +234,7 @@ class Memory(Protocol):
     """Which of the tokens that a router takes, bool[B, T], find a place in the cache of the step."""
 
   def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
-    """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, S, G, d] twice, positions [B, S]."""
+    """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, G, S, d] twice, positions [B, S]."""
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
     """What slots of steps that were not taken hold: pos i32[B, 1] the token's, last i32[B] its last step (-1: none)."""
