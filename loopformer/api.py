@@ -10,22 +10,26 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 
-from loopformer import plans
+from loopformer import plans, sharding
 from loopformer.generation import generate, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
 
 __all__ = ['generate', 'load', 'logits']
 
 
-def load(workdir: str | Path, step: int | None = None) -> tuple[Any, Params, Any, Any]:
+def load(workdir: str | Path, step: int | None = None,
+         mesh: jax.sharding.Mesh | None = None) -> tuple[Any, Params, Any, Any]:
   """(model, params, tokenizer, config) of a training run, from its work folder alone.
 
   Args:
     workdir: the folder that the run was given.
     step: which checkpoint; the last complete one by default.
+    mesh: None for one device, or `loopformer.sharding.Mesh(...).make()`, over whose axes fsdp and tensor the weights
+      are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
+      `generate` and `logits` then run on that mesh. With several processes all of them call it.
 
   Raises:
-    ConfigError: no run, or no complete checkpoint (of that step), in the folder.
+    ConfigError: no run, or no complete checkpoint (of that step), in the folder; a mesh that does not divide the heads.
   """
   from loopformer import config as configs
   from loopformer.checkpoint import FOLDER, Checkpoints, abstract
@@ -36,9 +40,14 @@ def load(workdir: str | Path, step: int | None = None) -> tuple[Any, Params, Any
     raise ConfigError(f'workdir = {workdir}: no checkpoint was saved there yet; let the run reach its first save '
                       f'(train.save_every = {config.train.save_every} steps)')
   shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-  device = SingleDeviceSharding(jax.devices()[0])
+  if mesh is None:
+    device = SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda _: device, shapes)
+  else:
+    sharding.check_model(config.model, mesh)
+    target = sharding.shardings(shapes, mesh)
   with Checkpoints(workdir) as checkpoints:
-    _, params = checkpoints.restore_params(step, abstract(shapes, jax.tree.map(lambda _: device, shapes)))
+    _, params = checkpoints.restore_params(step, abstract(shapes, target))
   return config.model, params, config.task.tokenizer_of(workdir), config
 
 
@@ -65,7 +74,8 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.read_in.vocab:
     raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has '
                       f'{model.read_in.vocab} (read_in.vocab)')
-  return _logits(model, params, jnp.asarray(tokens, jnp.int32), plans.schedule(steps, max(len(steps), model.loops)))
+  with sharding.on(sharding.mesh_of(params)):
+    return _logits(model, params, jnp.asarray(tokens, jnp.int32), plans.schedule(steps, max(len(steps), model.loops)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

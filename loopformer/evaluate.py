@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import exits, loop, measures, plans
+from loopformer import exits, loop, measures, plans, processes, sharding
 from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part
 
 
@@ -54,8 +54,9 @@ def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, pl
   steps = trace.steps
   if steps.ndim > 1:
     steps = (steps * asked).sum(-1) / jnp.maximum(asked.sum(-1), 1)
-  return {**measure.sums(readout, trace.z, batch, byte_lengths), 'state norm': loop.Norms()(trace.x).sum(),
-          'steps': steps.sum(), 'ran': trace.aux['ran'] * jnp.float32(steps.size), 'sequences': jnp.float32(steps.size)}
+  rows = measures.counted(batch)
+  return {**measure.sums(readout, trace.z, batch, byte_lengths), 'state norm': (loop.Norms()(trace.x) * rows).sum(),
+          'steps': (steps * rows).sum(), 'ran': trace.aux['ran'] * rows.sum(), 'sequences': rows.sum()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,21 +78,42 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
   Args:
     schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
       whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
+    batches: of arrays on the host, whole in every process; or already divided over the parameters' mesh.
     byte_lengths: i32[V], UTF-8 bytes that each token stands for.
+    params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which the rows are divided then;
+      batches that it does not divide are filled up with rows that do not count. Parameters that are divided over fsdp
+      are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
   """
+  mesh = sharding.mesh_of(params)
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
   for batch in batches:
-    draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0),
-                batch={**batch, 'row': jnp.arange(len(batch['tokens']))})
+    batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
+    if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
+      batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
+    draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)
       plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
       leave, dial = exits.compiled(run.exit)
-      sums[name] = score(model, measure, leave, params, batch, plan, byte_lengths, dial)
-    for name, value in jax.device_get(sums).items():
+      with sharding.on(mesh):
+        sums[name] = score(model, measure, leave, params, batch, plan, byte_lengths, dial)
+    for name, value in processes.fetch(sums).items():
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
   return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)
            else len(schedules[name]), 'schedule': name, **measure.row(total), 'ran': total['ran'] / total['sequences'],
            'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]
+
+
+def _filled(batch, parts):
+  """The batch with copies of its first row at the end, of no weight and not counted, so that `parts` divides it."""
+  count = len(batch['tokens'])
+  missing = -count % parts
+  if not missing:
+    return batch
+  filled = {name: np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
+            for name, rows in ((name, np.asarray(rows)) for name, rows in batch.items())}
+  real = (np.arange(count + missing) < count).astype(np.float32)
+  weights = filled['weights']
+  return {**filled, 'weights': weights * real.reshape(-1, *(1,) * (weights.ndim - 1)), 'counted': real}

@@ -6,20 +6,25 @@ prompts are rounded up. `Engine` keeps the rows busy; `generate` is the engine f
 
 With a draft, decoding speculates across depth: a few loops propose tokens, one pass of all loops judges them, and what
 is kept follows exactly the law of all loops (greedy: the very same text).
+
+On a mesh every device has rows of its own (of those of one tensor group, heads of the same rows), and both functions
+run on these alone: nothing that grows with rows or caches is exchanged, and a device waits for the others only where the
+host looks.
 """
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 import warnings
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from loopformer import backend, exits, plans
+from loopformer import backend, exits, plans, processes, sharding
 from loopformer.blocks import turned
 from loopformer.memory import map_caches
 from loopformer.modules import flattened
@@ -170,9 +175,40 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
               control=Controls(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
 
 
+def partitions(model: Any, params: Params, rows: Rows, sizes: Mapping[str, int]) -> Rows:
+  """Partitions of the rows' arrays over a mesh of these sizes: rows over data and fsdp, heads of caches over tensor."""
+  def code(count):
+    plan = jax.tree.map(lambda leaf: jnp.zeros((len(leaf), count), leaf.dtype), rows.plan)
+    return jax.eval_shape(lambda: model.apply({'params': params}, plan, method='timetable'))
+
+  def differing(one, two):  # the axis of rows is the one that grows with them
+    return P(*(None if a == b else sharding.BATCH for a, b in zip(one.shape, two.shape)))
+
+  each, caches = P(sharding.BATCH), (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree)
+                                     for tree in (rows.kv, rows.draft))
+  return Rows(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
+              code=jax.tree.map(differing, code(1), code(2)), kv=next(caches), draft=next(caches), last=each, place=each,
+              left=each, drawn=each, keys=each, control=jax.tree.map(lambda _: each, rows.control))
+
+
+def _by_rows(function, mesh, model, params, rows, others, other_specs, out_specs):
+  """`function` of (params, rows, *others) -> (rows, *outputs), on every device with its own rows."""
+  if mesh is None:
+    return function(params, rows, *others)
+  whole = partitions(model, params, rows, mesh.shape)
+  own = jax.tree.map(lambda spec: sharding.only(spec, sharding.BATCH), whole)
+  new, *outputs = jax.shard_map(function, mesh=mesh, in_specs=(P(), own, *other_specs), out_specs=(own, *out_specs),
+                                axis_names=set(sharding.BATCH), check_vma=False)(params, rows, *others)
+  return jax.lax.with_sharding_constraint(new, _on(whole, mesh)), *outputs
+
+
+def _on(specs, mesh):
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
 @struct.dataclass
 class Arrivals:
-  """R requests that take their places.
+  """R requests that take their places, on a mesh as many for every device, whose rows are numbered by themselves.
 
   row: i32[R], where to; a number beyond the rows is nobody. tokens: i32[R, W], what is to be read, padded; lengths:
   i32[R], without padding. source: i32[R], a row that has read the same before; shared: i32[R], how many tokens of it.
@@ -191,10 +227,21 @@ class Arrivals:
   left: Array
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames='rows')
-def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: Plan | None, eos: Array
-            ) -> tuple[Rows, Array]:
-  """Reads prompts into their rows, and draws the first token of each, i32[R]."""
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnames='rows')
+def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: Plan | None, eos: Array,
+            mesh: jax.sharding.Mesh | None = None) -> tuple[Rows, Array]:
+  """Reads prompts into their rows, and draws the first token of each, i32[R].
+
+  mesh: of several devices that divide the rows; None for one.
+  """
+  each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
+  arriving = Arrivals(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each, number=each,
+                      control=each, left=each)
+  return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, eos),
+                  (arriving, P(), P()), (each,))
+
+
+def _prefill(model, params, rows, new, draft_plan, eos):
   variables = {'params': params}
   index = jnp.arange(new.tokens.shape[1])
   pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
@@ -208,7 +255,8 @@ def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: P
   draft = rows.draft and read(rows.draft, draft_plan)[1]
   z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
   keys = _fold(jax.vmap(jax.random.key)(new.seed), new.number)
-  first = draw(law(model.apply(variables, z, method='logits'), new.control), _fold(keys, jnp.zeros_like(new.row)))
+  logits = sharding.whole(model.apply(variables, z, method='logits'))
+  first = draw(law(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
   def put(old, value):
@@ -254,9 +302,10 @@ class Tally:
   kept: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames='rows')
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
 def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: Rows, draft_plan: Plan | None,
-           dial: Array | None, eos: Array, hurry: Array) -> tuple[Rows, Array, Array, Tally]:
+           dial: Array | None, eos: Array, hurry: Array, mesh: jax.sharding.Mesh | None = None
+           ) -> tuple[Rows, Array, Array, Tally]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
@@ -264,10 +313,24 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
     ahead: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
     leave: None, or an exits.Adaptive that shortens passes; dial: its threshold.
     eos: i32[], ends a row. hurry: bool[], whether to return as soon as a row is idle.
+    mesh: of several devices that divide the rows, each of which stops by its own; None for one.
 
   Returns:
     (rows, tokens i32[B, rounds * (ahead + 1)], how many of them there are i32[B], the tally).
   """
+  divided = () if mesh is None else tuple(name for name in sharding.BATCH if mesh.shape[name] > 1)
+
+  def own(*arguments):
+    rows, out, count, tally = _decode(model, rounds, ahead, leave, *arguments)
+    if divided:
+      tally = jax.lax.psum(tally.replace(ran=0), divided).replace(ran=jax.lax.pmax(tally.ran, divided))
+    return rows, out, count, tally
+
+  each = P(sharding.BATCH)
+  return _by_rows(own, mesh, model, params, rows, (draft_plan, dial, eos, hurry), (P(),) * 4, (each, each, P()))
+
+
+def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hurry):
   variables = {'params': params}
   batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
@@ -282,7 +345,7 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
   table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.read_in.dtype))
 
   def logits_of(z):
-    return turned(z, table) if z.dtype == table.dtype else model.apply(variables, z, method='logits')
+    return sharding.whole(turned(z, table) if z.dtype == table.dtype else model.apply(variables, z, method='logits'))
 
   def full(rows, tokens, pos):
     plan = rows.plan.replace(live=rows.plan.live & (rows.left > 0))
@@ -344,7 +407,8 @@ def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows
 
   def going(carry):
     index, rows, *_ = carry
-    return (index < rounds) & (rows.left > 0).any() & ~(hurry & (started & (rows.left == 0)).any())
+    idle = sharding.agreed((started & (rows.left == 0)).any())
+    return (index < rounds) & sharding.agreed((rows.left > 0).any()) & ~(hurry & idle)
 
   zero = jnp.int32(0)
   out = jnp.full((batch, rounds * (ahead + 1)), eos, jnp.int32)
@@ -389,8 +453,12 @@ class Engine:
   A prompt that begins as another did whose row still holds it, under the same schedule, is read from there on only.
   A request's text depends on its seed, prompt, budget and controls, and not on what shares the batch.
 
+  Parameters that are divided over a mesh (`loopformer.load(..., mesh=)`) are gathered over fsdp and stay divided over
+  tensor; rows and caches are divided over data and fsdp, heads over tensor. With several processes each of them submits
+  the same requests, and gets the same texts.
+
   Args:
-    rows: requests at a time.
+    rows: requests at a time; on a mesh rounded up to a multiple of data * fsdp.
     length: positions of a row, prompt and new tokens; the model's own by default.
     loops: most steps of a schedule; the model's own by default.
     exit: an exits.Adaptive, by which tokens take fewer loops than their budget; prompts are read with all of them.
@@ -417,15 +485,27 @@ class Engine:
     if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
-    model, params = flattened(model, params, turn=rows > 1 or backend.current().sums_contiguous)
+    self._mesh = sharding.mesh_of(params)
+    parts = 1 if self._mesh is None else sharding.row_parts(self._mesh)
+    self._per = -(-rows // parts)  # rows of a device
+    if self._mesh is not None:
+      params = sharding.over_tensor(params, self._mesh)
+    model, params = flattened(model, params, turn=self._per > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
     self.exit, self.ahead = exit, ahead if draft is not None else 0
     steps = None if draft is None else plans.resolve(draft, 'draft')
     self.draft_plan = None if draft is None else plans.schedule(steps)
-    self._rows = empty_rows(model, params, rows, self.length, self.loops, 0 if draft is None else len(steps))
-    self._of = [None] * rows  # the request that a row serves, or served last
+    self._of = [None] * (self._per * parts)  # the request that a row serves, or served last
+    self._rows = self._empty(0 if draft is None else len(steps))
     self._waiting, self._requests, self._tally = [], 0, np.zeros(5, np.int64)
+
+  def _empty(self, draft):
+    make = functools.partial(empty_rows, self.model, self.params, len(self._of), self.length, self.loops, draft)
+    if self._mesh is None:
+      return make()
+    specs = partitions(self.model, self.params, jax.eval_shape(make), self._mesh.shape)
+    return jax.jit(make, out_shardings=_on(specs, self._mesh))()
 
   @property
   def bytes(self) -> int:
@@ -491,15 +571,21 @@ class Engine:
   def _admit(self):
     """Fills idle rows with waiting requests; those of one width at a time."""
     idle = [row for row, request in enumerate(self._of) if request is None or request.done]
+    idle.sort(key=lambda row: row % self._per)  # no device waits with idle rows while another has all to do
     while idle and self._waiting:
       batch = list(zip(idle, self._waiting))
-      origin = [self._beginning(request) for _, request in batch]
+      origin = [self._beginning(request, row // self._per) for row, request in batch]
       width = min(_rounded(max(len(r.prompt) - shared for (_, r), (_, shared) in zip(batch, origin))), self.length)
-      size = 1 if len(batch) == 1 else len(self._of)
-      columns = [*range(len(batch))] + [0] * (size - len(batch))  # what is missing repeats the first, for nobody
-      tokens = np.full((size, width), self.tokenizer.eos, np.int32)
-      for line, (_, request), (_, shared) in zip(tokens, batch, origin):
-        line[:len(request.prompt) - shared] = request.prompt[shared:]
+      groups = [[i for i, (row, _) in enumerate(batch) if row // self._per == device]
+                for device in range(len(self._of) // self._per)]
+      size = 1 if max(map(len, groups)) == 1 else self._per
+      places = [i for group in groups for i in group + [None] * (size - len(group))]
+      columns = [i or 0 for i in places]  # what is missing repeats the first, for nobody
+      tokens = np.full((len(places), width), self.tokenizer.eos, np.int32)
+      for line, i in zip(tokens, places):
+        if i is not None:
+          (_, request), (_, shared) = batch[i], origin[i]
+          line[:len(request.prompt) - shared] = request.prompt[shared:]
 
       def column(values, dtype=np.int32):
         return np.asarray([values[i] for i in columns], dtype)
@@ -508,31 +594,34 @@ class Engine:
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *[trees[i] for i in columns])
 
       new = Arrivals(
-          row=np.asarray([row for row, _ in batch] + [len(self._of)] * (size - len(batch)), np.int32),
+          row=np.asarray([self._per if i is None else batch[i][0] % self._per for i in places], np.int32),
           tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
-          source=column([row for row, _ in origin]), shared=column([n for _, n in origin]),
+          source=column([row % self._per for row, _ in origin]), shared=column([n for _, n in origin]),
           plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
           seed=column([request.seed & 0xffffffff for _, request in batch], np.uint32),
           number=column([request.draw_number & 0xffffffff for _, request in batch], np.uint32),
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
-                                  jnp.int32(self.tokenizer.eos))
+                                  jnp.int32(self.tokenizer.eos), self._mesh)
       del self._waiting[:len(batch)]
-      for (row, request), token in zip(batch, np.asarray(first).tolist()):
+      token_of = dict(zip(places, processes.fetch(first).tolist()))
+      for i, (row, request) in enumerate(batch):
         self._of[row] = request
-        yield self._told(request, [token])
+        yield self._told(request, [token_of[i]])
       idle = [row for row, request in batch if request.done]
 
-  def _beginning(self, request) -> tuple[int, int]:
-    """(row, n): a row that has read the first n tokens of a prompt under the same schedule; (0, 0) if none."""
-    best = (0, 0)
+  def _beginning(self, request, device: int = 0) -> tuple[int, int]:
+    """(row, n): a row of a device that has read the first n tokens of a prompt under the same schedule; its first row
+    and 0 if none."""
+    first = device * self._per
+    best = (first, 0)
     if self.model.memory.exact and self.model.memory.rewinds:
-      for row, other in enumerate(self._of):
+      for row, other in enumerate(self._of[first:first + self._per], first):
         if other is not None and other.steps == request.steps:
           read = other.prompt + ([] if self.exit else other.drawn[:-2])
           n = _common(read, request.prompt[:-1])
-          best = max(best, (row, n) if n >= SHARED else (0, 0), key=lambda pair: pair[1])
+          best = max(best, (row, n) if n >= SHARED else (first, 0), key=lambda pair: pair[1])
     return best
 
   def _advance(self):
@@ -541,8 +630,8 @@ class Engine:
     leave, dial = exits.compiled(self.exit)
     self._rows, out, count, tally = decode(
         self.model, self.rounds, self.ahead, leave, self.params, self._rows, self.draft_plan, dial,
-        jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)))
-    out, count, tally = jax.device_get((out, count, tally))
+        jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)), self._mesh)
+    out, count, tally = processes.fetch((out, count, tally))
     self._tally += [tally.tokens, tally.passes, tally.loops, tally.ran, tally.kept]
     stopped = []
     for row, request in enumerate(self._of):
@@ -553,7 +642,8 @@ class Engine:
         if piece.text or piece.done:
           yield piece
     if stopped:
-      self._rows = self._rows.replace(left=self._rows.left.at[jnp.asarray(stopped)].set(0))
+      goes_on = np.isin(np.arange(len(self._of)), stopped, invert=True).astype(np.int32)
+      self._rows = self._rows.replace(left=jax.device_put(self._rows.left * goes_on, self._rows.left.sharding))
 
   def _told(self, request, tokens: list[int]) -> Piece:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
@@ -597,6 +687,7 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
     draft: a budget or schedule that drafts tokens, which all loops then judge; the same law, faster where
       loops cost much.
     rows: at most this many prompts at a time.
+    params: on one device, or divided over a mesh, as of `Engine`.
 
   Returns:
     The continuations, without their prompts.

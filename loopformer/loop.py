@@ -9,7 +9,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from loopformer import attention, memory
+from loopformer import attention, memory, sharding
 from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
 
 
@@ -168,7 +168,7 @@ def walk(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, kee
   if keep != Last():
     raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
   count = jnp.int32(rows.dt.shape[0]) if rows.live is None else rows.live.sum(0).max()
-  return _walk(cell, x, e, _live_first(rows), count, ctx, kv)
+  return _walk(cell, x, e, _live_first(rows), sharding.agreed(count), ctx, kv)
 
 
 def _step(cell, carry, tick, *, e, ctx, keep):
@@ -261,7 +261,7 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, l
 
   def going(model, carry):
     k, active = carry[3], carry[4]
-    return (k < length.max()) & (active.any() | through)
+    return sharding.agreed((k < length.max()) & (active.any() | through))
 
   active = (ctx.pos >= 0) if cached else jnp.ones(x.shape[:2], bool)
   carry = (x, x, kv, jnp.int32(0), active, jnp.zeros(x.shape[:2], jnp.int32), leave.rule.init(model, x, ctx))

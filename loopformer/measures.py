@@ -7,10 +7,21 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer import sharding
 from loopformer.terms.cross_entropy import nll_sum
 from loopformer.types import Array, Batch, Readout, part
 
 Sums = dict[str, Array]
+
+
+def counted(batch: Batch) -> Array:
+  """f32[B]: 1 for every sequence, 0 for rows that only fill up a batch, whose `counted` says so."""
+  return batch['counted'] if 'counted' in batch else jnp.ones(len(batch['tokens']))
+
+
+def _nll(readout, z, batch):
+  return sharding.sum_over_rows(lambda z, targets, weights, table: nll_sum(z, table, targets, weights), z,
+                                batch['targets'], batch['weights'], whole=readout.table)
 
 
 @part
@@ -20,7 +31,7 @@ class Tokens:
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
     """f32[] each. byte_lengths: i32[V], UTF-8 bytes that each token stands for."""
     size = (batch['weights'] * byte_lengths[batch['targets']]).sum()
-    return {'nll': nll_sum(z, readout.table, batch['targets'], batch['weights']), 'tokens': batch['weights'].sum(),
+    return {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum(),
             'bytes': size}
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
@@ -40,9 +51,10 @@ class Answers:
     asked = batch['weights'] > 0
     right = (logits_BTV.argmax(-1) == batch['targets']) & asked
     last = jnp.where(asked, jnp.arange(asked.shape[1]), -1).argmax(-1)
-    return {'nll': nll_sum(z, readout.table, batch['targets'], batch['weights']), 'weight': batch['weights'].sum(),
-            'right': right.sum(), 'tokens': asked.sum(), 'exact': (right == asked).all(-1).sum(),
-            'last': jnp.take_along_axis(right, last[:, None], 1).sum(), 'rows': jnp.float32(asked.shape[0])}
+    rows = counted(batch)
+    return {'nll': _nll(readout, z, batch), 'weight': batch['weights'].sum(),
+            'right': right.sum(), 'tokens': asked.sum(), 'exact': ((right == asked).all(-1) * rows).sum(),
+            'last': jnp.take_along_axis(right, last[:, None], 1).sum(), 'rows': rows.sum()}
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table."""
@@ -60,8 +72,9 @@ class Errors:
     error_BT = squared_error(readout, z, batch)
     asked = batch['weights'] > 0
     last = jnp.where(asked, jnp.arange(asked.shape[1]), -1).argmax(-1)
+    rows = counted(batch)
     return {'error': (error_BT * batch['weights']).sum(), 'tokens': batch['weights'].sum(),
-            'last': jnp.take_along_axis(error_BT, last[:, None], 1).sum(), 'rows': jnp.float32(asked.shape[0])}
+            'last': (jnp.take_along_axis(error_BT, last[:, None], 1)[:, 0] * rows).sum(), 'rows': rows.sum()}
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table."""

@@ -5,6 +5,7 @@ same work folder.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 import os
 import sys
 import traceback
@@ -90,6 +91,37 @@ def all_agree(verdict: bool) -> bool:
     return verdict
   from jax.experimental import multihost_utils
   return bool(multihost_utils.process_allgather(np.array(verdict)).all())
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays on the host, whole, one after the other where other processes hold parts of them; all processes call it."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  from jax.experimental import multihost_utils
+
+  def one(leaf):
+    here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    return jax.device_get(leaf) if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.tree.map(one, tree)
+
+
+class Fetched(Mapping):
+  """A nested dict of arrays whose arrays are fetched when they are read, so that what nobody reads is not gathered. All
+  processes read the same, in the same order."""
+
+  def __init__(self, tree: Mapping[str, Any]):
+    self._tree = tree
+
+  def __getitem__(self, name: str) -> Any:
+    value = self._tree[name]
+    return Fetched(value) if isinstance(value, Mapping) else fetch(value)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tree)
+
+  def __len__(self) -> int:
+    return len(self._tree)
 
 
 def readers(mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -6,17 +6,19 @@ own heads and hidden units.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, ContextManager, Mapping
 
 import jax
 from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from loopformer import backend
-from loopformer.types import Array, Batch, ConfigError, part
+from loopformer import backend, processes
+from loopformer.types import KV, Array, Batch, ConfigError, Params, part
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # what rows are divided over, and what a training step is manual over
@@ -61,11 +63,6 @@ class Mesh:
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Named explicitly: the default may be Explicit axes, under which a constraint is an assertion.
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def row_parts(mesh: jax.sharding.Mesh) -> int:
-  """How many parts rows are divided into."""
-  return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def check_model(model: Any, mesh: jax.sharding.Mesh):
@@ -113,7 +110,7 @@ def specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def only(partition: P, names: tuple[str, ...]) -> P:
   """The partition over some of the axes, the others whole."""
-  return P(*(name if name in names else None for name in partition))
+  return P(*(entry if entry in names or entry == BATCH and set(BATCH) <= set(names) else None for entry in partition))
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> Any:
@@ -121,10 +118,144 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES)
   return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh))
 
 
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+  """How many parts rows are divided into."""
+  return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
+  """The mesh of several devices that arrays are divided over; None where they lie on one device, or on the host."""
+  for leaf in jax.tree.leaves(tree):
+    held = leaf.sharding if isinstance(leaf, jax.Array) else None
+    if isinstance(held, NamedSharding) and held.mesh.axis_names == AXES and held.mesh.size > 1:
+      return held.mesh
+  return None
+
+
+def on(mesh: jax.sharding.Mesh | None) -> ContextManager[Any]:
+  """Within it, kernels and sums of a program run on the rows and heads of each device."""
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+# Parameters ----------------------------------------------------------------------------------------------------------
+
+
+def placer(mesh: jax.sharding.Mesh | None) -> Callable[[str, Any], Array]:
+  """(path of a parameter, its array on the host) -> the array on the devices of a mesh, each of which gets its own part
+  alone; None: on the default device."""
+  if mesh is None:
+    return lambda path, array: jnp.asarray(array)
+
+  def put(path, array):
+    divided = NamedSharding(mesh, spec(path, array.shape, mesh.shape))
+    return jax.make_array_from_callback(array.shape, divided, lambda index: np.asarray(array[index]))
+
+  return put
+
+
+def place(params: Params, mesh: jax.sharding.Mesh) -> Params:
+  """Parameters that every process holds whole, divided over fsdp and tensor, one after the other."""
+  put = placer(mesh)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: put(jax.tree_util.keystr(path, simple=True, separator='/'), leaf), params)
+
+
+def gathered(params: Params) -> Params:
+  """Parameters to compute with many times without a gradient: gathered over fsdp once, and divided over tensor alone.
+
+  Where a device has no room for that (it would take more than half of the memory that is free) they stay divided, and
+  are gathered layer by layer whenever they are needed. All processes call it.
+  """
+  mesh = mesh_of(params)
+  if mesh is None or mesh.shape['fsdp'] == 1:
+    return params
+  target = shardings(params, mesh, ('tensor',))
+  size = sum(math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+             for leaf, own in zip(jax.tree.leaves(params), jax.tree.leaves(target)))
+  memory = jax.local_devices()[0].memory_stats() or {}
+  room = memory['bytes_limit'] - memory['bytes_in_use'] if 'bytes_limit' in memory else math.inf
+  return jax.device_put(params, target) if processes.all_agree(2 * size <= room) else params
+
+
+def over_tensor(params: Params, mesh: jax.sharding.Mesh) -> Params:
+  """Parameters gathered over fsdp, whatever room there is, and divided over tensor."""
+  return jax.device_put(params, shardings(params, mesh, ('tensor',)))
+
+
+# Batches and caches --------------------------------------------------------------------------------------------------
+
+
 def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
   """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp."""
   sharding = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+  """`function` of q [B, T, H, d], k and v [B, T, G, d] and segments, on every device of the context's mesh with its own
+  rows and heads, where the devices divide them, and otherwise with all; without such a mesh, or inside a shard_map over
+  all of it, as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = mesh.auto_axes
+  if not free:
+    return function(q, k, v, seg)
+
+  def dividing(axes, count):
+    axes = tuple(name for name in axes if name in free)
+    return axes if axes and count % math.prod(mesh.shape[name] for name in axes) == 0 else None
+
+  rows = dividing(BATCH, q.shape[0])
+  heads = P(rows, None, dividing(('tensor',), k.shape[2]))
+  return jax.shard_map(function, in_specs=(heads, heads, heads, None if seg is None else P(rows)), out_specs=heads,
+                       axis_names=set(free), check_vma=False)(q, k, v, seg)
+
+
+def spread(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+  """A batch that every process holds whole as global arrays [B, ...], rows divided over data and fsdp."""
+  divided = NamedSharding(mesh, P(BATCH))
+  held = {name: np.asarray(rows) for name, rows in batch.items()}
+  return {name: jax.make_array_from_callback(rows.shape, divided, rows.__getitem__) for name, rows in held.items()}
+
+
+def of_cache(kv: KV, sizes: Mapping[str, int]) -> KV:
+  """Partitions of a cache's arrays: rows over data and fsdp, heads over tensor where it divides them."""
+  axis = kv.layout.heads
+  heads = ('tensor',) if kv.k.shape[axis] % sizes['tensor'] == 0 else ()
+  own = P(None, None, BATCH, *(None,) * (axis - 3), *heads)
+  return kv.replace(k=own, v=own, pos=P(None, BATCH))
+
+
+def agreed(longest: Array) -> Array:
+  """The largest of what devices with rows of their own say, where layers exchange activations over tensor: a loop that
+  does so must be as long on all of them. i32[] or bool[]; where nothing is exchanged, as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in BATCH if name in mesh.manual_axes and mesh.shape[name] > 1)
+  if not axes or mesh.shape['tensor'] == 1:
+    return longest
+  return jax.lax.pmax(longest.astype(jnp.int32), axes).astype(longest.dtype)
+
+
+def whole(array: Array) -> Array:
+  """The array, whole on every device of a tensor group: one gather before what would exchange pieces many times."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if 'tensor' not in mesh.auto_axes or mesh.shape['tensor'] == 1:
+    return array
+  return jax.lax.with_sharding_constraint(array, P(*(None,) * array.ndim))
+
+
+def sum_over_rows(function: Callable[..., Array], *rows: Array, whole: Any) -> Array:
+  """`function` of arrays [B, ...] and of `whole`, which is a sum over rows: on the context's mesh the sum of what every
+  device makes of its own rows, which the partitioner would gather where rows are cut across; without such a mesh, or
+  inside a shard_map over it, or where it does not divide the rows, as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in BATCH if name in mesh.auto_axes and mesh.shape[name] > 1)
+  if not axes or len(rows[0]) % math.prod(mesh.shape[name] for name in axes):
+    return function(*rows, whole)
+  return jax.shard_map(lambda *arrays: jax.lax.psum(function(*arrays), axes), in_specs=(*(P(axes) for _ in rows), P()),
+                       out_specs=P(), axis_names=set(axes), check_vma=False)(*rows, whole)
+
+
+# In the training step -----------------------------------------------------------------------------------------------
 
 
 def gather(leaf: Array, partition: P) -> Array:
@@ -163,22 +294,3 @@ def _over_tensor(exchange, leaf, partition):
     return exchange(leaf)
   spec = only(partition, ('tensor',))
   return jax.shard_map(exchange, in_specs=spec, out_specs=spec, axis_names={'tensor'}, check_vma=False)(leaf)
-
-
-def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-  """`function` of q [B, T, H, d], k and v [B, T, G, d] and segments, on every device of the context's mesh with its own
-  rows and heads, where the devices divide them, and otherwise with all; without such a mesh, or inside a shard_map over
-  all of it, as it is."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free = mesh.auto_axes
-  if not free:
-    return function(q, k, v, seg)
-
-  def dividing(axes, count):
-    axes = tuple(name for name in axes if name in free)
-    return axes if axes and count % math.prod(mesh.shape[name] for name in axes) == 0 else None
-
-  rows = dividing(BATCH, q.shape[0])
-  heads = P(rows, None, dividing(('tensor',), k.shape[2]))
-  return jax.shard_map(function, in_specs=(heads, heads, heads, None if seg is None else P(rows)), out_specs=heads,
-                       axis_names=set(free), check_vma=False)(q, k, v, seg)

@@ -214,13 +214,6 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
       writer.close()
 
 
-def _gathered(params: Params, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
-  """A function that gathers such parameters over fsdp, so that an evaluation too does so once."""
-  if mesh.shape['fsdp'] == 1:
-    return lambda params: params
-  return jax.jit(lambda params: params, out_shardings=sharding.shardings(params, mesh, ('tensor',)))
-
-
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
   """The parameters with those of another run's last checkpoint in the places that both have."""
   from loopformer import config as configs
@@ -267,7 +260,6 @@ class _Run:
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
     self.clock = clock = _Clock(self.config, first)
-    whole = _gathered(state.params, self.mesh)
     pending = None
     with _Terminated() as terminated:
       for number in range(first + 1, options.steps + 1):
@@ -285,7 +277,7 @@ class _Run:
           self._report(pending)
           pending = None
           with clock.timed('eval'), jax.set_mesh(self.mesh):  # over which kernels divide their rows
-            evaluated = self._evaluate(number, whole(state.params))
+            evaluated = self._evaluate(number, sharding.gathered(state.params))
         if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
           self._report(pending)  # a state is saved once its loss is known to be finite
           pending = None
@@ -326,7 +318,7 @@ class _Run:
                     config.task.measure)
     values = {f'{name}@{row["schedule"]}': row[name] for row in rows
               for name in row if name not in ('budget', 'schedule', 'tokens')}
-    values |= config.model.cell.diagnose(jax.device_get(params['cell']))
+    values |= config.model.cell.diagnose(processes.Fetched(params['cell']))
     if config.train.best is not None and config.train.best not in values:
       raise ConfigError(f'train.best = {config.train.best!r}: no number of the evaluations; there are '
                         f'{", ".join(values)}')
@@ -334,7 +326,7 @@ class _Run:
     longest = max((steps for steps in config.evals.schedules().values() if isinstance(steps, tuple)), key=len,
                   default=())
     if longest:
-      moved = jax.device_get(motion(config.model, params, self.held_out[0], plans.schedule(longest)))
+      moved = processes.fetch(motion(config.model, params, self.held_out[0], plans.schedule(longest)))
       self.writer.write('loops', number, {name: values.tolist() for name, values in moved.items()})
     shown = ('loss', 'accuracy', 'exact')
     self.log(f'step {number}  validation loss at ' + '  '.join(
