@@ -9,14 +9,13 @@ stands beside every threshold what the fixed budgets give at the same mean loops
 from __future__ import annotations
 
 import json
-from pathlib import Path
 import sys
 
 from absl import app, flags
 import numpy as np
 
 from experiments import plots, records
-from loopformer import metrics
+from loopformer import metrics, storage
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
@@ -50,7 +49,7 @@ def summary(rows: list[dict]) -> list[dict]:
 
 def main(argv):
   del argv
-  out, folder = Path(FLAGS.out), Path(FLAGS.workdir)
+  out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
     models = {name: json.loads((folder / name / 'eval/exits.json').read_text()) for name in FLAGS.models}
   except FileNotFoundError as error:
@@ -58,7 +57,7 @@ def main(argv):
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', {name: beside_fixed(rows) for name, rows in models.items()})
   table = metrics.table([{'model': name, **row} for name, rows in models.items() for row in summary(rows)])
-  (out / 'table.md').write_text(table + '\n')
+  storage.write(out / 'table.md', table + '\n')
   plots.exits(out / 'exits.png', models, 'accuracy')
   print(table)
 

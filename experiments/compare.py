@@ -23,7 +23,7 @@ import loopformer
 from experiments import plots, records
 from experiments.main import held_out, numbers
 from loopformer import config as configs
-from loopformer import metrics, plans
+from loopformer import metrics, plans, storage
 from loopformer.evaluate import evaluate
 from loopformer.types import ConfigError
 
@@ -51,7 +51,7 @@ def train(spec: str, seed: int, workdir: Path):
   changes = [*FLAGS['set'].value, f'train.seed={seed}']
   if hasattr(configs.load(spec).task, 'folder'):
     changes.append(f"task.folder='{FLAGS.workdir}/data'")
-  with (workdir / 'log.txt').open('a') as log:
+  with storage.appending(workdir / 'log.txt') as log:
     subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
                     *(f'--set={change}' for change in changes)], stdout=log, stderr=subprocess.STDOUT, check=True)
 
@@ -111,9 +111,9 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:
+    workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
     check_shown(FLAGS.show, {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named})
     budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   except ConfigError as error:
@@ -131,7 +131,7 @@ def main(argv):
       finished = {name: results for name, results in runs.items() if results}
       table = summary(finished)
       records.write(out / 'results.json', finished)
-      (out / 'table.md').write_text(metrics.table(table) + '\n')
+      storage.write(out / 'table.md', metrics.table(table) + '\n')
       draw(out, finished, FLAGS.show)
   print(metrics.table(table))
 

@@ -16,7 +16,7 @@ import loopformer
 from experiments import plots, records
 from experiments.configs.latent_thoughts import MATRICES
 from experiments.main import held_out
-from loopformer import metrics, plans
+from loopformer import metrics, plans, storage
 from loopformer.evaluate import evaluate
 from loopformer.terms.cosine import Cosine, block_cosines
 from loopformer.model import Looped
@@ -81,16 +81,16 @@ def define_flags():
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
-  out, runs = Path(FLAGS.out), {}
+  out, runs = storage.path(FLAGS.out), {}
   try:
     for name, _, folder in (run.partition('=') for run in FLAGS.run):
-      runs.setdefault(name, []).append(measure(Path(FLAGS.workdir, folder), FLAGS.period, FLAGS.eval_batches or 64))
+      runs.setdefault(name, []).append(measure(storage.path(FLAGS.workdir) / folder, FLAGS.period, FLAGS.eval_batches or 64))
   except ConfigError as error:
     sys.exit(f'error: {error}')
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'cosines.json', runs)
   table = metrics.table(summary(runs))
-  (out / 'cosines.md').write_text(table + '\n')
+  storage.write(out / 'cosines.md', table + '\n')
   draw(out / 'cosines.png', runs)
   print(table)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import loopformer
 from loopformer import config as configs
-from loopformer import convert
+from loopformer import convert, storage
 from loopformer.convert.export import MODELING
 from loopformer.types import ConfigError
 
@@ -93,7 +93,7 @@ def run(workdir: Path, out: Path):
   kind = f'as {done.model_type}' + (f' (no decoder of transformers: {done.reason})' if done.reason else '')
   print(f'written to {out} {kind}, {FLAGS.dtype}; {"with" if done.tokenizer else "without"} tokenizer.json')
   if FLAGS.check:
-    difference, through = largest_difference(model, params, out, FLAGS.dtype)
+    difference, through = largest_difference(model, params, storage.fetched(out), FLAGS.dtype)
     print(f'largest difference of logits: {difference:.2e}, loaded through {through}', flush=True)
     if not difference <= TOLERANCE:
       sys.exit(f'error: it is more than {TOLERANCE:g}')
@@ -104,8 +104,8 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a restore otherwise
   try:
-    run(Path(FLAGS.workdir), Path(FLAGS.out))
-  except (ConfigError, ValueError, FileNotFoundError) as error:
+    run(storage.path(FLAGS.workdir), storage.path(FLAGS.out))
+  except (ConfigError, ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from experiments import plots, records
-from loopformer import metrics
+from loopformer import metrics, storage
 from loopformer.cells.linear import EXACT
 from loopformer.types import Array, Batch, ConfigError, Params, part
 
@@ -291,7 +291,7 @@ def main(argv):
   print('\nV_31 W_13 (V_31 alone for `without`)')
   print(metrics.table([{'model': name, **row} for name, row in products.items()]))
   if FLAGS.out:
-    write(Path(FLAGS.out), rows, products, k)
+    write(storage.path(FLAGS.out), rows, products, k)
 
 
 def write(out: Path, rows: list[dict], products: dict, trained: int):

@@ -18,7 +18,7 @@ import numpy as np
 import loopformer
 from experiments import plots, records
 from loopformer import config as configs
-from loopformer import exits, memory, metrics, plans, processes
+from loopformer import exits, memory, metrics, plans, processes, storage
 from loopformer.evaluate import Run, evaluate
 from loopformer.generation import Engine, warn_beyond
 from loopformer.model import parameter_count
@@ -31,7 +31,8 @@ RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.Entro
 ROWS = 32  # prompts at a time
 MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'last': memory.Ring(size=1), 'mean': memory.Mean()}
 flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan'], 'What to do.')
-flags.DEFINE_string('workdir', None, 'Folder of the run: configuration, data, checkpoints, results; plan needs none.')
+flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
+                    'data, checkpoints, results; plan needs none.')
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] == 'plan',
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_string('config', None, 'train, plan: file.py or file.py:argument; it defines get_config.')
@@ -59,6 +60,7 @@ flags.DEFINE_float('top_p', None, 'generate: draw from the likeliest tokens that
 flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
 flags.DEFINE_string('profile', None, 'train: first and last step of a profile, such as 20:25, which WORKDIR/profile '
                     'takes.')
+flags.DEFINE_bool('verify', False, 'train: read all data first, and compare them with what was prepared.')
 flags.DEFINE_bool('distributed', False, 'train: one of several processes, which JAX finds out about by itself '
                   '(TPU pods, Slurm, Kubernetes).')
 flags.DEFINE_string('coordinator', None, 'train: host:port of process 0 of several, with --processes and --process.')
@@ -97,7 +99,7 @@ def run_train(workdir: Path):
     profile = numbers(FLAGS.profile.replace(':', ','), '--profile', int)
     if len(profile) != 2 or not 0 < profile[0] <= profile[1]:
       raise ConfigError(f'--profile={FLAGS.profile}: give the first and the last step, such as 20:25')
-  if FLAGS.distributed or FLAGS.coordinator or FLAGS.processes is not None or FLAGS.process is not None:
+  if several():
     processes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.connect_timeout, FLAGS.heartbeat)
   if processes.is_leader():
     print(configs.describe(config))
@@ -105,9 +107,24 @@ def run_train(workdir: Path):
           f'{jax.device_count()} {jax.devices()[0].device_kind}', flush=True)
     configs.save(config, workdir)
   start = time.time()
-  train(config, workdir, log=lambda text: print(text, flush=True), profile=profile)
+  train(config, workdir, log=lambda text: print(text, flush=True), profile=profile, verify=FLAGS.verify)
   if processes.is_leader():
     print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
+
+
+def several() -> bool:
+  """Whether this is one of several processes."""
+  return FLAGS.distributed or any(value is not None for value in (FLAGS.coordinator, FLAGS.processes, FLAGS.process))
+
+
+def compiled(workdir: Path | None) -> str:
+  """The folder of compiled programs: of the run, where others need them too or this machine may be lost; else our own.
+
+  JAX writes it from process 0 alone, so the processes of other machines would compile at every start.
+  """
+  if FLAGS.mode == 'train' and (several() or storage.remote(workdir)):
+    return str(workdir / 'compiled')
+  return str(storage.cache())
 
 
 def run_eval(workdir: Path):
@@ -282,14 +299,16 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
-  if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another, or by '' none
-    jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache/loopformer'))
   try:
+    workdir = FLAGS.workdir and storage.path(FLAGS.workdir)
+    if workdir:
+      storage.check_workdir(workdir, writes=FLAGS.mode == 'train')
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another, or by '' none
+      jax.config.update('jax_compilation_cache_dir', compiled(workdir))
     if FLAGS.mode == 'plan':
       run_plan()
     else:
-      {'train': run_train, 'eval': run_eval, 'generate': run_generate,
-       'harness': run_harness}[FLAGS.mode](Path(FLAGS.workdir))
+      {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')
   except Exception as error:

@@ -23,7 +23,7 @@ import loopformer
 from experiments import plots, records
 from experiments.main import held_out
 from experiments.memories import decoded
-from loopformer import memory, metrics
+from loopformer import memory, metrics, storage
 from loopformer import config as configs
 from loopformer.cells.melt import Latest
 from loopformer.evaluate import evaluate
@@ -51,7 +51,7 @@ SHARED = {'rows of every loop': memory.PerLoop(), 'last loop, untrained': memory
 def train(argument: str, workdir: Path, seed: int, *changes: str):
   """Runs or resumes a phase; its output goes to <workdir>/log.txt."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / 'log.txt').open('a') as log:
+  with storage.appending(workdir / 'log.txt') as log:
     subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={CONFIG}:{FLAGS.size}{argument}',
                     f'--workdir={workdir}',
                     *(f'--set={change}' for change in (*FLAGS['set'].value, f'train.seed={seed}', *changes))],
@@ -167,14 +167,14 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
+  workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir):
       sizes, rows = cache_bytes(workdir, FLAGS.seeds), rows_of(results)
       records.write(out / 'results.json', {'seeds': results, 'bytes': sizes})
-      (out / 'table.md').write_text('\n\n'.join(metrics.table(table) for table in (rows, sizes)) + '\n')
+      storage.write(out / 'table.md', '\n\n'.join(metrics.table(table) for table in (rows, sizes)) + '\n')
       draw(out / 'melt.png', results, sizes)
   print(metrics.table(rows))
 

@@ -9,7 +9,6 @@ eval/memories.{json,csv} in the work folder and prints the table (docs/memories.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 import sys
 import time
 from typing import Any
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import loopformer
 from experiments import records
 from experiments.main import held_out
-from loopformer import memory, metrics, plans
+from loopformer import memory, metrics, plans, storage
 from loopformer.types import Array, Batch, ConfigError
 
 FLAGS = flags.FLAGS  # experiments.main defines --workdir, --step and --eval_batches
@@ -89,7 +88,7 @@ def measure(model, params, batches) -> list[dict]:
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  workdir, start = Path(FLAGS.workdir), time.time()
+  workdir, start = storage.path(FLAGS.workdir), time.time()
   try:
     model, params, tokenizer, config = loopformer.load(workdir, FLAGS.step)
     if tokenizer is None:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from experiments import plots, records
-from loopformer import loop, metrics, plans
+from loopformer import loop, metrics, plans, storage
 from loopformer.blocks import MLP, Block, Identity, Stack, UnitNorm
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
@@ -144,14 +144,14 @@ def main(argv):
   print('\nmean squared error')
   print(table)
   if FLAGS.out:
-    write(Path(FLAGS.out), rows, table)
+    write(storage.path(FLAGS.out), rows, table)
 
 
 def write(out: Path, rows: list[dict], table: str):
   """results.json, table.md and memorise.png."""
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', rows)
-  (out / 'table.md').write_text(table + '\n')
+  storage.write(out / 'table.md', table + '\n')
   pyplot = plots.library()
   if pyplot is None:
     return

@@ -23,7 +23,7 @@ import loopformer
 from experiments import plots, records
 from experiments.main import held_out
 from loopformer import config as configs
-from loopformer import data, loop, metrics, plans, sharding
+from loopformer import data, loop, metrics, plans, sharding, storage
 from loopformer.terms.expected import exit_step
 from loopformer.train import State, make_step
 
@@ -44,7 +44,7 @@ EXAMPLES = 4096  # held out, to measure on
 def train(spec: str, seed: int, workdir: Path):
   """Runs or resumes stage I; its output goes to <workdir>/log.txt."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / 'log.txt').open('a') as log:
+  with storage.appending(workdir / 'log.txt') as log:
     subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
                     *(f'--set={change}' for change in (*FLAGS['set'].value, f'train.seed={seed}'))],
                    stdout=log, stderr=subprocess.STDOUT, check=True)
@@ -172,14 +172,14 @@ def draw(path: Path, results: dict[str, dict]):
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
+  workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   results = {}
   for seed in FLAGS.seeds:
     results[seed] = run_seed(int(seed), workdir)
     tables = rows_of(results)
     records.write(out / 'results.json', results)
-    (out / 'table.md').write_text('\n\n'.join(metrics.table(rows) for rows in tables) + '\n')
+    storage.write(out / 'table.md', '\n\n'.join(metrics.table(rows) for rows in tables) + '\n')
     draw(out / 'exits.png', results)
   print(metrics.table(tables[2]))
 

@@ -1,8 +1,11 @@
 """Plots of results; each function writes one picture from rows of numbers. Nothing happens without matplotlib."""
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, Mapping, Sequence
+
+from loopformer import storage
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -17,6 +20,14 @@ def library():
   matplotlib.use('Agg')
   from matplotlib import pyplot
   return pyplot
+
+
+def save(figure, path: str | Path, dpi: int):
+  """Writes the picture, in the format of the path's suffix, and lets go of the figure."""
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=dpi, format=storage.path(path).suffix[1:])
+  storage.write(path, picture.getvalue())
+  library().close(figure)
 
 
 LABELS = {'loss': 'validation loss', 'accuracy': 'accuracy', 'exact': 'sequences all right',
@@ -50,8 +61,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)
   figure.legend(loc='outside right upper', fontsize=8)
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  save(figure, path, 150)
 
 
 def exits(path: Path, panels: Mapping[str, Rows], show: str = 'loss'):
@@ -83,8 +93,7 @@ def exits(path: Path, panels: Mapping[str, Rows], show: str = 'loss'):
     axes.set_ylabel(LABELS.get(show, show))
   handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
   figure.legend(handles.values(), handles.keys(), loc='outside right upper', fontsize=8)
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  save(figure, path, 150)
 
 
 def rule_of(row: Mapping[str, Any]) -> str:
@@ -105,8 +114,7 @@ def ranking(path: Path, rows: Rows, title: str):
   axes.set_xlabel('validation loss (nats a token)')
   axes.set_title(title)
   axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  save(figure, path, 150)
 
 
 def training(path: Path, rows: Rows):
@@ -122,8 +130,7 @@ def training(path: Path, rows: Rows):
   axes.set_ylabel('validation loss (nats a token)')
   axes.grid(alpha=0.3)
   axes.legend(title='loops')
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  save(figure, path, 150)
 
 
 def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
@@ -149,8 +156,7 @@ def progress(path: Path, curves: Mapping[str, Rows], show: str = 'loss'):
     axes.grid(alpha=0.3)
   both[0].set_ylabel(LABELS.get(show, show))
   both[1].legend(fontsize=7, title='run (loops)', title_fontsize=7)
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  save(figure, path, 120)
 
 
 def growth(path: Path, rows: Rows):
@@ -181,5 +187,4 @@ def growth(path: Path, rows: Rows):
   for left in grid[:, 0]:
     left.set_ylabel('s a step')
   grid[0, 0].legend(fontsize=8)
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  save(figure, path, 150)

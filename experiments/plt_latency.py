@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 import statistics
 import sys
 
@@ -21,7 +20,7 @@ from experiments import plots, records
 from experiments.benchmark.__main__ import FLAGS, describe_machine  # defines --out and --repeats
 from experiments.benchmark.decode import decode_once
 from experiments.benchmark.sizes import spread
-from loopformer import metrics
+from loopformer import metrics, storage
 from loopformer.blocks import Block, GatedMLP, Identity, SelfAttention, Stack
 from loopformer.cells.plain import Plain
 from loopformer.cells.shifted import Shifted
@@ -94,12 +93,12 @@ def main(argv):
   table = measure(size, FLAGS.repeats)
   print(metrics.table(table))
   if FLAGS.out:
-    out = Path(FLAGS.out)
+    out = storage.path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     machine = {**describe_machine(None), 'command': ' '.join(['python -m experiments.plt_latency', *sys.argv[1:]])}
     records.write(out / 'latency.json', {'machine': machine, 'size': dataclasses.asdict(size), 'table': table})
     facts = [f'- {fact}: {value}' for fact, value in {**machine, 'size': dataclasses.asdict(size)}.items()]
-    (out / 'latency.md').write_text('\n'.join([*facts, '', metrics.table(table), '']))
+    storage.write(out / 'latency.md', '\n'.join([*facts, '', metrics.table(table), '']))
     curves = {kind: [{'budget': row['loops'], 'ms a token': row['ms a token']} for row in table if row['model'] == kind]
               for kind in ('parallel', 'sequential')}
     plots.depths(out / 'latency.png', curves, {}, 'ms a token')

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from loopformer import storage
+
 
 def plain(value: Any) -> Any:
   """The same lists and mappings, with None for every number that is not finite."""
@@ -14,6 +16,6 @@ def plain(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(path: Path, value: Any):
+def write(path: str | Path, value: Any):
   """Writes the file, whole."""
-  path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + '\n')
+  storage.write(path, json.dumps(plain(value), indent=1, allow_nan=False) + '\n')

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 import loopformer
 from experiments import records
 from experiments.main import held_out
-from loopformer import metrics, plans, routing
+from loopformer import metrics, plans, routing, storage
 from loopformer.evaluate import Run, evaluate
 from loopformer.types import ConfigError
 
@@ -49,17 +49,18 @@ def shown(value) -> str | float:
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
-  out = Path(FLAGS.out)
+  out = storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   try:
-    rows = {name: measure(Path(FLAGS.workdir, folder)) for name, _, folder in (run.partition('=') for run in FLAGS.run)}
+    rows = {name: measure(storage.path(FLAGS.workdir) / folder)
+            for name, _, folder in (run.partition('=') for run in FLAGS.run)}
   except ConfigError as error:
     sys.exit(f'error: {error}')
   records.write(out / 'routing.json', rows)
   columns = list(dict.fromkeys(key for row in rows.values() for key in row))
   table = metrics.table([{'run': name, **{column: shown(row.get(column, '')) for column in columns}}
                          for name, row in rows.items()])
-  (out / 'routing.md').write_text(table + '\n')
+  storage.write(out / 'routing.md', table + '\n')
   print(table)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 
-from loopformer import plans, sharding
+from loopformer import plans, sharding, storage
 from loopformer.generation import generate, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
 
@@ -22,7 +22,7 @@ def load(workdir: str | Path, step: int | None = None,
   """(model, params, tokenizer, config) of a training run, from its work folder alone.
 
   Args:
-    workdir: the folder that the run was given.
+    workdir: the folder that the run was given, of this machine or of a bucket (gs://, s3://).
     step: which checkpoint; the last complete one by default.
     mesh: None for one device, or `loopformer.sharding.Mesh(...).make()`, over whose axes fsdp and tensor the weights
       are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
@@ -34,7 +34,8 @@ def load(workdir: str | Path, step: int | None = None,
   from loopformer import config as configs
   from loopformer.checkpoint import FOLDER, Checkpoints, abstract
   from loopformer.model import init_params
-  workdir = Path(workdir)
+  workdir = storage.path(workdir)
+  storage.check_workdir(workdir, writes=False)
   config = configs.read(workdir)
   if not (workdir / FOLDER).is_dir():
     raise ConfigError(f'workdir = {workdir}: no checkpoint was saved there yet; let the run reach its first save '

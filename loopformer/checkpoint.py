@@ -4,15 +4,18 @@
 """
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import jax
 
-from loopformer import processes
+from loopformer import processes, storage
 from loopformer.types import ConfigError
 
 FOLDER = 'checkpoints'
+RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
@@ -23,8 +26,9 @@ class Checkpoints:
   lower is better, but for names that begin with accuracy or exact).
   """
 
-  def __init__(self, workdir: Path, keep: int = 3, best: str | None = None):
+  def __init__(self, workdir: str | Path, keep: int = 3, best: str | None = None):
     import orbax.checkpoint as ocp
+    workdir = storage.path(workdir)
     policy = ocp.checkpoint_managers
     kept, filed = [policy.LatestN(keep)], {}
     if best is not None:
@@ -35,16 +39,39 @@ class Checkpoints:
 
       kept.append(policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
       filed = {'best_fn': rank}  # without it the policy works, but the numbers are not written
+    if storage.remote(workdir):  # where renaming is copying, a last file says that a step is complete
+      _serve_buckets()
+      filed['temporary_path_class'] = ocp.path.atomicity.CommitFileTemporaryPath
     self._ocp, self._best = ocp, best
-    self._folder = Path(workdir).resolve() / FOLDER
+    self._folder = (workdir if storage.remote(workdir) else workdir.resolve()) / FOLDER
+    self._good = self._begun = None  # the last step that is known to be complete, and the one that is being saved
     self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed))
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._manager.close()
+  def __exit__(self, kind, *_):
+    if kind is not None:  # what it failed by is told, not what comes of it
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      return
+    with self._saving():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self):
+    """Names the last good step where a save fails, of this step or of the one before, which it waits for."""
+    try:
+      yield
+    except Exception as error:  # of Orbax, TensorStore, or the client of a bucket
+      reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+      raise OSError(f'{self._folder}: a checkpoint cannot be written ({reason}); {self.last_good()}') from error
+    self._good, self._begun = self._begun, None
+
+  def last_good(self) -> str:
+    """The last step that is known to be complete, in words."""
+    return 'there is no good checkpoint' if self._good is None else f'the last good checkpoint is step {self._good}'
 
   def latest(self) -> int | None:
     """The last complete step, or None."""
@@ -63,9 +90,11 @@ class Checkpoints:
     """
     args = self._ocp.args
     known = {self._best: values[self._best]} if self._best and values else None
-    self._manager.save(step, metrics=known, args=args.Composite(
-        params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
-        meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
+    with self._saving():
+      self._manager.save(step, metrics=known, args=args.Composite(
+          params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
+          meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
+    self._begun = step
 
   def restore_last(self, params: Any, optimizer: Any, log: Callable[[str], None]) -> tuple[int, Any]:
     """(step, what `restore` returns) of the last step that can be read; (0, None) where none was saved.
@@ -89,6 +118,7 @@ class Checkpoints:
           log(f'warning: checkpoint {self._folder}/{number} is damaged ({reason}); step {step} is used, and the '
               f'damaged one kept as damaged-{number}')
         self._put_aside([number for number, _ in damaged])
+        self._good = self._begun = step
         return step, restored
     if damaged:
       told = '; '.join(f'{step}: {reason}' for step, reason in damaged)
@@ -132,6 +162,42 @@ class Checkpoints:
       raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
                         'use the version of loopformer that wrote it')
     return restored
+
+
+def _serve_buckets():
+  """Lets Orbax keep arrays in s3://, as it keeps them in gs://, and bounds how long TensorStore tries.
+
+  Orbax knows of local folders and of gs:// alone where it describes the place of an array.
+  """
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+  describe = tensorstore_utils.build_kvstore_tspec
+  if describe.__module__ == __name__:
+    return
+
+  def described(directory, *rest, **more):
+    kind = storage.scheme(directory)
+    if kind not in storage.WORKDIRS:
+      return describe(directory, *rest, **more)
+    return _placed(describe(str(storage.path(directory)).replace('s3://', 'gs://', 1), *rest, **more), kind)
+
+  tensorstore_utils.build_kvstore_tspec = described
+
+
+def _placed(spec: Any, kind: str) -> Any:
+  """TensorStore's description of a place, in which that of the bucket is one of a kind in storage.WORKDIRS."""
+  if isinstance(spec, list):
+    return [_placed(inner, kind) for inner in spec]
+  if not isinstance(spec, dict):
+    return spec
+  spec = {name: _placed(inner, kind) for name, inner in spec.items()}
+  if not str(spec.get('driver')).startswith('gcs'):
+    return spec
+  if kind == 'gs':
+    return {**spec, 'gcs_request_retries': RETRIES}
+  given = {'endpoint': os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL'),
+           'aws_region': os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')}
+  return {**spec, 'driver': 's3', 's3_request_retries': RETRIES,
+          **{name: value for name, value in given.items() if value}}
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import json
 from pathlib import Path
-import shutil
+import re
 import sys
 import types
 import typing
@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer import modules
+from loopformer import modules, storage
 from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
@@ -234,8 +234,10 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
 
   The file defines `get_config()` or `get_config(argument: str)`.
   """
-  path, _, argument = spec.partition(':')
-  module = _import_file(Path(path))
+  bucket = re.match(r'(\w+://)?', spec)[0]
+  name, _, argument = spec.removeprefix(bucket).partition(':')
+  path = storage.path(bucket + name)
+  module = _import_file(path)
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'--config {path}: the file defines no get_config; see experiments/configs/ for examples')
   config = module.get_config(*([argument] if argument else []))
@@ -244,7 +246,7 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
   return config
 
 
-def _import_file(path: Path) -> types.ModuleType:
+def _import_file(path: Any) -> types.ModuleType:
   """The file as a module that is named after it and its contents, so that two versions of it are two modules."""
   if not path.is_file():
     raise ConfigError(f'--config {path}: no such file; give the path of a configuration, '
@@ -252,7 +254,7 @@ def _import_file(path: Path) -> types.ModuleType:
   digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
   name = LOADED + path.stem if path.stem.endswith(digest) else f'{LOADED}{path.stem}_{digest}'
   if name not in sys.modules:
-    module_spec = importlib.util.spec_from_file_location(name, path)
+    module_spec = importlib.util.spec_from_file_location(name, storage.fetched(path))
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:
@@ -286,28 +288,27 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
   return table[value]
 
 
-def save(config: Experiment, workdir: Path):
+def save(config: Experiment, workdir: str | Path):
   """Writes config.json, and a copy of the configuration file where parts of it are defined there."""
+  workdir = storage.path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   encoded = json.dumps(_encode(config), indent=1)
   for name, module in list(sys.modules.items()):
     if name.startswith(LOADED) and f'"{name}:' in encoded:
       copy = workdir / f'{name.removeprefix(LOADED)}.py'
       if not copy.exists():
-        shutil.copyfile(module.__file__, copy)
-  target = workdir / 'config.json'
-  temporary = target.with_suffix('.tmp')
-  temporary.write_text(encoded + '\n')
-  temporary.replace(target)
+        storage.write(copy, Path(module.__file__).read_bytes())
+  storage.write(workdir / 'config.json', encoded + '\n')
 
 
-def read(workdir: Path) -> Experiment:
+def read(workdir: str | Path) -> Experiment:
   """The configuration of a work folder. Raises ConfigError where it holds none."""
-  path = Path(workdir) / 'config.json'
+  workdir = storage.path(workdir)
+  path = workdir / 'config.json'
   if not path.is_file():
     raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
                       'give the work folder of a training run')
-  return _decode(json.loads(path.read_text()), Path(workdir))
+  return _decode(json.loads(path.read_text()), workdir)
 
 
 def _name_of(thing: Any) -> str:
@@ -333,7 +334,7 @@ def _encode(value: Any) -> Any:
   raise ConfigError(f'a configuration holds {value!r}, which cannot be saved; use parts, numbers, text and tuples')
 
 
-def _decode(value: Any, workdir: Path) -> Any:
+def _decode(value: Any, workdir: Any) -> Any:
   if isinstance(value, list):
     return tuple(_decode(item, workdir) for item in value)
   if not isinstance(value, dict):
@@ -344,7 +345,7 @@ def _decode(value: Any, workdir: Path) -> Any:
   return _find(value['$part'], workdir)(**inner) if '$part' in value else inner
 
 
-def _find(name: str, workdir: Path) -> Callable:
+def _find(name: str, workdir: Any) -> Callable:
   module, _, qualname = name.partition(':')
   if module.startswith(LOADED) and module not in sys.modules:
     _import_file(workdir / f'{module.removeprefix(LOADED)}.py')

@@ -13,6 +13,8 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 
+from loopformer import storage
+
 SUFFIXES = ('.txt', '.md', '.jsonl', '.parquet')
 NOT_LIBRARY = frozenset(('site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'))
 
@@ -42,10 +44,11 @@ class StandardLibrary:
   def documents(self) -> Iterator[Document]:
     return _split(self._texts, self.validation)
 
-  def sources(self) -> list[tuple[str, int, str]]:
-    """(name, size in bytes, sha256) of every file, in order of name."""
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+    """(name, size in bytes, sha256 or, if not `hashed`, None) of every file, in order of name."""
     root = sysconfig.get_paths()['stdlib']
-    return [(name, *_digest(os.path.join(root, name))) for name in self._names(root)]
+    paths = {name: os.path.join(root, name) for name in self._names(root)}
+    return [(name, *_digest(path)) if hashed else (name, os.path.getsize(path), None) for name, path in paths.items()]
 
   def _texts(self):
     root = sysconfig.get_paths()['stdlib']
@@ -65,7 +68,8 @@ class StandardLibrary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-  """Part: files by glob ('**' is recursive): .txt and .md are one document each, .jsonl and .parquet one a row.
+  """Part: files by glob ('**' is recursive), of folders or buckets: .txt and .md are one document each, .jsonl and
+  .parquet one a row.
 
   `field` names the text in a row. Without `validation_files`, a `validation` share of documents is held out;
   with them, train documents whose contents also stand in validation are dropped. Empty documents are skipped.
@@ -91,10 +95,10 @@ class Files:
       return _split(train, self.validation)
     return self._given(train, functools.partial(self._texts, self._paths('validation_files')))
 
-  def sources(self) -> list[tuple[str, int, str]]:
-    """(path, size in bytes, sha256) of every file, in order of path."""
-    paths = {*self._paths('train'), *self._paths('validation_files')}
-    return [(path, *_digest(path)) for path in sorted(paths)]
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+    """(path, size in bytes, sha256 or, if not `hashed`, None) of every file, in order of path."""
+    sizes = self._sizes('train') | self._sizes('validation_files')
+    return [(path, *_digest(path)) if hashed else (path, size, None) for path, size in sorted(sizes.items())]
 
   def _given(self, train, validation):
     held = set()
@@ -106,9 +110,13 @@ class Files:
         yield Document(name=name, split='train', text=text)
 
   def _paths(self, field: str) -> list[str]:
-    paths = set()
+    return sorted(self._sizes(field))
+
+  def _sizes(self, field: str) -> dict[str, int]:
+    """path -> bytes of every file that the globs of a field match."""
+    sizes = {}
     for pattern in getattr(self, field):
-      found = [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+      found = _matches(pattern)
       if not found:
         raise FileNotFoundError(f'Files.{field}: no file matches {pattern!r}; correct the glob')
       for path in found:
@@ -117,8 +125,8 @@ class Files:
             f'Files.{field}: {path} has the unknown suffix {_suffix(path)!r}; known are '
             f'{", ".join(SUFFIXES)}: narrow the glob {pattern!r}'
           )
-      paths.update(found)
-    return sorted(paths)
+      sizes |= found
+    return sizes
 
   def _texts(self, paths: list[str]):
     for path in paths:
@@ -140,7 +148,7 @@ class Files:
         yield name, text
 
   def _jsonl(self, path: str):
-    with open(path, 'rb') as f:
+    with storage.path(path).open('rb') as f:
       for row, line in enumerate(f):
         if not line.strip():
           continue
@@ -159,7 +167,7 @@ class Files:
       from pyarrow import parquet
     except ImportError as e:
       raise ImportError(f"reading {path} needs pyarrow: install the extra 'parquet'") from e
-    with parquet.ParquetFile(path) as file:
+    with storage.path(path).open('rb') as stored, parquet.ParquetFile(stored) as file:
       if self.field not in file.schema_arrow.names:
         raise self._missing(path, file.schema_arrow.names)
       row = 0
@@ -217,11 +225,23 @@ def _suffix(path: str) -> str:
 
 def _read_text(path: str) -> str:
   # Bytes, so that line ends come through as they are.
-  with open(path, 'rb') as f:
-    return f.read().decode('utf-8')
+  return storage.path(path).read_bytes().decode('utf-8')
+
+
+def _matches(pattern: str) -> dict[str, int]:
+  """path -> bytes of every file that a glob matches."""
+  if not storage.remote(pattern):
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return {path: os.path.getsize(path) for path in found if os.path.isfile(path)}
+  place = storage.path(pattern)
+  found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
+  return {f'{storage.scheme(place)}://{key}': about['size'] for key, about in found.items() if about['type'] == 'file'}
 
 
 def _digest(path: str) -> tuple[int, str]:
-  with open(path, 'rb') as f:
-    digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    return f.tell(), digest
+  digest, size = hashlib.sha256(), 0
+  with storage.path(path).open('rb') as f:
+    while block := f.read(1 << 20):
+      digest.update(block)
+      size += len(block)
+  return size, digest.hexdigest()

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import metrics, plans
+from loopformer import metrics, plans, storage
 from loopformer.exits import check, compiled
 from loopformer.generation import Engine, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
@@ -378,14 +378,14 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
              for part, found in result['results'].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row if key != 'seconds')) + ['seconds']
   rows = [{key: row.get(key, '') for key in columns} for row in rows]
-  folder = Path(workdir) / 'harness'
+  folder = storage.path(workdir) / 'harness'
   folder.mkdir(parents=True, exist_ok=True)
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
   device = jax.devices()[0].device_kind
   about = {'workdir': str(workdir), 'step': step, 'limit': limit, 'include': include and str(include),
            'memory': str(model.memory), 'exits': {called: str(leave) for called, leave in (exits or {}).items()},
            'lm_eval': lm_eval.__version__, 'device': device, 'rows': rows}
-  (folder / f'{name}.json').write_text(json.dumps(about, indent=1) + '\n')
+  storage.write(folder / f'{name}.json', json.dumps(about, indent=1) + '\n')
   metrics.write_csv(folder / f'{name}.csv', rows)
   _say(metrics.table(rows))
   _say(f'written to {folder / name}.json and .csv')
@@ -399,7 +399,8 @@ def _say(text: str):
 def _tasks(tasks, include):
   """(task manager, names of the tasks that were asked for)."""
   from lm_eval.tasks import TaskManager
-  if include is not None and not Path(include).is_dir():
+  include = None if include is None else storage.fetched(include)
+  if include is not None and not include.is_dir():
     raise ConfigError(f'include = {include}: no such folder; give one with task files (.yaml), such as '
                       'experiments.benchmarks writes')
   manager = TaskManager() if include is None else TaskManager(include_path=str(include), include_defaults=False)

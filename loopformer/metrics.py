@@ -2,10 +2,13 @@
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
+import io
 import json
 from pathlib import Path
+import re
 import sys
 import time
 from typing import Any, Mapping
@@ -13,6 +16,7 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer import storage
 from loopformer.types import part
 
 
@@ -93,36 +97,104 @@ def _least_seconds(program, *operands, seconds=0.5):
 
 
 class Writer:
-  """Appends rows to `<folder>/metrics.jsonl`, and to TensorBoard event files where tensorboardX is installed.
+  """Writes rows to `lines`, and to TensorBoard event files where tensorboardX is installed.
 
   A resumed run drops the rows from its first step on, which it will write again.
   """
 
-  def __init__(self, folder: Path, first_step: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'metrics.jsonl'
-    kept = [row for row in read_rows(path) if row['step'] <= first_step]
-    path.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    self._file = path.open('a', buffering=1)
-    self._board = _tensorboard(folder, first_step)
+  def __init__(self, lines: Lines | Parts, board: Any):
+    self._lines, self._board = lines, board
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]):
     """One row; values are numbers, or lists and texts for the JSON lines alone."""
-    self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+    self._lines.add(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
     for name, value in values.items() if self._board else ():
       if isinstance(value, (int, float)):
         self._board.add_scalar(f'{kind}/{name}', value, step)
 
+  def flush(self):
+    """Sees that all rows are where a resumed run finds them."""
+    self._lines.flush()
+
   def close(self):
-    self._file.close()
+    self._lines.flush()
     if self._board:
       self._board.close()
+
+
+class Lines:
+  """Lines that are appended to a file of this machine."""
+
+  def __init__(self, path: Path):
+    self._file = path.open('a', buffering=1)
+
+  def add(self, line: str):
+    self._file.write(line)
+
+  def flush(self):
+    """Nothing: every line is written when it comes."""
+
+
+class Parts:
+  """Lines in a bucket, to whose objects nothing can be appended: `metrics-000000.jsonl`, `metrics-000001.jsonl`, ...
+
+  The last part is written anew, when it holds ROWS lines or has been waiting for SECONDS, and on `flush`.
+  """
+  ROWS = 512
+  SECONDS = 10.0
+
+  def __init__(self, path: Any, number: int):
+    self._path, self._number, self._held, self._written, self._at = path, number, [], 0, time.monotonic()
+
+  def add(self, line: str):
+    self._held.append(line)
+    if len(self._held) == self.ROWS or time.monotonic() - self._at >= self.SECONDS:
+      self.flush()
+
+  def flush(self):
+    if self._written < len(self._held):
+      storage.write(_part(self._path, self._number), ''.join(self._held))
+    self._written, self._at = len(self._held), time.monotonic()
+    if self._written == self.ROWS:
+      self._number, self._held, self._written = self._number + 1, [], 0
+
+
+def writer(folder: str | Path, first_step: int) -> Writer:
+  """The writer of a work folder, without the rows of steps after the first."""
+  folder = storage.path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / 'metrics.jsonl'
+  parts = _files(path)
+  for part_ in parts:
+    rows = _rows(part_)
+    kept = [row for row in rows if row['step'] <= first_step]
+    if len(kept) < len(rows) or not storage.remote(path):  # whose last line may be cut short
+      storage.write(part_, ''.join(json.dumps(row) + '\n' for row in kept))
+  number = 1 + max((int(part_.stem.rpartition('-')[2]) for part_ in parts if part_ != path), default=-1)
+  lines = Parts(path, number) if storage.remote(path) else Lines(path)
+  return Writer(lines, _tensorboard(folder, first_step))
+
+
+def _part(path: Any, number: int) -> Any:
+  return path.with_name(f'{path.stem}-{number:06}{path.suffix}')
+
+
+def _files(path: Any) -> list:
+  """The file of that name and its parts, in order, as far as they are there."""
+  if not path.parent.exists():
+    return []
+  parts = sorted(child for child in path.parent.iterdir()
+                 if re.fullmatch(rf'{path.stem}-\d{{6}}{path.suffix}', child.name))
+  return [path, *parts] if path.exists() else parts
 
 
 class Silent:
   """The writer of processes that write nothing."""
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]):
+    """Nothing."""
+
+  def flush(self):
     """Nothing."""
 
   def close(self):
@@ -139,18 +211,38 @@ def memory() -> float:
   return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def _tensorboard(folder: Path, first_step: int):
+class _Board:
+  """TensorBoard's writer; event files of a bucket are uploaded at the end."""
+
+  def __init__(self, library: Any, folder: Any, first_step: int):
+    self._stack = contextlib.ExitStack()
+    local = self._stack.enter_context(storage.filled(folder))
+    self._writer = library.SummaryWriter(str(local), purge_step=first_step + 1)
+
+  def add_scalar(self, name: str, value: float, step: int):
+    self._writer.add_scalar(name, value, step)
+
+  def close(self):
+    self._writer.close()
+    self._stack.close()
+
+
+def _tensorboard(folder: Any, first_step: int) -> _Board | None:
   try:
     import tensorboardX  # the extra `tensorboard`
   except ImportError:
     return None
-  return tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=first_step + 1)
+  return _Board(tensorboardX, folder / 'tensorboard', first_step)
 
 
-def read_rows(path: Path) -> list[dict]:
-  """The rows of a metrics file; a last line that a killed run cut short is left out."""
+def read_rows(path: str | Path) -> list[dict]:
+  """The rows of a metrics file and its parts; a last line that a killed run cut short is left out."""
+  return [row for file in _files(storage.path(path)) for row in _rows(file)]
+
+
+def _rows(path: Any) -> list[dict]:
   rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
+  for line in path.read_text().splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
@@ -186,9 +278,10 @@ def table(rows: list[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def write_csv(path: Path, rows: list[Mapping[str, Any]]):
+def write_csv(path: str | Path, rows: list[Mapping[str, Any]]):
   """Writes rows of the same names, under a line of these."""
-  with path.open('w', newline='') as file:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+  text = io.StringIO()
+  lines = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+  lines.writeheader()
+  lines.writerows(rows)
+  storage.write(path, text.getvalue())

@@ -7,6 +7,8 @@ array_record is imported only where it is used.
 Until a folder is whole, what is done of it stands in `{folder}.preparing`: the tokenizer, and chunks of tokenised
 documents. All are named by a hash of what they were made from, so whoever finds one may use it: the same preparation
 after it was interrupted, or another that runs at the same time.
+
+A folder in a bucket is made on this machine and uploaded, its manifest last; every machine reads a copy of its own.
 """
 
 import array
@@ -21,9 +23,11 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
+from loopformer import storage
 from loopformer.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
@@ -39,7 +43,7 @@ MANIFEST = 'manifest.json'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-  """A prepared folder, its manifest and its tokenizer."""
+  """A prepared folder, as it is on this machine, its manifest and its tokenizer."""
 
   folder: str
   manifest: dict
@@ -51,17 +55,20 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
 
   Documents are put in the order of a hash of their names. Holds a few chunks of documents, or 1/BUCKETS of the tokens,
   in memory. Written beside the folder and renamed, so the folder is whole or absent; what an interrupted or failed call
-  has tokenised is used by the next one, and the result is the same to the byte.
+  has tokenised is used by the next one, and the result is the same to the byte. A folder that is reused is compared
+  by names and sizes; `verify` compares contents.
   ValueError if a split is empty, or if the folder was made from something else (names the first difference).
   """
+  if storage.remote(folder):
+    return _prepare_shared(corpus, tokenizer_part, storage.path(folder), shard_tokens, log)
   folder, began = os.path.abspath(folder), time.monotonic()
+  if os.path.isdir(folder) and os.listdir(folder):
+    return _reuse(folder, corpus, tokenizer_part, log)
   inputs = {
     'corpus': repr(corpus),
     'tokenizer': repr(tokenizer_part),
     'sources': _summary([*corpus.sources(), *tokenizer_part.sources()]),
   }
-  if os.path.isdir(folder) and os.listdir(folder):
-    return _reuse(folder, inputs, log)
   _check_splits(corpus)
   work = _work(folder)
   mine = os.path.join(work, f'folder-{secrets.token_hex(4)}')
@@ -86,7 +93,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
     # Another process may have prepared the same folder meanwhile, and removed the chunks.
     if not os.path.isfile(os.path.join(folder, MANIFEST)):
       raise
-    return _reuse(folder, inputs, log)
+    return _reuse(folder, corpus, tokenizer_part, log)
   finally:
     shutil.rmtree(mine, ignore_errors=True)
   shutil.rmtree(work, ignore_errors=True)
@@ -94,18 +101,62 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
+def _prepare_shared(corpus, tokenizer_part, shared, shard_tokens: int, log) -> Prepared:
+  """`prepare` of a folder in a bucket, which the first process makes and others copy."""
+  if not (shared / MANIFEST).exists():
+    making = storage.cache() / 'data' / f'making-{_hash(str(shared), repr(corpus), repr(tokenizer_part))}'
+    prepare(corpus, tokenizer_part, making, shard_tokens=shard_tokens, log=log)
+    storage.upload(making, shared, last=MANIFEST)
+    log(f'data: uploaded to {shared}')
+    with contextlib.suppress(OSError):  # the copy is there
+      making.rename(_copy(shared))
+    shutil.rmtree(making, ignore_errors=True)
+  return _reuse(local(shared, log), corpus, tokenizer_part, log)
+
+
+def local(folder, log: Callable = lambda text: None) -> str:
+  """The folder on this machine: itself or, of a bucket, a copy in `storage.cache()`, made once."""
+  if not storage.remote(folder):
+    return os.fspath(folder)
+  shared = storage.path(folder)
+  load_manifest(shared)
+  copy = _copy(shared)
+  if not copy.is_dir():
+    top = str(shared).partition('://')[2]
+    storage.downloaded({key: os.path.relpath(key, top) for key in storage.held(shared)}, shared, copy)
+    log(f'data: copied from {shared} to {copy}')
+  return str(copy)
+
+
+def _copy(shared) -> Path:
+  return storage.cache() / 'data' / _hash(str(shared), (shared / MANIFEST).read_text(encoding='utf-8'))
+
+
+def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
+  """Reads a prepared folder, and all that it was made from, and compares every hash with the manifest.
+
+  FileNotFoundError or ValueError naming the first shard or source that is missing or differs.
+  """
+  folder, began = local(folder), time.monotonic()
+  manifest = load_manifest(folder)
+  for counts in manifest['splits'].values():
+    for shard in counts['shards']:
+      _check_shard(folder, shard, _size)
+  _check_sources(folder, manifest, corpus, tokenizer_part, hashed=True)
+  log(f'data: {folder} and its sources are as they were prepared; verified in {time.monotonic() - began:.1f} s')
+
+
 def load_manifest(folder) -> dict:
   """The manifest of a prepared folder; FileNotFoundError if it is none, ValueError if of another version."""
-  path = os.path.join(folder, MANIFEST)
-  if not os.path.isfile(path):
+  path = storage.path(folder) / MANIFEST
+  if not path.is_file():
     raise FileNotFoundError(
       f'{os.fspath(folder)!r} is not a prepared folder ({MANIFEST} is absent): prepare it, or choose another'
     )
-  with open(path, encoding='utf-8') as f:
-    try:
-      manifest = json.load(f)
-    except ValueError as e:
-      raise ValueError(f'{path} is damaged ({e}): delete the folder and prepare the data again') from None
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged ({e}): delete the folder and prepare the data again') from None
   if manifest.get('version') != VERSION:
     raise ValueError(
       f'{path}: version={manifest.get("version")!r}, this library reads {VERSION}: delete the folder and prepare '
@@ -114,20 +165,24 @@ def load_manifest(folder) -> dict:
   return manifest
 
 
-def _reuse(folder: str, inputs: dict, log) -> Prepared:
+def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   manifest = load_manifest(folder)
   shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
-  change = _first_change(manifest['sources'], inputs['sources'])
-  for part in ('corpus', 'tokenizer'):
-    if manifest[part] != inputs[part]:
-      change = f'{part}={inputs[part]}, it was {manifest[part]}'
-  if change:
-    raise ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
+  _check_sources(folder, manifest, corpus, tokenizer_part, hashed=False)
   tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
   if tokenizer.fingerprint() != manifest['fingerprint']:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
   log(f'data: {_counts(manifest)}; reused from {folder}')
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def _check_sources(folder: str, manifest: dict, corpus, tokenizer_part, hashed: bool) -> None:
+  change = _first_change(manifest['sources'], _summary([*corpus.sources(hashed), *tokenizer_part.sources(hashed)]))
+  for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
+    if manifest[name] != repr(part):
+      change = f'{name}={part!r}, it was {manifest[name]}'
+  if change:
+    raise ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
 
 
 def _work(folder: str) -> str:
@@ -143,18 +198,35 @@ def _hash(*parts: str) -> str:
 
 
 def _summary(sources: list) -> dict:
+  """Of (name, bytes, sha256) of each source; sha256 is None for all where one of them is not hashed."""
   files = [list(source) for source in sources]
-  digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-  return {'count': len(files), 'sha256': digest, 'files': files if len(files) <= LISTED else None}
+  hashed = all(digest is not None for *_, digest in files)
+  return {
+    'count': len(files),
+    'sha256': _digest(files) if hashed else None,
+    'sizes': _digest([file[:2] for file in files]),
+    'files': files if len(files) <= LISTED else None,
+  }
+
+
+def _digest(value) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _first_change(old: dict, new: dict) -> str | None:
-  if old['sha256'] == new['sha256']:
-    return None
+  """What differs between two summaries, as far as both know; None where nothing does."""
   if old['files'] is None or new['files'] is None:
-    return f'the {new["count"]} sources have digest {new["sha256"]}, they were {old["count"]} of {old["sha256"]}'
-  was = {name: rest for name, *rest in old['files']}
-  now = {name: rest for name, *rest in new['files']}
+    kind = 'sizes' if new['sha256'] is None and 'sizes' in old else 'sha256'
+    if new[kind] in (old[kind], None):
+      return None
+    return f'the {new["count"]} sources have digest {new[kind]}, they were {old["count"]} of {old[kind]}'
+  rows = [[list(row) for row in summary['files']] for summary in (old, new)]
+  for before, after in zip(*rows):
+    if None in (before[2], after[2]):
+      before[2] = after[2] = None
+  if rows[0] == rows[1]:
+    return None
+  was, now = ({name: rest for name, *rest in listed} for listed in rows)
   for name in sorted(was | now):
     if name not in now:
       return f'source {name} is gone'
@@ -348,6 +420,17 @@ def _records(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     yield np.concatenate(pending)
 
 
+def _check_shard(folder: str, shard: dict, look: Callable[[str], dict]) -> str:
+  """The path of a shard, of which what `look` finds agrees with the manifest."""
+  path, remedy = os.path.join(folder, shard['name']), f'delete {folder} and prepare the data again'
+  if not os.path.isfile(path):
+    raise FileNotFoundError(f'shard {path} is missing: {remedy}')
+  for what, found in look(path).items():
+    if found != shard[what]:
+      raise ValueError(f'shard {path} is damaged or stale ({what} {found}, not {shard[what]}): {remedy}')
+  return path
+
+
 def _size(path: str) -> dict:
   with open(path, 'rb') as f:
     digest = hashlib.file_digest(f, 'sha256').hexdigest()
@@ -378,25 +461,19 @@ class TokenStream:
 
 
 def open_split(folder, split: str) -> TokenStream:
-  """Opens a split and checks every shard against the manifest, once.
+  """Opens a split, of whose shards the sizes are compared with the manifest; `verify` reads them.
 
-  FileNotFoundError or ValueError naming the shard that is missing, damaged or not of this manifest.
+  FileNotFoundError or ValueError naming the shard that is missing, cut off or not of this manifest.
   """
   from array_record.python.array_record_module import ArrayRecordReader
 
+  folder = local(folder)
   manifest = load_manifest(folder)
   if split not in manifest['splits']:
     raise ValueError(f'split={split!r} is none of {", ".join(manifest["splits"])}')
-  remedy = f'delete {os.fspath(folder)} and prepare the data again'
   readers = []
   for shard in manifest['splits'][split]['shards']:
-    path = os.path.join(folder, shard['name'])
-    if not os.path.isfile(path):
-      raise FileNotFoundError(f'shard {path} is missing: {remedy}')
-    found = _size(path)
-    for what in found:
-      if found[what] != shard[what]:
-        raise ValueError(f'shard {path} is damaged or stale ({what} {found[what]}, not {shard[what]}): {remedy}')
+    path = _check_shard(folder, shard, lambda path: {'size': os.path.getsize(path)})
     # No readahead: windows are read in random order.
     readers.append(ArrayRecordReader(path, options='readahead_buffer_size:0,max_parallelism:0'))
   records = (shard['records'] for shard in manifest['splits'][split]['shards'])

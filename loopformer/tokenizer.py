@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from loopformer import storage
+
 FILE = 'tokenizer.json'
 MODEL = 'tokenizer.model'
 JSON = 'hugging_face.json'
@@ -164,8 +166,7 @@ class PieceTokenizer(Tokenizer):
 
   def save(self, folder):
     _write(folder, {'kind': 'pieces', 'fingerprint': self.fingerprint()})
-    with open(os.path.join(folder, MODEL), 'wb') as f:
-      f.write(self.model)
+    storage.write(storage.path(folder) / MODEL, self.model)
 
   def hugging_face(self):
     """As it is for BPE that leaves texts as they are, such as that of `TrainedPieces`; None for other models.
@@ -264,8 +265,7 @@ class JsonTokenizer(Tokenizer):
 
   def save(self, folder):
     _write(folder, {'kind': 'json', 'eos': self.eos, 'fingerprint': self.fingerprint()})
-    with open(os.path.join(folder, JSON), 'w', encoding='utf-8') as f:
-      f.write(self.text)
+    storage.write(storage.path(folder) / JSON, self.text)
 
   def hugging_face(self):
     return self.text
@@ -279,7 +279,8 @@ class Bytes:
     del texts
     return ByteTokenizer()
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+    del hashed
     return []
 
 
@@ -327,7 +328,8 @@ class TrainedPieces:
       ) from None
     return PieceTokenizer(model=model.getvalue())
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+    del hashed
     return []
 
 
@@ -345,18 +347,19 @@ class GivenPieces:
     except (RuntimeError, ValueError) as e:
       raise ValueError(f'GivenPieces.path={self.path!r} is not a usable sentencepiece model: {e}') from None
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
     """(path, size, sha256) of the model: prepared data is stale once it changes."""
+    del hashed  # it is small
     model = self._read()
     return [(self.path, len(model), hashlib.sha256(model).hexdigest())]
 
   def _read(self) -> bytes:
-    if not os.path.isfile(self.path):
+    path = storage.path(self.path)
+    if not path.is_file():
       raise FileNotFoundError(
         f'GivenPieces.path={self.path!r}: no such file; give the path of a sentencepiece .model file'
       )
-    with open(self.path, 'rb') as f:
-      return f.read()
+    return path.read_bytes()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,16 +374,17 @@ class GivenJson:
     del texts
     return JsonTokenizer(text=self._read(), eos=id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
     """(path, size, sha256) of the file: prepared data is stale once it changes."""
+    del hashed  # it is small
     data = self._read().encode()
     return [(self.path, len(data), hashlib.sha256(data).hexdigest())]
 
   def _read(self) -> str:
-    if not os.path.isfile(self.path):
+    path = storage.path(self.path)
+    if not path.is_file():
       raise FileNotFoundError(f'GivenJson.path={self.path!r}: no such file; give the path of a tokenizer.json')
-    with open(self.path, encoding='utf-8') as f:
-      return f.read()
+    return path.read_text(encoding='utf-8')
 
 
 def id_of(text: str, token: str, where: str) -> int:
@@ -397,21 +401,19 @@ def id_of(text: str, token: str, where: str) -> int:
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   """The tokenizer saved in a folder; FileNotFoundError or ValueError naming the file that is absent or damaged."""
-  path = os.path.join(folder, FILE)
-  if not os.path.isfile(path):
+  path = storage.path(folder) / FILE
+  if not path.is_file():
     raise FileNotFoundError(f'no tokenizer in {os.fspath(folder)!r}: {FILE} is absent; prepare the data first')
-  with open(path, encoding='utf-8') as f:
-    saved = json.load(f)
+  saved = json.loads(path.read_text(encoding='utf-8'))
   if saved.get('kind') not in BUILT_IN:
     raise ValueError(f'{path}: kind={saved.get("kind")!r} is none of {", ".join(BUILT_IN)}')
   tokenizer: Tokenizer
   if saved['kind'] == 'bytes':
     tokenizer = ByteTokenizer()
   elif saved['kind'] == 'json':
-    with open(os.path.join(folder, JSON), encoding='utf-8') as f:
-      tokenizer = JsonTokenizer(text=f.read(), eos=saved['eos'])
+    tokenizer = JsonTokenizer(text=path.with_name(JSON).read_text(encoding='utf-8'), eos=saved['eos'])
   else:
-    tokenizer = GivenPieces(path=os.path.join(folder, MODEL)).build(())
+    tokenizer = GivenPieces(path=str(path.with_name(MODEL))).build(())
   if tokenizer.fingerprint() != saved.get('fingerprint'):
     raise ValueError(
       f'{path}: the fingerprint is not that of the tokenizer beside it, so the folder is damaged or of another '
@@ -421,9 +423,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def _write(folder, saved: dict) -> None:
-  os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, FILE), 'w', encoding='utf-8') as f:
-    json.dump(saved, f, indent=1)
+  folder = storage.path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  storage.write(folder / FILE, json.dumps(saved, indent=1))
 
 
 def _checked(ids, size: int) -> list[int]:

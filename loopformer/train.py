@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
-from loopformer import metrics, plans, processes, sharding
+from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Checkpoints, abstract
 from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params
@@ -148,21 +148,23 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   return jax.jit(step, donate_argnums=0)
 
 
-def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
-          profile: tuple[int, int] | None = None) -> State:
+def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
+          profile: tuple[int, int] | None = None, verify: bool = False) -> State:
   """Runs or resumes `config` in `workdir`, whose config.json must agree with it already.
 
   With several processes (processes.py) all call it; the leader writes.
 
   Args:
     profile: the first and the last step of a profile, which goes to `workdir`/profile; None for none.
+    verify: whether all data are read first, and compared with what was prepared.
 
   Raises:
     NotFinite: a term of the loss is not a number any more; the checkpoints before it are kept.
+    OSError: the work folder cannot be written any more; the message names the last good checkpoint.
     ConfigError: data, mesh or starting weights do not fit the configuration.
   """
   from loopformer import data  # reading text needs grain; a model alone does not
-  workdir, options = Path(workdir), config.train
+  workdir, options = storage.path(workdir), config.train
   log = log if processes.is_leader() else lambda text: None
   mesh = config.mesh.make()
   sharding.check_model(config.model, mesh)
@@ -170,6 +172,8 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
   optimizer = config.optim.make(options.steps)
   reader, readers = processes.readers(mesh)
   tokenizer = processes.leader_first(lambda: config.task.prepare(workdir, log), 'data are prepared')
+  if verify:
+    config.task.verify(workdir, log)
   if tokenizer is not None and tokenizer.vocab_size > config.model.read_in.vocab:
     raise ConfigError(f'model.read_in.vocab = {config.model.read_in.vocab} is smaller than the tokenizer\'s '
                       f'{tokenizer.vocab_size} entries; raise it to that or more')
@@ -200,7 +204,7 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
       state = jax.jit(make, out_shardings=shardings)()
       if options.start is not None:
         state = state.replace(params=_started(state.params, options.start, mesh, log))
-    writer = metrics.Writer(workdir, first) if processes.is_leader() else metrics.Silent()
+    writer = metrics.writer(workdir, first) if processes.is_leader() else metrics.Silent()
     step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
     fresh = jax.jit(lambda: make().params, out_shardings=shardings.params)
     frozen = {folder: _started(fresh(), folder, mesh, log, 'objective.rolls: weights')
@@ -208,18 +212,20 @@ def train(config: Any, workdir: Path, log: Callable[[str], None] = print,
     run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
                log, memory, _Profile(workdir / 'profile', profile))
     try:
-      return run(state, stream, first)
-    finally:
-      run.profile.stop()
-      writer.close()
+      with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        stack.callback(run.profile.stop)
+        return run(state, stream, first)
+    except storage.Unreachable as error:
+      raise OSError(f'{error}; {checkpoints.last_good()}, where the same command resumes') from error
 
 
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
   """The parameters with those of another run's last checkpoint in the places that both have."""
   from loopformer import config as configs
-  source = configs.read(Path(start))
+  source = configs.read(start)
   shapes = jax.eval_shape(lambda: init_params(source.model, jax.random.key(0)))
-  with Checkpoints(Path(start)) as checkpoints:
+  with Checkpoints(start) as checkpoints:
     step, given = checkpoints.restore_params(None, abstract(shapes, sharding.shardings(shapes, mesh)))
   given = dict(jax.tree_util.tree_leaves_with_path(given))
   taken = []
@@ -282,6 +288,7 @@ class _Run:
           self._report(pending)  # a state is saved once its loss is known to be finite
           pending = None
           with clock.timed('save'):
+            self.writer.flush()  # rows of steps that are saved are not written again
             self.checkpoints.save(number, state.params, state.optimizer, stream.get_state(), self.memory, evaluated)
         if self.stopped and not last:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
@@ -391,22 +398,20 @@ _SPENT = ('data', 'step', 'eval', 'save')
 class _Profile:
   """A profile of the steps from first to last, for TensorBoard or Perfetto."""
 
-  def __init__(self, folder: Path, steps: tuple[int, int] | None):
-    self._folder, self._steps, self._on = folder, steps, False
+  def __init__(self, folder: Any, steps: tuple[int, int] | None):
+    self._folder, self._steps, self._on = folder, steps, contextlib.ExitStack()
 
   def at(self, number: int):
     """Starts or stops where a step begins."""
     if self._steps and number == self._steps[0]:
-      jax.profiler.start_trace(str(self._folder))
-      self._on = True
+      jax.profiler.start_trace(str(self._on.enter_context(storage.filled(self._folder))))
+      self._on.callback(jax.profiler.stop_trace)
     elif self._steps and number > self._steps[1]:
       self.stop()
 
   def stop(self):
     """Writes what there is."""
-    if self._on:
-      jax.profiler.stop_trace()
-      self._on = False
+    self._on.close()
 
 
 class _Terminated:

@@ -258,6 +258,9 @@ class Task(Protocol):
 
   def prepare(self, workdir, log) -> Any: ...
 
+  def verify(self, workdir, log):
+    """Raises ValueError where the data are not, byte for byte, what was prepared."""
+
   def examples(self, workdir, split: str, seed: int) -> Any:
     """A grain.MapDataset of single examples: tokens, targets, weights, positions, each [T, ...]; segments i32[T] too
     where several documents, which must not see each other, share an example."""

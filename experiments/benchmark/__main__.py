@@ -42,7 +42,7 @@ import jax
 from experiments import plan, plots, records
 from experiments.benchmark import comms, compile, data, decode, draft, growth, memory, train
 from experiments.benchmark.sizes import SIZES, Size
-from loopformer import metrics
+from loopformer import metrics, storage
 
 SUITES = {
     'train': lambda size, repeats: train.train_suite(size, repeats, FLAGS.peer),
@@ -99,7 +99,7 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
   if name != 'draft':  # whose model has its own
     facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
   parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]
-  (folder / f'{name}.md').write_text('\n\n'.join(parts) + '\n')
+  storage.write(folder / f'{name}.md', '\n\n'.join(parts) + '\n')
   if name == 'growth':
     plots.growth(folder / 'growth.png', tables['growth'])
 
@@ -129,7 +129,7 @@ def main(argv):
     for rows in tables.values():
       print(metrics.table(rows), flush=True)
     if FLAGS.out:
-      write(Path(FLAGS.out), name, tables, size, machine)
+      write(storage.path(FLAGS.out), name, tables, size, machine)
 
 
 if __name__ == '__main__':

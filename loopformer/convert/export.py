@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+import os
 from pathlib import Path
 import shutil
+import tempfile
 from typing import Any
 import uuid
 
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 
 import loopformer
+from loopformer import storage
 from loopformer.blocks import DTYPES
 from loopformer.convert import description, llama, table, tensors
 from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
@@ -53,7 +56,8 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   Args:
     model, params: as `loopformer.load` gives them.
     tokenizer: None for none; one that has no counterpart there is left out.
-    folder: a new one, an empty one, or an earlier export.
+    folder: a new one, an empty one, or an earlier export; of this machine or of a bucket, whose config.json is written
+      last.
     dtype: of the tensors, 'float32' or 'bfloat16'.
     shard_bytes: the most bytes of a file, if it holds more than one tensor.
 
@@ -61,7 +65,8 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
     ConfigError: a part that cannot be exported, parameters that are not the model's, a bad argument, or a folder with
       other files in it.
   """
-  folder = Path(folder).absolute()
+  folder = storage.path(folder)
+  folder = folder if storage.remote(folder) else folder.absolute()
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   table.check_count('shard_bytes', shard_bytes)
@@ -147,7 +152,7 @@ def _json(value: Any) -> bytes:
   return (json.dumps(value, indent=1) + '\n').encode()
 
 
-def check_target(folder: Path):
+def check_target(folder: Any):
   """Raises ConfigError where something lies that an export must not replace."""
   if not folder.exists():
     return
@@ -163,8 +168,16 @@ def check_target(folder: Path):
                       'replaced; give a new folder')
 
 
-def _replace(folder: Path, write: Callable[[Path], None]):
+def _replace(folder: Any, write: Callable[[Path], None]):
   """Writes into a folder beside, which takes the place of `folder` when it is complete."""
+  if storage.remote(folder):
+    with tempfile.TemporaryDirectory() as beside:
+      write(Path(beside))
+      old = [file for file in folder.iterdir() if file.name not in os.listdir(beside)] if folder.exists() else []
+      storage.upload(Path(beside), folder, last=CONFIG)
+    for file in old:
+      file.unlink()
+    return
   folder.parent.mkdir(parents=True, exist_ok=True)
   beside = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}')
   old = beside.with_name(f'{beside.name}.old')

@@ -1,11 +1,13 @@
 """Checkpoint files as mappings of names to arrays; the libraries that read them are extras, imported when needed."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
 
+from loopformer import storage
 from loopformer.types import ConfigError
 
 OFFICIAL_MODULES = ('base', 'base_loop', 'loopformer', 'tmlt')
@@ -15,7 +17,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   """What a checkpoint holds, as it is nested there.
 
   Args:
-    source: a path that ends in .safetensors, .npz, .pt or .pth, or a mapping, which is returned as it is.
+    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt or .pth, or a mapping, which is
+      returned as it is.
 
   Raises:
     ConfigError: no such file, a format that is not read, or a file that cannot be read.
@@ -23,12 +26,13 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   """
   if isinstance(source, Mapping):
     return source
-  if not isinstance(source, (str, Path)):
+  if not isinstance(source, (str, os.PathLike)):
     raise ConfigError(f'source = {type(source).__name__}: give a path, or a dict of arrays (model.state_dict())')
-  path = Path(source)
+  path = storage.path(source)
   if path.suffix not in READERS:
     raise ConfigError(f'source = {path}: the format {path.suffix!r} is not read; '
                       f'save it as one of {", ".join(READERS)}')
+  path = storage.fetched(path)
   if not path.is_file():
     raise ConfigError(f'source = {path}: there is no such file; check the path')
   try:

@@ -28,6 +28,7 @@ from typing import Any, Mapping
 
 import numpy as np
 
+from loopformer import storage
 from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack, check_heads
 from loopformer.cells.halting import Halting
 from loopformer.convert import table
@@ -155,7 +156,8 @@ def settings(source: str | Path | Mapping[str, Any]) -> Settings:
     ConfigError: no such file, or a setting under which the same weights would be another model.
   """
   if not isinstance(source, Mapping):
-    path = Path(source) / 'config.json' if Path(source).is_dir() else Path(source)
+    path = storage.path(source)
+    path = path / 'config.json' if path.is_dir() else path
     if not path.is_file():
       raise ConfigError(f'source = {path}: there is no such file; give config.json, or the folder that it lies in')
     source = json.loads(path.read_text())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loopformer import storage
 from loopformer.blocks import DTYPES
 from loopformer.convert import description, gguf, llama, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
@@ -32,7 +33,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   loop. What `export` wrote under our own names comes back as it was, bit for bit.
 
   Args:
-    folder: of config.json and model.safetensors (or the files of its index), or a .gguf file.
+    folder: of config.json and model.safetensors (or the files of its index), or a .gguf file; of a bucket, it is copied
+      to `storage.cache()` first.
     loops: steps of the loop; one for a plain decoder, the model's own for an export of ours.
     prelude, coda: the first and the last so many layers are outside the loop; 0 for an export of ours.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
@@ -42,11 +44,11 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       cut off; all that is found before weights are read.
     ImportError: a K-quant without the extra `hf`.
   """
-  path = Path(folder)
   if loops is not None:
     check_count('loops', loops)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
+  path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG))
   if path.suffix == '.gguf' and path.is_file():
     metadata, held = gguf.read(path)
     decoder = gguf.read_config(metadata, held, path)

@@ -11,12 +11,11 @@ import hashlib
 import itertools
 import json
 import os
-from pathlib import Path
 from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from loopformer import measures
+from loopformer import measures, storage
 from loopformer.tokenizer import Tokenizer
 from loopformer.types import ConfigError, part
 
@@ -192,9 +191,9 @@ class SymbolTokenizer(Tokenizer):
     return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()
 
   def save(self, folder: str | os.PathLike):
-    folder = Path(folder)
+    folder = storage.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(self.symbols) + '\n')
+    storage.write(folder / FILE, json.dumps(self.symbols) + '\n')
 
 
 @part
@@ -231,6 +230,9 @@ class Generated:
     for name, score in self.of.floors(shown).items():
       log(f'floor: {name} {score:.3f}')
     return self.tokenizer_of(workdir)
+
+  def verify(self, workdir: str | os.PathLike, log: Callable = print):
+    """Nothing: no data is stored."""
 
   def tokenizer_of(self, workdir: str | os.PathLike) -> SymbolTokenizer | None:
     """The symbols as a tokenizer; None where inputs are vectors."""

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 
-from loopformer import data, measures, prepared
+from loopformer import data, measures, prepared, storage
 from loopformer.corpus import Files, StandardLibrary
 from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 
@@ -14,7 +14,8 @@ from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, l
 class Text:
   """Task: predict each token of `length`-token windows of a corpus.
 
-  `folder` is where the prepared data lives, or None for `data` in the work folder; give one to share it.
+  `folder` is where the prepared data lives, or None for `data` in the work folder; give one to share it. Of a bucket,
+  every machine keeps a copy.
   """
 
   corpus: StandardLibrary | Files = StandardLibrary()
@@ -39,9 +40,13 @@ class Text:
         )
     return done.tokenizer
 
+  def verify(self, workdir: str | os.PathLike, log: Callable = print) -> None:
+    """Reads all data again; ValueError if it is not what was prepared."""
+    prepared.verify(self.corpus, self.tokenizer, self._folder(workdir), log)
+
   def tokenizer_of(self, workdir: str | os.PathLike) -> Tokenizer:
     """The tokenizer of the prepared data."""
-    return load_tokenizer(os.path.join(self._folder(workdir), 'tokenizer'))
+    return load_tokenizer(storage.path(self._folder(workdir)) / 'tokenizer')
 
   def examples(self, workdir: str | os.PathLike, split: str, seed: int):
     """Single examples as a grain MapDataset.
@@ -64,7 +69,7 @@ class Text:
     return {split: {n: counts[n] for n in ('tokens', 'bytes', 'documents')} for split, counts in splits.items()}
 
   def _folder(self, workdir) -> str:
-    return os.path.join(workdir, 'data') if self.folder is None else self.folder
+    return str(storage.path(workdir) / 'data') if self.folder is None else self.folder
 
 
 def _mixed(seed: int) -> int:

@@ -1,0 +1,238 @@
+"""Where files lie: in folders of this machine, or in buckets (gs://, s3://), which etils.epath reads through fsspec.
+
+A path is a `pathlib.Path` or, of a bucket, an `epath.Path`, which has the same methods. The libraries of a bucket are
+extras, imported where such a path is made. An object is written whole or not at all; nothing is appended to one.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from typing import Any
+
+from loopformer.types import ConfigError
+
+# Scheme -> the module that serves it, and how to get it. Checkpoints need TensorStore too, which knows the first two.
+CLIENTS = {'gs': ('gcsfs', "pip install 'loopformer[gcs]'"), 's3': ('s3fs', "pip install 'loopformer[s3]'"),
+           'az': ('adlfs', 'pip install adlfs'), 'hf': ('huggingface_hub', 'pip install huggingface_hub')}
+WORKDIRS = ('gs', 's3')
+DELAYS = (1, 4, 16)  # seconds before a bucket is tried again, after what its client has tried by itself
+
+
+class Unreachable(OSError):
+  """A bucket that could not be read or written, however often it was tried."""
+
+
+def scheme(name: str | os.PathLike) -> str | None:
+  """`gs` of gs://bucket/folder; None for a path of this machine."""
+  found = re.match(r'([A-Za-z][A-Za-z0-9+.-]*):/', os.fspath(name))  # pathlib leaves one slash
+  return found and found[1] if found and (found[1] in CLIENTS or '://' in os.fspath(name)) else None
+
+
+def path(name: str | os.PathLike) -> Any:
+  """A path whose methods work where it points to; touches nothing.
+
+  Raises:
+    ConfigError: a scheme that is not known, or whose client is not installed, or no bucket in it.
+  """
+  kind = scheme(name)
+  if kind is None:
+    return Path(name)
+  if kind not in CLIENTS:
+    raise ConfigError(f'{os.fspath(name)}: there is no file system {kind}://; use a local folder, '
+                      + ', '.join(f'{known}://' for known in CLIENTS))
+  module, remedy = CLIENTS[kind]
+  if importlib.util.find_spec(module) is None:
+    raise ConfigError(f'{os.fspath(name)}: reading and writing {kind}:// needs {module}; {remedy}')
+  rest = os.fspath(name)[len(kind) + 1:].lstrip('/')
+  if not rest:
+    raise ConfigError(f'{os.fspath(name)}: names no bucket; give {kind}://BUCKET/FOLDER')
+  os.environ.setdefault('EPATH_USE_TF', 'false')  # epath would take TensorFlow where it is installed
+  import fsspec
+  for protocol in {kind, 'gcs' if kind == 'gs' else kind}:  # what other processes write must be seen
+    fsspec.config.conf.setdefault(protocol, {}).setdefault('use_listings_cache', False)
+  from etils import epath
+  return epath.Path(f'{kind}://{rest}')
+
+
+def remote(name: str | os.PathLike) -> bool:
+  """Whether it lies in a bucket."""
+  return scheme(name) is not None
+
+
+def cache() -> Path:
+  """The folder of this machine for copies and compiled programs: $LOOPFORMER_CACHE, or that of the system."""
+  given = os.environ.get('LOOPFORMER_CACHE')
+  return Path(given) if given else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'loopformer'
+
+
+def check_workdir(name: str | os.PathLike, writes: bool):
+  """Raises ConfigError where a work folder lies in a bucket that cannot hold one, is not there, or is not open to us."""
+  place = path(name)
+  if not remote(place):
+    return
+  if scheme(place) not in WORKDIRS:
+    raise ConfigError(f'workdir = {place}: checkpoints go to local folders, '
+                      + ', '.join(f'{known}://' for known in WORKDIRS))
+  bucket = f'{scheme(place)}://{_key(place).partition("/")[0]}'
+  try:
+    if writes:
+      probe = place / f'.probe-{secrets.token_hex(4)}'
+      probe.write_text('can be deleted\n')
+      probe.unlink()
+    elif not place.exists():
+      files(bucket).ls(bucket)
+  except FileNotFoundError as error:
+    raise ConfigError(f'workdir = {place}: there is no bucket {bucket}; make it, or correct the name') from error
+  except Exception as error:  # of the client, each of which has its own
+    raise ConfigError(f'workdir = {place}: {bucket} cannot be {"written" if writes else "read"} ({_reason(error)}); '
+                      'see to its permissions and to the credentials of this machine') from error
+
+
+def files(name: str | os.PathLike) -> Any:
+  """The fsspec file system of a bucket's path."""
+  import fsspec
+  return fsspec.filesystem(scheme(path(name)))
+
+
+def write(target: Any, data: str | bytes):
+  """Writes a file whole: readers see what was there before, or all of it.
+
+  Raises:
+    Unreachable: the bucket could not be written.
+  """
+  data = data.encode() if isinstance(data, str) else data
+  target = path(target)
+  if remote(target):
+    attempt(lambda: target.write_bytes(data), target)
+    return
+  temporary = target.with_name(f'{target.name}.{secrets.token_hex(4)}')
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(target)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def attempt(action: Callable[[], Any], where: Any) -> Any:
+  """What `action` returns, which may fail for a while.
+
+  Raises:
+    Unreachable: it went on failing, or failed for a reason that does not pass.
+  """
+  for number, delay in enumerate((*DELAYS, None), 1):
+    try:
+      return action()
+    except Exception as error:  # of the client, each of which has its own
+      if delay is None or isinstance(error, (FileNotFoundError, PermissionError)):
+        times = f' (tried {number} times)' if number > 1 else ''
+        raise Unreachable(f'{where}: {_reason(error)}{times}') from error
+      time.sleep(delay)
+
+
+def _reason(error: Exception) -> str:
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def appending(target: Any) -> Iterator[Any]:
+  """A file of this machine to append text to, for processes too; of a bucket, it is uploaded at the end."""
+  target = path(target)
+  if not remote(target):
+    with target.open('a') as file:
+      yield file
+    return
+  with tempfile.NamedTemporaryFile('w') as file:
+    if target.exists():
+      file.write(target.read_text())
+      file.flush()
+    try:
+      yield file
+    finally:
+      file.flush()
+      write(target, Path(file.name).read_bytes())
+
+
+@contextlib.contextmanager
+def filled(target: Any) -> Iterator[Path]:
+  """A folder of this machine to write into: `target` itself or, of a bucket, one that is uploaded at the end."""
+  target = path(target)
+  if not remote(target):
+    target.mkdir(parents=True, exist_ok=True)
+    yield target
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    yield Path(folder)
+    upload(Path(folder), target)
+
+
+def upload(folder: Path, target: Any, last: str = ''):
+  """Copies all files of a folder into one of a bucket, the file `last` after the others."""
+  names = sorted(str(file.relative_to(folder)) for file in folder.rglob('*') if file.is_file())
+  for chosen in ([name for name in names if name != last], [name for name in names if name == last]):
+    if chosen:
+      attempt(lambda: files(target).put([str(folder / name) for name in chosen],
+                                        [f'{target}/{name}' for name in chosen]), target)
+
+
+def fetched(name: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
+  """A file or folder as it is on this machine: itself or, of a bucket, a copy in `cache()`, made anew when it changed.
+
+  Args:
+    beside: names in the folder of a file that come along, where there are such.
+
+  Raises:
+    ConfigError: there is nothing of that name in the bucket.
+  """
+  source = path(name)
+  if not remote(source):
+    return source
+  found = held(source)
+  if not found:
+    raise ConfigError(f'{source}: there is no such file or folder; check the path')
+  top = _key(source.parent)
+  if list(found) == [_key(source)]:
+    found |= {key: state for other in beside for key, state in held(source.parent / other).items()}
+  digest = hashlib.sha256(json.dumps([str(source), sorted(found.items())]).encode()).hexdigest()[:32]
+  return downloaded({key: os.path.relpath(key, top) for key in found}, source, cache() / 'files' / digest) / source.name
+
+
+def held(folder: Any) -> dict[str, str]:
+  """What stands in a folder of a bucket, or the file of that name: key -> size and the store's own mark of contents."""
+  found = attempt(lambda: files(folder).find(str(folder), detail=True), folder)
+  return {key: f'{about["size"]} {_mark(about)}' for key, about in found.items() if about['type'] == 'file'}
+
+
+def _mark(about: dict) -> str:
+  return str(next((about[name] for name in ('md5Hash', 'crc32c', 'ETag', 'etag', 'mtime') if about.get(name)), ''))
+
+
+def downloaded(names: dict[str, str], source: Any, folder: Path) -> Path:
+  """The folder, which files of a bucket (key -> name in it) are copied into unless it is there; whole or absent."""
+  if folder.is_dir():
+    return folder
+  temporary = folder.with_name(f'{folder.name}.{secrets.token_hex(4)}')
+  try:
+    for name in names.values():
+      (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+    attempt(lambda: files(source).get(list(names), [str(temporary / name) for name in names.values()]), source)
+    with contextlib.suppress(OSError):  # another process was first
+      temporary.rename(folder)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return folder
+
+
+def _key(place: Any) -> str:
+  """bucket/folder of scheme://bucket/folder."""
+  return str(place).partition('://')[2]
