@@ -85,7 +85,7 @@ class Compiled:
 # The programs --------------------------------------------------------------------------------------------------------
 
 
-def training(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
+def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
   """A training step."""
   options, model = config.train, config.model
   sharding.check_batch(options.batch, options.accumulate, mesh)
@@ -104,21 +104,25 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
       state=2.0 * plan.held(state, mesh), model_flops=config.objective.flops(model, config.task.length) * tokens)
 
 
-def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
-  """An evaluation of `rows` sequences with all loops."""
+def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
+  """An evaluation of `rows` sequences with all loops; weights whole over fsdp, if twice as much fits into `room`, bytes
+  of a device, and divided if not, as `sharding.gathered` has them."""
   model, length = config.model, config.task.length
   rows = -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
   batch = _batch(plan.rows_of(config.task), rows, mesh, stop=False)
   schedule = jax.eval_shape(lambda: plans.schedule(plans.resolve(model.loops)))
   leave, dial = exits.compiled(evaluate.Run(plan=None).exit)
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  divided = 2 * plan.held(shapes, mesh, ('tensor',)) > room
+  params = abstract(shapes, sharding.shardings(shapes, mesh, sharding.AXES if divided else ('tensor',)))
   return Built(
-      call=evaluate.score, arguments=(model, config.task.measure, leave, _weights(model, mesh), batch, schedule, None,
-                                      dial),
+      call=evaluate.score, arguments=(model, config.task.measure, leave, params, batch, schedule,
+                                      jax.ShapeDtypeStruct((model.outputs,), jnp.int32), dial),
       told=f'{rows} sequences of {length} tokens', tokens=rows * length, steps=hlo.Steps(free=model.loops, live=1.0),
       state=0.0, model_flops=model.flops(length, model.loops) * rows * length)
 
 
-def reading(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
+def reading(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
   """Prompts of half the model's positions, of `rows` requests at once."""
   model, params, state = _serving(config, mesh, rows)
   count, width = state.place.shape[0], max(config.model.read_in.length // 2, 1)
@@ -134,7 +138,7 @@ def reading(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
       model_flops=config.model.flops(width, config.model.loops) * count * width)
 
 
-def writing(config: Any, mesh: jax.sharding.Mesh, rows: int) -> Built:
+def writing(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
   """One token of every one of `rows` requests, with caches for all positions of the model."""
   model, params, state = _serving(config, mesh, rows)
   count, length = state.place.shape[0], config.model.read_in.length
@@ -153,12 +157,6 @@ def _placed(tree, mesh):
   return abstract(tree, sharding.shardings(tree, mesh))
 
 
-def _weights(model, mesh):
-  """Shapes of parameters as evaluation and generation hold them: over fsdp whole, over tensor divided."""
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  return abstract(shapes, sharding.shardings(shapes, mesh, ('tensor',)))
-
-
 def _batch(example, rows, mesh, stop=True):
   over_rows = NamedSharding(mesh, P(sharding.BATCH))
   leaves = {**example, 'row': np.int32(0), **({'stop': np.float32(0)} if stop else {})}
@@ -167,21 +165,31 @@ def _batch(example, rows, mesh, stop=True):
 
 
 def _serving(config, mesh, rows):
-  """(model, parameters, rows) as an Engine holds them: shapes with their shardings."""
-  served = []
+  """(model, parameters, rows) as an Engine holds them: shapes with their shardings, weights whole over fsdp."""
+  found, count = {}, -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
 
   def make(params):
-    model, params = modules.flattened(config.model, params, turn=rows > 1 or backend.current().sums_contiguous)
-    served.append(model)
-    return params
+    found['model'], params = modules.flattened(config.model, params,
+                                               turn=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
+    empty = generation.empty_rows(found['model'], params, count, config.model.read_in.length, config.model.loops)
+    found['specs'] = generation.partitions(found['model'], params, empty, mesh.shape)
+    return params, empty
 
-  params = jax.eval_shape(make, _weights(config.model, mesh))
-  params = abstract(params, sharding.shardings(params, mesh, ('tensor',)))
-  count = -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
-  empty = jax.eval_shape(lambda: generation.empty_rows(served[0], params, count, config.model.read_in.length,
-                                                      config.model.loops))
-  specs = generation.partitions(served[0], params, empty, mesh.shape)
-  return served[0], params, abstract(empty, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+  params, empty = jax.eval_shape(make, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
+  params = jax.tree_util.tree_map_with_path(lambda path, leaf: _decoded(path, leaf, mesh), params)
+  placed = abstract(empty, jax.tree.map(lambda spec: NamedSharding(mesh, spec), found['specs']))
+  return found['model'], params, placed
+
+
+def _decoded(path, leaf, mesh):
+  """The shape of a parameter with its sharding; kernels that are turned [O, I] are divided as those [I, O] are."""
+  name, turned = jax.tree_util.keystr(path, simple=True, separator='/'), path[-1].key == 'turned'
+  shape = leaf.shape[::-1] if turned else leaf.shape
+  spec = sharding.only(sharding.spec(name.removesuffix('turned') + 'kernel' if turned else name, shape, mesh.shape),
+                       ('tensor',))
+  entries = (*spec, *(None,) * (len(shape) - len(spec)))
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                              sharding=NamedSharding(mesh, P(*(entries[::-1] if turned else entries))))
 
 
 def state_plan(model: Any, rows: int) -> Any:
@@ -210,11 +218,12 @@ def compile_for(topology: topologies.Topology, config: Any, program: str = 'trai
   """
   mesh = config.mesh.make(list(topology.devices))
   sharding.check_model(config.model, mesh)
+  room = metrics.ACCELERATORS[topology.accelerator].memory
   with backend.compiling_for('cpu'):  # whose attention is made of products that can be counted
-    built = PROGRAMS[program](plan.coarse(config), mesh, rows)
+    built = PROGRAMS[program](plan.coarse(config), mesh, rows, room)
     counted = list(plan.products(built.trace(mesh).jaxpr.jaxpr, built.steps, mesh.shape))
   with backend.compiling_for(topology.backend):
-    built = PROGRAMS[program](config, mesh, rows)
+    built = PROGRAMS[program](config, mesh, rows, room)
     lowered = built.trace(mesh).lower()
   begun = time.perf_counter()
   try:
