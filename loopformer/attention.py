@@ -4,6 +4,7 @@ All compute the softmax in float32 and return the dtype of the queries.
 """
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import jax
@@ -48,21 +49,21 @@ class Blockwise:
 @part
 class Fused:
   """Causal attention by the kernel of the backend: cuDNN's on a GPU, splash attention on a TPU, Blockwise elsewhere and
-  where those cannot serve (on a GPU float32, heads whose width is no multiple of 8 or beyond 128, and segments in texts
-  of odd length; on a TPU float16, and texts whose length is no multiple of 128).
+  where those cannot serve: on a GPU float32, and heads whose width is no multiple of 8 or beyond 128; on a TPU float16,
+  and texts of fewer than 128 tokens.
 
   size: of Blockwise's blocks.
   """
   size: int = 64
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    return self.on(backend.current().name, q.dtype, q.shape[1], q.shape[3], seg is not None)(q, k, v, seg)
+    return self.on(backend.current().name, q.dtype, q.shape[1], q.shape[3])(q, k, v, seg)
 
-  def on(self, name: str, dtype: Any, length: int, head: int, segments: bool = False) -> Blockwise | Cudnn | Splash:
+  def on(self, name: str, dtype: Any, length: int, head: int) -> Blockwise | Cudnn | Splash:
     """What attends with `length` queries of width `head` in this dtype on a backend: 'cpu', 'gpu' or 'tpu'."""
-    if name == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128 and not (segments and length % 2):
+    if name == 'gpu' and dtype in HALVES and head % 8 == 0 and head <= 128:
       return Cudnn()
-    if name == 'tpu' and dtype in Splash.dtypes and length % LANES == 0:
+    if name == 'tpu' and dtype in Splash.dtypes and length >= LANES:
       return Splash()
     return Blockwise(size=self.size)
 
@@ -76,8 +77,9 @@ class Cudnn:
     if backend.current().name != 'gpu' or q.dtype not in HALVES:
       raise ConfigError(f'kernel = Cudnn() with {q.dtype} on {backend.current().name}: cuDNN attends on a GPU in '
                         'bfloat16 or float16; take attention.Fused(), which chooses by backend and dtype')
-    # The kernel brings rules for the partitioner, which do not compile where a mesh is divided by hand already.
-    return sharding.by_rows_and_heads(self._attend, q, k, v, seg)
+    # The kernel brings rules for the partitioner, which do not compile where a mesh is divided by hand already. With
+    # segments it wants texts of even length.
+    return _lengthened(functools.partial(sharding.by_rows_and_heads, self._attend), 1 if seg is None else 2, q, k, v, seg)
 
   def _attend(self, q, k, v, seg):
     mask = None if seg is None else seg[:, None, :, None] == seg[:, None, None]
@@ -86,7 +88,8 @@ class Cudnn:
 
 @part
 class Splash:
-  """Splash attention, causal: JAX's Pallas kernel for TPUs, which never visits blocks above the diagonal.
+  """Splash attention, causal: JAX's Pallas kernel for TPUs, which never visits blocks above the diagonal. Texts are
+  lengthened to multiples of 128 tokens.
 
   size: the longest block of queries and of keys. interpret: emulate the kernel, to test it elsewhere.
   """
@@ -99,14 +102,12 @@ class Splash:
       raise ConfigError(f'kernel.size = {self.size}: blocks of splash attention are multiples of {LANES} long')
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    if q.shape[1] % LANES:
-      raise ConfigError(f'kernel = Splash() with {q.shape[1]} tokens: it wants a multiple of {LANES}; take '
-                        'attention.Fused(), which chooses by length')
     if q.dtype not in self.dtypes:
       raise ConfigError(f'kernel = Splash() with {q.dtype}: it attends in bfloat16 or float32; take attention.Fused(), '
                         'which chooses by dtype')
     # The partitioner cannot divide a Pallas kernel: every device runs it on its own rows and heads.
-    return sharding.by_rows_and_heads(self._attend, (q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, seg)
+    return _lengthened(functools.partial(sharding.by_rows_and_heads, self._attend), LANES,
+                       (q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, seg)
 
   def _attend(self, q, k, v, seg):
     length, heads = q.shape[1:3]
@@ -121,6 +122,18 @@ class Splash:
 
 
 Kernel = Blockwise | Fused | Cudnn | Splash
+
+
+def _lengthened(attend, multiple, q, k, v, seg):
+  """Causal attention over a text that is lengthened to a multiple of so many tokens: none before sees those at its end."""
+  length = q.shape[1]
+  if not (more := -length % multiple):
+    return attend(q, k, v, seg)
+
+  def longer(x):
+    return jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
+
+  return attend(longer(q), longer(k), longer(v), None if seg is None else longer(seg))[:, :length]
 
 
 def saving(*names: str) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ class Confidence:
     asked_BT = (batch['weights'] > 0).astype(jnp.float32)
 
     def doubt(z_BTD):
-      logits = jnp.einsum('BTD,VD->BTV', z_BTD, readout.table.astype(z_BTD.dtype), preferred_element_type=jnp.float32)
+      logits = readout.logits(z_BTD)
       unsure_BT = jax.nn.logsumexp(logits, -1) - logits.max(-1)
       return (unsure_BT * asked_BT).sum(-1) / jnp.maximum(asked_BT.sum(-1), 1)
 

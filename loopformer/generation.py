@@ -342,10 +342,10 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
     return jnp.where((rows.left > 0)[:, None] & (pos < length), pos, -1)
 
   # Cast once, here: XLA would cast the whole table for every token.
-  table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.read_in.dtype))
+  table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.dtype))
 
   def logits_of(z):
-    return sharding.whole(turned(z, table) if z.dtype == table.dtype else model.apply(variables, z, method='logits'))
+    return sharding.whole(turned(z.astype(table.dtype), table))
 
   def full(rows, tokens, pos):
     plan = rows.plan.replace(live=rows.plan.live & (rows.left > 0))

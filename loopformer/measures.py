@@ -20,8 +20,8 @@ def counted(batch: Batch) -> Array:
 
 
 def _nll(readout, z, batch):
-  return sharding.sum_over_rows(lambda z, targets, weights, table: nll_sum(z, table, targets, weights), z,
-                                batch['targets'], batch['weights'], whole=readout.table)
+  return sharding.sum_over_rows(lambda z, targets, weights, table: nll_sum(z, table, targets, weights, None, readout.dtype),
+                                z, batch['targets'], batch['weights'], whole=readout.table)
 
 
 @part
@@ -47,7 +47,7 @@ class Answers:
   """Loss; accuracy over all answer tokens; `exact`, sequences whose answers are all right; `last`, their last ones."""
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
-    logits_BTV = jnp.einsum('BTD,VD->BTV', z, readout.table.astype(z.dtype), preferred_element_type=jnp.float32)
+    logits_BTV = readout.logits(z)
     asked = batch['weights'] > 0
     right = (logits_BTV.argmax(-1) == batch['targets']) & asked
     last = jnp.where(asked, jnp.arange(asked.shape[1]), -1).argmax(-1)

@@ -109,7 +109,7 @@ class Looped(nn.Module):
 
   def logits(self, z: Array) -> Array:
     """[..., D] -> f32[..., V]: the head alone."""
-    return turned(z, self.table())
+    return turned(z.astype(self.dtype), self.table())
 
   def timetable(self, plan: Plan) -> Any:
     """What the cell computes ahead of the loop."""
@@ -145,6 +145,11 @@ class Looped(nn.Module):
     return around + self.cell.flops(width, length, steps) + bridge + 2.0 * width * self.outputs
 
   @property
+  def dtype(self) -> str:
+    """Of the operands of products, the head's too, which sums in float32."""
+    return self.cell.core.block.dtype
+
+  @property
   def outputs(self) -> int:
     """Rows of the head's matrix."""
     return self.read_out.outputs_of(self.read_in)
@@ -160,7 +165,7 @@ def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
   def read(x):
     return one(x) if x.ndim == 3 else jax.vmap(one)(x)
 
-  return Readout(table=model.apply(variables, method='table'), read=read)
+  return Readout(table=model.apply(variables, method='table'), read=read, dtype=model.dtype)
 
 
 def init_params(model: Looped, key: Array) -> Any:

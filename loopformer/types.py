@@ -15,6 +15,7 @@ from typing import Any, Callable, Mapping, Protocol
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -148,11 +149,18 @@ class Readout:
   """The way from a state to an answer, with its parameters in it.
 
   table: f32[V, D], the head's matrix: answers are z @ table^T. read: a state of the loop [..., B, T, D] -> z, the same
-  after coda and final norm. of: the same of rollouts that ran with weights of their own, by their names.
+  after coda and final norm. of: the same of rollouts that ran with weights of their own, by their names. dtype: of the
+  operands of products with the table, which are summed in float32; None: that of z.
   """
   table: Array
   read: Callable[[Array], Array]
   of: Mapping[str, Readout] = dataclasses.field(default_factory=dict)
+  dtype: Any = None
+
+  def logits(self, z: Array) -> Array:
+    """z [..., D] -> f32[..., V]."""
+    dtype = self.dtype or z.dtype
+    return jnp.einsum('...D,VD->...V', z.astype(dtype), self.table.astype(dtype), preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

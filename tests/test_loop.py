@@ -1,5 +1,6 @@
 """The battery: what every cell and variant must do. Rows are in tests/parts.py."""
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.configs.loopformer import get_config
-from loopformer import attention, blocks, loop, plans
+from loopformer import attention, backend, blocks, loop, plans
 from loopformer.attention import Blockwise, Cudnn, Fused, Splash, attend
 from loopformer.blocks import Normal, Stack, UnitNorm, dense, gelu, turned
 from loopformer.cells.timed import Timed
@@ -222,7 +223,7 @@ SPLASH = pytest.param(Splash(size=256, interpret=True), marks=pytest.mark.skipif
 
 
 @pytest.mark.parametrize('kernel', [SPLASH, CUDNN], ids=str)
-@pytest.mark.parametrize('length, groups, segments', [(128, 4, False), (384, 2, True), (512, 1, False)])
+@pytest.mark.parametrize('length, groups, segments', [(128, 4, False), (333, 2, True), (512, 1, False)])
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 1e-2)])
 def test_kernels_of_accelerators(kernel, length, groups, segments, dtype, tolerance):
   if kernel == Cudnn() and dtype == 'float32':
@@ -243,26 +244,43 @@ def test_kernels_of_accelerators(kernel, length, groups, segments, dtype, tolera
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize('backend, dtype, length, head, kernel', [
+@pytest.mark.parametrize('name, dtype, length, head, kernel', [
     ('gpu', 'bfloat16', 1001, 64, Cudnn()),
     ('cpu', 'float32', 1024, 64, Blockwise(size=16)), ('cpu', 'bfloat16', 1024, 64, Blockwise(size=16)),
     ('gpu', 'bfloat16', 1000, 64, Cudnn()), ('gpu', 'float32', 1024, 64, Blockwise(size=16)),
     ('gpu', 'bfloat16', 1024, 66, Blockwise(size=16)), ('gpu', 'bfloat16', 1024, 256, Blockwise(size=16)),
     ('tpu', 'bfloat16', 1024, 64, Splash()), ('tpu', 'float32', 128, 66, Splash()),
-    ('tpu', 'bfloat16', 1000, 64, Blockwise(size=16))])
-def test_fused_takes_the_kernel_of_the_backend(backend, dtype, length, head, kernel):
-  assert Fused(size=16).on(backend, jnp.dtype(dtype), length, head) == kernel
-  odd = kernel == Cudnn() and length % 2
-  assert Fused(size=16).on(backend, jnp.dtype(dtype), length, head, True) == (Blockwise(size=16) if odd else kernel)
+    ('tpu', 'bfloat16', 1000, 64, Splash()), ('tpu', 'bfloat16', 127, 64, Blockwise(size=16)),
+    ('tpu', 'float16', 1024, 64, Blockwise(size=16)), ('gpu', 'float16', 1024, 64, Cudnn())])
+def test_fused_takes_the_kernel_of_the_backend(name, dtype, length, head, kernel):
+  assert Fused(size=16).on(name, jnp.dtype(dtype), length, head) == kernel
+
+
+def test_cudnn_gets_texts_of_even_length_with_segments():
+  """And says nothing of what was added."""
+  rng, seen = np.random.default_rng(0), []
+  q, k, v = (jnp.asarray(rng.standard_normal((2, 7, 2, 8)), jnp.bfloat16) for _ in range(3))
+  seg = jnp.asarray([[0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0]])
+
+  def product(q, k, v, mask, is_causal, implementation):
+    seen.append((q.shape[1], mask is None))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
+
+  with (backend.compiling_for('gpu'),
+        mock.patch.object(attention, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=product))):
+    ours = [Cudnn()(q, k, v, seg), Cudnn()(q, k, v, None)]
+  assert seen == [(8, False), (7, True)]
+  for out, given in zip(ours, (seg, None)):
+    close(out.astype(jnp.float32), by_softmax(q, k, v, given).astype(jnp.float32), 2e-2)
 
 
 @pytest.mark.skipif(jax.default_backend() == 'gpu', reason='there is cuDNN')
 def test_kernels_that_cannot_serve_say_so():
   q = jnp.ones((1, 100, 2, 8))
   for kernel, message in ((Cudnn(), r'Cudnn\(\) with float32 on cpu.*attention\.Fused'),
-                          (Splash(), r'Splash\(\) with 100 tokens.*multiple of 128.*attention\.Fused')):
+                          (Splash(), r'Splash\(\) with float16.*attention\.Fused')):
     with pytest.raises(ConfigError, match=message):
-      kernel(q, q, q, None)
+      kernel(*(q.astype('float16' if kernel == Splash() else 'float32'),) * 3, None)
   with pytest.raises(ConfigError, match=r'kernel\.size = 200.*multiples of 128'):
     Splash(size=200)
 
@@ -297,6 +315,21 @@ def test_layers_written_out_equal_layers_scanned(order, remat, monkeypatch):
         lambda p: (model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z[..., 0] ** 2).sum()))(weights)
 
   close(value_and_gradient(True), value_and_gradient(False), 1e-5)
+
+
+@pytest.mark.parametrize('name', ['tpu', 'gpu'])
+@pytest.mark.parametrize('row', ['grouped', 'loopformer'])
+def test_programs_for_other_backends_compute_the_same(row, name):
+  """In float32, in which only the order of sums differs."""
+  model = ROWS[row].model
+  weights = params(model)
+
+  def value_and_gradient(name):
+    with backend.compiling_for(name):
+      return jax.jit(jax.value_and_grad(
+          lambda p: (model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z[..., 0] ** 2).sum()))(weights)
+
+  close(value_and_gradient(name), value_and_gradient('cpu'), 1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='wants a GPU')

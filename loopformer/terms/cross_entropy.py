@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Mapping
+from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,20 @@ def at_once(chunk: int | None, tokens: int) -> int:
   """Of so many tokens, those whose logits are held at once: `chunk`, or what the backend wants (backend.py)."""
   return min(chunk or backend.current().logits_at_once, tokens)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int | None = None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int | None = None,
+            dtype: Any = None) -> Array:
   """f32[]: sum of weights * -log softmax(z table^T)[targets], over chunks of tokens.
 
   Differentiable in z, table and weights. The gradient is formed in the forward pass, chunk by chunk: that saves the
   backward pass the product that would recompute the logits, for a buffer of the size of z and one of the table's.
 
   Args:
-    z: [..., D]; table: f32[V, D]; targets: i32[...]; weights: f32[...]; chunk: see `at_once`.
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; weights: f32[...]; chunk: see `at_once`; dtype: of the operands of
+      products, which are summed in float32; that of z by default.
   """
-  chunks = _chunks(z, targets, weights, chunk)
-  table = table.astype(z.dtype)
+  chunks = _chunks(z.astype(dtype or z.dtype), targets, weights, chunk)
+  table = table.astype(dtype or z.dtype)
 
   def body(total, row):
     z_nD, target_n, weight_n = row
@@ -36,13 +38,13 @@ def nll_sum(z: Array, table: Array, targets: Array, weights: Array, chunk: int |
   return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None) -> Array:
+def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None, dtype: Any = None) -> Array:
   """f32[...]: -log softmax(z table^T)[targets] of every token, over chunks of tokens; constants, without gradient.
 
   Args:
-    z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk: see `at_once`.
+    z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk, dtype: as of `nll_sum`.
   """
-  z, table = jax.lax.stop_gradient((z, table.astype(z.dtype)))
+  z, table = jax.lax.stop_gradient((z.astype(dtype or z.dtype), table.astype(dtype or z.dtype)))
 
   def nll(row):
     z_nD, target_n, _ = row
@@ -75,9 +77,10 @@ def _pick(logits_nV, target_n):
   return jnp.take_along_axis(logits_nV, target_n[:, None], -1)[:, 0]
 
 
-def _forward(z, table, targets, weights, chunk):
-  chunks = _chunks(z, targets, weights, chunk)
-  cast = table.astype(z.dtype)
+def _forward(z, table, targets, weights, chunk, dtype):
+  dtype = dtype or z.dtype
+  chunks = _chunks(z.astype(dtype), targets, weights, chunk)
+  cast = table.astype(dtype)
 
   def body(carry, row):
     total, dtable_VD = carry
@@ -86,7 +89,7 @@ def _forward(z, table, targets, weights, chunk):
     nll_n = lse_n - _pick(logits_nV, target_n)
     total += jnp.sum(weight_n * nll_n)
     hit_nV = jnp.arange(cast.shape[0]) == target_n[:, None]
-    error_nV = ((jnp.exp(logits_nV - lse_n[:, None]) - hit_nV) * weight_n[:, None]).astype(z.dtype)
+    error_nV = ((jnp.exp(logits_nV - lse_n[:, None]) - hit_nV) * weight_n[:, None]).astype(dtype)
     dtable_VD += jnp.einsum('nV,nD->VD', error_nV, z_nD, preferred_element_type=jnp.float32)
     dz_nD = jnp.einsum('nV,VD->nD', error_nV, cast, preferred_element_type=jnp.float32).astype(z.dtype)
     return (total, dtable_VD), (dz_nD, nll_n)
@@ -97,7 +100,7 @@ def _forward(z, table, targets, weights, chunk):
   return total, (dz, dtable.astype(table.dtype), nll.reshape(-1)[:targets.size].reshape(targets.shape))
 
 
-def _backward(chunk, saved, g):
+def _backward(chunk, dtype, saved, g):
   dz, dtable, nll = saved
   return (dz * g).astype(dz.dtype), (dtable * g).astype(dtable.dtype), None, nll * g
 
@@ -119,4 +122,5 @@ class CE:
     return batch['weights'].sum()
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    return nll_sum(rolls[self.roll].z, readout.table, batch['targets'], batch['weights'], self.chunk)
+    return nll_sum(rolls[self.roll].z, readout.table, batch['targets'], batch['weights'], self.chunk,
+                   readout.dtype)

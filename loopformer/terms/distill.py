@@ -10,13 +10,14 @@ from loopformer.terms.cross_entropy import CE, at_once
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
 
-def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int | None = None) -> Array:
+def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int | None = None,
+           dtype: Any = None) -> Array:
   """f32[]: sum of weights * KL(softmax(taught teacher^T) || softmax(z table^T)) in nats, over chunks of tokens.
 
   Differentiable in z and table; the backward pass forms a chunk's logits again.
 
   Args:
-    z, taught: [..., D]; table, teacher: f32[V, D]; weights: f32[...]; chunk: tokens whose logits are held at once.
+    z, taught: [..., D]; table, teacher: f32[V, D]; weights: f32[...]; chunk, dtype: as of `nll_sum`.
   """
   taught, teacher = jax.lax.stop_gradient((taught, teacher))
   size = at_once(chunk, weights.size)
@@ -26,8 +27,8 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
     return jnp.pad(array, ((0, -weights.size % size), *((0, 0),) * len(trailing))).reshape(-1, size, *trailing)
 
   def log_law(z_nD, table_VD):
-    return jax.nn.log_softmax(jnp.einsum('nD,VD->nV', z_nD, table_VD.astype(z_nD.dtype),
-                                         preferred_element_type=jnp.float32))
+    return jax.nn.log_softmax(jnp.einsum('nD,VD->nV', z_nD.astype(dtype or z_nD.dtype),
+                                         table_VD.astype(dtype or z_nD.dtype), preferred_element_type=jnp.float32))
 
   @jax.checkpoint
   def one(row):
@@ -60,7 +61,8 @@ class Distill:
     own, taught = _pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')
     theirs = readout.of.get(self.teacher, readout)
     weights_KBT = jnp.broadcast_to(batch['weights'], own.shape[:-1])
-    total = kl_sum(readout.read(own), readout.table, theirs.read(taught), theirs.table, weights_KBT, self.chunk)
+    total = kl_sum(readout.read(own), readout.table, theirs.read(taught), theirs.table, weights_KBT, self.chunk,
+                   readout.dtype)
     return total / len(own)
 
 

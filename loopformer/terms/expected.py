@@ -57,7 +57,8 @@ class Expected:
     log_p_KBT = log_exit(trace.aux['halt'])
     p_KBT = jnp.exp(log_p_KBT)
     targets_KBT = jnp.broadcast_to(batch['targets'], p_KBT.shape)
-    loss = nll_sum(readout.read(trace.xs), readout.table, targets_KBT, p_KBT * batch['weights'], self.chunk)
+    loss = nll_sum(readout.read(trace.xs), readout.table, targets_KBT, p_KBT * batch['weights'], self.chunk,
+                   readout.dtype)
     return loss + self.beta * jnp.sum(p_KBT * log_p_KBT * batch['weights'])
 
 
@@ -102,7 +103,7 @@ class Improvement:
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
     targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
-    ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk)
+    ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk, readout.dtype)
     goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
     gate = self.gate.clone(parent=None).bind({'params': params['cell']['gate']})
     halt = self.alignment.taught(halt_logits(gate, xs_KBTD))

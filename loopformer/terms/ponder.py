@@ -93,7 +93,8 @@ class Averaged:
     trace = whole(rolls, self.roll)
     share_KBT, _ = shares(trace.aux['halt'], self.threshold)
     mean_BTD = jnp.einsum('KBT,KBTD->BTD', share_KBT, trace.xs.astype(jnp.float32)).astype(trace.xs.dtype)
-    return nll_sum(readout.read(mean_BTD), readout.table, batch['targets'], batch['weights'], self.chunk)
+    return nll_sum(readout.read(mean_BTD), readout.table, batch['targets'], batch['weights'], self.chunk,
+                   readout.dtype)
 
 
 @part
