@@ -37,7 +37,7 @@ class Built:
 
   call: a jitted function; arguments: shapes with their shardings, and what is static; tokens: that it reads or writes;
   steps: of its branches and loops; state: bytes of a device that are read and written once besides what products read.
-  model_flops: of all devices, nothing twice.
+  model_flops: of all devices, nothing twice; uneven: lines about parameters that fsdp does not divide.
   """
   call: Callable[..., Any]
   arguments: tuple[Any, ...]
@@ -46,6 +46,7 @@ class Built:
   steps: hlo.Steps
   state: float
   model_flops: float
+  uneven: tuple[str, ...] = ()
   keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def trace(self, mesh: jax.sharding.Mesh) -> Any:
@@ -101,7 +102,8 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bu
       keywords={'frozen': {folder: params for folder in config.objective.teachers}},
       told=f'a step of {tokens:,} tokens, {each} rows a device at a time',
       tokens=tokens, steps=plan.expected(config.objective, example, each, options.steps),
-      state=2.0 * plan.held(state, mesh), model_flops=config.objective.flops(model, config.task.length) * tokens)
+      state=2.0 * plan.held(state, mesh), uneven=tuple(plan.undivided(state.params, mesh)),
+      model_flops=config.objective.flops(model, config.task.length) * tokens)
 
 
 def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
@@ -273,7 +275,7 @@ def report(name: str, compiled: Compiled) -> str:
       f'{name} on {topology.name}, {len(topology.devices)} devices: '
       + ' x '.join(f'{axis} {size}' for axis, size in compiled.mesh.items())
       + f'\n{built.told}; compiled by {topology.compiler} in {compiled.seconds:.0f} s',
-      sums, exchanged, f'kernels: {kernels}; copies in loops: {copied / GIGA:.3g} GB'])
+      sums, *built.uneven, exchanged, f'kernels: {kernels}; copies in loops: {copied / GIGA:.3g} GB'])
 
 
 def run(config: Any, name: str, program: str, rows: int):

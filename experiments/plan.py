@@ -53,7 +53,8 @@ class Plan:
   these at its peak: activations, and what the compiler adds.
   traffic: bytes to and from its memory; sent: bytes that it sends, by (name of the collective, devices of its group,
   how far these are apart: 1 + last - first).
-  model_flops: of all devices, without what is run twice (`Objective.flops`).
+  model_flops: of all devices, without what is run twice (`Objective.flops`). uneven: lines about parameters that fsdp
+  does not divide.
   """
   mesh: Mapping[str, int]
   parameters: int
@@ -69,6 +70,7 @@ class Plan:
   traffic: float
   sent: Mapping[tuple[str, int, int], float]
   model_flops: float
+  uneven: tuple[str, ...] = ()
 
   @property
   def rest(self) -> int:
@@ -194,12 +196,29 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
       total=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
       + memory.temp_size_in_bytes,
       flops=program.flops, traffic=traffic + 2 * (weights + optimizer_bytes), sent=program.sent,
-      model_flops=config.objective.flops(config.model, config.task.length) * tokens)
+      model_flops=config.objective.flops(config.model, config.task.length) * tokens,
+      uneven=tuple(undivided(state.params, mesh)))
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Shapes of a train state or a part of it, with their shardings."""
   return abstract(tree, sharding.shardings(tree, mesh))
+
+
+def undivided(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
+  """Lines about parameters that fsdp does not divide evenly."""
+  size, numbers, names = mesh.shape['fsdp'], collections.Counter(), {}
+  for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(
+      sharding.shardings(params, mesh))):
+    axes = {axis for entry in own.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    kind = 'parts' if axes & {'outer', 'inner'} else 'whole' if 'fsdp' not in axes and leaf.size >= sharding.LARGE else ''
+    numbers[kind] += leaf.size
+    names.setdefault(kind, jax.tree_util.keystr(path, simple=True, separator='/') + f' {list(leaf.shape)}')
+  total, told = sum(leaf.size for leaf in jax.tree.leaves(params)), {
+      'parts': 'held in parts over two axes or by some of the devices, gathered before and summed whole after the step',
+      'whole': 'whole on every device, and so are their moments; choose an fsdp that divides an axis'}
+  return [f'fsdp = {size} divides no axis of {numbers[kind]:,} of {total:,} parameters ({names[kind]} is the first): '
+          f'{words}' for kind, words in told.items() if size > 1 and numbers[kind]]
 
 
 def held(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = sharding.AXES) -> int:
@@ -297,6 +316,7 @@ def summary(name: str, plan: Plan, changed: bool) -> str:
       f'memory traffic a device: {plan.traffic / GIGA:.1f} GB',
       f'sent by a device: {sum(sent.values()) / GIGA:.3f} GB' + ''.join(
           f'; {what} {number / GIGA:.3f}' for what, number in sent.most_common() if number >= 0.0005 * GIGA)]
+  lines += plan.uneven
   if changed:
     lines.append(f'attention is planned in {BLOCKS} blocks of queries, fewer than the configuration asks for: more '
                  'scores at once')

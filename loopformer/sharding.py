@@ -108,6 +108,49 @@ def specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
       lambda path, leaf: spec(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh.shape), tree)
 
 
+LARGE = 1 << 16  # numbers
+
+
+def two_ways(shape: tuple[int, ...], partition: P, size: int) -> tuple[int, P] | None:
+  """How an array none of whose axes `size` devices divide evenly is divided by two of its axes, or by one in part.
+
+  Returns:
+    (a, partition over 'outer' of a devices and 'inner' of size / a); None where it is small, or nothing divides.
+  """
+  if math.prod(shape) < LARGE:
+    return None
+  entries = (*partition, *(None,) * (len(shape) - len(partition)))
+
+  def most(count, but=None):
+    axes = [axis for axis, length in enumerate(shape) if entries[axis] is None and axis != but and length % count == 0]
+    return max(axes, key=lambda axis: shape[axis], default=None) if count > 1 else None
+
+  found = []
+  for a in range(2, size):
+    if size % a == 0 and (first := most(a)) is not None:
+      second = most(size // a, first)
+      names = {first: 'outer', second: 'inner'}
+      shared = a * (size // a if second is not None else 1)
+      found.append((shared, a, P(*(names.get(axis, entry) for axis, entry in enumerate(entries)))))
+  return max(found, key=lambda each: each[:2])[1:] if found else None
+
+
+def held(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Where the parts of an array of the train state lie, by its path and its shape.
+
+  As `spec` says; large arrays that fsdp does not divide are held in parts too, and are whole as soon as they are
+  computed with (in the step's shard_map they are arguments that every device has whole).
+  """
+  partition = spec(path, shape, mesh.shape)
+  size = mesh.shape['fsdp']
+  if size == 1 or 'fsdp' in tuple(partition) or not (found := two_ways(shape, partition, size)):
+    return NamedSharding(mesh, partition)
+  outer, parts = found
+  grid = mesh.devices.reshape(mesh.shape['data'], outer, size // outer, mesh.shape['tensor'])
+  finer = jax.sharding.Mesh(grid, ('data', 'outer', 'inner', 'tensor'), axis_types=(AxisType.Auto,) * 4)
+  return NamedSharding(finer, parts)
+
+
 def only(partition: P, names: tuple[str, ...]) -> P:
   """The partition over some of the axes, the others whole."""
   return P(*(entry if entry in names or entry == BATCH and set(BATCH) <= set(names) else None for entry in partition))
@@ -115,7 +158,10 @@ def only(partition: P, names: tuple[str, ...]) -> P:
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> Any:
   """Shardings of a train state or a part of it, from its shapes (`jax.eval_shape`), over some of the axes."""
-  return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh))
+  if names != AXES:
+    return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh))
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: held(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh), tree)
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:
@@ -147,7 +193,7 @@ def placer(mesh: jax.sharding.Mesh | None) -> Callable[[str, Any], Array]:
     return lambda path, array: jnp.asarray(array)
 
   def put(path, array):
-    divided = NamedSharding(mesh, spec(path, array.shape, mesh.shape))
+    divided = held(path, array.shape, mesh)
     return jax.make_array_from_callback(array.shape, divided, lambda index: np.asarray(array[index]))
 
   return put

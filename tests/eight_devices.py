@@ -19,6 +19,7 @@ from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import RMSNorm, Stack
 from loopformer.inject import Diagonal
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.model import init_params
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import CE
@@ -199,6 +200,28 @@ def staged(devices) -> dict[str, Any]:
           'scatters': [found['cpu scatters'], found['tpu scatters']]}
 
 
+def uneven(devices) -> dict[str, Any]:
+  """Two steps of a model with matrices that eight devices do not divide along an axis: held in parts all the same."""
+  model = parts.looped(parts.plain(heads=2), loops=3)
+  model = model.clone(read_in=model.read_in.clone(width=12))
+  objective = SETUPS['free'][1](3)
+  objective = Objective(rolls={'r': Roll(plans.Uniform(3))}, terms=objective.terms)
+  found, params = {}, jax.jit(lambda: init_params(model, jax.random.key(0)))()
+  with mock.patch.object(sharding, 'LARGE', 100):
+    for name, mesh in (('one', Mesh(data=1).make(devices[:1])), ('eight', Mesh(fsdp=8).make(devices))):
+      state = State(step=jnp.int32(0), params=params, optimizer=optimizer().init(params))
+      places = sharding.shardings(state, mesh)
+      state = jax.device_put(jax.tree.map(jnp.array, state), places)
+      step = make_step(model, objective, optimizer(), mesh)
+      for _ in range(2):
+        state, _ = step(state, sharding.put_batch(parts.batch(ROWS), mesh))
+      found[name] = jax.device_get(state.params)
+    kernel = state.params['cell']['core']['block']['attn']['out']['kernel']
+    stays = jax.tree.all(jax.tree.map(lambda leaf, own: leaf.sharding.is_equivalent_to(own, leaf.ndim), state, places))
+  return {'error': compare(found['eight'], found['one']), 'kernel': list(kernel.shape), 'stays': stays,
+          'part': list(kernel.addressable_shards[0].data.shape)}
+
+
 def main():
   devices = jax.devices()
   assert len(devices) == 8, devices
@@ -244,6 +267,7 @@ def main():
     report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {loops}'] = {
         **collectives(text, mesh), 'divided': divided}
   report['kernels'], report['staged'] = kernels(devices), staged(devices)
+  report['uneven'] = uneven(devices)
   report['control'] = control(Mesh(data=2, fsdp=4).make(devices))
   print(json.dumps(report))
 

@@ -87,6 +87,29 @@ def test_a_sum_over_all_devices_of_a_slice_is_scattered_in_two_stages(report):
 
 
 @pytest.mark.slow
+def test_what_fsdp_does_not_divide_is_held_in_parts(report):
+  """Twelve by twelve on eight devices: four parts of one axis by two of the other."""
+  found = report['uneven']
+  assert found['kernel'] == [2, 12, 12] and sorted(found['part']) == [2, 3, 6] and found['stays']
+  assert found['error'] < 1e-6
+
+
+@pytest.mark.parametrize('shape, partition, size, expected', [
+    ((4, 5280, 15840), P(), 64, (32, P(None, 'inner', 'outer'))), ((4, 5280, 5280), P(), 64, (32, P(None, 'outer', 'inner'))),
+    ((1001, 1002), P(), 8, (2, P(None, 'outer'))), ((1001, 1003), P(), 8, None), ((12, 12), P(), 8, None),
+    ((4, 5280, 15840), P(None, None, 'tensor'), 64, (32, P('inner', 'outer', 'tensor')))], ids=str)
+def test_two_ways_to_divide(shape, partition, size, expected):
+  """The most parts; the larger number of devices along the larger axis that they divide."""
+  found = sharding.two_ways(shape, partition, size)
+  if expected is None:
+    assert found is None
+  else:
+    shares = {'outer': found[0], 'inner': size // found[0], 'tensor': 1, None: 1}
+    assert all(length % shares[name] == 0 for length, name in zip(shape, found[1]))
+    assert found == expected
+
+
+@pytest.mark.slow
 def test_no_communication_inside_loops(report):
   assert {name: row['inside_loops'] for name, row in report['collectives'].items()} == dict.fromkeys(
       report['collectives'], 0)

@@ -1,7 +1,7 @@
 """Learning from a teacher: a rollout that runs with weights of its own, frozen (`objective.Roll.weights`)."""
 from __future__ import annotations
 
-from typing import Mapping
+from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
