@@ -2,6 +2,7 @@
 
     python -m experiments.export --workdir=runs/tiny --out=exports/tiny --check
     python -m experiments.export --workdir=runs/tiny --out=exports/tiny --dtype=bfloat16 --loops=4
+    python -m experiments.export --workdir=runs/large --out=exports/large --set mesh.fsdp=8
 """
 import importlib.util
 from pathlib import Path
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import loopformer
+from experiments import machines
 from loopformer import config as configs
-from loopformer import convert, storage
+from loopformer import convert, processes, storage
 from loopformer.convert.export import MODELING
 from loopformer.types import ConfigError
 
@@ -28,6 +30,9 @@ def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
   flags.DEFINE_string('out', None, 'Folder to write: a new one, or an earlier export.', required=True)
   flags.DEFINE_integer('step', None, 'Which checkpoint; the last by default.')
+  flags.DEFINE_multi_string('set', [], 'mesh.data, mesh.fsdp or mesh.tensor = a number: the devices that hold the weights '
+                                       'meanwhile; may be repeated.')
+  machines.define_flags()
   flags.DEFINE_integer('loops', None, "Steps of the loop in the export; the model's own by default.")
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the tensors.')
   flags.DEFINE_bool('check', False, f'Load the export again and compare logits; status 1 where they differ by more '
@@ -47,8 +52,8 @@ def largest_difference(model: Any, params: Any, folder: Path, dtype: str) -> tup
     other, name = _by_transformers(folder), 'transformers'
   else:
     other, name = _by_ourselves(folder), 'loopformer'
-  return max(np.abs(np.asarray(loopformer.logits(model, params, tokens, steps=budget)) - other(tokens, budget)).max()
-             for budget in budgets), name
+  ours = {budget: processes.fetch(loopformer.logits(model, params, tokens, steps=budget)) for budget in budgets}
+  return max(np.abs(logits - other(tokens, budget)).max() for budget, logits in ours.items()), name
 
 
 def _is_decoder(folder):
@@ -87,13 +92,18 @@ def _by_ourselves(folder):
 
 def run(workdir: Path, out: Path):
   """Exports, prints what was written and, if asked, how far it is from the source."""
-  model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step)
+  machines.check_set(FLAGS.set, 'an export')
+  machines.connect()
+  model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step, machines.mesh_of(configs.read(workdir), FLAGS.set))
   model = model if FLAGS.loops is None else model.clone(loops=FLAGS.loops)
   done = convert.export(model, params, tokenizer, out, dtype=FLAGS.dtype)
   kind = f'as {done.model_type}' + (f' (no decoder of transformers: {done.reason})' if done.reason else '')
-  print(f'written to {out} {kind}, {FLAGS.dtype}; {"with" if done.tokenizer else "without"} tokenizer.json')
+  if processes.is_leader():
+    print(f'written to {out} {kind}, {FLAGS.dtype}; {"with" if done.tokenizer else "without"} tokenizer.json')
   if FLAGS.check:
     difference, through = largest_difference(model, params, storage.fetched(out), FLAGS.dtype)
+    if not processes.is_leader():
+      return
     print(f'largest difference of logits: {difference:.2e}, loaded through {through}', flush=True)
     if not difference <= TOLERANCE:
       sys.exit(f'error: it is more than {TOLERANCE:g}')
@@ -106,7 +116,7 @@ def main(argv):
   try:
     run(storage.path(FLAGS.workdir), storage.path(FLAGS.out))
   except (ConfigError, ValueError, OSError) as error:
-    sys.exit(f'error: {error}')
+    processes.leave(error, f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 import loopformer
-from experiments import plots, records
+from experiments import machines, plots, records
 from loopformer import config as configs
-from loopformer import exits, memory, metrics, plans, processes, storage
+from loopformer import exits, memory, metrics, plans, processes, sharding, storage
 from loopformer.evaluate import Run, evaluate
 from loopformer.generation import Engine, warn_beyond
 from loopformer.model import parameter_count
@@ -36,7 +36,9 @@ flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] == 'plan',
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_string('config', None, 'train, plan: file.py or file.py:argument; it defines get_config.')
-flags.DEFINE_multi_string('set', [], 'train, plan: path=value replaces a field of the configuration; may be repeated.')
+flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
+                          'generate, harness: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
+                          'divided over.')
 flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last by default.')
 flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
 flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
@@ -61,14 +63,7 @@ flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
 flags.DEFINE_string('profile', None, 'train: first and last step of a profile, such as 20:25, which WORKDIR/profile '
                     'takes.')
 flags.DEFINE_bool('verify', False, 'train: read all data first, and compare them with what was prepared.')
-flags.DEFINE_bool('distributed', False, 'train: one of several processes, which JAX finds out about by itself '
-                  '(TPU pods, Slurm, Kubernetes).')
-flags.DEFINE_string('coordinator', None, 'train: host:port of process 0 of several, with --processes and --process.')
-flags.DEFINE_integer('processes', None, 'train: how many processes there are.')
-flags.DEFINE_integer('process', None, 'train: which of them this is, from 0.')
-flags.DEFINE_integer('connect_timeout', 300, 'train: seconds to wait for the other processes.')
-flags.DEFINE_integer('heartbeat', 60, 'train: seconds without a sign of life after which a process counts as dead, and '
-                     'the others end.')
+machines.define_flags()
 flags.DEFINE_integer('devices', 1, 'plan: how many devices the mesh has.')
 flags.DEFINE_string('topology', None, 'plan: a machine whose own compiler compiles the program, such as v5e:4x4 or h100:8 '
                     '(extra `tpu`; docs/plan.md).')
@@ -99,8 +94,7 @@ def run_train(workdir: Path):
     profile = numbers(FLAGS.profile.replace(':', ','), '--profile', int)
     if len(profile) != 2 or not 0 < profile[0] <= profile[1]:
       raise ConfigError(f'--profile={FLAGS.profile}: give the first and the last step, such as 20:25')
-  if several():
-    processes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.connect_timeout, FLAGS.heartbeat)
+  machines.connect()
   if processes.is_leader():
     print(configs.describe(config))
     print(f'parameters: {parameter_count(config.model):,}; processes: {jax.process_count()}; devices: '
@@ -112,24 +106,33 @@ def run_train(workdir: Path):
     print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
 
 
-def several() -> bool:
-  """Whether this is one of several processes."""
-  return FLAGS.distributed or any(value is not None for value in (FLAGS.coordinator, FLAGS.processes, FLAGS.process))
-
-
 def compiled(workdir: Path | None) -> str:
   """The folder of compiled programs: of the run, where others need them too or this machine may be lost; else our own.
 
   JAX writes it from process 0 alone, so the processes of other machines would compile at every start.
   """
-  if FLAGS.mode == 'train' and (several() or storage.remote(workdir)):
+  if FLAGS.mode == 'train' and (machines.several() or storage.remote(workdir)):
     return str(workdir / 'compiled')
   return str(storage.cache())
 
 
+def load(workdir: Path) -> tuple:
+  """As `loopformer.load`, onto the devices that the flags tell of."""
+  machines.check_set(FLAGS.set, f'--mode={FLAGS.mode}')
+  machines.connect()
+  return loopformer.load(workdir, FLAGS.step, machines.mesh_of(configs.read(workdir), FLAGS.set))
+
+
+def say(text: str):
+  """Prints, in the leader alone."""
+  if processes.is_leader():
+    print(text, flush=True)
+
+
 def run_eval(workdir: Path):
   """Evaluates the checkpoint at budgets and schedules; writes eval/<name>.{csv,json,png} and prints the table."""
-  model, params, tokenizer, config = loopformer.load(workdir, FLAGS.step)
+  model, params, tokenizer, config = load(workdir)
+  params = sharding.gathered(params)
   jobs = {}
   if FLAGS.sweep:
     jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops)}
@@ -151,11 +154,12 @@ def run_eval(workdir: Path):
     rows = evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths, config.task.measure)
     if name.startswith('sweep'):
       rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
-    write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
-    print(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s')
-    print(metrics.table(rows), flush=True)
-  plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
-  print(f'written to {workdir / "eval"}')
+    if processes.is_leader():
+      write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
+    say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
+  if processes.is_leader():
+    plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
+  say(f'written to {workdir / "eval"}')
 
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
@@ -180,7 +184,7 @@ def write(folder: Path, name: str, rows: list[dict], title: str):
 
 def run_generate(workdir: Path):
   """Prints a continuation of every prompt."""
-  model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step)
+  model, params, tokenizer, _ = load(workdir)
   if tokenizer is None:
     raise ConfigError(f'workdir = {workdir}: its task has vectors as inputs, and no text that could be generated')
   budget = None
@@ -199,11 +203,11 @@ def run_generate(workdir: Path):
     engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, engine.run()):
-    print(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
+    say(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
   if leave is not None:
     tally = engine.tally
-    print(f'--- mean loops a token: {tally["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {tally["passes"]} '
-          'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
+    say(f'--- mean loops a token: {tally["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {tally["passes"]} '
+        'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
 
 
 def run_harness(workdir: Path):
@@ -212,8 +216,11 @@ def run_harness(workdir: Path):
   if not FLAGS.tasks:
     raise ConfigError('--tasks is missing: name tasks, such as --tasks=piqa_1500 --include=FOLDER')
   depths = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else ()
+  machines.check_set(FLAGS.set, '--mode=harness')
+  machines.connect()
   harness.run_harness(workdir, FLAGS.tasks, depths, given_schedules(), leaves(FLAGS.exits or '', '--exits'),
-                      given_memory(), FLAGS.include, FLAGS.limit, FLAGS.step)
+                      given_memory(), FLAGS.include, FLAGS.limit, FLAGS.step,
+                      mesh=machines.mesh_of(configs.read(workdir), FLAGS.set))
 
 
 def run_plan():

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import metrics, plans, storage
+from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.exits import check, compiled
 from loopformer.generation import Engine, warn_beyond
 from loopformer.types import Array, ConfigError, Params, Plan
@@ -121,7 +121,8 @@ def check_causal(model: Any, params: Params):
   ids = np.arange(min(8, model.read_in.length))[None] % model.read_in.vocab
   other = ids.copy()
   other[:, -1] = (ids[:, -1] + 1) % model.read_in.vocab
-  here, there = (_last(model, params, jnp.asarray(tokens, jnp.int32))[:, :-1] for tokens in (ids, other))
+  with sharding.on(sharding.mesh_of(params)):
+    here, there = (_last(model, params, jnp.asarray(tokens, jnp.int32))[:, :-1] for tokens in (ids, other))
   moved = float(jnp.abs(here - there).max(initial=0))
   if moved > 1e-5 * float(jnp.abs(here).max(initial=0)):
     raise ConfigError(f'model: not causal, another last token moves what is before it by {moved:.2g}, so continuations '
@@ -139,7 +140,9 @@ class Scorer:
     steps: a budget (that many equal steps), or a tuple of step sizes with sum one; the model's own loops by default.
     exit: an exits.Adaptive, by which every position takes fewer steps; rules that read answers (such as KL) form
       logits of all positions after every step. In generation prompts are read with all steps.
-    batch: rows of a batch, and texts that are generated at a time.
+    params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which rows are divided too; with
+      several processes all of them ask the same.
+    batch: rows of a batch, and texts that are generated at a time; on a mesh rounded up to a multiple of data * fsdp.
     log: hears of progress, a line every few seconds; None for silence.
 
   Raises:
@@ -156,13 +159,16 @@ class Scorer:
                         '(read_in.vocab); give the tokenizer that it was trained with')
     if batch < 1:
       raise ConfigError(f'batch = {batch}: must be 1 or more')
+    params = sharding.gathered(params)
     check_causal(model, params)
     if exit is not None:
       check(model, exit, 'exit')
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.steps = plans.resolve(model.loops if steps is None else steps)
     warn_beyond(model, self.steps)
-    self.exit, self.batch, self.log = exit, batch, log
+    self._mesh = sharding.mesh_of(params)
+    self.exit, self.log = exit, log
+    self.batch = batch if self._mesh is None else batch + -batch % sharding.row_parts(self._mesh)
     self._plan = plans.schedule(self.steps, max(len(self.steps), model.loops))
     self.reset()
 
@@ -221,8 +227,12 @@ class Scorer:
       tokens[i, :len(ids) - 1], targets[i, :count] = ids[:-1], ids[-count:]
       first[i], counts[i] = len(ids) - 1 - count, count
     leave, dial = compiled(self.exit)
-    total, likeliest, taken = jax.device_get(score_rows(self.model, leave, self.params, tokens, targets, first, counts,
-                                                        self._plan, dial))
+    asked = {'tokens': tokens, 'targets': targets, 'first': first, 'counts': counts}
+    if self._mesh is not None:
+      asked = sharding.spread(asked, self._mesh)
+    with sharding.on(self._mesh):
+      scores = score_rows(self.model, leave, self.params, **asked, plan=self._plan, dial=dial)
+    total, likeliest, taken = processes.fetch(scores)
     self._taken += float(taken.sum())
     self._tokens += int(counts.sum())
     return list(zip(total.tolist(), likeliest.tolist()))[:len(rows)]
@@ -330,7 +340,8 @@ def __getattr__(name: str):
 def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int] = (),
                 schedules: Sequence[Sequence[float]] = (), exits: Mapping[str, Any] | None = None, memory: Any = None,
                 include: str | Path | None = None, limit: int | None = None, step: int | None = None,
-                batch: int = 16, name: str | None = None) -> list[dict[str, Any]]:
+                batch: int = 16, name: str | None = None, mesh: jax.sharding.Mesh | None = None
+                ) -> list[dict[str, Any]]:
   """Evaluates a run's model on tasks at every depth and schedule, with all steps and with every exit.
 
   Writes <workdir>/harness/<name>.json and .csv and prints the table. `loops` is the mean number of steps of the tokens
@@ -346,6 +357,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
       data it fetches from the internet.
     limit: only so many rows of every task.
     batch: rows of a batch. name: of the files; those of the tasks by default.
+    mesh: as of `loopformer.load`. With several processes all of them call this, and the leader writes.
 
   Returns:
     The rows of the table, one for every task, schedule and exit.
@@ -360,7 +372,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   chosen = {str(depth): plans.resolve(depth, 'depths') for depth in depths}
   chosen |= {' '.join(f'{size:g}' for size in sizes): plans.check_steps(sizes, name='schedules') for sizes in schedules}
   manager, names = _tasks(tasks, include)
-  model, params, tokenizer, _ = load(workdir, step)
+  model, params, tokenizer, _ = load(workdir, step, mesh)
+  params = sharding.gathered(params)
   model = model if memory is None else model.clone(memory=memory)
   for called, leave in (exits or {}).items():
     check(model, leave, f'exits = {called}')
@@ -378,6 +391,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
              for part, found in result['results'].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row if key != 'seconds')) + ['seconds']
   rows = [{key: row.get(key, '') for key in columns} for row in rows]
+  if not processes.is_leader():
+    return rows
   folder = storage.path(workdir) / 'harness'
   folder.mkdir(parents=True, exist_ok=True)
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
@@ -393,7 +408,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
 
 
 def _say(text: str):
-  print(text, flush=True)
+  if processes.is_leader():
+    print(text, flush=True)
 
 
 def _tasks(tasks, include):

@@ -19,7 +19,8 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(workdir: Path, processes: int, devices: int, *arguments: str, output: bool = True) -> list[subprocess.Popen]:
+def start(workdir: Path, processes: int, devices: int, *arguments: str, output: bool = True,
+          module: str = 'experiments.main') -> list[subprocess.Popen]:
   """Starts the processes of one run; their standard output and error are one stream, unless it is thrown away."""
   workdir.mkdir(parents=True, exist_ok=True)
   address = f'127.0.0.1:{free_port()}'
@@ -30,7 +31,7 @@ def start(workdir: Path, processes: int, devices: int, *arguments: str, output: 
     place = [f'--coordinator={address}', f'--processes={processes}', f'--process={i}'] if processes > 1 else []
     with (workdir / f'out-{i}.txt').open('w') if output else open(os.devnull, 'w') as out:
       started.append(subprocess.Popen(
-          [sys.executable, '-m', 'experiments.main', f'--workdir={workdir}', *place, *arguments], cwd=ROOT,
+          [sys.executable, '-m', module, f'--workdir={workdir}', *place, *arguments], cwd=ROOT,
           env=environment, stdout=out, stderr=subprocess.STDOUT))
   return started
 

@@ -1,6 +1,8 @@
 """Several real processes: they train what one does, resume each other's runs, and end together."""
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import time
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import metrics, processes
+from loopformer import convert, metrics, processes
 from loopformer.types import ConfigError
 from tests import cluster, parts, soak, test_cli
 
@@ -65,9 +67,56 @@ def test_only_the_leader_writes(two):
   assert steps == list(range(1, 13))
 
 
-def test_four_processes_with_accumulation_and_tensor(alone, setting, tmp_path):
-  four = train(tmp_path, 4, 2, setting, *SMALL, '--set', 'mesh.tensor=2', '--set', 'train.accumulate=2')
+def test_four_processes_with_accumulation_whose_weights_are_all_divided_between_processes(alone, setting, tmp_path):
+  four = train(tmp_path, 4, 1, setting, *SMALL, '--set', 'mesh.fsdp=2', '--set', 'mesh.tensor=2', '--set',
+               'train.accumulate=2')
   assert_close(four, alone)
+
+
+def evaluated(workdir) -> dict[str, float]:
+  """The losses that the command for evaluation has written."""
+  return {f'loss@{row["schedule"]}': row['loss'] for row in json.loads((workdir / 'eval/depths.json').read_text())}
+
+
+def test_weights_of_two_processes_are_evaluated_where_they_are(two):
+  """Divided between processes (fsdp) and within them (tensor); what training logged of the same state is the measure."""
+  train(two, 2, 2, '--mode=eval', '--depths=1,4', '--heartbeat=30', '--set', 'mesh.fsdp=2', '--set', 'mesh.tensor=2')
+  logged = test_cli.rows(two, 'eval')[-1]
+  assert evaluated(two) == pytest.approx({name: logged[name] for name in ('loss@1', 'loss@4')}, rel=1e-5)
+  lines = [line for line in cluster.told(two, 1).splitlines() if not line.startswith('[Gloo]')]
+  assert not [line for line in lines if 'loss' in line or 'written' in line], lines
+
+
+def test_a_layer_divided_between_processes(alone, setting, tmp_path):
+  """Trained, evaluated, saved, resumed; then by commands of two processes evaluated, continued and exported."""
+  options = (setting, *SMALL, '--set', 'mesh.tensor=2', '--set', 'train.best=loss@4')
+  train(tmp_path, 2, 1, *options)
+  shutil.rmtree(tmp_path / 'checkpoints/12')
+  train(tmp_path, 2, 1, *options)
+  assert 'resumed from step 9' in cluster.told(tmp_path)
+  assert_close(tmp_path, alone)
+  train(tmp_path, 2, 1, '--mode=eval', '--depths=1,4', '--heartbeat=30')  # on the run's own mesh
+  logged = test_cli.rows(tmp_path, 'eval')[-1]
+  assert evaluated(tmp_path) == pytest.approx({name: logged[name] for name in ('loss@1', 'loss@4')}, rel=1e-5)
+  asked = ('--mode=generate', '--prompt=one two', '--prompt=again', '--temperature=0', '--max_new_tokens=12')
+  train(tmp_path, 2, 1, *asked, '--heartbeat=30')
+  text = [line for line in cluster.told(tmp_path).splitlines() if not line.startswith('[Gloo]')]
+  assert [line for line in cluster.told(tmp_path, 1).splitlines() if not line.startswith('[Gloo]')] == []
+  train(tmp_path, 1, 1, *asked)
+  assert text == cluster.told(tmp_path).splitlines()
+  out = tmp_path / 'export'
+  assert cluster.wait(cluster.start(tmp_path, 2, 1, f'--out={out}', '--heartbeat=30', module='experiments.export')) == [
+      0, 0], cluster.told(tmp_path)
+  _, params, _ = convert.from_pretrained(out)
+  parts.close(params, loopformer.load(tmp_path)[1], 0)
+
+
+def test_what_nobody_reads_is_not_fetched(monkeypatch):
+  fetched = []
+  monkeypatch.setattr(processes, 'fetch', lambda leaf: fetched.append(leaf) or leaf)
+  tree = processes.Fetched({'inject': {'adapter': {'kernel': 1}}, 'core': {'kernel': 2}})
+  assert tree['inject'].get('adapter', {})['kernel'] == 1 and 'core' in tree and tree.get('mix', {}) == {}
+  assert fetched == [1]
 
 
 def test_a_run_of_two_goes_on_as_one(alone, setting, tmp_path):

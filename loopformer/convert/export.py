@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import loopformer
-from loopformer import storage
+from loopformer import processes, storage
 from loopformer.blocks import DTYPES
 from loopformer.convert import description, llama, table, tensors
 from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
@@ -50,8 +50,9 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
            shard_bytes: int = 5_000_000_000) -> Exported:
   """Writes a model so that transformers, and `from_pretrained`, load it.
 
-  The folder appears when all is written, and an earlier export in it is replaced only then. Tensors are made and
-  written one at a time. The loop of a decoder is unrolled `model.loops` times; `model.clone(loops=...)` for others.
+  The folder appears when all is written, and an earlier export in it is replaced only then. Tensors are gathered from
+  the devices that hold them, made and written one at a time. With several processes all of them call this, and the
+  leader writes. The loop of a decoder is unrolled `model.loops` times; `model.clone(loops=...)` for others.
 
   Args:
     model, params: as `loopformer.load` gives them.
@@ -88,7 +89,11 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   if decoder is None:
     files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
   check_target(folder)
-  _replace(folder, lambda temporary: _write(temporary, config, held, files, dtype, shard_bytes))
+  if processes.is_leader():
+    _replace(folder, lambda temporary: _write(temporary, config, held, files, dtype, shard_bytes))
+  else:
+    for _, make in held.values():  # in which all processes take part
+      make()
   return Exported(model_type=config['model_type'], reason=reason, tokenizer=TOKENIZER in files)
 
 
@@ -113,7 +118,7 @@ def _decoder_config_and_tensors(model, decoder, flat):
 
     def make() -> np.ndarray:
       array = np.empty(shape, np.float32)
-      target, source = entry.row.views(array, np.asarray(entry.of(flat)), decoder.sizes)
+      target, source = entry.row.views(array, processes.fetch(entry.of(flat)), decoder.sizes)
       target[...] = source
       return array
 
@@ -123,7 +128,7 @@ def _decoder_config_and_tensors(model, decoder, flat):
 
 
 def _reader(leaf) -> Callable[[], np.ndarray]:
-  return lambda: np.asarray(leaf)
+  return lambda: processes.fetch(leaf)
 
 
 def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loopformer import sharding
 from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm, check_heads
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
@@ -154,7 +155,7 @@ KINDS = {
 
 def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: int | None = None,
                   loops: int | None = None, length: int | None = None, dtype: str = 'float32',
-                  ) -> tuple[Looped, Params]:
+                  mesh: jax.sharding.Mesh | None = None) -> tuple[Looped, Params]:
   """(model, params) of an official checkpoint; params are float32, with the tree of `model.init_params`.
 
   Sizes are read from the shapes. Read are training checkpoints and bare state dicts, under any of the keys `model`,
@@ -176,6 +177,8 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of the checkpoint's rotary
       table, or else the published one (2048, 4096, 65,536).
     dtype: of the matrix products, 'float32', 'bfloat16' or 'float16'.
+    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`; the file itself
+      is read whole by every process.
 
   Raises:
     ConfigError: a bad argument, an unreadable file, or a key that is missing, surplus or misshapen.
@@ -199,8 +202,7 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ConfigError(f'key {key!r} has dtype {array.dtype}; save it as floating point')
   model = kind.model(sizes, loops, dtype)
-  flat = table.to_ours(entries, arrays, sizes)
-  params = unflatten_dict({path: jnp.asarray(array) for path, array in flat.items()}, sep='/')
+  params = unflatten_dict(table.to_ours(entries, arrays, sizes, sharding.placer(mesh)), sep='/')
   chex.assert_trees_all_equal_shapes_and_dtypes(
       params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
   return model, params

@@ -1,31 +1,31 @@
 """Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, and what `export` wrote."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from loopformer import storage
+from loopformer import sharding, storage
 from loopformer.blocks import DTYPES
 from loopformer.convert import description, gguf, llama, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.model import Looped, init_params
 from loopformer.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
-from loopformer.types import ConfigError, Params
+from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 FLOATS = {'F64', 'F32', 'F16', 'BF16', *(kind.name for kind in gguf.KINDS.values())}
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    dtype: str = 'float32') -> tuple[Looped, Params, Tokenizer | None]:
+                    dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None
+                    ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
   Llama, Mistral, Qwen2 and Qwen3 (and models that call themselves so, such as SmolLM2) become `Looped` with a plain
@@ -38,12 +38,15 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     loops: steps of the loop; one for a plain decoder, the model's own for an export of ours.
     prelude, coda: the first and the last so many layers are outside the loop; 0 for an export of ours.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
+    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
+      one at a time (stacks of layers whole), and every device gets its own part.
 
   Raises:
     ConfigError: no such folder, an architecture that is not read, or a tensor that is missing, surplus, misshapen or
       cut off; all that is found before weights are read.
     ImportError: a K-quant without the extra `hf`.
   """
+  put = sharding.placer(mesh)
   if loops is not None:
     check_count('loops', loops)
   if dtype not in DTYPES:
@@ -65,15 +68,16 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
                           'again; leave them out')
       model = description.decode(config, path / CONFIG)
       model = model if loops is None else model.clone(loops=loops)
-      return model, read_own(model, held, path), read_tokenizer(path, config)
+      return model, read_own(model, held, path, put), read_tokenizer(path, config)
     decoder, naming = llama.read_config(config, path / CONFIG), llama.HUGGING_FACE
     tokenizer = read_tokenizer(path, config)
   model = llama.model_of(decoder, loops=loops or 1, prelude=prelude, coda=coda, dtype=dtype)
   counts = map(range, llama.cut(decoder, prelude, coda))
-  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, path), tokenizer
+  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, path, put), tokenizer
 
 
-def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Path) -> Params:
+def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Path,
+                 put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters out of tensors that lie where `entries` say; buffers and the copy of a tied head are passed over."""
   given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
   head = given.pop(HEAD, None) if decoder.tied else None
@@ -82,16 +86,15 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
   if head is not None and not np.array_equal(held[HEAD], held['model.embed_tokens.weight']):
     raise ConfigError(f'{path}: tensor {HEAD!r} differs from the embedding, though tie_word_embeddings is true; set '
                       'that to false in config.json')
-  flat = table.to_ours(entries, held, decoder.sizes)
-  return unflatten_dict({name: jnp.asarray(array) for name, array in flat.items()}, sep='/')
+  return unflatten_dict(table.to_ours(entries, held, decoder.sizes, put), sep='/')
 
 
-def read_own(model: Looped, held: Tensors, path: Path) -> Params:
+def read_own(model: Looped, held: Tensors, path: Path, put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters under our own names."""
   shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='.')
   tensors.compare({name: leaf.shape for name, leaf in shapes.items()}, held.shapes, path)
   _check_floats(held, shapes, path)
-  return unflatten_dict({name: jnp.asarray(held[name], jnp.float32) for name in shapes}, sep='.')
+  return unflatten_dict({name: put(name.replace('.', '/'), held[name].astype(np.float32)) for name in shapes}, sep='.')
 
 
 def _check_floats(held, names, path):

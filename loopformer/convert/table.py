@@ -108,13 +108,22 @@ def shapes(entries: Sequence[Entry], sizes: Sizes) -> tuple[dict[str, Shape], di
   return theirs, {path: (slots[path], *shape) if path in slots else shape for path, shape in ours.items()}
 
 
-def to_ours(entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:
-  """{path: f32 array}, of official arrays of any floating dtype; always copies."""
-  flat = {path: np.empty(shape, np.float32) for path, shape in shapes(entries, sizes)[1].items()}
+def to_ours(entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], sizes: Sizes,
+            put: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
+  """{path: what `put` makes of the path and its f32 array}, of official arrays of any floating dtype; always copies.
+  One parameter is made after the other, and held no longer than `put` holds it."""
+  parts = {}
   for e in entries:
-    source, target = e.row.views(arrays[e.key], e.of(flat), sizes)
-    target[...] = source
-  return flat
+    parts.setdefault(e.path, []).append(e)
+
+  def one(path, shape):
+    array = np.empty(shape, np.float32)
+    for e in parts[path]:
+      source, target = e.row.views(arrays[e.key], e.of({path: array}), sizes)
+      target[...] = source
+    return put(path, array)
+
+  return {path: one(path, shape) for path, shape in shapes(entries, sizes)[1].items()}
 
 
 def to_theirs(entries: Sequence[Entry], flat: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:

@@ -1,0 +1,172 @@
+"""Evaluation, generation, loading, import and export on eight CPU devices against one; a program: prints JSON.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.eight_inference
+"""
+import json
+from pathlib import Path
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import machines
+import loopformer
+from loopformer import config as configs
+from loopformer import convert, exits, measures, plans, sharding
+from loopformer.checkpoint import Checkpoints
+from loopformer.config import Experiment
+from loopformer.evaluate import Run, evaluate, score
+from loopformer.generation import Engine, decode, prefill
+from loopformer.harness import Scorer
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.sharding import Mesh
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.p_hop import PHop
+from loopformer.terms import cross_entropy
+from loopformer.terms.cross_entropy import CE
+from tests import parts
+from tests.eight_devices import collectives, compare
+
+MODEL = parts.looped(parts.timed(heads=4, groups=2))
+LOOPS = 4
+PROMPTS = ([1, 2, 3], [7], list(range(4, 20)), [9, 9], [], [3, 1, 2], [5] * 7, [11], [1, 2, 3, 4], list(range(4, 20)) + [8],
+           [2, 7])  # more than rows, of unlike lengths, one of them the beginning of another
+MESHES = {'rows': dict(data=4, fsdp=2), 'all': dict(data=2, fsdp=2, tensor=2)}
+
+
+class Ids:
+  """A tokenizer whose texts are ids."""
+  eos, vocab_size = 0, parts.V
+
+  def encode(self, text):
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids):
+    return ' '.join(map(str, ids))
+
+
+def share(tree) -> float:
+  """The part of the bytes that the first device holds."""
+  leaves = jax.tree.leaves(tree)
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
+
+
+def expected_share(tree, mesh) -> float:
+  """The same, by the partitions of training."""
+  own = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), tree, sharding.shardings(tree, mesh))
+  return float(sum(jax.tree.leaves(own)) / sum(leaf.size for leaf in jax.tree.leaves(tree)))
+
+
+def loaded(folder, params, mesh):
+  """A work folder's weights restored, exported and imported, each in shards; nothing is fetched whole meanwhile."""
+  objective = Objective(rolls={'r': Roll(plans.Uniform(LOOPS))}, terms={'lm': Weighted(1.0, CE(roll='r'))})
+  config = Experiment(name='small', model=MODEL, objective=objective, task=Generated(of=PHop(length=8)))
+  configs.save(config, folder)
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, params, {'x': jnp.zeros(1)}, {}, {})
+  with mock.patch('jax.device_get', side_effect=AssertionError('fetched whole')):
+    model, ours, _, _ = loopformer.load(folder, mesh=mesh)
+  for name, tree in (('one', params), ('mesh', ours)):
+    convert.export(model, tree, None, folder / name)
+  _, read, _ = convert.from_pretrained(folder / 'mesh', mesh=mesh)
+  files = [(folder / name / 'model.safetensors').read_bytes() for name in ('one', 'mesh')]
+  return {'share': share(ours), 'imported': share(read), 'expected': expected_share(ours, mesh),
+          'error': compare(ours, params), 'import error': compare(read, params), 'same file': files[0] == files[1]}
+
+
+def evaluated(params, measure, **runs):
+  """Of two batches that no mesh divides."""
+  batches = [{name: np.asarray(rows) for name, rows in parts.batch(count, seed=count).items()} for count in (6, 3)]
+  return evaluate(MODEL, params, batches, {'2': plans.resolve(2), '4': plans.resolve(4), **runs},
+                  np.ones(parts.V, np.int32), measure)
+
+
+def differences(ours, theirs) -> dict[str, float]:
+  """The largest of every column, relative to what is above one."""
+  return {name: max(abs(a[name] - b[name]) / max(1.0, abs(b[name])) for a, b in zip(ours, theirs))
+          for name in ours[0] if name != 'schedule'}
+
+
+def score_program(params, mesh) -> dict:
+  """Collectives of an evaluation whose loss has chunks that cut across rows."""
+  batch = sharding.spread({name: np.asarray(rows) for name, rows in parts.batch(16).items()}, mesh)
+  leave, dial = exits.compiled(exits.Final())
+  with sharding.on(mesh), mock.patch.object(cross_entropy, 'at_once', lambda chunk, tokens: min(12, tokens)):
+    text = score.lower(MODEL, measures.Tokens(), leave, params, batch, plans.schedule(plans.resolve(LOOPS)),
+                       np.ones(parts.V, np.int32), dial).compile().as_text()
+  return collectives(text, mesh)
+
+
+def served(params):
+  """(texts of all prompts, the engine)."""
+  engine = Engine(MODEL, params, Ids(), rows=5, rounds=4)
+  for number, prompt in enumerate(PROMPTS):
+    engine.submit(prompt, budget=(1, 3, 4)[number % 3], max_new_tokens=4 + number % 5, temperature=0.0)
+  texts = engine.run()
+  engine.submit(' '.join(map(str, PROMPTS[2])) + ' 8 8', temperature=0.7, seed=5, max_new_tokens=6, stop=('3',))
+  return texts + engine.run(), engine
+
+
+def served_by_programs(params, mesh):
+  """As `served`, and collectives of the programs of prefill and decode that served."""
+  compiled, seen = {}, {}
+
+  def spy(name, function, dynamic):
+    def call(*arguments):
+      key = name, *(leaf.shape for leaf in jax.tree.leaves(arguments[dynamic]))
+      if key not in compiled:
+        compiled[key] = function.lower(*arguments).compile()
+        seen[name] = collectives(compiled[key].as_text(), mesh)
+      return compiled[key](*arguments[dynamic])
+    return call
+
+  with mock.patch('loopformer.generation.prefill', spy('prefill', prefill, slice(1, 6))), \
+      mock.patch('loopformer.generation.decode', spy('decode', decode, slice(4, 10))):
+    return *served(params), seen
+
+
+def report(devices) -> dict:
+  """What the tests look at."""
+  params = parts.params(MODEL)
+  gate = {'kl': Run(plan=plans.Uniform(LOOPS), exit=exits.Adaptive(rule=exits.KL(threshold=1e-2)))}
+  tokens, answers = evaluated(params, measures.Tokens(), **gate), evaluated(params, measures.Answers())
+  pairs = [([1, 2, 3], [4, 5]), ([7], [8]), ([2] * 9, [1, 1, 1])]
+  texts, engine = served(params)
+  scores = Scorer(MODEL, params, Ids(), batch=3).score(pairs)
+  found = {'unlike': len(set(texts))}
+  for name, sizes in MESHES.items():
+    mesh = Mesh(**sizes).make(devices)
+    divided = sharding.place(params, mesh)
+    whole = sharding.gathered(divided)
+    theirs, own, programs = served_by_programs(whole, mesh)
+    found[name] = {
+        'evaluate': differences(evaluated(whole, measures.Tokens(), **gate), tokens),
+        'score': score_program(whole, mesh), 'texts': theirs == texts, 'rows': len(own._of),
+        'cache': list(own._rows.kv['loop'].k.addressable_shards[0].data.shape), 'bytes': own.bytes / engine.bytes,
+        'kernels': [share(own.params['cell']['core']['blocks_0'][branch]) for branch in ('mlp', 'attn')],
+        'programs': programs,
+        'tally': [own.tally[count] == engine.tally[count] for count in ('tokens', 'passes')]}
+  divided = sharding.place(params, Mesh(**MESHES['rows']).make(devices))
+  found['answers'] = differences(evaluated(divided, measures.Answers()), answers)
+  mesh = Mesh(**MESHES['all']).make(devices)
+  divided = sharding.place(params, mesh)
+  ours = Scorer(MODEL, divided, Ids(), batch=3).score(pairs)
+  found['harness'] = max(abs(a - b) for (a, _), (b, _) in zip(ours, scores))
+  found['meshes'] = [dict(machines.mesh_of(SimpleNamespace(model=MODEL, mesh=own), [], devices).shape) for own in (
+      Mesh(), Mesh(fsdp=4, tensor=2), Mesh(data=1, fsdp=64), Mesh(tensor=8))]
+  with tempfile.TemporaryDirectory() as folder:
+    found['load'] = loaded(Path(folder), params, mesh)
+  return found
+
+
+def main():
+  devices = jax.devices()
+  assert len(devices) == 8, devices
+  print(json.dumps(report(devices)))
+
+
+if __name__ == '__main__':
+  main()
