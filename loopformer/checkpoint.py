@@ -130,7 +130,7 @@ class Checkpoints:
       def move():
         if processes.is_leader():
           for step in steps:
-            (self._folder / str(step)).rename(self._folder / f'damaged-{step}')
+            storage.move(self._folder / str(step), self._folder / f'damaged-{step}')
 
       processes.leader_first(move, 'damaged checkpoints are put aside')
       self._manager.reload()

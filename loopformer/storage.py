@@ -185,6 +185,17 @@ def upload(folder: Path, target: Any, last: str = ''):
                                         [f'{target}/{name}' for name in chosen]), target)
 
 
+def move(folder: Any, target: Any):
+  """Gives a folder another name, in the same file system."""
+  if not remote(folder):
+    folder.rename(target)
+    return
+  keys = list(held(folder))
+  moved = [_key(target) + key.removeprefix(_key(folder)) for key in keys]
+  attempt(lambda: files(folder).copy(keys, moved), folder)
+  attempt(lambda: files(folder).rm(keys), folder)
+
+
 def fetched(name: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
   """A file or folder as it is on this machine: itself or, of a bucket, a copy in `cache()`, made anew when it changed.
 
