@@ -109,7 +109,8 @@ def run_train(workdir: Path):
 def compiled(workdir: Path | None) -> str:
   """The folder of compiled programs: of the run, where others need them too or this machine may be lost; else our own.
 
-  JAX writes it from process 0 alone, so the processes of other machines would compile at every start.
+  JAX writes it from process 0 alone, so the processes of other machines would compile at every start. (On CPUs they do:
+  there JAX's keys differ by process.)
   """
   if FLAGS.mode == 'train' and (machines.several() or storage.remote(workdir)):
     return str(workdir / 'compiled')
@@ -312,6 +313,8 @@ def main(argv):
       storage.check_workdir(workdir, writes=FLAGS.mode == 'train')
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another, or by '' none
       jax.config.update('jax_compilation_cache_dir', compiled(workdir))
+      if storage.remote(compiled(workdir)):  # XLA's own beside it would be a local folder of that name
+        jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
     if FLAGS.mode == 'plan':
       run_plan()
     else:

@@ -2,7 +2,8 @@
 # One run in several processes of this machine, on CPU devices: what a cluster does, to try and test it on a laptop.
 #   launch/local.sh [--dry-run] PROCESSES [--devices=N] -- ARGUMENTS
 # Every process has N devices (1 by default). The arguments go to experiments.main; --workdir= must be among them.
-# Process 0 writes to the terminal, the others to WORKDIR/logs/process-N.log. SIGTERM and Ctrl-C reach all of them (they
+# Process 0 writes to the terminal, the others to WORKDIR/logs/process-N.log (build/logs/, where WORKDIR is in a
+# bucket). SIGTERM and Ctrl-C reach all of them (they
 # save, and the same command resumes). When one fails, the others are killed, and the script ends with its status.
 # --dry-run prints the commands. PYTHON names the interpreter, .venv/bin/python by default.
 set -euo pipefail
@@ -55,13 +56,15 @@ running=()
 pass_on() { [ ${#running[@]} = 0 ] || kill "-$1" "${running[@]}" 2>/dev/null || true; }
 trap 'pass_on TERM' TERM INT
 trap 'pass_on KILL; wait' EXIT
-mkdir -p "$workdir/logs"
+logs=$workdir/logs
+case $workdir in *://*) logs=build/logs ;; esac
+mkdir -p "$logs"
 for ((i = 0; i < processes; i++)); do
   command_of "$i"
   if [ "$i" = 0 ]; then
     "${command[@]}" &
   else
-    "${command[@]}" >> "$workdir/logs/process-$i.log" 2>&1 &
+    "${command[@]}" >> "$logs/process-$i.log" 2>&1 &
   fi
   running[i]=$!
 done
@@ -75,7 +78,7 @@ while [ ${#running[@]} -gt 0 ]; do
       unset "running[i]"
       if [ "$status" != 0 ]; then
         echo "error: process $i failed with status $status; the other processes are killed" >&2
-        [ "$i" = 0 ] || tail -n 5 "$workdir/logs/process-$i.log" >&2
+        [ "$i" = 0 ] || tail -n 5 "$logs/process-$i.log" >&2
         exit "$status"
       fi
     fi

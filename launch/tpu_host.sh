@@ -10,7 +10,7 @@ setup() {
   # The hosts' own Python may be too old: uv brings one that is not.
   python3 -m pip install --quiet --user uv
   python3 -m uv python install --quiet 3.12
-  PYTHON=$(python3 -m uv python find 3.12) bash launch/setup.sh
+  PYTHON=$(python3 -m uv python find 3.12) bash launch/setup.sh gcs
   .venv/bin/python -m pip install --quiet 'jax[tpu]'
   [ $# = 0 ] || bash -c "$1"
 }

@@ -11,8 +11,8 @@
 #   delete   deletes the slice
 # Needs gcloud, logged in, with a project set, and the key that it makes (`ssh-add ~/.ssh/google_compute_engine`).
 # TYPE is such as v5litepod-16 or v5p-128; VERSION (the hosts' software) follows from these two. --workdir= must outlive
-# the slice and be seen by all hosts: --mount is a command that setup runs on every host, such as
-# --mount='sudo mkdir -p /runs; mountpoint -q /runs || sudo mount ADDRESS:/SHARE /runs'.
+# the slice and be seen by all hosts: a bucket (gs://BUCKET/runs/NAME), or a file server: --mount is a command that setup
+# runs on every host, such as --mount='sudo mkdir -p /runs; mountpoint -q /runs || sudo mount ADDRESS:/SHARE /runs'.
 # --dry-run prints the commands. POLL: seconds between two looks at the slice, 30 by default.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

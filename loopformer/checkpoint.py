@@ -65,12 +65,17 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # of Orbax, TensorStore, or the client of a bucket
+      self._begun = None
       reason = str(error).splitlines()[0] if str(error) else type(error).__name__
       raise OSError(f'{self._folder}: a checkpoint cannot be written ({reason}); {self.last_good()}') from error
     self._good, self._begun = self._begun, None
 
   def last_good(self) -> str:
     """The last step that is known to be complete, in words."""
+    if self._begun is not None and not self._manager.is_saving_in_progress():
+      with contextlib.suppress(Exception):
+        self._manager.check_for_errors()
+        self._good, self._begun = self._begun, None
     return 'there is no good checkpoint' if self._good is None else f'the last good checkpoint is step {self._good}'
 
   def latest(self) -> int | None:
@@ -130,7 +135,7 @@ class Checkpoints:
       def move():
         if processes.is_leader():
           for step in steps:
-            (self._folder / str(step)).rename(self._folder / f'damaged-{step}')
+            storage.move(self._folder / str(step), self._folder / f'damaged-{step}')
 
       processes.leader_first(move, 'damaged checkpoints are put aside')
       self._manager.reload()

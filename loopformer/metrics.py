@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -212,32 +213,36 @@ def memory() -> float:
 
 
 class _Board:
-  """TensorBoard's writer; event files of a bucket are uploaded at the end."""
+  """TensorBoard's writer, which takes seconds to import, so that the first step comes before it.
 
-  def __init__(self, library: Any, folder: Any, first_step: int):
-    self._stack = contextlib.ExitStack()
-    local = self._stack.enter_context(storage.filled(folder))
-    self._writer = library.SummaryWriter(str(local), purge_step=first_step + 1)
+  Event files of a bucket are uploaded at the end.
+  """
+
+  def __init__(self, folder: Any, first_step: int):
+    self._folder, self._first_step, self._stack = folder, first_step, contextlib.ExitStack()
+
+  @functools.cached_property
+  def _writer(self):
+    import tensorboardX  # the extra `tensorboard`
+    local = self._stack.enter_context(storage.filled(self._folder))
+    writer = tensorboardX.SummaryWriter(str(local), purge_step=self._first_step + 1)
+    self._stack.callback(writer.close)
+    return writer
 
   def add_scalar(self, name: str, value: float, step: int):
     self._writer.add_scalar(name, value, step)
 
   def close(self):
-    self._writer.close()
     self._stack.close()
 
 
 def _tensorboard(folder: Any, first_step: int) -> _Board | None:
-  try:
-    import tensorboardX  # the extra `tensorboard`
-  except ImportError:
-    return None
-  return _Board(tensorboardX, folder / 'tensorboard', first_step)
+  return None if importlib.util.find_spec('tensorboardX') is None else _Board(folder / 'tensorboard', first_step)
 
 
 def read_rows(path: str | Path) -> list[dict]:
   """The rows of a metrics file and its parts; a last line that a killed run cut short is left out."""
-  return [row for file in _files(storage.path(path)) for row in _rows(file)]
+  return sorted((row for file in _files(storage.path(path)) for row in _rows(file)), key=lambda row: row['step'])
 
 
 def _rows(path: Any) -> list[dict]:

@@ -177,7 +177,7 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
 
 
 def _check_sources(folder: str, manifest: dict, corpus, tokenizer_part, hashed: bool) -> None:
-  change = _first_change(manifest['sources'], _summary([*corpus.sources(hashed), *tokenizer_part.sources(hashed)]))
+  change = _first_change(manifest['sources'], _summary([*corpus.sources(hashed), *tokenizer_part.sources()]))
   for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
     if manifest[name] != repr(part):
       change = f'{name}={part!r}, it was {manifest[name]}'

@@ -77,12 +77,17 @@ def cache() -> Path:
 
 def check_workdir(name: str | os.PathLike, writes: bool):
   """Raises ConfigError where a work folder lies in a bucket that cannot hold one, is not there, or is not open to us."""
+  if scheme(name) not in (None, *WORKDIRS):
+    raise ConfigError(f'workdir = {os.fspath(name)}: checkpoints go to local folders, '
+                      + ', '.join(f'{known}://' for known in WORKDIRS))
+  check(name, 'workdir', writes)
+
+
+def check(name: str | os.PathLike, called: str, writes: bool):
+  """Raises ConfigError, with the name of the argument, where the bucket of a path is not there or not open to us."""
   place = path(name)
   if not remote(place):
     return
-  if scheme(place) not in WORKDIRS:
-    raise ConfigError(f'workdir = {place}: checkpoints go to local folders, '
-                      + ', '.join(f'{known}://' for known in WORKDIRS))
   bucket = f'{scheme(place)}://{_key(place).partition("/")[0]}'
   try:
     if writes:
@@ -92,9 +97,9 @@ def check_workdir(name: str | os.PathLike, writes: bool):
     elif not place.exists():
       files(bucket).ls(bucket)
   except FileNotFoundError as error:
-    raise ConfigError(f'workdir = {place}: there is no bucket {bucket}; make it, or correct the name') from error
+    raise ConfigError(f'{called} = {place}: there is no bucket {bucket}; make it, or correct the name') from error
   except Exception as error:  # of the client, each of which has its own
-    raise ConfigError(f'workdir = {place}: {bucket} cannot be {"written" if writes else "read"} ({_reason(error)}); '
+    raise ConfigError(f'{called} = {place}: {bucket} cannot be {"written" if writes else "read"} ({_reason(error)}); '
                       'see to its permissions and to the credentials of this machine') from error
 
 
@@ -183,6 +188,17 @@ def upload(folder: Path, target: Any, last: str = ''):
     if chosen:
       attempt(lambda: files(target).put([str(folder / name) for name in chosen],
                                         [f'{target}/{name}' for name in chosen]), target)
+
+
+def move(folder: Any, target: Any):
+  """Gives a folder another name, in the same file system."""
+  if not remote(folder):
+    folder.rename(target)
+    return
+  keys = list(held(folder))
+  moved = [_key(target) + key.removeprefix(_key(folder)) for key in keys]
+  attempt(lambda: files(folder).copy(keys, moved), folder)
+  attempt(lambda: files(folder).rm(keys), folder)
 
 
 def fetched(name: str | os.PathLike, beside: Sequence[str] = ()) -> Path:

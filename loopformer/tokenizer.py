@@ -279,8 +279,7 @@ class Bytes:
     del texts
     return ByteTokenizer()
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
-    del hashed
+  def sources(self) -> list[tuple[str, int, str]]:
     return []
 
 
@@ -328,8 +327,7 @@ class TrainedPieces:
       ) from None
     return PieceTokenizer(model=model.getvalue())
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
-    del hashed
+  def sources(self) -> list[tuple[str, int, str]]:
     return []
 
 
@@ -347,9 +345,8 @@ class GivenPieces:
     except (RuntimeError, ValueError) as e:
       raise ValueError(f'GivenPieces.path={self.path!r} is not a usable sentencepiece model: {e}') from None
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+  def sources(self) -> list[tuple[str, int, str]]:
     """(path, size, sha256) of the model: prepared data is stale once it changes."""
-    del hashed  # it is small
     model = self._read()
     return [(self.path, len(model), hashlib.sha256(model).hexdigest())]
 
@@ -374,9 +371,8 @@ class GivenJson:
     del texts
     return JsonTokenizer(text=self._read(), eos=id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
+  def sources(self) -> list[tuple[str, int, str]]:
     """(path, size, sha256) of the file: prepared data is stale once it changes."""
-    del hashed  # it is small
     data = self._read().encode()
     return [(self.path, len(data), hashlib.sha256(data).hexdigest())]
 

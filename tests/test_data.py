@@ -346,7 +346,6 @@ def flip(path):
 @pytest.mark.parametrize(
   'damage, message',
   [
-    (flip, r'shard .*validation-00000-of-00001.array_record is damaged or stale \(sha256'),
     (lambda p: p.write_bytes(p.read_bytes()[:-10]), r'shard .*validation-00000.*damaged or stale \(size'),
     (lambda p: p.unlink(), r'shard .*validation-00000-of-00001.array_record is missing: delete .* and prepare'),
   ],
@@ -357,7 +356,47 @@ def test_bad_shards_are_named(corpus, tmp_path, damage, message):
   damage(folder / 'validation-00000-of-00001.array_record')
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     prepared.open_split(folder, 'validation')
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    prepared.verify(corpus, Bytes(), folder, log=quiet)
   prepared.open_split(folder, 'train')
+
+
+@pytest.mark.parametrize('listed', [prepared.LISTED, 10])
+def test_contents_are_compared_when_asked_for(corpus, tmp_path, monkeypatch, listed):
+  """Damage that leaves sizes as they are, of a shard and of a source."""
+  monkeypatch.setattr(prepared, 'LISTED', listed)
+  task = Text(corpus=corpus, tokenizer=Bytes(), length=16)
+  task.prepare(tmp_path, log=quiet)
+  lines = []
+  task.verify(tmp_path, lines.append)
+  assert len(lines) == 1 and 'are as they were prepared' in lines[0]
+  source = tmp_path / 'corpus' / '007.txt'
+  original = source.read_bytes()
+  flip(source)
+  task.prepare(tmp_path, log=quiet)
+  with pytest.raises(ValueError, match='source .*007.txt has changed' if listed > 10 else 'the 60 sources have digest'):
+    task.verify(tmp_path, quiet)
+  source.write_bytes(original)
+  task.verify(tmp_path, quiet)
+  flip(tmp_path / 'data' / 'validation-00000-of-00001.array_record')
+  prepared.open_split(tmp_path / 'data', 'validation')
+  with pytest.raises(ValueError, match=r'shard .*validation-00000-of-00001.array_record is damaged or stale \(sha256'):
+    task.verify(tmp_path, quiet)
+
+
+def test_existing_data_are_not_read(corpus, tmp_path, monkeypatch):
+  """A run that resumes does not wait for hashes of its data, or of what they were made from."""
+  task = Text(corpus=corpus, tokenizer=Bytes(), length=16)
+  task.prepare(tmp_path, log=quiet)
+
+  def read(*_):
+    raise AssertionError('a file was read')
+
+  monkeypatch.setattr('loopformer.corpus._digest', read)
+  monkeypatch.setattr('loopformer.corpus._read_text', read)
+  monkeypatch.setattr(prepared, '_size', read)
+  task.prepare(tmp_path, log=quiet)
+  assert len(task.examples(tmp_path, 'train', 0)) and len(task.examples(tmp_path, 'validation', 0))
 
 
 def test_open_errors(corpus, tmp_path):

@@ -146,6 +146,13 @@ def test_commands_of_the_readme_fit_their_devices(start, devices):
   assert train.batch // train.accumulate % (devices // mesh.tensor) == 0
 
 
+def test_logs_of_a_run_in_a_bucket_stay_here():
+  """And no folder is made that is named like the bucket."""
+  done = subprocess.run(['launch/local.sh', '2', '--', '--workdir=gs://bucket/run'], cwd=ROOT, timeout=60,
+                        env={**os.environ, 'PYTHON': 'true'})
+  assert done.returncode == 0 and (ROOT / 'build/logs/process-1.log').exists() and not (ROOT / 'gs:').exists()
+
+
 @pytest.mark.parametrize('words, message', [
     (['launch/local.sh', '2'], 'there is no --'),
     (['launch/local.sh', '2', '--', '--config=a.py'], '--workdir=FOLDER is missing'),

@@ -1,7 +1,6 @@
 """Tokens a second with drafts of few loops that all loops judge, on a trained checkpoint."""
 from __future__ import annotations
 
-from pathlib import Path
 import statistics
 import time
 from typing import Iterable
@@ -17,7 +16,7 @@ def draft_suite(workdir: str, repeats: int, new: int = 128, temperatures: Iterab
   not trained on are continued, one after the other."""
   import loopformer
   model, params, tokenizer, config = loopformer.load(workdir)
-  examples = config.task.examples(Path(workdir), 'validation', 0)
+  examples = config.task.examples(workdir, 'validation', 0)
   texts = [[int(token) for token in examples[i]['tokens'][:32]] for i in range(prompts)]
   new = min(new, model.read_in.length - len(texts[0]))
   rows = []

@@ -68,6 +68,7 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   """
   folder = storage.path(folder)
   folder = folder if storage.remote(folder) else folder.absolute()
+  storage.check(folder, 'folder', writes=True)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   table.check_count('shard_bytes', shard_bytes)
