@@ -17,19 +17,20 @@ from loopformer import metrics
 from loopformer.attention import Blockwise, Fused
 from loopformer.model import Looped, init_params
 
-PEER = 'PyTorch, eager'
+PEER, COMPILED = 'PyTorch, eager', 'PyTorch, compiled'
 
 
 class Theirs:
-  """The same step in eager PyTorch, from the parameters that ours starts from."""
+  """The same step in PyTorch, from the parameters that ours starts from; `wrap` may compile its model."""
 
-  def __init__(self, size: Size, model: Looped):
+  def __init__(self, size: Size, model: Looped, wrap: Callable[[Any], Any] = lambda module: module):
     import torch
     from experiments import peer
     device = 'cuda' if jax.default_backend() == 'gpu' and torch.cuda.is_available() else 'cpu'
     params = jax.jit(functools.partial(init_params, model))(jax.random.fold_in(jax.random.key(0), 0))
     self._peer, self._model = peer, peer.from_params(model, params).to(device)
     self._optimizer = peer.make_optimizer(self._model, OPTIM.schedule.peak, OPTIM.decay)
+    self._model = wrap(self._model)
     batch = make_batch(size)
     self._batch = [torch.tensor(batch[name], dtype=torch.long, device=device) for name in ('tokens', 'targets')]
     self._halves = size.dtype == 'bfloat16'
@@ -40,6 +41,12 @@ class Theirs:
     """One step; its loss."""
     return self._peer.train_step(self._model, self._optimizer, *self._batch, *self._plans, OPTIM.clip,
                                  self._halves)
+
+
+def by_inductor(module: Any) -> Any:
+  """A module that PyTorch compiles at its first call."""
+  import torch
+  return torch.compile(module)
 
 
 def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[Any] | None = None,
@@ -57,8 +64,10 @@ def train_suite(size: Size, repeats: int, peer: str | None, kernels: Iterable[An
   steps = {f'{type(remat).__name__}, {kernel_name(size, kernel)}':
            Ours(size, make_model(size, remat, kernel), with_short(size, short_of(size))) for kernel, remat in ways}
   default = next(iter(steps.values()))
-  return {'train': race(size, repeats, steps, default,
-                        {PEER: functools.partial(Theirs, size, default.model)} if peer else {})}
+  others = {PEER: functools.partial(Theirs, size, default.model)} if peer == 'torch' else {}
+  if others and jax.default_backend() == 'gpu':  # beside which ours is compared, as the last
+    others[COMPILED] = functools.partial(Theirs, size, default.model, by_inductor)
+  return {'train': race(size, repeats, steps, default, others)}
 
 
 def plain_suite(size: Size, repeats: int) -> dict[str, list[dict]]:
