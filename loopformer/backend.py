@@ -35,6 +35,8 @@ class Backend:
   columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads and
     registers then have the many outputs to divide, and it takes half the time.
   sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
+  flat: stacks of up to so many layers are written out for decoding, each with kernels of its own: a scan copies them out
+    of the stack before it reads them, on a CPU at thrice the traffic.
   merged: whether caches have their heads merged in the last axis (layouts.py).
   """
   name: str
@@ -43,11 +45,12 @@ class Backend:
   product: str | None = None
   columns: int = 0
   sums_contiguous: bool = True
+  flat: int = 8
   merged: bool = False
 
 
 BACKENDS = {backend.name: backend for backend in (
-    Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False),
+    Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False, flat=64),
     Backend(name='gpu'),
     Backend(name='tpu', sums_contiguous=False, merged=True))}
 
