@@ -39,6 +39,8 @@ class Backend:
   qkv_apart: whether queries, keys and values are three products, each in the layout that attention wants. Of one product,
     a TPU's compiler copies all three in every layer and loop.
   sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
+  flat: stacks of up to so many layers are written out for decoding, each with kernels of its own: a scan copies them out
+    of the stack before it reads them, on a CPU at thrice the traffic.
   merged: whether caches have their heads merged in the last axis (layouts.py).
   """
   name: str
@@ -49,11 +51,12 @@ class Backend:
   sums_contiguous: bool = True
   largest_scatter: int | None = None
   qkv_apart: bool = False
+  flat: int = 8
   merged: bool = False
 
 
 BACKENDS = {backend.name: backend for backend in (
-    Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False),
+    Backend(name='cpu', unrolled=0, logits_at_once=512, product='float32', columns=64, sums_contiguous=False, flat=64),
     Backend(name='gpu'),
     Backend(name='tpu', sums_contiguous=False, largest_scatter=8, qkv_apart=True, merged=True))}
 

@@ -465,6 +465,9 @@ class Engine:
     draft: a budget or schedule with which tokens are drafted before all loops judge them, `ahead` at a time.
     rounds: passes between two looks of the host.
 
+  It holds weights of its own: copies of the layers', which lie as decoding wants them (modules.flattened), and the rest
+  as given. Where memory is short, let go of the ones it was given.
+
   Raises:
     ConfigError: an exit and a draft together, or values out of range.
   """

@@ -7,10 +7,10 @@ from typing import Any, Mapping
 from flax import linen as nn
 import jax
 
+from loopformer import backend
 from loopformer.blocks import Chain, Stack
 from loopformer.types import KV, Array, Ctx
 
-LAYERS = 8  # stacks of up to this many applications are made flat
 PROJECTIONS = ('qkv', 'out', 'up', 'down')  # the names that layers give to a `Linear`
 
 
@@ -67,7 +67,7 @@ def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Mo
   alone."""
   if isinstance(module, Stack):
     params = {**params, 'block': _cast(module.block, params['block'])}
-    if module.applications > LAYERS:
+    if module.applications > backend.current().flat:
       return module, params
     flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
                 order=module.order or tuple(range(module.depth)))

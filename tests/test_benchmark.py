@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as benchmark, compile, decode, growth, memory, plain, sizes, train
+from experiments.benchmark import __main__ as benchmark, compile, decode, growth, imported, memory, plain, sizes, train
 from loopformer import attention, loop, metrics, plans
 from loopformer.model import init_params
 from tests import parts
@@ -182,6 +182,30 @@ def test_decode_rows_and_files(tmp_path):
   assert json.loads((tmp_path / 'decode.json').read_text())['machine'] == machine
   assert metrics.table(rows) in (tmp_path / 'decode.md').read_text()
   assert set(machine) == {'hardware', 'peaks', 'versions', 'date', 'command'}
+
+
+def test_an_imported_decoder_beside_transformers(tmp_path):
+  pytest.importorskip('transformers', reason='the peer, of the extra dev')
+  tiny = dataclasses.replace(imported.SMOL, vocab=40, width=16, hidden=24, layers=1, heads=4, groups=2, length=32)
+  tables = imported.imported_suite(1, tiny, batches=(1, 2), prompt=4, new=3)
+  ours, theirs = tables['imported'][::2], tables['imported'][1::2]
+  assert [(row['rows'], row['by']) for row in tables['imported']] == [
+      (1, 'ours'), (1, 'transformers'), (2, 'ours'), (2, 'transformers')]
+  for own, peer in zip(ours, theirs):
+    assert own['times as fast'] == pytest.approx(peer['ms a round'] / own['ms a round'])
+    assert peer['times as fast'] == 1 and own['floor ms'] == peer['floor ms'] > 0
+  machine = benchmark.describe_machine('transformers')
+  assert 'transformers' in machine['versions']
+  benchmark.write(tmp_path, 'decode', tables, TINY, machine)
+  assert 'size' not in (tmp_path / 'decode.md').read_text().split('|')[0]
+
+
+def test_an_imported_decoder_that_differs_is_refused(monkeypatch):
+  pytest.importorskip('transformers', reason='the peer, of the extra dev')
+  monkeypatch.setattr(imported, 'logits_apart', lambda *arguments: 0.1)
+  with pytest.raises(RuntimeError, match='differ by 0.1'):
+    imported.imported_suite(1, dataclasses.replace(imported.SMOL, vocab=40, width=16, hidden=24, layers=1, heads=4,
+                                                   groups=2, length=32))
 
 
 def test_the_floor_counts_every_weight_that_a_token_reads():

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 import loopformer
-from loopformer import plans
+from loopformer import backend, plans
 from loopformer.blocks import Chain, RMSNorm, Stack
 from loopformer.cells.plain import Plain
 from loopformer.generation import ROUND, controls, decode, draw, generate, law, prefill
-from loopformer.modules import PROJECTIONS, flattened
+from loopformer.modules import PROJECTIONS, Flat, flattened
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import D, L, UNEVEN, V
@@ -270,6 +270,19 @@ def test_logits_equal_the_model(steps):
   ours = loopformer.logits(MODEL, PARAMS, np.asarray(text), steps=steps)
   np.testing.assert_allclose(ours, z @ PARAMS['read_in']['embedding'].T, atol=1e-4)
   assert ours.shape == (2, parts.T, V) and ours.dtype == jnp.float32
+
+
+def test_deep_stacks_are_written_out_on_a_cpu_alone():
+  """For decoding; they compute the same."""
+  model = parts.looped(parts.plain(9), loops=1)
+  weights, answers = parts.params(model), []
+  for name, kind in (('cpu', Flat), ('gpu', Stack)):
+    with backend.compiling_for(name):
+      flat, own = flattened(model, weights, turn=True)
+    assert isinstance(flat.cell.core, kind) and flat.cell.core.applications == 9
+    plan = plans.Uniform(1)(None)
+    answers.append(jax.jit(lambda p, flat=flat: flat.apply({'params': p}, parts.tokens(2), plan).z)(own))
+  parts.close(*answers, 1e-5)
 
 
 def test_weights_that_are_cast_ahead_change_nothing():

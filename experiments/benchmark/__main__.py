@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark [--suite=train,plain,decode,memory,compile] [--size=small] [--peer=torch]
                                     [--out=FOLDER]
+    python -m experiments.benchmark --suite=decode --peer=transformers
     python -m experiments.benchmark --suite=draft --trained=runs/quickstart
     python -m experiments.benchmark --suite=comms
 
@@ -14,7 +15,8 @@ memory   temporary memory of the compiled step by XLA's own account, its growth 
 compile  seconds to compile for several depths, and the published configuration from cold and from the cache of
          programs; programs compiled for several random trajectories.
 decode   tokens a second of generation at several budgets; the share of a token that does not depend on the budget; the
-         cache against computing all again; and the bare matrix products of a token.
+         cache against computing all again; and the bare matrix products of a token. With --peer=transformers: an
+         imported decoder of 135M parameters beside transformers with the same weights.
 data     tokens a second of the input pipeline alone, and megabytes a second of tokenising.
 growth   seconds of a step against loops, layers, width, length, vocabulary and batch, beside the arithmetic.
 comms    bytes that a device sends in a training step on eight simulated devices, from the compiled program: ours, where
@@ -40,16 +42,18 @@ import flax
 import jax
 
 from experiments import plan, plots, records
-from experiments.benchmark import comms, compile, data, decode, draft, growth, memory, train
+from experiments.benchmark import comms, compile, data, decode, draft, growth, imported, memory, train
 from experiments.benchmark.sizes import SIZES, Size
 from loopformer import metrics, storage
 
 SUITES = {
-    'train': lambda size, repeats: train.train_suite(size, repeats, FLAGS.peer),
+    'train': lambda size, repeats: train.train_suite(
+        size, repeats, FLAGS.peer if FLAGS.peer == 'torch' else None),
     'plain': train.plain_suite,
     'memory': lambda size, repeats: memory.memory_suite(size),
     'compile': lambda size, repeats: compile.compile_suite(size, min(repeats, 3)),
-    'decode': decode.decode_suite,
+    'decode': lambda size, repeats: imported.imported_suite(repeats) if FLAGS.peer == 'transformers' else (
+        decode.decode_suite(size, repeats)),
     'data': data.data_suite,
     'growth': growth.growth_suite,
     'comms': lambda size, repeats: comms.comms_suite(size),
@@ -59,7 +63,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list('suite', None, f'Which suites, in this order: {", ".join(SUITES)}. By default train, plain, decode, '
                   'and on CPUs memory and compile, which say of other devices what their compiler says.')
 flags.DEFINE_enum('size', None, list(SIZES), 'What is measured; by default reference on CPUs, small elsewhere.')
-flags.DEFINE_enum('peer', None, ['torch'], 'train: measure eager PyTorch beside ours.')
+flags.DEFINE_enum('peer', None, ['torch', 'transformers'], 'Measured beside ours; train: torch, eager; decode: transformers.')
 flags.DEFINE_string('trained', None, 'draft: a work folder with a trained language model.')
 flags.DEFINE_string('out', None, 'Folder for tables as JSON and Markdown.')
 flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)
@@ -71,6 +75,9 @@ def describe_machine(peer: str | None) -> dict[str, str]:
   if peer:
     import torch
     versions['torch'] = torch.__version__
+  if peer == 'transformers':
+    import transformers
+    versions['transformers'] = transformers.__version__
   kind = jax.devices()[0].device_kind
   if jax.default_backend() == 'cpu':
     kind = f'{cpu_model()}, {os.cpu_count()} cores'
@@ -96,7 +103,7 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
   record = {'machine': machine, 'size': dataclasses.asdict(size), 'tables': tables}
   records.write(folder / f'{name}.json', record)
   facts = [f'- {fact}: {value}' for fact, value in machine.items()]
-  if name != 'draft':  # whose model has its own
+  if name != 'draft' and 'imported' not in tables:  # whose models have their own
     facts.append('- size: ' + ', '.join(f'{field} {value}' for field, value in dataclasses.asdict(size).items()))
   parts = [f'# Benchmark: {name}', '\n'.join(facts), *map(metrics.table, tables.values())]
   storage.write(folder / f'{name}.md', '\n\n'.join(parts) + '\n')
