@@ -51,11 +51,7 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *_):
-    if kind is not None:  # what it failed by is told, not what comes of it
-      with contextlib.suppress(Exception):
-        self._manager.close()
-      return
+  def __exit__(self, *_):
     with self._saving():
       self._manager.close()
 

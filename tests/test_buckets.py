@@ -9,6 +9,7 @@ from pathlib import Path
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import loopformer
+from experiments import main
 from loopformer import config as configs
 from loopformer import convert, metrics, prepared, storage, train
 from loopformer.checkpoint import Checkpoints
@@ -126,6 +128,20 @@ def test_a_work_folder_that_cannot_be_served_is_refused_first(tmp_path):
   assert done.returncode == 1 and not list(tmp_path.iterdir())
   assert done.stderr.startswith('error: ftp://host/run: there is no file system ftp://') and (
       done.stderr.count('\n') == 1)
+
+
+@pytest.mark.parametrize('mode, several, workdir, expected', [
+    ('train', {}, 'runs/a', 'cache'), ('train', {'processes': 2}, 'runs/a', 'runs/a/compiled'),
+    ('train', {'distributed': True}, 'runs/a', 'runs/a/compiled'), ('train', {}, 'gs://b/a', 'gs://b/a/compiled'),
+    ('eval', {}, 'gs://b/a', 'cache'), ('plan', {}, None, 'cache')])
+def test_where_compiled_programs_go(monkeypatch, mode, several, workdir, expected):
+  """Beside the run, where other processes or machines will need them."""
+  monkeypatch.setenv('LOOPFORMER_CACHE', 'cache')
+  if workdir and storage.remote(workdir) and buckets.missing('gs'):
+    pytest.skip('gcsfs is not installed (the extra `dev`)')
+  given = {'mode': mode, 'distributed': False, 'coordinator': None, 'processes': None, 'process': None, **several}
+  with mock.patch.object(main, 'FLAGS', types.SimpleNamespace(**given)):
+    assert main.compiled(workdir and storage.path(workdir)) == expected
 
 
 # In this process -----------------------------------------------------------------------------------------------------
@@ -301,10 +317,11 @@ def test_a_run_in_a_bucket(bucket):
   processes = 2 if bucket.startswith('s3') else 1
   workdir = storage.path(f'{bucket}/whole')
   arguments = [f'--workdir={workdir}', f'--config={Path("texts/mine.py").absolute()}:{bucket}/texts',
-               '--set=train.save_every=3', '--set=train.steps=12', '--set=train.eval_every=12']
-  environment = {'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+               '--set=train.save_every=3', '--set=train.steps=12', '--set=train.eval_every=12', '--set=evals.budgets=(1,)']
+  profile = ['--profile=2:2'] if processes == 1 else []
+  environment = {'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3'}
   with mock.patch.dict(os.environ, environment):
-    runs = cluster.start(Path('logs'), processes, 1, *arguments, '--profile=2:2')
+    runs = cluster.start(Path('logs'), processes, 1, *arguments, *profile)
     wait_for(workdir / 'checkpoints/3/commit_success.txt', runs[0])
     for process in runs:
       process.kill()
@@ -329,6 +346,8 @@ def test_a_run_in_a_bucket(bucket):
   storage.write(storage.path(f'{bucket}/exported/mine.txt'), 'mine')
   with pytest.raises(ConfigError, match="holds 'mine.txt' and is no earlier export"):
     convert.export(model, params, tokenizer, f'{bucket}/exported')
+  if processes == 2:
+    return
   evaluated = started('--mode=eval', f'--workdir={workdir}', '--depths=1,2')
   assert evaluated.wait(200) == 0, Path('out.txt').read_text()
   rows = json.loads((workdir / 'eval/depths.json').read_text())
