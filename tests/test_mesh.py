@@ -52,7 +52,7 @@ def test_a_device_scores_its_own_rows(report, mesh):
 @pytest.mark.slow
 def test_loading_exporting_and_importing_divide_the_weights(report):
   found = report['load']
-  assert found['share'] == found['imported'] == pytest.approx(found['expected']) and found['share'] < 0.3, found
+  assert found['share'] == found['imported'] == pytest.approx(found['expected']) and found['share'] < 0.5, found
   assert found['error'] == found['import error'] == 0 and found['same file'], found
 
 
