@@ -312,7 +312,7 @@ def wait_for(file, process: subprocess.Popen):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket(bucket):
-  """Trained, killed, resumed, evaluated, generated from, exported and imported. In S3 two processes train."""
+  """Trained, killed, resumed, exported and imported; in S3 by two processes, elsewhere evaluated and generated from."""
   upload_texts(f'{bucket}/texts')
   processes = 2 if bucket.startswith('s3') else 1
   workdir = storage.path(f'{bucket}/whole')
@@ -337,7 +337,8 @@ def test_a_run_in_a_bucket(bucket):
   for name in ('compiled', 'profile', 'data', 'tensorboard') if processes == 1 else ('compiled', 'data'):
     assert (workdir / name).is_dir(), name
   model, params, tokenizer, config = loopformer.load(str(workdir))
-  assert loopformer.generate(model, params, tokenizer, ['one'], max_new_tokens=3)
+  if processes == 1:
+    assert loopformer.generate(model, params, tokenizer, ['one'], max_new_tokens=3)
   convert.export(model, params, tokenizer, f'{bucket}/exported')
   convert.export(model, params, tokenizer, f'{bucket}/exported')  # in the place of the first
   again, same, _ = convert.from_pretrained(f'{bucket}/exported')
