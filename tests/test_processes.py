@@ -67,13 +67,9 @@ def test_only_the_leader_writes(two):
   assert steps == list(range(1, 13))
 
 
-def test_four_processes_with_accumulation_whose_weights_are_all_divided_between_processes(alone, setting, tmp_path):
-  four = train(tmp_path, 4, 1, setting, *SMALL, '--set', 'mesh.fsdp=2', '--set', 'mesh.tensor=2', '--set',
-               'train.accumulate=2')
-  ours, theirs = (test_cli.rows(workdir, 'train')[:2] for workdir in (four, alone))
-  for name in ('loss', 'grad_norm'):  # before Adam makes much of other sums' rounding
-    assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-5)
-  assert_close(four, alone, 5e-3)
+def test_four_processes_with_accumulation_and_tensor(alone, setting, tmp_path):
+  four = train(tmp_path, 4, 2, setting, *SMALL, '--set', 'mesh.tensor=2', '--set', 'train.accumulate=2')
+  assert_close(four, alone)
 
 
 def evaluated(workdir) -> dict[str, float]:
@@ -97,7 +93,7 @@ def test_a_layer_divided_between_processes(alone, setting, tmp_path):
   shutil.rmtree(tmp_path / 'checkpoints/12')
   train(tmp_path, 2, 1, *options)
   assert 'resumed from step 9' in cluster.told(tmp_path)
-  assert_close(tmp_path, alone, 5e-3)
+  assert_close(tmp_path, alone)
   train(tmp_path, 2, 1, '--mode=eval', '--depths=1,4', '--heartbeat=30')  # on the run's own mesh
   logged = test_cli.rows(tmp_path, 'eval')[-1]
   assert evaluated(tmp_path) == pytest.approx({name: logged[name] for name in ('loss@1', 'loss@4')}, rel=1e-5)
