@@ -31,6 +31,10 @@ class HeadsFirst:
     """A cache, or rows of it, as attention reads it: [..., B, G, S, d]."""
     return cache
 
+  def count(self, cache: Array) -> int:
+    """G."""
+    return cache.shape[self.heads]
+
 
 @part
 class Merged:
@@ -53,6 +57,10 @@ class Merged:
   def of_heads(self, cache: Array) -> Array:
     """As HeadsFirst.of_heads."""
     return self._apart(cache).swapaxes(-3, -2)
+
+  def count(self, cache: Array) -> int:
+    """As HeadsFirst.count."""
+    return self.groups
 
   def _apart(self, entries):
     return entries.reshape(*entries.shape[:-1], self.groups, -1)

@@ -265,9 +265,8 @@ def spread(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
 
 def of_cache(kv: KV, sizes: Mapping[str, int]) -> KV:
   """Partitions of a cache's arrays: rows over data and fsdp, heads over tensor where it divides them."""
-  axis = kv.layout.heads
-  heads = ('tensor',) if kv.k.shape[axis] % sizes['tensor'] == 0 else ()
-  own = P(None, None, BATCH, *(None,) * (axis - 3), *heads)
+  heads = ('tensor',) if kv.layout.count(kv.k) % sizes['tensor'] == 0 else ()
+  own = P(None, None, BATCH, *(None,) * (kv.layout.heads - 3), *heads)
   return kv.replace(k=own, v=own, pos=P(None, BATCH))
 
 
