@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import loopformer
-from experiments import main
+from experiments import machines, main
 from loopformer import config as configs
 from loopformer import convert, metrics, prepared, storage, train
 from loopformer.checkpoint import Checkpoints
@@ -140,7 +140,8 @@ def test_where_compiled_programs_go(monkeypatch, mode, several, workdir, expecte
   if workdir and storage.remote(workdir) and buckets.missing('gs'):
     pytest.skip('gcsfs is not installed (the extra `dev`)')
   given = {'mode': mode, 'distributed': False, 'coordinator': None, 'processes': None, 'process': None, **several}
-  with mock.patch.object(main, 'FLAGS', types.SimpleNamespace(**given)):
+  flags = types.SimpleNamespace(**given)
+  with mock.patch.object(main, 'FLAGS', flags), mock.patch.object(machines, 'FLAGS', flags):
     assert main.compiled(workdir and storage.path(workdir)) == expected
 
 
