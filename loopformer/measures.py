@@ -16,7 +16,7 @@ Sums = dict[str, Array]
 
 def counted(batch: Batch) -> Array:
   """f32[B]: 1 for every sequence, 0 for rows that only fill up a batch, whose `counted` says so."""
-  return batch['counted'] if 'counted' in batch else jnp.ones(len(batch['tokens']))
+  return batch['counted'] if 'counted' in batch else jnp.ones(len(batch['weights']))
 
 
 def _nll(readout, z, batch):
