@@ -102,7 +102,7 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bu
       keywords={'frozen': {folder: params for folder in config.objective.teachers}},
       told=f'a step of {tokens:,} tokens, {each} rows a device at a time',
       tokens=tokens, steps=plan.expected(config.objective, example, each, options.steps),
-      state=2.0 * plan.held(state, mesh), uneven=tuple(plan.undivided(state.params, mesh)),
+      state=2.0 * sharding.bytes_of(state, mesh), uneven=tuple(plan.undivided(state.params, mesh)),
       model_flops=config.objective.flops(model, config.task.length) * tokens)
 
 
@@ -115,7 +115,7 @@ def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   schedule = jax.eval_shape(lambda: plans.schedule(plans.resolve(model.loops)))
   leave, dial = exits.compiled(evaluate.Run(plan=None).exit)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  divided = 2 * plan.held(shapes, mesh, ('tensor',)) > room
+  divided = 2 * sharding.bytes_of(shapes, mesh, ('tensor',)) > room
   params = abstract(shapes, sharding.shardings(shapes, mesh, sharding.AXES if divided else ('tensor',)))
   return Built(
       call=evaluate.score, arguments=(model, config.task.measure, leave, params, batch, schedule,
@@ -130,7 +130,7 @@ def reading(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   count, width = state.place.shape[0], max(config.model.read_in.length // 2, 1)
   new = jax.eval_shape(lambda: generation.Arrivals(
       row=jnp.zeros(count, jnp.int32), tokens=jnp.zeros((count, width), jnp.int32), lengths=jnp.ones(count, jnp.int32),
-      source=jnp.zeros(count, jnp.int32), shared=jnp.zeros(count, jnp.int32), plan=state_plan(model, count),
+      source=jnp.zeros(count, jnp.int32), shared=jnp.zeros(count, jnp.int32), plan=_all_loops(model, count),
       seed=jnp.zeros(count, jnp.uint32), number=jnp.zeros(count, jnp.uint32), control=_controls(count),
       left=jnp.ones(count, jnp.int32)))
   return Built(
@@ -194,7 +194,7 @@ def _decoded(path, leaf, mesh):
                               sharding=NamedSharding(mesh, P(*(entries[::-1] if turned else entries))))
 
 
-def state_plan(model: Any, rows: int) -> Any:
+def _all_loops(model: Any, rows: int) -> Any:
   """A schedule of all loops for every row."""
   loops = model.loops
   return plans.Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)), live=jnp.ones((loops, rows), bool))

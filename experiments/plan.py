@@ -182,8 +182,8 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   memory, program = compiled.memory_analysis(), Program(compiled.as_text(), steps)
 
   params = jax.tree.leaves(state.params)
-  weights, whole = held(state.params, mesh), held(state.params, mesh, ('tensor',))
-  optimizer_bytes = held(state.optimizer, mesh)
+  weights, whole = sharding.bytes_of(state.params, mesh), sharding.bytes_of(state.params, mesh, ('tensor',))
+  optimizer_bytes = sharding.bytes_of(state.optimizer, mesh)
   tokens = options.batch * config.task.length
   mapped = [equation for equation in traced.jaxpr.jaxpr.eqns if equation.primitive.name == 'shard_map']
   traffic = program.outside + sum(
@@ -219,13 +219,6 @@ def undivided(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
       'whole': 'whole on every device, and so are their moments; choose an fsdp that divides an axis'}
   return [f'fsdp = {size} divides no axis of {numbers[kind]:,} of {total:,} parameters ({names[kind]} is the first): '
           f'{words}' for kind, words in told.items() if size > 1 and numbers[kind]]
-
-
-def held(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = sharding.AXES) -> int:
-  """Bytes that a device has of a tree that is divided over some of the axes."""
-  placed = jax.tree.leaves(sharding.shardings(tree, mesh, names))
-  return sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-             for leaf, where in zip(jax.tree.leaves(tree), placed))
 
 
 # The traced program ---------------------------------------------------------------------------------------------------

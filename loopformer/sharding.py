@@ -164,6 +164,12 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES)
       lambda path, leaf: held(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh), tree)
 
 
+def bytes_of(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> int:
+  """Bytes that a device has of a train state or a part of it, divided over some of the axes."""
+  return sum(math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+             for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, names))))
+
+
 def row_parts(mesh: jax.sharding.Mesh) -> int:
   """How many parts rows are divided into."""
   return math.prod(mesh.shape[name] for name in BATCH)
@@ -215,9 +221,7 @@ def gathered(params: Params) -> Params:
   mesh = mesh_of(params)
   if mesh is None or mesh.shape['fsdp'] == 1:
     return params
-  target = shardings(params, mesh, ('tensor',))
-  size = sum(math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-             for leaf, own in zip(jax.tree.leaves(params), jax.tree.leaves(target)))
+  target, size = shardings(params, mesh, ('tensor',)), bytes_of(params, mesh, ('tensor',))
   memory = jax.local_devices()[0].memory_stats() or {}
   room = memory['bytes_limit'] - memory['bytes_in_use'] if 'bytes_limit' in memory else math.inf
   return jax.device_put(params, target) if processes.all_agree(2 * size <= room) else params
