@@ -251,11 +251,13 @@ def _import_file(path: Any) -> types.ModuleType:
   if not path.is_file():
     raise ConfigError(f'--config {path}: no such file; give the path of a configuration, '
                       'such as experiments/configs/loopformer.py:tiny')
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+  source = path.read_bytes()
+  digest = hashlib.sha256(source).hexdigest()[:8]
   name = LOADED + path.stem if path.stem.endswith(digest) else f'{LOADED}{path.stem}_{digest}'
   if name not in sys.modules:
     module_spec = importlib.util.spec_from_file_location(name, storage.fetched(path))
     module = importlib.util.module_from_spec(module_spec)
+    module.__source__ = source
     sys.modules[name] = module
     try:
       module_spec.loader.exec_module(module)
@@ -297,7 +299,7 @@ def save(config: Experiment, workdir: str | Path):
     if name.startswith(LOADED) and f'"{name}:' in encoded:
       copy = workdir / f'{name.removeprefix(LOADED)}.py'
       if not copy.exists():
-        storage.write(copy, Path(module.__file__).read_bytes())
+        storage.write(copy, module.__source__)  # as it was read: the file may have changed or gone since
   storage.write(workdir / 'config.json', encoded + '\n')
 
 

@@ -266,8 +266,8 @@ def forget():
 def test_a_part_of_the_configuration_file_is_read_from_the_work_folder(tmp_path, forget):
   source = own_part(tmp_path / 'configs')
   config = configs.load(f'{source}:0.75')
+  source.unlink()  # what is saved is what was read
   configs.save(config, tmp_path / 'run')
-  source.unlink()
   plan = "config.objective.rolls['short'].plan"
   out = parts.python('import sys; from loopformer import config as configs; from pathlib import Path; '
                      f'config = configs.read(Path(sys.argv[1])); print(type({plan}).__name__, {plan}.first); '
