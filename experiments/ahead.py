@@ -23,7 +23,7 @@ import numpy as np
 from experiments import hlo, plan, topologies
 from loopformer import backend, config as configs, evaluate, exits, generation, metrics, modules, plans, sharding
 from loopformer.checkpoint import abstract
-from loopformer.model import init_params
+from loopformer.model import init_params, parameter_roles
 from loopformer.train import init_state, make_step
 from loopformer.types import ConfigError, part
 
@@ -90,19 +90,20 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bu
   """A training step."""
   options, model = config.train, config.model
   sharding.check_batch(options.batch, options.accumulate, mesh)
-  optimizer = config.optim.make(options.steps)
+  roles = parameter_roles(model)
+  optimizer = config.optim.make(options.steps, roles)
   state = jax.eval_shape(functools.partial(init_state, model, optimizer, options.seed))
   example = plan.rows_of(config.task)
   each = options.batch // options.accumulate // sharding.row_parts(mesh)
-  params = _placed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+  params = _placed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh, roles)
   tokens = options.batch * config.task.length
   return Built(
       call=make_step(model, config.objective, optimizer, mesh, options.accumulate, options.seed),
-      arguments=(_placed(state, mesh), _batch(example, options.batch, mesh)),
+      arguments=(_placed(state, mesh, roles), _batch(example, options.batch, mesh)),
       keywords={'frozen': {folder: params for folder in config.objective.teachers}},
       told=f'a step of {tokens:,} tokens, {each} rows a device at a time',
       tokens=tokens, steps=plan.expected(config.objective, example, each, options.steps),
-      state=2.0 * sharding.bytes_of(state, mesh), uneven=tuple(plan.undivided(state.params, mesh)),
+      state=2.0 * sharding.bytes_of(state, mesh, roles), uneven=tuple(plan.undivided(state.params, mesh, roles)),
       model_flops=config.objective.flops(model, config.task.length) * tokens)
 
 
@@ -115,8 +116,9 @@ def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   schedule = jax.eval_shape(lambda: plans.schedule(plans.resolve(model.loops)))
   leave, dial = exits.compiled(evaluate.Run(plan=None).exit)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  divided = 2 * sharding.bytes_of(shapes, mesh, ('tensor',)) > room
-  params = abstract(shapes, sharding.shardings(shapes, mesh, sharding.AXES if divided else ('tensor',)))
+  roles = parameter_roles(model)
+  divided = 2 * sharding.bytes_of(shapes, mesh, roles, ('tensor',)) > room
+  params = abstract(shapes, sharding.shardings(shapes, mesh, roles, sharding.AXES if divided else ('tensor',)))
   return Built(
       call=evaluate.score, arguments=(model, config.task.measure, leave, params, batch, schedule,
                                       jax.ShapeDtypeStruct((model.outputs,), jnp.int32), dial),
@@ -155,8 +157,8 @@ def writing(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
 PROGRAMS = {'train': training, 'eval': scoring, 'prefill': reading, 'decode': writing}
 
 
-def _placed(tree, mesh):
-  return abstract(tree, sharding.shardings(tree, mesh))
+def _placed(tree, mesh, roles):
+  return abstract(tree, sharding.shardings(tree, mesh, roles))
 
 
 def _batch(example, rows, mesh, stop=True):
@@ -178,17 +180,18 @@ def _serving(config, mesh, rows):
     return params, empty
 
   params, empty = jax.eval_shape(make, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
-  params = jax.tree_util.tree_map_with_path(lambda path, leaf: _decoded(path, leaf, mesh), params)
+  roles = parameter_roles(found['model'])
+  params = jax.tree_util.tree_map_with_path(lambda path, leaf: _decoded(path, leaf, mesh, roles), params)
   placed = abstract(empty, jax.tree.map(lambda spec: NamedSharding(mesh, spec), found['specs']))
   return found['model'], params, placed
 
 
-def _decoded(path, leaf, mesh):
+def _decoded(path, leaf, mesh, roles):
   """The shape of a parameter with its sharding; kernels that are turned [O, I] are divided as those [I, O] are."""
   name, turned = jax.tree_util.keystr(path, simple=True, separator='/'), path[-1].key == 'turned'
   shape = leaf.shape[::-1] if turned else leaf.shape
-  spec = sharding.only(sharding.spec(name.removesuffix('turned') + 'kernel' if turned else name, shape, mesh.shape),
-                       ('tensor',))
+  role = roles.of(name.removesuffix('turned') + 'kernel' if turned else name)
+  spec = sharding.only(sharding.spec(role, shape, mesh.shape), ('tensor',))
   entries = (*spec, *(None,) * (len(shape) - len(spec)))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                               sharding=NamedSharding(mesh, P(*(entries[::-1] if turned else entries))))

@@ -24,6 +24,7 @@ from experiments import plots, records
 from experiments.main import held_out
 from loopformer import config as configs
 from loopformer import data, loop, metrics, plans, sharding, storage
+from loopformer.model import parameter_roles
 from loopformer.terms.expected import exit_step
 from loopformer.train import State, make_step
 
@@ -52,7 +53,7 @@ def train(spec: str, seed: int, workdir: Path):
 
 def teach(config, params, seed: int, workdir: Path):
   """Stage II from the parameters of stage I; the new ones, and the loss at the first and the last steps."""
-  mesh, optimizer = config.mesh.make(), config.optim.make(config.train.steps)
+  mesh, optimizer = config.mesh.make(), config.optim.make(config.train.steps, parameter_roles(config.model))
   params = jax.tree.map(jnp.copy, params)  # the step takes over what it is given
   state = State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params))
   step = make_step(config.model, config.objective, optimizer, mesh, config.train.accumulate, seed)

@@ -34,7 +34,8 @@ from experiments.hlo import Program, Steps
 from loopformer import config as configs
 from loopformer import metrics, sharding
 from loopformer.checkpoint import abstract
-from loopformer.model import init_params
+from loopformer.model import init_params, parameter_roles
+from loopformer.roles import Roles
 from loopformer.train import init_state, make_step
 from loopformer.types import ConfigError, Draw, part
 
@@ -165,7 +166,8 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   options = config.train
   sharding.check_model(config.model, mesh)
   sharding.check_batch(options.batch, options.accumulate, mesh)
-  optimizer = config.optim.make(options.steps)
+  roles = parameter_roles(config.model)
+  optimizer = config.optim.make(options.steps, roles)
   state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, options.seed))
   example = rows_of(config.task)
   rows = options.batch // options.accumulate // (mesh.shape['data'] * mesh.shape['fsdp'])
@@ -175,15 +177,15 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   over_rows = NamedSharding(mesh, P(sharding.BATCH))
   batch = {name: jax.ShapeDtypeStruct((options.batch, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
            for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
-  teacher = _placed(jax.eval_shape(lambda: init_params(quick.model, jax.random.key(0))), mesh)
+  teacher = _placed(jax.eval_shape(lambda: init_params(quick.model, jax.random.key(0))), mesh, roles)
   step = make_step(quick.model, quick.objective, optimizer, mesh, options.accumulate, options.seed)
-  traced = step.trace(_placed(state, mesh), batch, frozen={folder: teacher for folder in config.objective.teachers})
+  traced = step.trace(_placed(state, mesh, roles), batch, frozen={folder: teacher for folder in config.objective.teachers})
   compiled = traced.lower().compile(compiler_options=QUICK)
   memory, program = compiled.memory_analysis(), Program(compiled.as_text(), steps)
 
   params = jax.tree.leaves(state.params)
-  weights, whole = sharding.bytes_of(state.params, mesh), sharding.bytes_of(state.params, mesh, ('tensor',))
-  optimizer_bytes = sharding.bytes_of(state.optimizer, mesh)
+  weights, whole = (sharding.bytes_of(state.params, mesh, roles, names) for names in (sharding.AXES, ('tensor',)))
+  optimizer_bytes = sharding.bytes_of(state.optimizer, mesh, roles)
   tokens = options.batch * config.task.length
   mapped = [equation for equation in traced.jaxpr.jaxpr.eqns if equation.primitive.name == 'shard_map']
   traffic = program.outside + sum(
@@ -197,19 +199,19 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
       + memory.temp_size_in_bytes,
       flops=program.flops, traffic=traffic + 2 * (weights + optimizer_bytes), sent=program.sent,
       model_flops=config.objective.flops(config.model, config.task.length) * tokens,
-      uneven=tuple(undivided(state.params, mesh)))
+      uneven=tuple(undivided(state.params, mesh, roles)))
 
 
-def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def _placed(tree: Any, mesh: jax.sharding.Mesh, roles: Roles) -> Any:
   """Shapes of a train state or a part of it, with their shardings."""
-  return abstract(tree, sharding.shardings(tree, mesh))
+  return abstract(tree, sharding.shardings(tree, mesh, roles))
 
 
-def undivided(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
+def undivided(params: Any, mesh: jax.sharding.Mesh, roles: Roles) -> list[str]:
   """Lines about parameters that fsdp does not divide evenly."""
   size, numbers, names = mesh.shape['fsdp'], collections.Counter(), {}
   for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(
-      sharding.shardings(params, mesh))):
+      sharding.shardings(params, mesh, roles))):
     axes = {axis for entry in own.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
     kind = 'parts' if axes & {'outer', 'inner'} else 'whole' if 'fsdp' not in axes and leaf.size >= sharding.LARGE else ''
     numbers[kind] += leaf.size

@@ -33,7 +33,7 @@ def load(workdir: str | Path, step: int | None = None,
   """
   from loopformer import config as configs
   from loopformer.checkpoint import FOLDER, Checkpoints, abstract
-  from loopformer.model import init_params
+  from loopformer.model import init_params, parameter_roles
   workdir = storage.path(workdir)
   storage.check_workdir(workdir, writes=False)
   config = configs.read(workdir)
@@ -46,7 +46,7 @@ def load(workdir: str | Path, step: int | None = None,
     target = jax.tree.map(lambda _: device, shapes)
   else:
     sharding.check_model(config.model, mesh)
-    target = sharding.shardings(shapes, mesh)
+    target = sharding.shardings(shapes, mesh, parameter_roles(config.model))
   with Checkpoints(workdir) as checkpoints:
     _, params = checkpoints.restore_params(step, abstract(shapes, target))
   return config.model, params, config.task.tokenizer_of(workdir), config

@@ -16,7 +16,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from loopformer import attention, backend
+from loopformer import attention, backend, roles
+from loopformer.roles import Role
 from loopformer.types import KV, Array, ConfigError, Ctx
 
 DTYPES = ('float32', 'bfloat16')
@@ -187,16 +188,19 @@ class Linear(nn.Module):
   init: Any = None
 
   @nn.compact
-  def __call__(self, x: Array, gain: Array | None = None) -> Array:
+  def __call__(self, x: Array, gain: Array | None = None, divided: int | None = None) -> Array:
+    """x [..., I] -> gain * (x W + b) [..., O]; divided: which axis of W a tensor group divides, -1 (outputs) or -2."""
     if self.has_variable('params', 'turned'):
       y = turned(x, self.get_variable('params', 'turned'))
       y = (y if gain is None else y * gain).astype(x.dtype)
     else:
-      y = dense(x, self.param('kernel', self.init or Normal(self.std), (x.shape[-1], self.features)), gain)
-      y = checkpoint_name(y, attention.PRODUCT)
+      kernel = roles.param(self, 'kernel', self.init or Normal(self.std), (x.shape[-1], self.features),
+                           Role(dtype=x.dtype, tensor=divided))
+      y = checkpoint_name(dense(x, kernel, gain), attention.PRODUCT)
     if self.bias is None:
       return y
-    bias = self.param('bias', self.bias, (self.features,)).astype(y.dtype)
+    role = Role(tensor=-1 if divided == -1 else None)
+    bias = roles.param(self, 'bias', self.bias, (self.features,), role).astype(y.dtype)
     return y + (bias if gain is None else bias * gain.astype(y.dtype))
 
 
@@ -220,7 +224,8 @@ class QKV(nn.Module):
     if self.has_variable('params', 'turned'):
       q, k, v = unfused(turned(x, self.get_variable('params', 'turned')).astype(x.dtype), self.heads, self.groups)
     else:
-      kernel = self.param('kernel', self.init or Normal(self.std), (width, outputs))
+      kernel = roles.param(self, 'kernel', self.init or Normal(self.std), (width, outputs),
+                           Role(dtype=x.dtype, tensor=-1))
       if backend.current().qkv_apart:
         q, k, v = (dense_heads(x, part.reshape(width, -1, head)) for part in unfused(kernel, self.heads, self.groups))
         return tuple(checkpoint_name(y, attention.PRODUCT) for y in (q, k, v))
@@ -237,7 +242,7 @@ class ValueEmbed(nn.Module):
   def __call__(self, v: Array, x: Array, tokens: Array) -> Array:
     """v [B, T, G, d], x [B, T, D] -> [B, T, G, d]."""
     groups, head = v.shape[2:]
-    table = self.param('embedding', Normal(1.0), (self.vocab, groups * head))
+    table = roles.param(self, 'embedding', Normal(1.0), (self.vocab, groups * head), Role(tensor=-2))
     bound = 1 / math.sqrt(self.features)
     weights = self.param('gate', UniformWithin(bound), (self.features, groups))
     gate_BTG = 2 * jax.nn.sigmoid(x[..., :self.features].astype(jnp.float32) @ weights)
@@ -278,12 +283,13 @@ class SelfAttention(nn.Module):
       v = self.values(v, x, ctx.tokens)
     out, kv = attended(self, q, k, v, ctx, kv, layer)
     bias = Normal(0.0) if 'out' in self.biased else None
-    return Linear(width, self.out_std, bias, self.out_init, name='out')(out, gate), kv
+    return Linear(width, self.out_std, bias, self.out_init, name='out')(out, gate, divided=-2), kv
 
   def _biased(self, name, x):
     if name not in self.biased:
       return x
-    return x + self.param(f'{name}_bias', nn.initializers.zeros, x.shape[2:]).astype(x.dtype)
+    bias = roles.param(self, f'{name}_bias', nn.initializers.zeros, x.shape[2:], Role(decayed=False))  # [heads, d]
+    return x + bias.astype(x.dtype)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward."""
@@ -371,8 +377,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x: Array, gate: Array | None = None) -> Array:
     up, down = (Normal(0.0) if name in self.biased else None for name in ('up', 'down'))
-    hidden = self.activation(Linear(self.hidden, self.std, up, self.init, name='up')(x))
-    return Linear(x.shape[-1], self.out_std, down, self.out_init, name='down')(hidden, gate)
+    hidden = self.activation(Linear(self.hidden, self.std, up, self.init, name='up')(x, divided=-1))
+    return Linear(x.shape[-1], self.out_std, down, self.out_init, name='down')(hidden, gate, divided=-2)
 
   def flops(self, width: int) -> float:
     """Floating-point operations a token, forward."""
@@ -390,9 +396,9 @@ class GatedMLP(nn.Module):
   @nn.compact
   def __call__(self, x: Array, gate: Array | None = None) -> Array:
     init = Halves(self.std, self.std if self.up_std is None else self.up_std)
-    both = Linear(2 * self.hidden, init=init, name='up')(x)
+    both = Linear(2 * self.hidden, init=init, name='up')(x, divided=-1)
     hidden = self.activation(both[..., :self.hidden]) * both[..., self.hidden:]
-    return Linear(x.shape[-1], self.out_std, name='down')(hidden, gate)
+    return Linear(x.shape[-1], self.out_std, name='down')(hidden, gate, divided=-2)
 
   def flops(self, width: int) -> float:
     """Floating-point operations a token, forward."""
@@ -558,6 +564,7 @@ class Stack(nn.Module):
       index, mod = row
       return block(x, ctx, mod, kv, index), None
 
+    roles.stacked(self, 'block')
     # The cache is carried, not scanned over: as a scanned input and output it would be copied whole each time.
     layer = ctx.remat.layer(layer) if ctx.remat else layer
     order = tuple(range(self.depth)) if self.order is None else self.order

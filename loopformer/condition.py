@@ -9,7 +9,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from loopformer import roles
 from loopformer.blocks import Normal
+from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Plan
 
 FEATURES = 256
@@ -72,7 +74,7 @@ class Modulation(nn.Module):
   def __call__(self, c: Array) -> Array:
     width = c.shape[-1]
     kernel = self.param('kernel', self.init, (self.layers, width, 4, width))
-    bias = self.param('bias', nn.initializers.zeros, (self.layers, 4, width))
+    bias = roles.param(self, 'bias', nn.initializers.zeros, (self.layers, 4, width), Role(decayed=False))
     out = jnp.einsum('K...D,NDgE->KNg...E', jax.nn.silu(c), kernel, preferred_element_type=jnp.float32)
     return out + bias.reshape(*bias.shape[:2], *(1,) * (c.ndim - 2), width)
 
@@ -99,4 +101,5 @@ class Table(nn.Module):
     if index.shape[0] > self.loops:
       raise ConfigError(f'modulation.loops = {self.loops}: a plan of {index.shape[0]} steps asks for modulations that '
                         'were never learned; take at most that many steps')
-    return self.param('table', nn.initializers.zeros, (self.loops, self.layers, 4, self.width))[index[:, 0]]
+    shape = self.loops, self.layers, 4, self.width
+    return roles.param(self, 'table', nn.initializers.zeros, shape, Role(decayed=False))[index[:, 0]]

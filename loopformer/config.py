@@ -31,6 +31,7 @@ from loopformer.model import Looped
 from loopformer.modules import unshared
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
+from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
 from loopformer.train import Train
@@ -223,7 +224,7 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
-  config.optim.make(train.steps)
+  config.optim.make(train.steps, Roles())
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

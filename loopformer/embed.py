@@ -4,7 +4,9 @@ from __future__ import annotations
 from flax import linen as nn
 import jax.numpy as jnp
 
+from loopformer import roles
 from loopformer.blocks import Linear, Normal, RMSNorm
+from loopformer.roles import Role
 from loopformer.types import Array
 
 
@@ -21,7 +23,7 @@ class TokenEmbed(nn.Module):
   dtype: str = 'float32'
 
   def setup(self):
-    self.embedding = self.param('embedding', Normal(self.std), (self.vocab, self.width))
+    self.embedding = roles.param(self, 'embedding', Normal(self.std), (self.vocab, self.width), Role(tensor=-2))
     self.positions = self.param('positions', Normal(self.std), (self.length, self.width))
 
   def __call__(self, tokens: Array, pos: Array) -> Array:
@@ -50,7 +52,7 @@ class Tokens(nn.Module):
   dtype: str = 'float32'
 
   def setup(self):
-    self.embedding = self.param('embedding', Normal(self.std), (self.vocab, self.width))
+    self.embedding = roles.param(self, 'embedding', Normal(self.std), (self.vocab, self.width), Role(tensor=-2))
 
   def __call__(self, tokens: Array, pos: Array) -> Array:
     """i32[B, T] -> [B, T, D]."""
@@ -142,7 +144,7 @@ class Head(nn.Module):
   @nn.compact
   def table(self, read_in: nn.Module) -> Array:
     """The head's matrix, [outputs, D]."""
-    return self.param('kernel', Normal(self.std), (self.outputs, read_in.width))
+    return roles.param(self, 'kernel', Normal(self.std), (self.outputs, read_in.width), Role(tensor=-2))
 
   def outputs_of(self, read_in: nn.Module) -> int:
     """Rows of that matrix."""

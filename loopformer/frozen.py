@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from loopformer.roles import Roles
 from loopformer.types import ConfigError, part
 
 
@@ -19,9 +20,9 @@ class Only:
   of: Any
   paths: tuple[str, ...]
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
-    return optax.partition({'learn': self.of.make(steps), 'keep': optax.set_to_zero()}, self.routes)
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """As optim.AdamW.make."""
+    return optax.partition({'learn': self.of.make(steps, roles), 'keep': optax.set_to_zero()}, self.routes)
 
   def routes(self, params: Any) -> Any:
     """'learn' or 'keep' for every parameter. Raises ConfigError for a path that none lies at."""
@@ -38,9 +39,9 @@ class Grouped:
   named: Any
   paths: tuple[str, ...]
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
-    return optax.partition({'named': self.named.make(steps), 'others': self.of.make(steps)}, self.routes)
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """As optim.AdamW.make."""
+    return optax.partition({'named': self.named.make(steps, roles), 'others': self.of.make(steps, roles)}, self.routes)
 
   def routes(self, params: Any) -> Any:
     """'named' or 'others' for every parameter. Raises ConfigError for a path that none lies at."""

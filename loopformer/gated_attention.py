@@ -81,7 +81,7 @@ class GatedAttention(nn.Module):
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     out, left = view.attend(self, q, k, v, ctx, layer, gate)
-    return Linear(width, self.out_std, name='out')(out.reshape(batch, length, width)), left
+    return Linear(width, self.out_std, name='out')(out.reshape(batch, length, width), divided=-2), left
 
   def extended(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys, whose heads stand at

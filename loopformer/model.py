@@ -1,13 +1,14 @@
 """The model: read in, loop, read out. A paper is this module with its parts in the sockets."""
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, memory as memories, starts
+from loopformer import loop, memory as memories, roles, starts
 from loopformer.blocks import Linear, Stack, turned
 from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
@@ -176,6 +177,13 @@ def init_params(model: Looped, key: Array) -> Any:
 
 def _touch_all(model, tokens, plan):
   return model.logits(model(tokens, plan).z)
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_roles(model: Looped) -> roles.Roles:
+  """What each parameter is to optimisers, meshes and decoding (roles.py); its initialisation is traced, not run."""
+  with roles.collecting() as collected:
+    return collected(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
 def parameter_count(model: Looped) -> int:

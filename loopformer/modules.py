@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any
 
 from flax import linen as nn
 import jax
 
 from loopformer import backend
-from loopformer.blocks import Chain, Stack
+from loopformer.blocks import Stack
+from loopformer.model import parameter_roles
+from loopformer.roles import Roles
 from loopformer.types import KV, Array, Ctx
-
-PROJECTIONS = ('qkv', 'out', 'up', 'down')  # the names that layers give to a `Linear`
-
 
 def fields(module: nn.Module) -> dict[str, Any]:
   """Name -> value of a module's own fields."""
@@ -61,44 +60,43 @@ class Flat(nn.Module):
     return self.block.layers * len(self.order)
 
 
-def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
-  """The same function with small stacks flat: (module, parameters). The arrays are copies of the stacks' slices, with
+def flattened(model: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
+  """The same function with small stacks flat: (model, parameters). The arrays are copies of the stacks' slices, with
   `turn` [O, I] where a projection has a kernel [I, O]; kernels are in the dtype in which they multiply. Forward
   alone."""
+  return _flattened(model, params, parameter_roles(model), (), turn)
+
+
+def _flattened(module, params, roles: Roles, at: tuple[str, ...], turn):
   if isinstance(module, Stack):
-    params = {**params, 'block': _cast(module.block, params['block'])}
+    def cast(path, leaf):
+      dtype = roles[(*at, 'block', *(entry.key for entry in path))].dtype
+      return leaf if dtype is None else leaf.astype(dtype)
+
+    params = {**params, 'block': jax.tree_util.tree_map_with_path(cast, params['block'])}
     if module.applications > backend.current().flat:
       return module, params
     flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
                 order=module.order or tuple(range(module.depth)))
     rest = {name: tree for name, tree in params.items() if name != 'block'}
     blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
-    return flat, {**rest, **{f'blocks_{i}': _turned(block) if turn else block for i, block in enumerate(blocks)}}
+    return flat, {**rest, **{f'blocks_{i}': _turned(block, roles, (*at, 'block')) if turn else block
+                             for i, block in enumerate(blocks)}}
   params, changed = dict(params), {}
   for name, value in fields(module).items():
     if isinstance(value, nn.Module) and name in params:
-      changed[name], params[name] = flattened(value, params[name], turn)
+      changed[name], params[name] = _flattened(value, params[name], roles, (*at, name), turn)
   return module.clone(**changed), params
 
 
-def _cast(block, params):
-  """A block's projections in its dtype, into which every call would cast them."""
-  if isinstance(block, Chain):
-    return {name: _cast(block.blocks[int(name.removeprefix('blocks_'))], tree) for name, tree in params.items()}
-
-  def own(path, leaf):
-    names = [entry.key for entry in path]
-    return leaf.astype(block.dtype) if names[-1] == 'kernel' and names[-2] in PROJECTIONS else leaf
-
-  return jax.tree_util.tree_map_with_path(own, params)
-
-
-def _turned(params):
-  def own(name, tree):
-    if not isinstance(tree, Mapping):
-      return tree
-    if name not in PROJECTIONS or 'kernel' not in tree:
-      return _turned(tree)
-    return {**{other: leaf for other, leaf in tree.items() if other != 'kernel'}, 'turned': tree['kernel'].T}
-
-  return {name: own(name, tree) for name, tree in params.items()}
+def _turned(params, roles, at):
+  """Parameters with the kernels of projections transposed, under the name `turned`."""
+  new = {}
+  for name, tree in params.items():
+    if (*at, name) not in roles:
+      new[name] = _turned(tree, roles, (*at, name))
+    elif roles[*at, name].dtype is None:
+      new[name] = tree
+    else:
+      new['turned'] = tree.T
+  return new

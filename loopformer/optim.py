@@ -9,10 +9,9 @@ import optax
 from optax import contrib
 
 from loopformer.blocks import unfused_kernel
+from loopformer.roles import Roles
 from loopformer.types import Array, ConfigError, part
 
-DECAYED = ('kernel', 'embedding', 'positions', 'B', 'gate')
-LAYERED = 'block'  # the module of a stack's layers: its parameters have the layers as their first axis
 # Polar Express: (a, b, c) of five steps x <- (a + b x x^T + c (x x^T)^2) x (Parcae section 3).
 POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
          (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -69,11 +68,7 @@ class Trapezoid:
 
 @part
 class AdamW:
-  """AdamW with global-norm clipping; weight decay on matrices and embeddings alone (LoopFormer section 3).
-
-  Matrices are told by the name of the parameter, not by the number of its axes: stacked layers give a norm's scale
-  two axes.
-  """
+  """AdamW with global-norm clipping; weight decay on matrices and embeddings alone (LoopFormer section 3; roles.py)."""
   schedule: WarmupCosine | Trapezoid = WarmupCosine()
   b1: float = 0.9
   b2: float = 0.95
@@ -81,16 +76,11 @@ class AdamW:
   decay: float = 0.2
   clip: float = 1.0
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """The transformation for a run of `steps` of a model with these `model.parameter_roles`."""
     return optax.chain(
         optax.clip_by_global_norm(self.clip),
-        optax.adamw(self.schedule.make(steps), self.b1, self.b2, self.eps, weight_decay=self.decay, mask=decay_mask))
-
-
-def decay_mask(params: Any) -> Any:
-  """True for the parameters that weight decay acts on."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+        optax.adamw(self.schedule.make(steps), self.b1, self.b2, self.eps, weight_decay=self.decay, mask=roles.decayed))
 
 
 # Adam by the arc tangent ---------------------------------------------------------------------------------------------
@@ -109,11 +99,11 @@ class AtanAdam:
   decay: float = 4e-5
   clip: float = 1.0
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """As AdamW.make."""
     return optax.chain(
-        optax.clip_by_global_norm(self.clip), scale_by_atan(self.b1, self.b2),
-        optax.add_decayed_weights(self.decay / self.schedule.peak, decay_mask),
+        optax.clip_by_global_norm(self.clip), scale_by_atan(self.b1, self.b2, roles),
+        optax.add_decayed_weights(self.decay / self.schedule.peak, roles.decayed),
         optax.scale_by_learning_rate(self.schedule.make(steps)))
 
 
@@ -124,7 +114,7 @@ class AtanState(NamedTuple):
   v: Any
 
 
-def scale_by_atan(b1: float, b2: float, floor: float = 1e-12) -> optax.GradientTransformation:
+def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> optax.GradientTransformation:
   """atan2(m, sqrt(v / (1 - b2^t))) / (1 - b1^t) / max(1, sqrt(mean(g^2 / v))).
 
   Moments start at the first gradient and its square, and are corrected as if they had started at zero: the first
@@ -142,8 +132,7 @@ def scale_by_atan(b1: float, b2: float, floor: float = 1e-12) -> optax.GradientT
       return jnp.where(t == 1, new, b * old + (1 - b) * new)
 
     def one(path, g, m, v):
-      layered = any(entry.key == LAYERED for entry in path)
-      square = jnp.mean(g * g / jnp.maximum(v, floor), tuple(range(layered, g.ndim)), keepdims=True)
+      square = jnp.mean(g * g / jnp.maximum(v, floor), tuple(range(roles.at(path).layered, g.ndim)), keepdims=True)
       return jnp.arctan2(m, jnp.sqrt(v / (1 - b2 ** t))) / (1 - b1 ** t) / jnp.maximum(1, jnp.sqrt(square))
 
     m = jax.tree.map(lambda m, g: moment(b1, m, g), state.m, grads)
@@ -183,8 +172,8 @@ class Muon:
   clip: float = 1.0
   others: Any = AdamW(schedule=Trapezoid(peak=8e-3, cooldown=0.5), b1=0.8, eps=1e-10, decay=0.0)
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """As AdamW.make."""
     if self.groups is not None and self.heads is None:
       raise ConfigError(f'optim.groups = {self.groups}, but optim.heads is None; give those of the model\'s attention')
     (a, b, c), *rest = POLAR
@@ -199,13 +188,14 @@ class Muon:
       muon = on_unfused(muon, self.heads, self.groups or self.heads)
     return optax.chain(
         optax.clip_by_global_norm(self.clip),
-        optax.partition({'muon': muon, 'adam': self.others.make(steps)}, lambda params: routes(params, self.matrices)))
+        optax.partition({'muon': muon, 'adam': self.others.make(steps, roles)},
+                        lambda params: routes(params, roles, self.matrices)))
 
 
-def routes(params: Any, matrices: tuple[str, ...] = ('attn', 'mlp')) -> Any:
+def routes(params: Any, roles: Roles, matrices: tuple[str, ...] = ('attn', 'mlp')) -> Any:
   """'muon' or 'adam' for every parameter.
 
-  Muon's are the kernels within the modules that `matrices` names, and the parameters that it names themselves.
+  Muon's are the projections within the modules that `matrices` names, and the parameters that it names themselves.
 
   Raises:
     ConfigError: a name that occurs in no path.
@@ -219,7 +209,7 @@ def routes(params: Any, matrices: tuple[str, ...] = ('attn', 'mlp')) -> Any:
   def route(path, _):
     names = [entry.key for entry in path]
     within = any(name in matrices for name in names)
-    return 'muon' if within and (names[-1] == 'kernel' or names[-1] in matrices) else 'adam'
+    return 'muon' if within and (roles.at(path).dtype is not None or names[-1] in matrices) else 'adam'
 
   return jax.tree_util.tree_map_with_path(route, params)
 
@@ -370,9 +360,9 @@ class Switched:
       raise ConfigError(f'optim.least = {self.least}: the share of the learning rate that a stage begins with; use a '
                         'number from 0 to 1')
 
-  def make(self, steps: int) -> optax.GradientTransformationExtraArgs:
-    """The transformation for a run of `steps`."""
-    inner = optax.with_extra_args_support(self.of.make(steps))
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformationExtraArgs:
+    """As AdamW.make."""
+    inner = optax.with_extra_args_support(self.of.make(steps, roles))
 
     def init(params):
       return SwitchedState(jnp.int32(-1), jnp.int32(self.rewarm), inner.init(params))

@@ -17,6 +17,7 @@ import optax
 
 from loopformer.frozen import Only
 from loopformer.model import make_readout
+from loopformer.roles import Roles
 from loopformer.terms.router import loads
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
 
@@ -96,7 +97,8 @@ class LossFree:
     if self.rate <= 0:
       raise ConfigError(f'optim.rate = {self.rate}: what a bias moves by in an update, above 0')
 
-  def make(self, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps`."""
+  def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+    """As optim.AdamW.make."""
     signs = optax.stateless(lambda updates, _: jax.tree.map(lambda g: -self.rate * jnp.sign(g), updates))
-    return optax.partition({'keep': self.of.make(steps), 'learn': signs}, Only(of=None, paths=(self.path,)).routes)
+    return optax.partition({'keep': self.of.make(steps, roles), 'learn': signs},
+                           Only(of=None, paths=(self.path,)).routes)

@@ -18,16 +18,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from loopformer import backend, processes
+from loopformer.roles import Role, Roles
 from loopformer.types import KV, Array, Batch, ConfigError, Params, part
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # what rows are divided over, and what a training step is manual over
-
-# Which axis of a parameter, by the end of its path, the devices of a tensor group divide; the others are whole there.
-# A layer's two products pair up: the columns of the first give what the rows of the second take, with one sum at the
-# end.
-TENSOR = {'attn/qkv/kernel': -1, 'attn/out/kernel': -2, 'mlp/up/kernel': -1, 'mlp/up/bias': -1, 'mlp/down/kernel': -2,
-          'embedding': -2, 'read_out/kernel': -2}
 
 
 @part
@@ -83,16 +78,16 @@ def check_batch(batch: int, accumulate: int, mesh: jax.sharding.Mesh):
                       f'mesh.fsdp = {parts}; choose a multiple of {parts}')
 
 
-def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-  """The partition of an array of the train state, by its path and its shape.
+def spec(role: Role, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+  """The partition of a parameter, or of an array that an optimiser keeps of it, by its role and its shape.
 
-  Over tensor as `TENSOR` says, over fsdp by the largest axis that is left, in both cases if it divides evenly.
+  Over tensor as the role says, over fsdp by the largest axis that is left, in both cases if it divides evenly. A layer's
+  two products pair up: the columns of the first give what the rows of the second take, with one sum at the end.
   """
   axes: list[str | None] = [None] * len(shape)
-  for end, axis in TENSOR.items():
-    if f'/{path}'.endswith(f'/{end}') and len(shape) >= -axis and sizes['tensor'] > 1 and not (
-        shape[axis] % sizes['tensor']):
-      axes[axis] = 'tensor'
+  axis = role.tensor
+  if axis is not None and len(shape) >= -axis and sizes['tensor'] > 1 and not shape[axis] % sizes['tensor']:
+    axes[axis] = 'tensor'
   left = [axis for axis, size in enumerate(shape)
           if axes[axis] is None and size % sizes['fsdp'] == 0 and size >= sizes['fsdp']]
   if left and sizes['fsdp'] > 1:
@@ -102,10 +97,9 @@ def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
   return P(*axes)
 
 
-def specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Partitions of a whole train state or a part of it, from its shapes."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: spec(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh.shape), tree)
+def specs(tree: Any, mesh: jax.sharding.Mesh, roles: Roles) -> Any:
+  """Partitions of a whole train state or a part of it, from its shapes and the roles of the model's parameters."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: spec(roles.at(path), leaf.shape, mesh.shape), tree)
 
 
 LARGE = 1 << 16  # numbers
@@ -135,13 +129,13 @@ def two_ways(shape: tuple[int, ...], partition: P, size: int) -> tuple[int, P] |
   return max(found, key=lambda each: each[:2])[1:] if found else None
 
 
-def held(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Where the parts of an array of the train state lie, by its path and its shape.
+def held(role: Role, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Where the parts of an array of the train state lie, by its role and its shape.
 
   As `spec` says; large arrays that fsdp does not divide are held in parts too, and are whole as soon as they are
   computed with (in the step's shard_map they are arguments that every device has whole).
   """
-  partition = spec(path, shape, mesh.shape)
+  partition = spec(role, shape, mesh.shape)
   size = mesh.shape['fsdp']
   if size == 1 or 'fsdp' in tuple(partition) or not (found := two_ways(shape, partition, size)):
     return NamedSharding(mesh, partition)
@@ -156,18 +150,22 @@ def only(partition: P, names: tuple[str, ...]) -> P:
   return P(*(entry if entry in names or entry == BATCH and set(BATCH) <= set(names) else None for entry in partition))
 
 
-def shardings(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> Any:
-  """Shardings of a train state or a part of it, from its shapes (`jax.eval_shape`), over some of the axes."""
+def shardings(tree: Any, mesh: jax.sharding.Mesh, roles: Roles, names: tuple[str, ...] = AXES) -> Any:
+  """Shardings of a train state or a part of it, from its shapes (`jax.eval_shape`) and the roles of the model's
+  parameters, over some of the axes."""
   if names != AXES:
-    return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: held(jax.tree_util.keystr(path, simple=True, separator='/'), leaf.shape, mesh), tree)
+    return jax.tree.map(lambda partition: NamedSharding(mesh, only(partition, names)), specs(tree, mesh, roles))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: held(roles.at(path), leaf.shape, mesh), tree)
 
 
-def bytes_of(tree: Any, mesh: jax.sharding.Mesh, names: tuple[str, ...] = AXES) -> int:
+def bytes_of(tree: Any, mesh: jax.sharding.Mesh, roles: Roles, names: tuple[str, ...] = AXES) -> int:
   """Bytes that a device has of a train state or a part of it, divided over some of the axes."""
+  return _bytes(tree, shardings(tree, mesh, roles, names))
+
+
+def _bytes(tree, shardings):
   return sum(math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-             for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, names))))
+             for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings)))
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:
@@ -192,22 +190,22 @@ def on(mesh: jax.sharding.Mesh | None) -> ContextManager[Any]:
 # Parameters ----------------------------------------------------------------------------------------------------------
 
 
-def placer(mesh: jax.sharding.Mesh | None) -> Callable[[str, Any], Array]:
+def placer(mesh: jax.sharding.Mesh | None, roles: Roles) -> Callable[[str, Any], Array]:
   """(path of a parameter, its array on the host) -> the array on the devices of a mesh, each of which gets its own part
   alone; None: on the default device."""
   if mesh is None:
     return lambda path, array: jnp.asarray(array)
 
   def put(path, array):
-    divided = held(path, array.shape, mesh)
+    divided = held(roles.of(path), array.shape, mesh)
     return jax.make_array_from_callback(array.shape, divided, lambda index: np.asarray(array[index]))
 
   return put
 
 
-def place(params: Params, mesh: jax.sharding.Mesh) -> Params:
+def place(params: Params, mesh: jax.sharding.Mesh, roles: Roles) -> Params:
   """Parameters that every process holds whole, divided over fsdp and tensor, one after the other."""
-  put = placer(mesh)
+  put = placer(mesh, roles)
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: put(jax.tree_util.keystr(path, simple=True, separator='/'), leaf), params)
 
@@ -221,7 +219,8 @@ def gathered(params: Params) -> Params:
   mesh = mesh_of(params)
   if mesh is None or mesh.shape['fsdp'] == 1:
     return params
-  target, size = shardings(params, mesh, ('tensor',)), bytes_of(params, mesh, ('tensor',))
+  target = _over_tensor_alone(params, mesh)
+  size = _bytes(params, target)
   memory = jax.local_devices()[0].memory_stats() or {}
   room = memory['bytes_limit'] - memory['bytes_in_use'] if 'bytes_limit' in memory else math.inf
   return jax.device_put(params, target) if processes.all_agree(2 * size <= room) else params
@@ -229,7 +228,11 @@ def gathered(params: Params) -> Params:
 
 def over_tensor(params: Params, mesh: jax.sharding.Mesh) -> Params:
   """Parameters gathered over fsdp, whatever room there is, and divided over tensor."""
-  return jax.device_put(params, shardings(params, mesh, ('tensor',)))
+  return jax.device_put(params, _over_tensor_alone(params, mesh))
+
+
+def _over_tensor_alone(params, mesh):
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, only(leaf.sharding.spec, ('tensor',))), params)
 
 
 # Batches and caches --------------------------------------------------------------------------------------------------

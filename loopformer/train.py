@@ -22,7 +22,7 @@ import optax
 from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Checkpoints, abstract
 from loopformer.evaluate import evaluate, motion
-from loopformer.model import init_params
+from loopformer.model import init_params, parameter_roles
 from loopformer.types import Array, ConfigError, Draw, Params, part
 
 
@@ -94,7 +94,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   A batch may say with `row` i32[B] which sequence of the step each is (their order otherwise), and with `stop` f32[B]
   whether a process was told to stop, which all then learn from the metrics.
   """
-  run_key = jax.random.fold_in(jax.random.key(seed), 1)
+  run_key, roles = jax.random.fold_in(jax.random.key(seed), 1), parameter_roles(model)
   optimizer = optax.with_extra_args_support(optimizer)
   divided = [name for name in sharding.BATCH if mesh.shape[name] > 1]  # XLA refuses sums over a single device
 
@@ -131,7 +131,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
     draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
                 batch={name: leaf for name, leaf in rows.items() if name not in stop})
-    specs, frozen_specs = sharding.specs(state.params, mesh), sharding.specs(frozen, mesh)
+    specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, roles)
     by_rows, frozen_by_rows = (
         jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
     mapped = jax.shard_map(
@@ -142,7 +142,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)
     params = optax.apply_updates(state.params, updates)
     new = State(step=state.step + 1, params=params, optimizer=optimizer_state)
-    new = jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh))
+    new = jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh, roles))
     return new, {**values, **stop, **_norms(grads)}
 
   return jax.jit(step, donate_argnums=0)
@@ -169,7 +169,8 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   mesh = config.mesh.make()
   sharding.check_model(config.model, mesh)
   sharding.check_batch(options.batch, options.accumulate, mesh)
-  optimizer = config.optim.make(options.steps)
+  roles = parameter_roles(config.model)
+  optimizer = config.optim.make(options.steps, roles)
   reader, readers = processes.readers(mesh)
   tokenizer = processes.leader_first(lambda: config.task.prepare(workdir, log), 'data are prepared')
   if verify:
@@ -189,7 +190,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)
-  shardings = sharding.shardings(shapes, mesh)
+  shardings = sharding.shardings(shapes, mesh, roles)
   byte_lengths = tokenizer and jax.device_put(np.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
   memory = config.control.start()
   with Checkpoints(workdir, options.keep, options.best) as checkpoints:
@@ -226,7 +227,8 @@ def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable,
   source = configs.read(start)
   shapes = jax.eval_shape(lambda: init_params(source.model, jax.random.key(0)))
   with Checkpoints(start) as checkpoints:
-    step, given = checkpoints.restore_params(None, abstract(shapes, sharding.shardings(shapes, mesh)))
+    step, given = checkpoints.restore_params(None, abstract(shapes, sharding.shardings(
+        shapes, mesh, parameter_roles(source.model))))
   given = dict(jax.tree_util.tree_leaves_with_path(given))
   taken = []
 

@@ -18,8 +18,8 @@ from loopformer import attention, backend, plans, sharding
 from loopformer.attention import Blockwise, Fused
 from loopformer.blocks import RMSNorm, Stack
 from loopformer.inject import Diagonal
+from loopformer.model import init_params, parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
-from loopformer.model import init_params
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import CE
@@ -42,20 +42,20 @@ PROGRAMS = [(setup, *mesh, loops, 1) for setup in SETUPS for mesh in ((2, 4, 1),
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
-def optimizer():
+def optimizer(model):
   # A large clip, so that the update shows the gradient's size, and a large eps, so that it is smooth in it.
-  return AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=2), clip=1e3, eps=1e-2).make(10)
+  return AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=2), clip=1e3, eps=1e-2).make(10, parameter_roles(model))
 
 
 def state_on(mesh, model=MODEL):
   params = parts.params(model)
-  state = State(step=jnp.int32(3), params=params, optimizer=optimizer().init(params))
-  return jax.device_put(jax.tree.map(jnp.array, state), sharding.shardings(state, mesh))
+  state = State(step=jnp.int32(3), params=params, optimizer=optimizer(model).init(params))
+  return jax.device_put(jax.tree.map(jnp.array, state), sharding.shardings(state, mesh, parameter_roles(model)))
 
 
 def step_on(mesh, accumulate, loops: int = LOOPS, setup: str = 'loopformer'):
   model, objective = SETUPS[setup]
-  return make_step(model, objective(loops), optimizer(), mesh, accumulate, seed=7)
+  return make_step(model, objective(loops), optimizer(model), mesh, accumulate, seed=7)
 
 
 def numbers(text: str) -> list[int]:
@@ -209,10 +209,10 @@ def uneven(devices) -> dict[str, Any]:
   found, params = {}, jax.jit(lambda: init_params(model, jax.random.key(0)))()
   with mock.patch.object(sharding, 'LARGE', 100):
     for name, mesh in (('one', Mesh(data=1).make(devices[:1])), ('eight', Mesh(fsdp=8).make(devices))):
-      state = State(step=jnp.int32(0), params=params, optimizer=optimizer().init(params))
-      places = sharding.shardings(state, mesh)
+      state = State(step=jnp.int32(0), params=params, optimizer=optimizer(model).init(params))
+      places = sharding.shardings(state, mesh, parameter_roles(model))
       state = jax.device_put(jax.tree.map(jnp.array, state), places)
-      step = make_step(model, objective, optimizer(), mesh)
+      step = make_step(model, objective, optimizer(model), mesh)
       for _ in range(2):
         state, _ = step(state, sharding.put_batch(parts.batch(ROWS), mesh))
       found[name] = jax.device_get(state.params)
@@ -252,7 +252,7 @@ def main():
         'error': {name: compare(result[name], expected[setup][name]) for name in result},
         **placed,
         'stays': jax.tree.all(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), new,
-                                           sharding.shardings(new, mesh)))}
+                                           sharding.shardings(new, mesh, parameter_roles(model))))}
   for setup, (model, _) in SETUPS.items():
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected[setup]['params'],
                          jax.device_get(parts.params(model)))
@@ -263,7 +263,7 @@ def main():
     state, rows = state_on(mesh, SETUPS[setup][0]), sharding.put_batch(batch, mesh)
     text = step_on(mesh, accumulate, loops, setup).lower(state, rows).compile().as_text()
     divided = sum('fsdp' in tuple(partition) for partition in jax.tree.leaves(
-        sharding.specs(state.params, mesh), is_leaf=lambda leaf: isinstance(leaf, P)))
+        sharding.specs(state.params, mesh, parameter_roles(SETUPS[setup][0])), is_leaf=lambda leaf: isinstance(leaf, P)))
     report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {loops}'] = {
         **collectives(text, mesh), 'divided': divided}
   report['kernels'], report['staged'] = kernels(devices), staged(devices)

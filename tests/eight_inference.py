@@ -21,6 +21,7 @@ from loopformer.config import Experiment
 from loopformer.evaluate import Run, evaluate, score
 from loopformer.generation import Engine, decode, prefill
 from loopformer.harness import Scorer
+from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
@@ -31,6 +32,7 @@ from tests import parts
 from tests.eight_devices import collectives, compare
 
 MODEL = parts.looped(parts.timed(heads=4, groups=2))
+ROLES = parameter_roles(MODEL)
 LOOPS = 4
 PROMPTS = ([1, 2, 3], [7], list(range(4, 20)), [9, 9], [], [3, 1, 2], [5] * 7, [11], [1, 2, 3, 4], list(range(4, 20)) + [8],
            [2, 7])  # more than rows, of unlike lengths, one of them the beginning of another
@@ -56,7 +58,7 @@ def share(tree) -> float:
 
 def expected_share(tree, mesh) -> float:
   """The same, by the partitions of training."""
-  own = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), tree, sharding.shardings(tree, mesh))
+  own = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), tree, sharding.shardings(tree, mesh, ROLES))
   return float(sum(jax.tree.leaves(own)) / sum(leaf.size for leaf in jax.tree.leaves(tree)))
 
 
@@ -139,7 +141,7 @@ def report(devices) -> dict:
   found = {'unlike': len(set(texts))}
   for name, sizes in MESHES.items():
     mesh = Mesh(**sizes).make(devices)
-    divided = sharding.place(params, mesh)
+    divided = sharding.place(params, mesh, ROLES)
     whole = sharding.gathered(divided)
     theirs, own, programs = served_by_programs(whole, mesh)
     found[name] = {
@@ -149,10 +151,10 @@ def report(devices) -> dict:
         'kernels': [share(own.params['cell']['core']['blocks_0'][branch]) for branch in ('mlp', 'attn')],
         'programs': programs,
         'tally': [own.tally[count] == engine.tally[count] for count in ('tokens', 'passes')]}
-  divided = sharding.place(params, Mesh(**MESHES['rows']).make(devices))
+  divided = sharding.place(params, Mesh(**MESHES['rows']).make(devices), ROLES)
   found['answers'] = differences(evaluated(divided, measures.Answers()), answers)
   mesh = Mesh(**MESHES['all']).make(devices)
-  divided = sharding.place(params, mesh)
+  divided = sharding.place(params, mesh, ROLES)
   ours = Scorer(MODEL, divided, Ids(), batch=3).score(pairs)
   found['harness'] = max(abs(a - b) for (a, _), (b, _) in zip(ours, scores))
   found['meshes'] = [dict(machines.mesh_of(SimpleNamespace(model=MODEL, mesh=own), [], devices).shape) for own in (

@@ -32,6 +32,7 @@ from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
 from loopformer.peri_normed import PeriNormed
 from loopformer.positions import Alibi, Rotary
+from loopformer.roles import Role, Roles
 from loopformer.starts import Noise, Zeros
 from loopformer.streams import Streams
 from loopformer.types import Ctx, Draw
@@ -162,6 +163,13 @@ def params(model: Looped):
 
   with jax.ensure_compile_time_eval():  # arrays, though the first caller may be a function that is being traced
     return jax.tree_util.tree_map_with_path(draw, shapes(model))
+
+
+def roles_of(tree) -> Roles:
+  """Roles in a tree that no model has made: what is called a kernel is a projection, what lies in a block has layers."""
+  paths = [tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return Roles({path: Role(dtype='float32' if path[-1] == 'kernel' else None, layered='block' in path)
+                for path in paths})
 
 
 def shapes(model: Looped):

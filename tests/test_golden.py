@@ -11,6 +11,7 @@ from experiments.configs import loopformer as paper
 from loopformer import config as configs
 from loopformer import sharding
 from loopformer.model import parameter_count
+from loopformer.roles import Role
 from tests import parts
 
 FOLDER = Path(__file__).parent / 'golden'
@@ -61,7 +62,7 @@ def text_of(config) -> str:
   lines = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(parts.shapes(config.model)):
     where = jax.tree_util.keystr(path, simple=True, separator='/')
-    partition = tuple(sharding.spec(where, leaf.shape, {'fsdp': FSDP, 'tensor': 1}))
+    partition = tuple(sharding.spec(Role(), leaf.shape, {'fsdp': FSDP, 'tensor': 1}))
     split = f'axis {partition.index("fsdp")}' if partition else 'whole'
     lines.append(f'{where} {leaf.dtype}{list(leaf.shape)} {split}')
   count = f'parameters: {parameter_count(config.model):,} (with their split over fsdp={FSDP})'

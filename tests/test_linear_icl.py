@@ -13,7 +13,7 @@ from loopformer import loop, plans
 from loopformer.blocks import Stack
 from loopformer.cells import linear
 from loopformer.cells.plain import Plain
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.tasks import descent
 from loopformer.types import ConfigError, Ctx, Readout
 from tests import parts
@@ -425,7 +425,7 @@ def test_loops_over_a_thought_are_gradient_descent():
 def test_weights_that_are_predicted_are_learned():
   """300 quick steps end below the best that one step of descent can do (section 9)."""
   config = linear_icl.get_config(f'2,predict=weights,grow=0,inputs={D},examples=16')
-  optimizer = config.optim.make(300)
+  optimizer = config.optim.make(300, parameter_roles(config.model))
   key = jax.random.key(0)
 
   @jax.jit

@@ -21,11 +21,12 @@ from loopformer.cells.melt import (Apart, Constant, Elementwise, Flight, Gated, 
 from loopformer.embed import Head
 from loopformer.frozen import Grouped
 from loopformer.generation import Engine, generate
-from loopformer.model import init_params, parameter_count
+from loopformer.model import init_params, parameter_count, parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid
 from loopformer.peri_normed import PeriNormed
 from loopformer.positions import Alibi, Rotary
+from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.distill import Aligned, Distill, kl_sum
 from loopformer.train import State, make_step, train
@@ -426,7 +427,7 @@ def test_a_step_of_training_leaves_the_teacher_and_gives_gates_their_own_rate():
   model, rates = melt(), {'base': 1e-4, 'gate': 1e-2}
   weights, teacher = converted(model), jax.tree.map(lambda leaf: 1.2 * leaf, converted(model))
   kept = jax.tree.map(np.array, (weights, teacher))
-  optimizer = Grouped(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10)
+  optimizer = Grouped(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10, parameter_roles(model))
   step = make_step(model, phases(Transition(of=plans.Uniform(L), steps=2), **BOTH), optimizer,
                    Mesh().make(jax.devices()[:1]))
   start = jax.tree.map(jnp.copy, weights)
@@ -447,8 +448,8 @@ def test_groups():
   tree = {'a': {'b': 0.0, 'd': 0.0}, 'c': {'e': 0.0}, 'f': 0.0}
   assert part.routes(tree) == {'a': {'b': 'named', 'd': 'others'}, 'c': {'e': 'named'}, 'f': 'others'}
   with pytest.raises(ConfigError, match="optim.paths names 'a/x'"):
-    dataclasses.replace(part, paths=('a/x',)).make(5).init(tree)
-  updates, _ = optax.with_extra_args_support(part.make(5)).update(jax.tree.map(jnp.ones_like, tree), part.make(5).init(
+    dataclasses.replace(part, paths=('a/x',)).make(5, Roles()).init(tree)
+  updates, _ = optax.with_extra_args_support(part.make(5, Roles())).update(jax.tree.map(jnp.ones_like, tree), part.make(5, Roles()).init(
       jax.tree.map(jnp.ones_like, tree)), jax.tree.map(jnp.ones_like, tree))
   close(updates, {'a': {'b': -2.0, 'd': -1.0}, 'c': {'e': -2.0}, 'f': -1.0}, 1e-6)
 

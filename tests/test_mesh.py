@@ -91,7 +91,7 @@ def test_without_a_mesh_nothing_is_divided():
   params = parts.params(eight_inference.MODEL)
   assert sharding.mesh_of(params) is None and sharding.mesh_of({'a': np.zeros(3)}) is None
   assert sharding.gathered(params) is params
-  one = sharding.place(params, Mesh().make(jax.devices()[:1]))
+  one = sharding.place(params, Mesh().make(jax.devices()[:1]), eight_inference.ROLES)
   assert sharding.mesh_of(one) is None
   parts.close(one, params, 0)
 

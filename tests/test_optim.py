@@ -9,8 +9,9 @@ import pytest
 
 from loopformer import optim, sharding
 from loopformer.checkpoint import Checkpoints
-from loopformer.optim import (AdamW, AtanAdam, CountState, Muon, Reset, Switched, Trapezoid, WarmupCosine, decay_mask,
-                              routes)
+from loopformer.model import parameter_roles
+from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, Trapezoid, WarmupCosine, routes
+from loopformer.roles import Roles
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, all_rows, params
@@ -29,7 +30,7 @@ def official_axes(path, leaf) -> int:
 @pytest.mark.parametrize('name', all_rows)
 def test_decay_acts_on_matrices_and_embeddings_alone(name):
   shapes = parts.shapes(ROWS[name].model)
-  mask = jax.tree_util.tree_leaves_with_path(decay_mask(shapes))
+  mask = jax.tree_util.tree_leaves_with_path(parameter_roles(ROWS[name].model).decayed(shapes))
   expected = {path: official_axes(path, leaf) >= 2 for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
   assert {path: masked for path, masked in mask} == expected
   assert set(expected.values()) == {True, False}
@@ -38,9 +39,10 @@ def test_decay_acts_on_matrices_and_embeddings_alone(name):
 
 
 def test_a_step_without_gradient_shrinks_matrices_alone():
-  weights = {**params(ROWS['base_loop'].model), 'cell/modulation': {'bias': jnp.ones((2, 4, 3))}}
+  weights = params(ROWS['base_loop'].model)
   part = AdamW(schedule=WarmupCosine(peak=0.1, end=0.01, warmup=1), decay=0.2)
-  optimizer = part.make(10)
+  roles = parameter_roles(ROWS['base_loop'].model)
+  optimizer = part.make(10, roles)
 
   @jax.jit
   def step(weights):
@@ -53,7 +55,7 @@ def test_a_step_without_gradient_shrinks_matrices_alone():
   def check(old, new, decayed):
     np.testing.assert_allclose(new, old * (1 - rate * 0.2) if decayed else old, rtol=1e-6)
 
-  jax.tree.map(check, weights, new, decay_mask(weights))
+  jax.tree.map(check, weights, new, roles.decayed(weights))
   assert rate > 0.01
 
 
@@ -74,13 +76,13 @@ def test_schedule(part):
 @pytest.mark.parametrize('warmup, steps', [(10, 10), (2000, 100)])
 def test_a_warmup_as_long_as_the_run_is_refused(warmup, steps):
   with pytest.raises(ConfigError, match=rf'optim\.schedule\.warmup = {warmup} is not below train\.steps = {steps}'):
-    AdamW(schedule=WarmupCosine(warmup=warmup)).make(steps)
+    AdamW(schedule=WarmupCosine(warmup=warmup)).make(steps, Roles())
 
 
 def test_gradients_are_clipped_by_their_global_norm():
   """Adam forgets a constant factor; what is left of it shows in the first moment."""
   weights = {'kernel': jnp.ones((3, 4)), 'bias': jnp.ones(4)}
-  optimizer = AdamW(schedule=WarmupCosine(warmup=1), clip=1.0).make(10)
+  optimizer = AdamW(schedule=WarmupCosine(warmup=1), clip=1.0).make(10, Roles())
   for scale, expected in ((0.1, 0.1), (100.0, 1.0)):
     grads = optax.tree.scale(scale / 4, weights)  # sixteen entries: norm = scale
     _, state = optimizer.update(grads, optimizer.init(weights), weights)
@@ -163,7 +165,7 @@ def test_atan_adam_is_the_table():
   for t in range(2):
     grads[t]['core']['block']['kernel'] = grads[t]['core']['block']['kernel'].at[1].set(0)
   part = AtanAdam(schedule=Trapezoid(peak=0.1, warmup=3), decay=0.3)
-  optimizer, weights = part.make(10), tree
+  optimizer, weights = part.make(10, parts.roles_of(tree)), tree
   state = optimizer.init(weights)
   update = jax.jit(optimizer.update)
   for step in grads:
@@ -177,7 +179,7 @@ def test_atan_adam_is_the_table():
 
 
 def test_the_first_atan_update_is_2_2_rates_long_whatever_the_gradient():
-  optimizer = AtanAdam(schedule=Trapezoid(peak=0.1), clip=1e9).make(10)
+  optimizer = AtanAdam(schedule=Trapezoid(peak=0.1), clip=1e9).make(10, Roles())
   for scale in (1e-6, 1.0, 1e4):
     weights = {'scale': jnp.zeros(4)}
     updates, _ = optimizer.update({'scale': jnp.full(4, scale)}, optimizer.init(weights), weights)
@@ -196,7 +198,7 @@ def paths(tree):
 @pytest.mark.parametrize('name', all_rows)
 def test_muon_takes_the_matrices_of_attention_and_mlp(name):
   shapes = parts.shapes(ROWS[name].model)
-  taken = {path for path, route in paths(routes(shapes)).items() if route == 'muon'}
+  taken = {path for path, route in paths(routes(shapes, parameter_roles(ROWS[name].model))).items() if route == 'muon'}
   endings = ('attn/qkv/kernel', 'attn/out/kernel', 'mlp/up/kernel', 'mlp/down/kernel')
   assert taken == {path for path in paths(shapes) if path.endswith(endings)}
   stacks = [path for path in paths(shapes) if path.endswith('attn/qkv/kernel')]
@@ -208,13 +210,14 @@ def test_other_routes_are_other_values():
 
   def added(name, *matrices):
     shapes = parts.shapes(ROWS[name].model)
-    before, after = paths(routes(shapes)), paths(routes(shapes, ('attn', 'mlp', *matrices)))
+    roles = parameter_roles(ROWS[name].model)
+    before, after = paths(routes(shapes, roles)), paths(routes(shapes, roles, ('attn', 'mlp', *matrices)))
     return {path for path in after if after[path] != before[path]}
 
   assert added('huginn', 'adapter') == {'cell/inject/adapter/kernel'} <= set(huginn)
   assert added('parcae', 'B', 'bridge') == {'cell/inject/B', 'bridge/kernel'} <= set(parcae)
   with pytest.raises(ConfigError, match="optim.matrices names 'adaptor', which no parameter.*adapter"):
-    Muon(matrices=('attn', 'adaptor')).make(10).init(params(ROWS['huginn'].model))
+    Muon(matrices=('attn', 'adaptor')).make(10, Roles()).init(params(ROWS['huginn'].model))
 
 
 def random_like(tree):
@@ -232,7 +235,7 @@ def random_like(tree):
 
 
 def first_updates(part, weights, grads, steps=10):
-  optimizer = part.make(steps)
+  optimizer = part.make(steps, parts.roles_of(weights))
   return jax.jit(lambda w: optimizer.update(grads, optimizer.init(w), w)[0])(weights)
 
 
@@ -253,7 +256,7 @@ def test_every_slice_of_a_stack_is_orthogonalised_and_the_rest_is_adams():
   kernel = grads['cell']['core']['block']['mlp']['up']['kernel']
   grads['cell']['core']['block']['mlp']['up']['kernel'] = kernel.at[0].multiply(100)  # layers of unequal gradients
   updates = paths(first_updates(BARE, weights, grads))
-  grads, labels = paths(grads), paths(routes(weights))
+  grads, labels = paths(grads), paths(routes(weights, parts.roles_of(weights)))
   assert {'cell/modulation/kernel', 'read_in/embedding', 'read_in/positions'} <= set(updates)
   for path, update in updates.items():
     if labels[path] == 'muon':
@@ -313,7 +316,7 @@ def test_queries_keys_and_values_are_matrices_of_their_own(name):
   with pytest.raises(ConfigError, match=r'optim\.heads = 5, optim\.groups = 5 do not fit'):
     first_updates(dataclasses.replace(BARE, heads=5), weights, grads)
   with pytest.raises(ConfigError, match=r'optim\.groups = 2, but optim\.heads is None'):
-    Muon(groups=2).make(10)
+    Muon(groups=2).make(10, Roles())
 
 
 def test_polar_express_is_scaled_by_its_margin():
@@ -343,7 +346,7 @@ def test_muon_decays_its_matrices_alone():
   weights = params(ROWS['huginn'].model)
   part = Muon(schedule=Trapezoid(peak=0.1), decay=Trapezoid(peak=0.5))
   updates, labels = (paths(tree) for tree in (first_updates(part, weights, jax.tree.map(jnp.zeros_like, weights)),
-                                              routes(weights)))
+                                              routes(weights, parts.roles_of(weights))))
   for path, old in paths(weights).items():
     expected = -0.1 * 0.5 * old * max(1.0, old.shape[-1] / old.shape[-2]) ** 0.5 if labels[path] == 'muon' else 0 * old
     np.testing.assert_allclose(updates[path], expected, rtol=1e-5, atol=1e-9, err_msg=path)
@@ -370,7 +373,7 @@ def test_sides_are_brought_to_one_size(shape, axis):
 def test_muon_and_the_rest_are_clipped_together():
   weights = params(ROWS['loopformer'].model)
   grads = random_like(weights)
-  optimizer = Muon().make(10)
+  optimizer = Muon().make(10, parameter_roles(ROWS['loopformer'].model))
   state = jax.jit(lambda w: optimizer.update(grads, optimizer.init(w), w)[1])(weights)
   moments = [leaf / (0.05 if "'muon'" in jax.tree_util.keystr(path) else 0.2)  # 1 - momentum, 1 - b1
              for path, leaf in jax.tree_util.tree_leaves_with_path(state) if '.mu[' in jax.tree_util.keystr(path)]
@@ -398,10 +401,11 @@ OPTIMIZERS = {'adamw': AdamW(schedule=WarmupCosine(warmup=1)), 'atan': AtanAdam(
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_a_state_is_float32_arrays_that_can_be_sharded_and_saved(name, tmp_path):
   weights = params(ROWS['parcae'].model)
-  optimizer = OPTIMIZERS[name].make(10)
+  roles = parameter_roles(ROWS['parcae'].model)
+  optimizer = OPTIMIZERS[name].make(10, roles)
   mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
   shapes = jax.eval_shape(optimizer.init, weights)
-  shardings = sharding.shardings(shapes, mesh)
+  shardings = sharding.shardings(shapes, mesh, roles)
   state = jax.jit(optimizer.init, out_shardings=shardings)(weights)
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {'float32', 'int32'}
@@ -425,7 +429,7 @@ def test_a_state_is_float32_arrays_that_can_be_sharded_and_saved(name, tmp_path)
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_a_quadratic_falls(name):
   weights = params(ROWS['parcae'].model)
-  optimizer = OPTIMIZERS[name].make(20)
+  optimizer = OPTIMIZERS[name].make(20, parameter_roles(ROWS['parcae'].model))
 
   @jax.jit
   def step(carry, _):
@@ -455,7 +459,7 @@ def updates_of(part, first: int = 0, state=None):
   """Updates for the same parameters and a gradient for every step from `first` on; and the states before each."""
   params = {'attn': {'qkv': {'kernel': jnp.linspace(-1, 1, 4 * 12).reshape(4, 12)}}, 'mlp': {
       'up': {'kernel': jnp.ones((4, 8))}}, 'norm': {'scale': jnp.ones(4)}}
-  transform = optax.with_extra_args_support(part.make(len(STAGES)))
+  transform = optax.with_extra_args_support(part.make(len(STAGES), parts.roles_of(params)))
   state = transform.init(params) if state is None else state
   update = jax.jit(lambda grads, state, stage: transform.update(grads, state, params, stage=stage))
   made, states = [], []

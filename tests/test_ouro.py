@@ -21,10 +21,11 @@ from loopformer.cells.halting import GATE, Halting
 from loopformer.convert import from_official, to_official
 from loopformer.convert.ouro import Settings, settings
 from loopformer.frozen import Only
-from loopformer.model import init_params, parameter_count
+from loopformer.model import init_params, parameter_count, parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid
 from loopformer.peri_normed import PeriNormed
+from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import nll_sum, token_nll
 from loopformer.terms.expected import Expected, Improvement, Prospective, Retrospective, exit_step, log_exit
@@ -328,7 +329,7 @@ DECAYING = AdamW(schedule=Trapezoid(peak=0.1, end=0.1), decay=0.5)
 @pytest.mark.parametrize('term', [Improvement(roll='all'), Expected(roll='all')], ids=['stage II', 'stage I'])
 def test_only_the_gate_moves_bit_for_bit(term):
   """Whatever the gradient and the decay of the others."""
-  optimizer = Only(of=DECAYING, paths=('cell/gate',)).make(3)
+  optimizer = Only(of=DECAYING, paths=('cell/gate',)).make(3, parameter_roles(MODEL))
   weights = parts.params(MODEL)
   step = make_step(MODEL, objective(term), optimizer, Mesh().make(jax.devices()[:1]))
   state = State(step=jnp.int32(0), params=jax.tree.map(jnp.copy, weights), optimizer=optimizer.init(weights))
@@ -342,10 +343,10 @@ def test_only_clips_by_what_it_trains_and_keeps_no_state_of_the_rest():
   weights = {'a': {'kernel': jnp.ones(2)}, 'ab': {'kernel': jnp.ones(2)}}
   grads = {'a': {'kernel': jnp.ones(2)}, 'ab': {'kernel': jnp.full(2, 1e6)}}
   of = dataclasses.replace(DECAYING, decay=0.0)
-  optimizer = Only(of=of, paths=('a',)).make(5)
+  optimizer = Only(of=of, paths=('a',)).make(5, Roles())
   state = optimizer.init(weights)
   updates, _ = optimizer.update(grads, state, weights)
-  alone = of.make(5)
+  alone = of.make(5, Roles())
   expected, _ = alone.update({'a': grads['a']}, alone.init({'a': weights['a']}), {'a': weights['a']})
   np.testing.assert_array_equal(updates['a']['kernel'], expected['a']['kernel'])
   assert not updates['ab']['kernel'].any()

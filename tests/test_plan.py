@@ -15,6 +15,7 @@ import pytest
 from experiments import plan
 from loopformer import loop, metrics, plans, sharding
 from loopformer.config import Experiment
+from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
@@ -53,15 +54,16 @@ def main():
     row = {'weights': made.weights, 'optimizer': made.optimizer, 'gathered': made.gathered, 'rest': made.rest,
            'gradients': made.gradients, 'total': made.total, 'flops': made.flops,
            'sent': [[*key, count] for key, count in made.sent.items()]}
-    optimizer = config.optim.make(config.train.steps)
+    roles = parameter_roles(config.model)
+    optimizer = config.optim.make(config.train.steps, roles)
     state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, 0))
-    specs = sharding.specs(state.params, mesh)
+    specs = sharding.specs(state.params, mesh, roles)
     row['params'] = [[leaf.size * leaf.dtype.itemsize, 'fsdp' in tuple(spec), 'tensor' in tuple(spec)]
                      for leaf, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(
                          specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)))]
     if loops == 3:
       real = jax.device_put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state),
-                            sharding.shardings(state, mesh))
+                            sharding.shardings(state, mesh, roles))
       row['real'] = [sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
                      for tree in (real.params, real.optimizer)]
       batch = sharding.put_batch({**parts.batch(ROWS), 'row': jnp.arange(ROWS), 'stop': jnp.zeros(ROWS)}, mesh)

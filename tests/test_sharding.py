@@ -6,6 +6,8 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from loopformer import sharding
+from loopformer.model import parameter_roles
+from loopformer.roles import Role
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
 from tests import eight_devices, parts, quick
@@ -121,17 +123,21 @@ def test_no_communication_inside_loops(report):
     ((7, 16), 4, 1), ((2,), 4, None), ((4,), 4, 0), ((8, 8), 8, 0),
 ], ids=str)
 def test_the_largest_axis_that_divides_is_split(shape, parts_, axis):
-  found = sharding.spec('cell/norm/scale', shape, {'fsdp': parts_, 'tensor': 2})
+  found = sharding.spec(Role(), shape, {'fsdp': parts_, 'tensor': 2})
   assert found == (P() if axis is None else P(*(None,) * axis, 'fsdp'))
+
+
+ROLES = parameter_roles(parts.ROWS['added'].model)  # with biases, and a head of its own
 
 
 @pytest.mark.parametrize('path, shape, fsdp, tensor, partition', [
     ('cell/core/block/attn/qkv/kernel', (2, 16, 48), 1, 4, P(None, None, 'tensor')),
     ('cell/core/block/attn/qkv/kernel', (2, 16, 48), 2, 4, P(None, 'fsdp', 'tensor')),
     ('optimizer/0/mu/cell/core/block/attn/out/kernel', (2, 16, 16), 2, 4, P(None, 'tensor', 'fsdp')),
-    ('prelude/block/mlp/up/kernel', (16, 64), 1, 8, P(None, 'tensor')),
-    ('prelude/block/mlp/down/kernel', (64, 16), 2, 8, P('tensor', 'fsdp')),
-    ('prelude/block/mlp/up/bias', (2, 64), 1, 8, P(None, 'tensor')),
+    ('cell/core/block/mlp/up/kernel', (16, 64), 1, 8, P(None, 'tensor')),
+    ('cell/core/block/mlp/down/kernel', (64, 16), 2, 8, P('tensor', 'fsdp')),
+    ('cell/core/block/mlp/up/bias', (2, 64), 1, 8, P(None, 'tensor')),
+    ('cell/core/block/mlp/down/bias', (2, 64), 1, 8, P()),
     ('read_in/embedding', (100, 16), 2, 4, P('tensor', 'fsdp')),
     ('read_in/embedding', (101, 16), 2, 4, P(None, 'fsdp')),  # does not divide: whole there
     ('read_in/embedding', (100, 16), 2, 1, P('fsdp')),
@@ -139,7 +145,8 @@ def test_the_largest_axis_that_divides_is_split(shape, parts_, axis):
     ('cell/other/kernel', (16, 48), 1, 4, P()),
 ], ids=str)
 def test_a_layer_divides_over_tensor(path, shape, fsdp, tensor, partition):
-  assert sharding.spec(path, shape, {'fsdp': fsdp, 'tensor': tensor}) == partition
+  role = ROLES.at(tuple(jax.tree_util.DictKey(name) for name in path.split('/')))
+  assert sharding.spec(role, shape, {'fsdp': fsdp, 'tensor': tensor}) == partition
 
 
 def fake(sizes: tuple[int, int, int]):

@@ -13,7 +13,7 @@ from experiments import plan
 from experiments.benchmark.sizes import MEGA, OPTIM, TRAIN_STEPS, Size, make_batch, make_model, with_short
 from loopformer import plans, sharding
 from loopformer.checkpoint import abstract
-from loopformer.model import Looped
+from loopformer.model import Looped, parameter_roles
 from loopformer.objective import Objective
 from loopformer.train import State, init_state, make_step
 from loopformer.types import Draw
@@ -26,9 +26,10 @@ def comms_suite(size: Size, depths: Iterable[int] = (2, 8, 16), data: int = 2, f
   for loops in depths:
     deep = dataclasses.replace(size, loops=loops)
     model, objective = make_model(deep), with_short(deep, plans.Uniform(loops))
-    optimizer = OPTIM.make(TRAIN_STEPS)
+    roles = parameter_roles(model)
+    optimizer = OPTIM.make(TRAIN_STEPS, roles)
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, 0))
-    state = abstract(shapes, sharding.shardings(shapes, mesh))
+    state = abstract(shapes, sharding.shardings(shapes, mesh, roles))
     over_rows = NamedSharding(mesh, P(sharding.BATCH))
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over_rows)
              for name, leaf in make_batch(deep).items()}
@@ -55,6 +56,6 @@ def automatic(model: Looped, objective: Objective, optimizer: Any, mesh: jax.sha
         state.params)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     new = State(step=state.step + 1, params=optax.apply_updates(state.params, updates), optimizer=moments)
-    return jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh)), loss
+    return jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh, parameter_roles(model))), loss
 
   return jax.jit(step, donate_argnums=0)

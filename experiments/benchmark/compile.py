@@ -58,10 +58,11 @@ import jax
 import numpy as np
 from experiments.configs.loopformer import get_config
 from loopformer import sharding
+from loopformer.model import parameter_roles
 from loopformer.train import init_state, make_step
 imported = time.perf_counter()
 config = get_config('paper')
-optimizer = config.optim.make(config.train.steps)
+optimizer = config.optim.make(config.train.steps, parameter_roles(config.model))
 mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
 step = make_step(config.model, config.objective, optimizer, mesh, config.train.accumulate)
 shape = (config.train.batch, config.task.length)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.benchmark.sizes import OPTIM, TRAIN_STEPS, Size, make_batch
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, init_params, parameter_roles
 
 EPS = 1.1920929e-07
 
@@ -55,7 +55,7 @@ class PlainStep:
   """A training step of `layers` layers applied `loops` times, from the parameters of the library's model."""
 
   def __init__(self, size: Size, model: Looped, loops: int):
-    self._size, self._model, self._optimizer = size, model, OPTIM.make(TRAIN_STEPS)
+    self._size, self._model, self._optimizer = size, model, OPTIM.make(TRAIN_STEPS, parameter_roles(model))
     self._loss = functools.partial(loss, heads=size.heads, loops=loops, dtype=size.dtype)
     self.step = jax.jit(self._update, donate_argnums=0)
 

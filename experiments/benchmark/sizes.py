@@ -16,7 +16,7 @@ from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
 from loopformer.condition import Modulation, Trajectory
 from loopformer.embed import TokenEmbed
-from loopformer.model import Looped
+from loopformer.model import Looped, parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
@@ -137,7 +137,8 @@ class Ours:
 
   def __init__(self, size: Size, model: Looped, objective: Objective):
     self.size, self.objective, self.model = size, objective, model
-    self._optimizer = OPTIM.make(TRAIN_STEPS)
+    self._roles = parameter_roles(model)
+    self._optimizer = OPTIM.make(TRAIN_STEPS, self._roles)
     self._mesh = sharding.Mesh(data=1).make(jax.devices()[:1])
     self.step = make_step(model, objective, self._optimizer, self._mesh)
     self._make = functools.partial(init_state, model, self._optimizer, 0)
@@ -150,7 +151,7 @@ class Ours:
   def start(self, compiled: Any = None):
     """Allocates state and batch; compiles the step, where it is not given."""
     self.compiled = compiled or self.lower().compile()
-    shardings = sharding.shardings(jax.eval_shape(self._make), self._mesh)
+    shardings = sharding.shardings(jax.eval_shape(self._make), self._mesh, self._roles)
     self.state = jax.jit(self._make, out_shardings=shardings)()
     self.batch = sharding.put_batch(make_batch(self.size), self._mesh)
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loopformer import roles
 from loopformer.blocks import Normal
+from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Ctx
 
 EXACT = jax.lax.Precision.HIGHEST  # errors of 1e-4 are measured
@@ -49,7 +51,7 @@ class LinearAttention(nn.Module):
     if x.shape[-2] < 2:
       raise ConfigError(f'LinearAttention: a prompt of {x.shape[-2]} tokens has no examples; give examples and a query')
     shape = (x.shape[-1],) * 2
-    p, q = (self.param(name, Normal(self.std), shape) for name in ('P', 'Q'))
+    p, q = (roles.param(self, name, Normal(self.std), shape, Role(decayed=False)) for name in ('P', 'Q'))
     return linear_attention(x, p, q), None
 
   def check(self, width: int, where: str):

@@ -23,10 +23,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from loopformer import attention, loop, memory
+from loopformer import attention, loop, memory, roles
 from loopformer.blocks import (Linear, Normal, RMSNorm, Stack, attended, attention_flops, check_attention, dense,
                                heads_of, unfused)
 from loopformer.cells.plain import Plain
+from loopformer.roles import Role
 from loopformer.types import KV, Array, ConfigError, Ctx, Draw, Plan, Planner, Tick, part
 
 LAST = memory.Ring(size=1)
@@ -140,10 +141,10 @@ class Matrix(nn.Module):
   std: float
 
   @nn.compact
-  def __call__(self, width: int) -> Array:
+  def __call__(self, width: int, dtype: Any) -> Array:
     if self.has_variable('params', 'turned'):
       return self.get_variable('params', 'turned').T
-    return self.param('kernel', Normal(self.std), (width, self.features))
+    return roles.param(self, 'kernel', Normal(self.std), (width, self.features), Role(dtype=dtype, tensor=-1))
 
 
 class LatentAttention(nn.Module):
@@ -167,7 +168,7 @@ class LatentAttention(nn.Module):
     if not isinstance(kv, Flight):
       raise ConfigError('LatentAttention: its latents live in the cell Gated; use SelfAttention elsewhere')
     groups, head = heads_of(self, width)
-    kernels = unfused(Matrix((self.heads + 2 * groups) * head, self.std, name='qkv')(width), self.heads, groups)
+    kernels = unfused(Matrix((self.heads + 2 * groups) * head, self.std, name='qkv')(width, x.dtype), self.heads, groups)
     queries, both = kernels[0].reshape(width, -1), jnp.concatenate(kernels[1:], -2).reshape(width, -1)
     old = jnp.where(kv.taken[:, None, None] == 0, x, _of(kv.h, layer))
     h = x + (self.latent(x, old, kv.taken) * (old - x)).astype(x.dtype)
@@ -188,7 +189,7 @@ class LatentAttention(nn.Module):
         kv = kv.replace(base=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.base, base))
         own = jax.tree.map(lambda own, base: blended(ctx.tick.code, own, base), own, base)
       out = self._read(q, *own, ctx, layer)
-    out = Linear(width, self.out_std, name='out')(out, gate)
+    out = Linear(width, self.out_std, name='out')(out, gate, divided=-2)
     return out, kv if kv.given is None else kv.replace(given=_put(kv.given, out, layer))
 
   def _turned(self, x, pos):

@@ -15,7 +15,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, streams
+from loopformer import loop, roles, streams
 from loopformer.blocks import RMSNorm, Stack
 from loopformer.types import Array, ConfigError, Ctx, Params, Plan, Tick
 
@@ -241,6 +241,7 @@ def _layers(core: Stack, x: Array, ctx: Ctx, view: Any) -> tuple[Array, Any]:
     return block(x, ctx, None, view)
 
   layer = ctx.remat.layer(layer) if ctx.remat else layer
+  roles.stacked(core, 'block')
   scan = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=core.depth)
   x, left = scan(core.block, x, view)
   return (x if core.norm is None else core.norm(x)), left

@@ -30,7 +30,7 @@ from loopformer.convert.ouro import Ouro
 from loopformer.convert.parcae import Parcae
 from loopformer.convert.table import EMBEDDING, HEAD, Entry, Row, row
 from loopformer.embed import TokenEmbed
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.types import ConfigError, Params, part
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -202,7 +202,8 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ConfigError(f'key {key!r} has dtype {array.dtype}; save it as floating point')
   model = kind.model(sizes, loops, dtype)
-  params = unflatten_dict(table.to_ours(entries, arrays, sizes, sharding.placer(mesh)), sep='/')
+  put = sharding.placer(mesh, parameter_roles(model))
+  params = unflatten_dict(table.to_ours(entries, arrays, sizes, put), sep='/')
   chex.assert_trees_all_equal_shapes_and_dtypes(
       params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
   return model, params

@@ -15,7 +15,7 @@ from loopformer.blocks import DTYPES
 from loopformer.convert import description, gguf, llama, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
 from loopformer.types import Array, ConfigError, Params
 
@@ -46,7 +46,6 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       cut off; all that is found before weights are read.
     ImportError: a K-quant without the extra `hf`.
   """
-  put = sharding.placer(mesh)
   if loops is not None:
     check_count('loops', loops)
   if dtype not in DTYPES:
@@ -68,10 +67,12 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
                           'again; leave them out')
       model = description.decode(config, path / CONFIG)
       model = model if loops is None else model.clone(loops=loops)
+      put = sharding.placer(mesh, parameter_roles(model))
       return model, read_own(model, held, path, put), read_tokenizer(path, config)
     decoder, naming = llama.read_config(config, path / CONFIG), llama.HUGGING_FACE
     tokenizer = read_tokenizer(path, config)
   model = llama.model_of(decoder, loops=loops or 1, prelude=prelude, coda=coda, dtype=dtype)
+  put = sharding.placer(mesh, parameter_roles(model))
   counts = map(range, llama.cut(decoder, prelude, coda))
   return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, path, put), tokenizer
 
