@@ -16,7 +16,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from loopformer import attention, backend, roles
+from loopformer import attention, backend, memory, roles
 from loopformer.roles import Role
 from loopformer.types import KV, Array, ConfigError, Ctx
 
@@ -328,10 +328,7 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | N
   if kv is None:
     out = attn.kernel(q, k, v, ctx.seg)
   else:
-    mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= ctx.pos[..., None])
-    if ctx.places is not None:
-      mask_BTS &= ctx.places[:, None] == ctx.seg[..., None]
-    out = attention.read(q, k, v, mask_BTS)
+    out = attention.read(q, k, v, memory.visible(kv, pos_BS, ctx))
   return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
 
 

@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer import modules, storage
+from loopformer import modules, moved, storage
 from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
@@ -342,7 +342,10 @@ def _decode(value: Any, workdir: Any) -> Any:
     return tuple(_decode(item, workdir) for item in value)
   if not isinstance(value, dict):
     return value
-  inner = {name: _decode(field, workdir) for name, field in value.items() if not name.startswith('$')}
+  inner = {name: field for name, field in value.items() if not name.startswith('$')}
+  if '$part' in value:
+    inner = moved.fields_of(value['$part'], inner)
+  inner = {name: _decode(field, workdir) for name, field in inner.items()}
   if '$name' in value:
     return _find(value['$name'], workdir)
   return _find(value['$part'], workdir)(**inner) if '$part' in value else inner

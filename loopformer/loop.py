@@ -189,7 +189,7 @@ def _step(cell, carry, tick, *, e, ctx, keep):
       return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     x, kv, aux = nn.cond(tick.live.any(), apply, skip, cell, x, kv)
-  return (x, kv), (keep(x), aux)
+  return (x, kv), (keep(cell.output(x)), aux)
 
 
 def _of_live(live, new, old):
@@ -238,21 +238,22 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, l
   if plan.free is not None or (plan.live is not None and plan.live.ndim > 1 and not cached):
     raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without free steps, '
                       'such as Uniform')
-  if cached and not through and x.shape[1] > 1:
+  if cached and not through and ctx.pos.shape[1] > 1:
     raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
                       'use fill=Recompute()')
   code = model.cell.timetable(plan) if code is None else code
   tick_of = _live_first(Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
   length = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)  # of each sequence, or of all
-  length = jnp.broadcast_to(length, x.shape[:1])[:, None]
+  length = jnp.broadcast_to(length, ctx.pos.shape[:1])[:, None]
 
   def body(model, carry):
     x, answer, kv, k, active, taken, state = carry
     runs = (active | through) & (k < length)
     own = ctx.replace(tick=tick_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
     new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
-    new = jnp.where(active[..., None], new, x)
-    seen, coda_kv = see(model, k, k + 1 >= length, x, new, aux, kv.get('coda'))
+    new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old), new, x)
+    old, shown = model.cell.output(x), model.cell.output(new)
+    seen, coda_kv = see(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
     state, done, found = leave.rule.update(state, seen, dial)
     kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
     taken += active
@@ -263,8 +264,9 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, l
     k, active = carry[3], carry[4]
     return sharding.agreed((k < length.max()) & (active.any() | through))
 
-  active = (ctx.pos >= 0) if cached else jnp.ones(x.shape[:2], bool)
-  carry = (x, x, kv, jnp.int32(0), active, jnp.zeros(x.shape[:2], jnp.int32), leave.rule.init(model, x, ctx))
+  active = (ctx.pos >= 0) if cached else jnp.ones(ctx.pos.shape, bool)
+  shown = model.cell.output(x)
+  carry = (x, shown, kv, jnp.int32(0), active, jnp.zeros(active.shape, jnp.int32), leave.rule.init(model, shown, ctx))
   _, answer, kv, ran, _, taken, _ = nn.while_loop(going, body, model, carry, carry_variables=(),
                                                   broadcast_variables='params')
   if cached and not through:

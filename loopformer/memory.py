@@ -39,6 +39,11 @@ def map_caches(function, *caches):
   return jax.tree.map(function, *caches, is_leaf=lambda leaf: isinstance(leaf, KV))
 
 
+def visible(caches, pos: Array, ctx: Ctx) -> Array:
+  """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read; KVs of a tree are of a kind."""
+  return jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV))[0].visible(pos, ctx)
+
+
 def slots_of(caches) -> int:
   """Slots of all KVs in a tree of them."""
   return sum(kv.pos.shape[0] for kv in jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV)))

@@ -51,8 +51,9 @@ class Looped(nn.Module):
     e = self.read_in(tokens, ctx.pos)
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
-    x, kv['loop'], xs, aux, steps = self.cell.run(self.start(e, ctx), e, plan, ctx, kv.get('loop'), keep,
-                                                 self.remat, code)
+    x, kv['loop'], xs, aux, steps = self.cell.run(self.cell.enter(self.start(e, ctx)), e, plan, ctx, kv.get('loop'),
+                                                 keep, self.remat, code)
+    x = self.cell.output(x)
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
@@ -82,7 +83,7 @@ class Looped(nn.Module):
       return Seen(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
 
     looped = {name: kv[name] for name in ('loop', 'coda') if kv.get(name) is not None}
-    x, looped, taken, ran = loop.adapt(self, self.start(e, ctx), e, plan, ctx, looped, leave, dial, code, see)
+    x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, leave, dial, code, see)
     kv |= looped
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}

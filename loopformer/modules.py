@@ -9,6 +9,7 @@ import jax
 
 from loopformer import backend
 from loopformer.blocks import Stack
+from loopformer.cells.cell import Around
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
 from loopformer.types import KV, Array, Ctx
@@ -82,7 +83,10 @@ def _flattened(module, params, roles: Roles, at: tuple[str, ...], turn):
     blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
     return flat, {**rest, **{f'blocks_{i}': _turned(block, roles, (*at, 'block')) if turn else block
                              for i, block in enumerate(blocks)}}
-  params, changed = dict(params), {}
+  changed = {}
+  if isinstance(module, Around):  # whose parameters lie beside those of the cell in it
+    changed['of'], params = _flattened(module.of, params, roles, at, turn)
+  params = dict(params)
   for name, value in fields(module).items():
     if isinstance(value, nn.Module) and name in params:
       changed[name], params[name] = _flattened(value, params[name], roles, (*at, name), turn)

@@ -79,6 +79,9 @@ def collecting() -> Iterator[Callable[[Any], Roles]]:
 
   def roles(params):
     found = Roles()
+    names = {tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    if not names >= set(declared):
+      raise ValueError(f'roles were declared of {sorted(set(declared) - names)}, where no parameter is')
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
       names = tuple(entry.key for entry in path)
       layered = any(names[:len(stack)] == stack for stack in stacks)

@@ -30,14 +30,13 @@ class Plan:
   live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
   free: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
-  blend: None or f32[K], how far each step has gone, from 0 to 1, from another way of working to the cell's own (None:
-    all the way), for cells that a trained model is converted to little by little (cells/melt.py).
+  rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in `Cell.timetable`.
   """
   t: Array
   dt: Array
   live: Array | None = None
   free: Array | None = None
-  blend: Array | None = None
+  rows: Mapping[str, Array] = struct.field(default_factory=dict)
 
   @property
   def steps(self) -> int:
@@ -85,9 +84,8 @@ class Ctx:
   seg: None or i32[B, T], tokens attend within equal numbers only.
   tokens: i32[B, T] or f32[B, T, width], the input.
   noise: keys [B] of what a pass that learns draws at random; None where it answers.
-  places: with a cache, None or i32[B, S], the segment of each of its places.
   tick: the row of the plan that is running; None in prelude and coda.
-  past: what the cell has kept of tokens before these, of its own (cells/melt.py); None elsewhere.
+  own: what the cell tells its own layers, of a type that both know; None elsewhere.
   memory: how steps share the cache (a frozen part, static).
   remat: what the backward pass saves (a frozen part, static); None saves everything.
   """
@@ -95,9 +93,8 @@ class Ctx:
   seg: Array | None = None
   tokens: Array | None = None
   noise: Array | None = None
-  places: Array | None = None
   tick: Tick | None = None
-  past: Any = None
+  own: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
 
@@ -124,6 +121,10 @@ class KV:
   def length(self) -> int:
     """S, the places of a row."""
     return self.pos.shape[-1]
+
+  def visible(self, pos: Array, ctx: Ctx) -> Array:
+    """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read."""
+    return (pos[:, None] >= 0) & (pos[:, None] <= ctx.pos[..., None])
 
 
 @struct.dataclass

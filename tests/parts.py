@@ -19,7 +19,7 @@ from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Identity, LayerNorm,
                                SelfAttention, Stack, UnitNorm, ValueEmbed, gelu_tanh, squared_relu)
 from loopformer.cells.halting import Halting
 from loopformer.cells.melt import Gated, LatentAttention, Latest
-from loopformer.cells.plain import Plain
+from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.routed import ExpertChoice, Routed, TokenChoice
 from loopformer.cells.shifted import LearnedMix, Mix, Shifted
@@ -134,8 +134,8 @@ ROWS = {
                   timed=False),
     'huginn': Row(looped(recur(Concat(), core=Stack(sandwich(), N), norm=RMSNorm()), read_in=nowhere(),
                          start=Noise(std=0.6), prelude=Stack(sandwich(), 1), coda=Stack(sandwich(), 1)), timed=False),
-    'ouro': Row(looped(Halting(Stack(PeriNormed(attn=SelfAttention(heads=2, position=Rotary()),
-                                                mlp=GatedMLP(hidden=24)), N)), read_in=nowhere(),
+    'ouro': Row(looped(Halting(Normed(Stack(PeriNormed(attn=SelfAttention(heads=2, position=Rotary()),
+                                                       mlp=GatedMLP(hidden=24)), N), RMSNorm(1e-6))), read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),

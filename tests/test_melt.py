@@ -16,7 +16,7 @@ from loopformer import config as configs
 from loopformer import exits, loop, memory, plans
 from loopformer.blocks import GatedMLP, Identity, Stack
 from loopformer.cells import melt as cells
-from loopformer.cells.melt import (Apart, Constant, Elementwise, Flight, Gated, LatentAttention, Latest, Mean, Scalar,
+from loopformer.cells.melt import (BLEND, Apart, Constant, Elementwise, Flight, Gated, LatentAttention, Latest, Mean, Scalar,
                                    Transition)
 from loopformer.embed import Head
 from loopformer.frozen import Grouped
@@ -119,7 +119,7 @@ def test_one_loop_is_the_plain_transformer_whatever_the_gate(latent):
 def test_unblended_it_is_the_looped_model_for_any_chunk(chunk):
   model = melt(chunk)
   weights, depth = converted(model), padded(3)
-  trace = forward(model, weights, tokens(), depth.replace(blend=jnp.zeros(L)), keep=loop.Every())
+  trace = forward(model, weights, tokens(), depth.replace(rows={BLEND: jnp.zeros(L)}), keep=loop.Every())
   theirs = forward(OURO, parts.params(OURO), tokens(), depth, keep=loop.Every())
   close((trace.x, trace.z, trace.xs), (theirs.x, theirs.z, theirs.xs), 1e-5)
 
@@ -128,10 +128,10 @@ def test_wholly_blended_it_is_itself():
   model = melt()
   weights = converted(model)
   seg = jnp.broadcast_to(jnp.arange(T) // 4, (T + 1, T))
-  np.testing.assert_array_equal(logits(model, weights, UNIFORM.replace(blend=jnp.ones(L)), seg=seg),
+  np.testing.assert_array_equal(logits(model, weights, UNIFORM.replace(rows={BLEND: jnp.ones(L)}), seg=seg),
                                 logits(model, weights, seg=seg))
-  half = logits(model, weights, UNIFORM.replace(blend=jnp.full(L, 0.5)), seg=seg)
-  ends = [logits(model, weights, UNIFORM.replace(blend=jnp.full(L, share)), seg=seg) for share in (0.0, 1.0)]
+  half = logits(model, weights, UNIFORM.replace(rows={BLEND: jnp.full(L, 0.5)}), seg=seg)
+  ends = [logits(model, weights, UNIFORM.replace(rows={BLEND: jnp.full(L, share)}), seg=seg) for share in (0.0, 1.0)]
   assert min(np.abs(np.asarray(half - end)).max() for end in ends) > 1e-2
 
 
@@ -198,7 +198,7 @@ def value_and_gradient(model, weights, plan):
   return jax.jit(jax.value_and_grad(loss))(weights)
 
 
-@pytest.mark.parametrize('plan', [padded(3), UNIFORM.replace(blend=jnp.full(L, 0.6))], ids=['skipped', 'blended'])
+@pytest.mark.parametrize('plan', [padded(3), UNIFORM.replace(rows={BLEND: jnp.full(L, 0.6)})], ids=['skipped', 'blended'])
 def test_gradients_are_those_of_automatic_differentiation(plan, monkeypatch):
   """Of the loop over chunks as it stands, saving everything."""
   model = melt()
@@ -350,11 +350,11 @@ def test_gates_are_their_formulas():
 
 def test_plans_of_the_phases():
   plan = Transition(of=plans.Uniform(L), steps=5)
-  shares = [np.asarray(plan(parts.draw(jax.random.key(0), step=step)).blend) for step in range(7)]
+  shares = [np.asarray(plan(parts.draw(jax.random.key(0), step=step)).rows[BLEND]) for step in range(7)]
   np.testing.assert_allclose([share[0] for share in shares], [0, 0.25, 0.5, 0.75, 1, 1, 1])
   assert all((share == share[0]).all() and share.shape == (L,) for share in shares)
   assert (plan.longest, plan.expected) == (L, L) == (Apart(of=plans.Uniform(L)).longest, L)
-  assert not Apart(of=plans.Uniform(L))(parts.draw(jax.random.key(0), step=9)).blend.any()
+  assert not Apart(of=plans.Uniform(L))(parts.draw(jax.random.key(0), step=9)).rows[BLEND].any()
 
 
 def phases(plan, **terms) -> Objective:
@@ -396,7 +396,7 @@ def test_terms_are_their_formulas():
   (loss, terms), _ = shares(False, weights, teacher)
   batch = parts.batch()
   own = forward(melt(), weights, batch['tokens'], UNIFORM, batch['segments'], keep=loop.Every())
-  base = forward(melt(), teacher, batch['tokens'], UNIFORM.replace(blend=jnp.zeros(L)), batch['segments'],
+  base = forward(melt(), teacher, batch['tokens'], UNIFORM.replace(rows={BLEND: jnp.zeros(L)}), batch['segments'],
                  keep=loop.Every())
   p, q = (jax.nn.log_softmax(jnp.stack([parts.logits(melt(), w, x) for x in trace.xs]))
           for w, trace in ((teacher, base), (weights, own)))
@@ -502,8 +502,8 @@ def test_what_is_not_defined_is_refused():
     run(model.clone(memory=memory.PerLoop()))
   with pytest.raises(ConfigError, match='plan.free'):
     run(plan=UNIFORM.replace(free=jnp.int32(2)))
-  with pytest.raises(ConfigError, match='plan.blend.*decode without'):
-    run(plan=UNIFORM.replace(blend=jnp.zeros(L)), kv=model.cache(2, T))
+  with pytest.raises(ConfigError, match='plan: rows of loops.*decode without'):
+    run(plan=UNIFORM.replace(rows={BLEND: jnp.zeros(L)}), kv=model.cache(2, T))
   with pytest.raises(ConfigError, match='with a cache no states'):
     run(kv=model.cache(2, T), keep=loop.Every())
   with pytest.raises(ConfigError, match='exit: model.cell = Gated.*not defined'):

@@ -18,6 +18,7 @@ from loopformer import loop, plans
 from loopformer.bidirectional import Bidirectional
 from loopformer.blocks import GatedMLP, Linear, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import GATE, Halting
+from loopformer.cells.plain import Normed
 from loopformer.convert import from_official, to_official
 from loopformer.convert.ouro import Settings, settings
 from loopformer.frozen import Only
@@ -78,7 +79,7 @@ def test_loops_are_a_deep_network_of_tied_weights_with_a_norm_after_every_block(
 
 def test_the_gate_is_float32_and_starts_at_one_half():
   block = MODEL.cell.core.block.clone(dtype='bfloat16')
-  model = parts.looped(Halting(Stack(block, 1)), read_in=parts.nowhere().clone(dtype='bfloat16'))
+  model = parts.looped(Halting(Normed(Stack(block, 1), RMSNorm(1e-6))), read_in=parts.nowhere().clone(dtype='bfloat16'))
   weights = init_params(model, jax.random.key(0))
   trace = parts.forward(model, weights, parts.tokens(2), plans.Uniform(2)(None))
   assert trace.x.dtype == jnp.bfloat16 and trace.aux['halt'].dtype == jnp.float32
@@ -552,7 +553,7 @@ def test_models_that_the_published_code_cannot_hold_are_refused():
     to_official('ouro', model.clone(coda=parts.stack(1)), params)
   block = PeriNormed(attn=SelfAttention(heads=6, groups=3), mlp=GatedMLP(hidden=80))
   with pytest.raises(ConfigError, match='groups = 3'):
-    to_official('ouro', model.clone(cell=Halting(Stack(block, 2))), params)
+    to_official('ouro', model.clone(cell=Halting(Normed(Stack(block, 2), RMSNorm(1e-6)))), params)
 
 
 def test_settings_of_a_checkpoint_are_told(tmp_path):
@@ -571,4 +572,4 @@ def test_settings_of_a_checkpoint_are_told(tmp_path):
 
 
 def test_the_gate_of_the_cell_is_that_of_the_term():
-  assert Halting(MODEL.cell.core).gate == Improvement(roll='all').gate == GATE == Linear(1, std=0.0, bias=GATE.bias)
+  assert Halting(MODEL.cell.of).gate == Improvement(roll='all').gate == GATE == Linear(1, std=0.0, bias=GATE.bias)

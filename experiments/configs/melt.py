@@ -35,6 +35,7 @@ from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
 from loopformer.cells.melt import (Apart, Constant, Elementwise, Gated, LatentAttention, Latest, Mean, Scalar,
                                    Transition)
+from loopformer.cells.plain import Normed
 from loopformer.config import Experiment, arguments, choose
 from loopformer.embed import Head, Tokens
 from loopformer.evaluate import Depths
@@ -110,13 +111,13 @@ def get_config(argument: str = '') -> Experiment:
   def model(cell, attn, **more):
     core = Stack(PeriNormed(attn=attn, mlp=GatedMLP(hidden=size.hidden), dtype=size.dtype), size.layers)
     return Looped(read_in=Tokens(vocab=size.vocab, width=size.width, length=size.task.length),
-                  cell=cell(core, norm=RMSNorm(1e-6)), read_out=Head(outputs=size.vocab, norm=Identity()),
+                  cell=cell(core, RMSNorm(1e-6)), read_out=Head(outputs=size.vocab, norm=Identity()),
                   loops=size.loops, remat=size.remat, **more)
 
   if phase == 'base':
     peak = size.peak
     return Experiment(
-        name='MELT base', model=model(Halting, SelfAttention(**options)),
+        name='MELT base', model=model(lambda core, norm: Halting(Normed(core, norm)), SelfAttention(**options)),
         objective=Objective(rolls={'all': Roll(plan, keep=loop.Every())},
                             terms={'lm': Weighted(1.0, Expected(roll='all'))}),
         task=size.task, train=size.base, evals=evals,

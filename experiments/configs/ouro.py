@@ -31,6 +31,7 @@ from loopformer.attention import Fused
 from loopformer.bidirectional import Bidirectional
 from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
+from loopformer.cells.plain import Normed
 from loopformer.config import Experiment, arguments, choose
 from loopformer.embed import Head, Tokens, Vectors
 from loopformer.evaluate import Depths
@@ -138,7 +139,7 @@ def get_config(argument: str = '') -> Experiment:
     optim = Only(of=AdamW(schedule=Trapezoid(peak=1e-2, end=1e-2), decay=0.0), paths=('cell/gate',))
   return Experiment(
       name='ouro' + ('' if alignment is None else f' gate {given["gate"]}'),
-      model=Looped(read_in=size.read_in, cell=Halting(Stack(block, layers), norm=RMSNorm(1e-6)),
+      model=Looped(read_in=size.read_in, cell=Halting(Normed(Stack(block, layers), RMSNorm(1e-6))),
                    read_out=Head(outputs=size.outputs, norm=Identity()), loops=loops, remat=size.remat),
       objective=Objective(rolls={'all': Roll(plans.Uniform(loops), keep=loop.Every())}, terms=terms),
       task=size.task, train=run, optim=optim,

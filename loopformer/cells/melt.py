@@ -9,7 +9,7 @@ the layers run once. What tokens read of those before them are their last rows, 
 in chunks, all loops of a chunk before the next chunk. Within a chunk a token reads the rows of the present loop.
 
 What `Gated` with `LatentAttention` has besides its gates are parameters of cells/halting.py with SelfAttention: a model
-that was trained so is converted by taking them over. While it learns, `Plan.blend` goes from 0, where every loop reads
+that was trained so is converted by taking them over. While it learns, the plan's rows `blend` go from 0, where every loop reads
 rows of its own as before, to 1.
 """
 from __future__ import annotations
@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from loopformer import attention, loop, memory, roles
 from loopformer.blocks import (Linear, Normal, RMSNorm, Stack, attended, attention_flops, check_attention, dense,
                                heads_of, unfused)
-from loopformer.cells.plain import Plain
+from loopformer.cells.cell import Cell
 from loopformer.roles import Role
 from loopformer.types import KV, Array, ConfigError, Ctx, Draw, Plan, Planner, Tick, part
 
 LAST = memory.Ring(size=1)
+BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +198,9 @@ class LatentAttention(nn.Module):
 
   def _read(self, q, k, v, ctx, layer):
     """What queries read of the chunk's rows and those before."""
-    if ctx.past is None:
+    if ctx.own is None:
       return attended(self, q, k, v, ctx, None, layer)[0]
-    past, shape = ctx.past, q.shape
+    past, shape = ctx.own, q.shape
     slot = 0 if ctx.tick.code is None else ctx.tick.k
     k, v = (jnp.concatenate([_of(_of(old, slot), layer), new], 1) for old, new in ((past.k, k), (past.v, v)))
     if self.position is not None:
@@ -250,7 +251,7 @@ class Latest:
     return self.chunk == 1
 
 
-class Gated(nn.Module):
+class Gated(Cell):
   """x = norm(core(x)), chunk by chunk; the layers' attention is `LatentAttention`, the model's memory `Latest`.
 
   aux['attention'] f32[K, N, B, T, D]: what attention gave, in the dtype of the layers; not with a cache.
@@ -260,7 +261,7 @@ class Gated(nn.Module):
   """
   core: Stack
   norm: nn.Module = RMSNorm(1e-6)
-  injects, diagnose, flops = Plain.injects, Plain.diagnose, Plain.flops
+  stepwise = False
 
   def check(self, width: int):
     """Raises ConfigError where a layer's attention knows of no latents."""
@@ -271,7 +272,7 @@ class Gated(nn.Module):
 
   def timetable(self, plan: Plan) -> Array | None:
     """f32[K]: the share of the shared rows against those of every loop's own; None for all of it."""
-    return plan.blend
+    return plan.rows.get(BLEND)
 
   def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: KV | None, keep: Any, remat: Any, code: Any = None):
     """As `loop.run`. Raises ConfigError for another memory than `Latest`, free steps, and a blend with a cache."""
@@ -284,7 +285,7 @@ class Gated(nn.Module):
                         'a plan without free steps')
     code = self.timetable(plan) if code is None else code
     if code is not None and kv is not None:
-      raise ConfigError('plan.blend: rows of loops and shared rows are blended in training alone; decode without')
+      raise ConfigError('plan: rows of loops and shared rows are blended in training alone; decode without')
     rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code)
     steps = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
     length = x.shape[1]
@@ -339,7 +340,7 @@ class Gated(nn.Module):
     x, start = piece
     own = _chunk_of(ctx, start, x.shape[1])
     if past is not None:
-      own = own.replace(past=_past(ctx, own, past, start))
+      own = own.replace(own=_past(ctx, own, past, start))
     empty = self._rows(x, x.shape[1])
     flight = self._flight(x, rows=(empty, empty), base=None if rows.code is None else (empty, empty))
     flight = flight.replace(given=jnp.zeros_like(flight.h))
@@ -475,4 +476,4 @@ class Apart:
 
 
 def _blending(plan, share):
-  return plan.replace(blend=jnp.full(plan.steps, share, jnp.float32))
+  return plan.replace(rows={**plan.rows, BLEND: jnp.full(plan.steps, share, jnp.float32)})

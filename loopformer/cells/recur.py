@@ -3,29 +3,21 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from loopformer import loop
 from loopformer.blocks import Identity, Stack
-from loopformer.types import KV, Array, Ctx, Params, Plan
+from loopformer.cells.cell import Cell
+from loopformer.types import KV, Array, Ctx, Params
 
 
-class Recur(nn.Module):
+class Recur(Cell):
   """x = norm(core(inject(x, e)))."""
   core: Stack
   inject: nn.Module
   norm: nn.Module = Identity()
-  run = loop.run
 
   @property
   def injects(self) -> bool:
     """Whether a step takes the input in again."""
     return self.inject.injects
-
-  def check(self, width: int):
-    """Nothing: its parts take any width."""
-
-  def timetable(self, plan: Plan) -> None:
-    """Nothing: the step does not depend on the schedule."""
-    return None
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""

@@ -19,8 +19,9 @@ import numpy as np
 
 from loopformer import loop
 from loopformer.blocks import Linear, Normal, Stack, gelu
+from loopformer.cells.cell import Cell
 from loopformer.memory import map_caches, slots_of
-from loopformer.types import Array, ConfigError, Ctx, Params, Plan, Tick, part
+from loopformer.types import KV, Array, ConfigError, Ctx, Plan, Tick, part
 
 EXACT = jax.lax.Precision.HIGHEST  # scores are compared with each other and with a threshold
 
@@ -353,7 +354,17 @@ class TokenChoice(nn.Module):
 # The cell ------------------------------------------------------------------------------------------------------------
 
 
-class Routed(nn.Module):
+@struct.dataclass
+class Segmented(KV):
+  """A cache of whole sequences in which several documents lie: seg i32[B, S], that of each position."""
+  seg: Array = None
+
+  def visible(self, pos: Array, ctx: Ctx) -> Array:
+    """As of KV, within a document."""
+    return super().visible(pos, ctx) & (self.seg[:, None] == ctx.seg[..., None])
+
+
+class Routed(Cell):
   """x of the tokens that the router takes becomes router.blend(x, core(x)); that of the others stays, bit for bit.
 
   Keys are those of the recursion's own tokens (recursion-wise caching). With a memory that has fewer slots than the
@@ -362,23 +373,11 @@ class Routed(nn.Module):
   """
   core: Stack
   router: ExpertChoice | TokenChoice = ExpertChoice()
-
-  @property
-  def injects(self) -> bool:
-    """Whether a step takes the input in again."""
-    return False
+  stepwise = False
 
   def check(self, width: int):
     """Raises ConfigError where the router's parts do not fit each other."""
     self.router.check()
-
-  def timetable(self, plan: Plan) -> None:
-    """Nothing: recursions are told apart by their number."""
-    return None
-
-  def diagnose(self, params: Params) -> dict[str, float]:
-    """Nothing: what routers do is seen on data (routing.py)."""
-    return {}
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """Floating-point operations a token of the sequence, forward: linear maps by a recursion's capacity, attention by
@@ -411,7 +410,9 @@ class Routed(nn.Module):
       batch, length, width = x.shape
       kv = ctx.memory.make(plan.steps, self.core.applications, batch, length, *self.core.block.heads_of(width),
                            self.core.block.dtype, width=width)
-      ctx = ctx.replace(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)), places=ctx.seg)
+      ctx = ctx.replace(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)))
+      if ctx.seg is not None:
+        kv = map_caches(lambda one: Segmented(one.k, one.v, one.pos, one.layout, seg=ctx.seg), kv)
     route, kept, auxes = begun, [], []
     for r in range(plan.steps):
       live = None if plan.live is None or self.is_initializing() else plan.live[r]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from loopformer import loop, roles, streams
 from loopformer.blocks import RMSNorm, Stack
+from loopformer.cells.cell import Cell
 from loopformer.types import Array, ConfigError, Ctx, Params, Plan, Tick
 
 
@@ -51,7 +52,7 @@ class LearnedMix(nn.Module):
     return {'hidden scale': float(params['scale'])}
 
 
-class Shifted(nn.Module):
+class Shifted(Cell):
   """The loop of the Parallel Loop Transformer; its memory is `streams.Streams` of the same window.
 
   window_left: tokens before a token that its later loops read of their own, besides itself. mix: of the embedding and
@@ -63,6 +64,7 @@ class Shifted(nn.Module):
   window_left: int = 64
   mix: Mix | LearnedMix = Mix()
   norm: nn.Module = RMSNorm()
+  stepwise = False
 
   @property
   def injects(self) -> bool:
@@ -78,10 +80,6 @@ class Shifted(nn.Module):
     if self.core.order is not None:
       raise ConfigError(f'model.cell.core.order = {self.core.order}: a layer reads the first loop\'s keys of its own '
                         'place; use None, every layer once')
-
-  def timetable(self, plan: Plan) -> None:
-    """Nothing: a step does not depend on the schedule."""
-    return None
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""

@@ -1,26 +1,18 @@
 """The timed cell: the stack, modulated by where the step stands (LoopFormer section 2; timestep encoding)."""
 from __future__ import annotations
 
-from flax import linen as nn
-
-from loopformer import loop
 from loopformer.blocks import Stack
+from loopformer.cells.cell import Cell
 from loopformer.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
-from loopformer.types import KV, Array, ConfigError, Ctx, Params, Plan
+from loopformer.types import KV, Array, ConfigError, Ctx, Plan
 
 
-class Timed(nn.Module):
+class Timed(Cell):
   """x = core(x; modulation(condition(step))). `condition` is Trajectory (LoopFormer), LoopIndex (tmlt), or
   StepNumber with a Table."""
   core: Stack
   condition: Trajectory | LoopIndex | StepNumber
   modulation: Modulation | Table
-  run = loop.run
-
-  @property
-  def injects(self) -> bool:
-    """Whether a step takes the input in again."""
-    return False
 
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
@@ -37,14 +29,6 @@ class Timed(nn.Module):
   def timetable(self, plan: Plan) -> Array:
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
     return self.modulation(self.condition(plan))
-
-  def flops(self, width: int, length: int, steps: float) -> float:
-    """Floating-point operations a token, forward, of `steps` steps; modulations are a few products of one vector."""
-    return steps * self.core.flops(width, length)
-
-  def diagnose(self, params: Params) -> dict[str, float]:
-    """Nothing."""
-    return {}
 
   def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, ctx.tick.code, kv)

@@ -31,6 +31,7 @@ import numpy as np
 from loopformer import storage
 from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack, check_heads
 from loopformer.cells.halting import Halting
+from loopformer.cells.plain import Normed
 from loopformer.convert import table
 from loopformer.convert.table import HEAD, Entry, Span, row
 from loopformer.embed import Head, Tokens
@@ -115,7 +116,7 @@ class Ouro:
     block = PeriNormed(attn=SelfAttention(heads=sizes['H'], position=Rotary(base=self.base)),
                        mlp=GatedMLP(hidden=sizes['F']), norm=RMSNorm(EPSILON), dtype=dtype)
     return Looped(read_in=Tokens(vocab=sizes['V'], width=sizes['D'], length=sizes['T']),
-                  cell=Halting(Stack(block, sizes['N']), norm=RMSNorm(EPSILON)),
+                  cell=Halting(Normed(Stack(block, sizes['N']), RMSNorm(EPSILON))),
                   read_out=Head(outputs=sizes['V'], norm=Identity()), loops=loops)
 
 
