@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 
 from loopformer import backend
-from loopformer.blocks import Chain, Stack
+from loopformer.blocks import Chain, Stack, layer_of
 from loopformer.types import KV, Array, Ctx
 
 PROJECTIONS = ('qkv', 'out', 'up', 'down')  # the names that layers give to a `Linear`
@@ -44,10 +44,10 @@ class Flat(nn.Module):
   order: tuple[int, ...]
   norm: nn.Module | None = None
 
-  def __call__(self, x: Array, ctx: Ctx, mods: Array | None, kv: KV | None) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Ctx, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
     """As Stack."""
     for index, which in enumerate(self.order):
-      x, kv = self.blocks[which](x, ctx, None if mods is None else mods[index], kv, index)
+      x, kv = self.blocks[which](x, ctx, layer_of(index, mods), kv, index)
     return (x if self.norm is None else self.norm(x)), kv
 
   @property
