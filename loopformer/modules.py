@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, Mapping
 
 from flax import linen as nn
@@ -20,19 +21,27 @@ def fields(module: nn.Module) -> dict[str, Any]:
           if f.init and f.name not in ('parent', 'name')}
 
 
-def unshared(module: nn.Module) -> nn.Module:
-  """The same description, in which no module stands twice.
+def unshared(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The same fields, in which no module stands twice, neither in them nor anywhere below.
 
-  Linen lets two fields that hold one instance share its parameters. Here modules are values: a block that is written
+  Linen lets two places that hold one instance share its parameters. Here modules are values: a block that is written
   once and put into three stacks means three blocks, as it does when the configuration has been saved and read.
   """
+  seen = {}  # modules by their identity; it keeps them, so that no other takes their place in memory
 
   def own(value):
-    if isinstance(value, nn.Module):
-      return unshared(value)
-    return tuple(map(own, value)) if isinstance(value, tuple) else value
+    leaves, tree = jax.tree.flatten(value)
+    new = [of_module(leaf) if isinstance(leaf, nn.Module) and leaf.parent is None else leaf for leaf in leaves]
+    return value if all(map(operator.is_, leaves, new)) else jax.tree.unflatten(tree, new)
 
-  return module.clone(**{name: own(value) for name, value in fields(module).items()})
+  def of_module(module):
+    again = id(module) in seen
+    seen[id(module)] = module
+    inner = fields(module)
+    changed = {name: value for name, old in inner.items() if (value := own(old)) is not old}
+    return module.clone(**changed) if changed or again else module
+
+  return {name: own(value) for name, value in values.items()}
 
 
 class Flat(nn.Module):
@@ -69,7 +78,7 @@ def flattened(module: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Mo
     params = {**params, 'block': _cast(module.block, params['block'])}
     if module.applications > backend.current().flat:
       return module, params
-    flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
+    flat = Flat(**unshared({'blocks': (module.block,) * module.depth}), norm=module.norm,
                 order=module.order or tuple(range(module.depth)))
     rest = {name: tree for name, tree in params.items() if name != 'block'}
     blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
