@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from experiments import hlo, plan, topologies
-from loopformer import backend, config as configs, evaluate, exits, generation, metrics, modules, plans, sharding
+from loopformer import backend, config as configs, evaluate, exits, flat, generation, metrics, plans, sharding
 from loopformer.checkpoint import abstract
 from loopformer.model import init_params, parameter_roles
 from loopformer.train import init_state, make_step
@@ -173,7 +173,7 @@ def _serving(config, mesh, rows):
   found, count = {}, -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
 
   def make(params):
-    found['model'], params = modules.flattened(config.model, params,
+    found['model'], params = flat.flattened(config.model, params,
                                                turn=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
     empty = generation.empty_rows(found['model'], params, count, config.model.read_in.length, config.model.loops)
     found['specs'] = generation.partitions(found['model'], params, empty, mesh.shape)

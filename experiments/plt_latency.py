@@ -27,7 +27,6 @@ from loopformer.cells.shifted import Shifted
 from loopformer.embed import Head, Tokens
 from loopformer.gated_attention import GatedAttention, GatedBlock
 from loopformer.model import Looped, init_params
-from loopformer.modules import unshared
 from loopformer.positions import Rotary
 from loopformer.streams import Streams
 
@@ -52,12 +51,12 @@ def make_model(size: Size, kind: str) -> Looped:
   mlp = GatedMLP(hidden=size.hidden)
   if kind == 'sequential':
     block = Block(attn=SelfAttention(heads=size.heads, position=Rotary()), mlp=mlp)
-    return unshared(Looped(read_in=read_in, cell=Plain(Stack(block, size.layers)), read_out=Head(outputs=size.vocab),
-                           loops=size.loops))
+    return Looped(read_in=read_in, cell=Plain(Stack(block, size.layers)), read_out=Head(outputs=size.vocab),
+                  loops=size.loops)
   block = GatedBlock(attn=GatedAttention(heads=size.heads), mlp=mlp)
-  return unshared(Looped(read_in=read_in, cell=Shifted(Stack(block, size.layers), window_left=size.window),
-                         read_out=Head(outputs=size.vocab, norm=Identity()), loops=size.loops,
-                         memory=Streams(window_left=size.window)))
+  return Looped(read_in=read_in, cell=Shifted(Stack(block, size.layers), window_left=size.window),
+                read_out=Head(outputs=size.vocab, norm=Identity()), loops=size.loops,
+                memory=Streams(window_left=size.window))
 
 
 def measure(size: Size, repeats: int, loops: tuple[int, ...] = (1, 2, 4)) -> list[dict]:

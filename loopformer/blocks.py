@@ -180,7 +180,7 @@ class LayerNorm(nn.Module):
 class Linear(nn.Module):
   """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser.
 
-  For decoding the kernel may be given as `turned` [O, I] instead (modules.flattened).
+  For decoding the kernel may be given as `turned` [O, I] instead (flat.flattened).
   """
   features: int
   std: float = 0.02
@@ -536,8 +536,9 @@ def unrolls(layers: int) -> bool:
   return layers <= backend.current().unrolled
 
 
-def _layer_of(which, params):
-  return jax.tree.map(lambda leaf: leaf[which], params)
+def layer_of(which: int | Array, tree: Any) -> Any:
+  """Row `which`, or rows, of every array in a tree of arrays [N, ...]; None has none."""
+  return jax.tree.map(lambda leaf: leaf[which], tree)
 
 
 class Stack(nn.Module):
@@ -553,8 +554,8 @@ class Stack(nn.Module):
   norm: nn.Module | None = None
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, mods: Array | None, kv: KV | None) -> tuple[Array, KV | None]:
-    """x [B, T, D], mods None or [applications, 4, D] -> (x, kv)."""
+  def __call__(self, x: Array, ctx: Ctx, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
+    """x [B, T, D] -> (x, kv). mods: what each application is given, a tree of arrays [applications, ...] or None."""
 
     def layer(block, carry, row):
       x, kv = carry
@@ -567,18 +568,18 @@ class Stack(nn.Module):
     order = tuple(range(self.depth)) if self.order is None else self.order
     if kv is None and not self.is_initializing() and unrolls(len(order)):
       for index, which in enumerate(order):
-        own = nn.map_variables(layer, 'params', trans_in_fn=functools.partial(_layer_of, which))
-        (x, kv), _ = own(self.block, (x, kv), (index, None if mods is None else mods[index]))
+        own = nn.map_variables(layer, 'params', trans_in_fn=functools.partial(layer_of, which))
+        (x, kv), _ = own(self.block, (x, kv), (index, layer_of(index, mods)))
       return x if self.norm is None else self.norm(x), kv
     scan = functools.partial(nn.scan, layer, variable_axes={'params': 0}, split_rngs={'params': True})
     if self.order is None:
       (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), mods))
     elif self.is_initializing():  # each block once, whatever runs when
-      some = None if mods is None else jnp.broadcast_to(mods[0], (self.depth, *mods.shape[1:]))
+      some = layer_of(jnp.zeros(self.depth, jnp.int32), mods)
       (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), some))
     else:
       ordered = nn.map_variables(scan(length=len(order)), 'params',
-                                 trans_in_fn=functools.partial(_layer_of, jnp.asarray(order)))
+                                 trans_in_fn=functools.partial(layer_of, jnp.asarray(order)))
       (x, kv), _ = ordered(self.block, (x, kv), (jnp.arange(len(order)), mods))
     return (x if self.norm is None else self.norm(x)), kv
 

@@ -28,7 +28,6 @@ from loopformer.blocks import DTYPES
 from loopformer.control import Steady
 from loopformer.evaluate import Depths
 from loopformer.model import Looped
-from loopformer.modules import unshared
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
 from loopformer.roles import Roles
@@ -56,9 +55,6 @@ class Experiment:
   control: Any = Steady()
   mesh: Mesh = Mesh()
   evals: Any = Depths()
-
-  def __post_init__(self):
-    object.__setattr__(self, 'model', unshared(self.model))
 
 
 def is_part(value: Any) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 from loopformer import backend, exits, plans, processes, sharding
 from loopformer.blocks import turned
 from loopformer.memory import map_caches
-from loopformer.modules import flattened
+from loopformer.flat import flattened
 from loopformer.types import KV, Array, ConfigError, Params, Plan
 
 ROUND = 64  # lengths are rounded up to multiples of this
@@ -465,7 +465,7 @@ class Engine:
     draft: a budget or schedule with which tokens are drafted before all loops judge them, `ahead` at a time.
     rounds: passes between two looks of the host.
 
-  It holds weights of its own: copies of the layers', which lie as decoding wants them (modules.flattened), and the rest
+  It holds weights of its own: copies of the layers', which lie as decoding wants them (flat.flattened), and the rest
   as given. Where memory is short, let go of the ones it was given.
 
   Raises:

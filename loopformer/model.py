@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, memory as memories, roles, starts
+from loopformer import loop, memory as memories, modules, roles, starts
 from loopformer.blocks import Linear, Stack, turned
 from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
@@ -19,6 +19,8 @@ class Looped(nn.Module):
 
   loops: L, the most loops that it is trained for, and the slots of its cache. bridge: a projection between the loop and
   what follows. remat: what the backward pass saves.
+
+  Modules are values: an instance that stands in two places, in any depth, means two sets of parameters.
   """
   read_in: TokenEmbed | Tokens | Vectors
   cell: nn.Module
@@ -30,6 +32,11 @@ class Looped(nn.Module):
   coda: Stack | None = None
   memory: Any = memories.PerLoop()
   remat: Any = loop.PerStep()
+
+  def __post_init__(self):
+    for name, value in modules.unshared(modules.fields(self)).items():
+      object.__setattr__(self, name, value)
+    super().__post_init__()
 
   def __call__(self, tokens: Array, plan: Plan, pos: Array | None = None, seg: Array | None = None,
                kv: dict[str, KV] | None = None, keep: Any = loop.Last(), code: Any = None,

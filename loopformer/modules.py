@@ -1,18 +1,13 @@
-"""Descriptions of modules as values: taken apart, made anew, and made ready for decoding."""
+"""Descriptions of modules as values: taken apart, and made anew."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import operator
+from typing import Any, Mapping
 
 from flax import linen as nn
 import jax
 
-from loopformer import backend
-from loopformer.blocks import Stack
-from loopformer.cells.cell import Around
-from loopformer.model import parameter_roles
-from loopformer.roles import Roles
-from loopformer.types import KV, Array, Ctx
 
 def fields(module: nn.Module) -> dict[str, Any]:
   """Name -> value of a module's own fields."""
@@ -20,87 +15,24 @@ def fields(module: nn.Module) -> dict[str, Any]:
           if f.init and f.name not in ('parent', 'name')}
 
 
-def unshared(module: nn.Module) -> nn.Module:
-  """The same description, in which no module stands twice.
+def unshared(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The same fields, in which no module stands twice, neither in them nor anywhere below.
 
-  Linen lets two fields that hold one instance share its parameters. Here modules are values: a block that is written
+  Linen lets two places that hold one instance share its parameters. Here modules are values: a block that is written
   once and put into three stacks means three blocks, as it does when the configuration has been saved and read.
   """
+  seen = {}  # modules by their identity; it keeps them, so that no other takes their place in memory
 
   def own(value):
-    if isinstance(value, nn.Module):
-      return unshared(value)
-    return tuple(map(own, value)) if isinstance(value, tuple) else value
+    leaves, tree = jax.tree.flatten(value)
+    new = [of_module(leaf) if isinstance(leaf, nn.Module) and leaf.parent is None else leaf for leaf in leaves]
+    return value if all(map(operator.is_, leaves, new)) else jax.tree.unflatten(tree, new)
 
-  return module.clone(**{name: own(value) for name, value in fields(module).items()})
+  def of_module(module):
+    again = id(module) in seen
+    seen[id(module)] = module
+    inner = fields(module)
+    changed = {name: value for name, old in inner.items() if (value := own(old)) is not old}
+    return module.clone(**changed) if changed or again else module
 
-
-class Flat(nn.Module):
-  """A `Stack` whose blocks have parameters of their own, not stacked: a flat program, for decoding.
-
-  A token's step reads little but weights, and a scan copies each layer's out of the stack before it reads them.
-  """
-  blocks: tuple[nn.Module, ...]
-  order: tuple[int, ...]
-  norm: nn.Module | None = None
-
-  def __call__(self, x: Array, ctx: Ctx, mods: Array | None, kv: KV | None) -> tuple[Array, KV | None]:
-    """As Stack."""
-    for index, which in enumerate(self.order):
-      x, kv = self.blocks[which](x, ctx, None if mods is None else mods[index], kv, index)
-    return (x if self.norm is None else self.norm(x)), kv
-
-  @property
-  def block(self) -> nn.Module:
-    """What its blocks are like."""
-    return self.blocks[0]
-
-  @property
-  def applications(self) -> int:
-    """Layers that run, and so the slots of keys and values."""
-    return self.block.layers * len(self.order)
-
-
-def flattened(model: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
-  """The same function with small stacks flat: (model, parameters). The arrays are copies of the stacks' slices, with
-  `turn` [O, I] where a projection has a kernel [I, O]; kernels are in the dtype in which they multiply. Forward
-  alone."""
-  return _flattened(model, params, parameter_roles(model), (), turn)
-
-
-def _flattened(module, params, roles: Roles, at: tuple[str, ...], turn):
-  if isinstance(module, Stack):
-    def cast(path, leaf):
-      dtype = roles[(*at, 'block', *(entry.key for entry in path))].dtype
-      return leaf if dtype is None else leaf.astype(dtype)
-
-    params = {**params, 'block': jax.tree_util.tree_map_with_path(cast, params['block'])}
-    if module.applications > backend.current().flat:
-      return module, params
-    flat = Flat(blocks=tuple(unshared(module.block) for _ in range(module.depth)), norm=module.norm,
-                order=module.order or tuple(range(module.depth)))
-    rest = {name: tree for name, tree in params.items() if name != 'block'}
-    blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
-    return flat, {**rest, **{f'blocks_{i}': _turned(block, roles, (*at, 'block')) if turn else block
-                             for i, block in enumerate(blocks)}}
-  changed = {}
-  if isinstance(module, Around):  # whose parameters lie beside those of the cell in it
-    changed['of'], params = _flattened(module.of, params, roles, at, turn)
-  params = dict(params)
-  for name, value in fields(module).items():
-    if isinstance(value, nn.Module) and name in params:
-      changed[name], params[name] = _flattened(value, params[name], roles, (*at, name), turn)
-  return module.clone(**changed), params
-
-
-def _turned(params, roles, at):
-  """Parameters with the kernels of projections transposed, under the name `turned`."""
-  new = {}
-  for name, tree in params.items():
-    if (*at, name) not in roles:
-      new[name] = _turned(tree, roles, (*at, name))
-    elif roles[*at, name].dtype is None:
-      new[name] = tree
-    else:
-      new['turned'] = tree.T
-  return new
+  return {name: own(value) for name, value in values.items()}

@@ -25,7 +25,7 @@ class Role:
 
   decayed: whether weight decay acts on it; None: if it has two axes or more, not counting that of layers.
   dtype: None, or of the products that it is the kernel [I, O] of: a projection, which decoding casts and transposes
-    once (modules.flattened), and which Muon may update.
+    once (flat.flattened), and which Muon may update.
   tensor: None, or the axis, counted from the last, that the devices of a tensor group divide.
   layered: whether its first axis numbers the layers of a stack; the stack says so.
   """

@@ -25,7 +25,6 @@ from loopformer.cells.routed import ExpertChoice, Routed, TokenChoice
 from loopformer.cells.shifted import LearnedMix, Mix, Shifted
 from loopformer.cells.timed import Timed
 from loopformer.condition import LoopIndex, Modulation, Trajectory
-from loopformer.config import unshared
 from loopformer.embed import Head, TokenEmbed, Tokens
 from loopformer.gated_attention import GatedAttention, GatedBlock, HiddenGate, QueryGate
 from loopformer.inject import Add, Concat, Diagonal, Hold
@@ -68,7 +67,7 @@ def timed(condition=Trajectory(D), init: float = 0.0, **options) -> Timed:
 
 
 def looped(cell, **options) -> Looped:
-  return unshared(Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options}))
+  return Looped(**{'read_in': TokenEmbed(vocab=V, width=D, length=32), 'cell': cell, 'loops': L, **options})
 
 
 def stack(depth: int, **options) -> Stack:

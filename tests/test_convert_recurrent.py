@@ -509,7 +509,7 @@ def test_converter_and_configuration_of_parcae_agree():
   config = config_of('parcae', '140m').model
   kind = KINDS['parcae']
   model = kind.model(kind.sizes_of(config), config.loops, 'bfloat16')
-  ours, theirs = (configs.describe(configs.unshared(m)).splitlines() for m in (config, model))
+  ours, theirs = (configs.describe(m).splitlines() for m in (config, model))
   assert len(ours) == len(theirs)
   differ = {line.split(' = ')[0].strip() for pair in zip(ours, theirs) for line in pair if len(set(pair)) > 1}
   assert differ == {'groups'}  # as many as heads: None there, the number here

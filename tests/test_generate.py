@@ -12,7 +12,7 @@ from loopformer import backend, plans
 from loopformer.blocks import Chain, RMSNorm, Stack
 from loopformer.cells.plain import Plain
 from loopformer.generation import ROUND, controls, decode, draw, generate, law, prefill
-from loopformer.modules import Flat, flattened
+from loopformer.flat import Flat, flattened
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import D, L, UNEVEN, V

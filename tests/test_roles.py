@@ -10,7 +10,7 @@ from loopformer import plans, roles, sharding
 from loopformer.blocks import Linear, RMSNorm, Stack
 from loopformer.cells.plain import Plain
 from loopformer.model import parameter_roles
-from loopformer.modules import flattened
+from loopformer.flat import flattened
 from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid
 from loopformer.roles import Role
 from tests import parts

@@ -18,7 +18,7 @@ from experiments.benchmark.compile import count_instructions
 from experiments.benchmark.sizes import MEGA, Ours, Size, make_model, short_of, with_short
 from loopformer import generation, loop
 from loopformer.model import init_params
-from loopformer.modules import flattened
+from loopformer.flat import flattened
 
 SMALL = Size(batch=4, length=64, width=64, heads=4, hidden=128, vocab=512, layers=2, loops=4, short=2)
 

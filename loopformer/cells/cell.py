@@ -57,7 +57,7 @@ class Around(Cell):
 
   def setup(self):
     # In the scope of this cell: parameters have the names, and first values, that they have without it.
-    object.__setattr__(self, '_inner', unshared(self.of).clone(parent=self.scope, name=None))
+    object.__setattr__(self, '_inner', self.of.copy(parent=self.scope))
 
   @property
   def inner(self) -> nn.Module:
