@@ -33,7 +33,7 @@ from loopformer.objective import Objective
 from loopformer.optim import AdamW
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
-from loopformer.train import Train
+from loopformer.train import Train, best_of
 from loopformer.types import ConfigError, part
 
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
@@ -224,6 +224,7 @@ def check(config: Experiment):
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   config.optim.make(train.steps)
+  best_of(config)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

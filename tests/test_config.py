@@ -9,14 +9,18 @@ import pytest
 
 from experiments.configs import loopformer as paper
 from loopformer import config as configs
-from loopformer import plans
+from loopformer import measures, plans
 from loopformer.blocks import Normal
+from loopformer.checkpoint import Best
 from loopformer.config import check, choose, describe, difference, flatten, override
 from loopformer.embed import TokenEmbed
 from loopformer.loop import Every
 from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
+from loopformer.train import best_of, train
 from loopformer.types import ConfigError
 from tests import parts
 
@@ -320,6 +324,34 @@ def test_every_variant_is_sound(variant):
 def test_check_refuses(assignments, message):
   with pytest.raises(ConfigError, match=message):
     check(changed(*assignments))
+
+
+@pytest.mark.parametrize('name', ['last@4', 'lost@4', 'loss@3', 'loss', 'ran@4', 'state norm@4', 'accuracy@4'])
+def test_check_refuses_a_best_that_no_evaluation_reports(name):
+  with pytest.raises(ConfigError, match=rf"train\.best = '{name}': no number .*choose one of loss@1, perplexity@1"):
+    check(changed(f'train.best={name}'))
+
+
+def test_the_measure_says_which_checkpoint_is_best():
+  """`last` is a share of right answers of some tasks, and an error of others."""
+  found = {}
+  for task, measure in (('answers', measures.Answers()), ('errors', measures.Errors())):
+    found[task] = {}
+    for name in measure.better:
+      config = changed(f'train.best={name}@8', config=dataclasses.replace(
+          TINY, task=Generated(of=PHop(hops=2, length=16), measure=measure)))
+      check(config)
+      found[task][name] = best_of(config)
+  assert found['answers'] == {name: Best(name=f'{name}@8', sign=-1 if name == 'loss' else 1)
+                              for name in ('loss', 'accuracy', 'exact', 'last')}
+  assert found['errors'] == {name: Best(name=f'{name}@8', sign=-1) for name in ('loss', 'last')}
+  assert best_of(TINY) is None
+
+
+def test_train_refuses_an_unknown_best_before_anything_is_written(tmp_path):
+  with pytest.raises(ConfigError, match="train.best = 'last@8'"):
+    train(changed('train.best=last@8'), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_check_names_the_stack():
