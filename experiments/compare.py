@@ -65,7 +65,7 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   lengths = tokenizer and tokenizer.byte_lengths()
   count = FLAGS.eval_batches or 64
   tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
-                           config.task.measure) for split in ('validation', *getattr(config.task, 'tests', {}))}
+                           config.task.measure) for split in config.task.splits}
   curve = metrics.training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
   return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,
           'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), 'curve': curve,

@@ -146,7 +146,9 @@ def run_eval(workdir: Path):
   if FLAGS.exits:
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
-  tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
+  tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
+  for length in config.task.splits.values():
+    model.read_in.check(length)
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))

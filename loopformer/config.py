@@ -209,6 +209,10 @@ def check(config: Experiment):
   if config.task.length > model.read_in.length:
     raise ConfigError(f'task.length = {config.task.length} is more than model.read_in.length = {model.read_in.length}, '
                       'the positions of the model; shorten the one or raise the other')
+  for split, length in config.task.splits.items():
+    if length > model.read_in.length:
+      raise ConfigError(f'task: the examples of the split {split!r} have {length} tokens, more than model.read_in.length '
+                        f'= {model.read_in.length}, the positions of the model; shorten the ones or raise the other')
   if config.objective.longest > model.loops:
     raise ConfigError(f'objective: a plan of {config.objective.longest} steps is longer than model.loops = '
                       f'{model.loops}; raise model.loops')

@@ -89,6 +89,7 @@ class Looped(nn.Module):
 
   def _context(self, tokens, pos, seg, noise=None):
     if pos is None:
+      self.read_in.check(tokens.shape[1])
       pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
     return Ctx(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
 
@@ -126,7 +127,8 @@ class Looped(nn.Module):
 
   def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, Any]:
     """Empty caches, trees of KV, by the names of their stacks, for `batch` rows of `length` positions and plans of up
-    to `loops` steps."""
+    to `loops` steps. Raises ConfigError for more positions than the model has."""
+    self.read_in.check(length)
     caches = {}
     for name, stack in self.stacks().items():
       size = stack.applications, batch, length, *stack.block.heads_of(self.read_in.width), stack.block.dtype

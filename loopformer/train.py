@@ -21,7 +21,7 @@ import optax
 
 from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Best, Checkpoints, abstract
-from loopformer.evaluate import evaluate, motion
+from loopformer.evaluate import check_positions, evaluate, motion
 from loopformer.model import init_params
 from loopformer.types import Array, ConfigError, Draw, Params, part
 
@@ -195,8 +195,10 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
                         processes=readers)
 
   stream = iter(batches('train', options.seed))
-  held_out = [sharding.put_batch({**batch, 'row': rows}, mesh)
-              for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
+  held_out = [batch for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
+  for batch in held_out:
+    check_positions(config.model, batch)
+  held_out = [sharding.put_batch({**batch, 'row': rows}, mesh) for batch in held_out]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)

@@ -264,6 +264,10 @@ class Task(Protocol):
   length: int
   measure: Any  # what is measured of it, a part of measures.py
 
+  @property
+  def splits(self) -> Mapping[str, int]:
+    """What may be evaluated: the name of each split that is not trained on -> tokens of its examples."""
+
   def prepare(self, workdir, log) -> Any: ...
 
   def verify(self, workdir, log):

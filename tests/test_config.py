@@ -21,7 +21,7 @@ from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.train import best_of, train
-from loopformer.types import ConfigError
+from loopformer.types import ConfigError, part
 from tests import parts
 
 TINY = paper.get_config('tiny')
@@ -352,6 +352,41 @@ def test_train_refuses_an_unknown_best_before_anything_is_written(tmp_path):
   with pytest.raises(ConfigError, match="train.best = 'last@8'"):
     train(changed('train.best=last@8'), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_split_that_is_longer_than_the_positions_is_refused():
+  """Every split is looked at, and the model's own limit is within it."""
+  def of(**tests):
+    return dataclasses.replace(TINY, task=Generated(of=PHop(length=16), tests={
+        name: PHop(length=length) for name, length in tests.items()}))
+
+  check(of(short=8, longest=128))
+  with pytest.raises(ConfigError, match=r"split 'far' have 129 tokens, more than model\.read_in\.length = 128"):
+    check(of(short=8, far=129))
+  assert of(far=129).task.splits == {'validation': 16, 'far': 129} and TINY.task.splits == {'validation': 128}
+
+
+@part
+class Late:
+  """Examples of another generator that stand at later positions of their document."""
+  of: PHop = PHop(length=16)
+  by: int = 128
+  length, symbols = property(lambda self: self.of.length), property(lambda self: self.of.symbols)
+
+  def floors(self, examples):
+    return self.of.floors(examples)
+
+  def __call__(self, rng):
+    example = self.of(rng)
+    return {**example, 'positions': example['positions'] + self.by}
+
+
+def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp_path):
+  config = changed('train.batch=2', config=dataclasses.replace(TINY, task=Generated(of=Late())))
+  check(config)
+  with pytest.raises(ConfigError, match='144 positions, more than the 128 of the model'):
+    train(config, tmp_path, log=lambda text: None)
+  assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_check_names_the_stack():

@@ -80,6 +80,9 @@ class Prompt(nn.Module):
     """f32[B, n + 1, d + 1] -> the same."""
     return tokens.at[:, -1, -1].set(0)
 
+  def check(self, length: int):
+    """Nothing: it reads prompts of any length."""
+
   def example(self) -> Array:
     """The smallest input, for initialisation."""
     return jnp.zeros((1, 2, self.width))
