@@ -315,6 +315,7 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | N
   """What queries [B, T, H, d] read of keys and values [B, T, G, d], and of those in the cache: ([B, T, H d], kv)."""
   shape, pos_BS = q.shape, ctx.pos
   if kv is not None:
+    attention.check_causal(attn.kernel.causal, 'cache')
     kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
   if attn.position is not None:
@@ -417,6 +418,11 @@ def check_layer(layer: nn.Module, width: int, where: str):
     raise ConfigError(f'{where}block.dtype = {layer.dtype!r}; use one of {", ".join(DTYPES)}')
 
 
+def is_causal(layer: nn.Module) -> bool:
+  """Whether a layer's attention reads no later token, so that it can be decoded."""
+  return layer.attn.kernel.causal
+
+
 def layer_flops(layer: nn.Module, width: int, length: int) -> float:
   """Floating-point operations a token, forward, of a layer of attention and MLP."""
   return layer.attn.flops(width, length) + layer.mlp.flops(width)
@@ -449,6 +455,8 @@ class Block(nn.Module):
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
+
+  causal = property(is_causal)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
@@ -484,6 +492,8 @@ class Sandwich(nn.Module):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
 
+  causal = property(is_causal)
+
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
     return heads_of(self.attn, width)
@@ -518,6 +528,10 @@ class Chain(nn.Module):
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
     return self.blocks[0].heads_of(width)
+
+  @property
+  def causal(self) -> bool:
+    return all(block.causal for block in self.blocks)
 
   @property
   def dtype(self) -> str:
