@@ -11,6 +11,7 @@ A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, Callable, Mapping, Protocol
 
 from flax import struct
@@ -67,7 +68,8 @@ class Draw:
 class Tick:
   """Row k of a plan: all that a step knows of the schedule.
 
-  t, dt: f32[]; live: None, bool[] or bool[B]; k: i32[], the number of steps before this one;
+  t, dt: f32[]; live: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
+  have had different numbers of free steps, in passes without a cache;
   code: what the cell computed for this row ahead of the loop (`Cell.timetable`), any pytree.
   """
   t: Array
@@ -280,6 +282,17 @@ class Task(Protocol):
 
 class ConfigError(ValueError):
   """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
+
+
+def whole(name: str, value: Any, least: int) -> int:
+  """The value of an argument or field as an int. Raises ConfigError where it is no whole number of `least` or more."""
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise ConfigError(f'{name} = {value}: must be a whole number of {least} or more') from None
+  if number < least:
+    raise ConfigError(f'{name} = {value}: must be {least} or more')
+  return number
 
 
 def part(cls):
