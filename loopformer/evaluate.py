@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, loop, measures, plans, processes, sharding
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part, whole
 
 
 @part
@@ -18,8 +18,10 @@ class Depths:
   budgets: tuple[int, ...] = (1, 2, 4, 8)
 
   def __post_init__(self):
-    if not self.budgets or min(self.budgets) < 1:
-      raise ConfigError(f'evals.budgets = {self.budgets}: give one or more numbers of loops, each 1 or more')
+    if not self.budgets:
+      raise ConfigError('evals.budgets is empty: give one or more numbers of loops')
+    for budget in self.budgets:
+      whole('evals.budgets', budget, 1)
 
   def schedules(self) -> dict[str, tuple[float, ...]]:
     """Name -> step sizes."""

@@ -10,17 +10,18 @@ import pytest
 from experiments.configs import loopformer as paper
 from loopformer import config as configs
 from loopformer import measures, plans
-from loopformer.blocks import Normal
+from loopformer.blocks import Chain, Normal, Stack
 from loopformer.checkpoint import Best
 from loopformer.config import check, choose, describe, difference, flatten, override
 from loopformer.embed import TokenEmbed
 from loopformer.loop import Every
 from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import best_of, train
+from loopformer.train import Train, best_of, train
 from loopformer.types import ConfigError, part
 from tests import parts
 
@@ -387,6 +388,24 @@ def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp
   with pytest.raises(ConfigError, match='144 positions, more than the 128 of the model'):
     train(config, tmp_path, log=lambda text: None)
   assert not (tmp_path / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(train=Train(steps=2.5)), r'train\.steps = 2\.5: expected int; give whole numbers'),
+    (dict(model=TINY.model.clone(loops=8.0)), r'model\.loops = 8\.0: expected int'),
+    (dict(mesh=Mesh(fsdp=1.5)), r'mesh\.fsdp = 1\.5: expected int'),
+    (dict(model=TINY.model.clone(coda=parts.stack(3, order=(0, 1.5)))), r'model\.coda\.order = \(0, 1\.5\): expected'),
+    (dict(model=TINY.model.clone(coda=Stack(Chain((parts.block(heads=2.5),)), 1))),
+     r'model\.coda\.block\.blocks\[0\]\.attn\.heads = 2\.5: expected int'),
+], ids=['steps', 'loops', 'mesh', 'order', 'chain'])
+def test_check_refuses_parts_of_whole_numbers(change, message):
+  """In configuration files, where no `--set` has looked at their types."""
+  with pytest.raises(ConfigError, match=message):
+    check(dataclasses.replace(TINY, **change))
+
+
+def test_numbers_of_numpy_are_taken():
+  check(dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=np.int64(1000))))
 
 
 def test_check_names_the_stack():
