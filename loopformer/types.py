@@ -52,7 +52,8 @@ class Draw:
 
   key: of everything random in it, the same on all devices; step: i32[], training steps taken; stage: i32[], what the
   run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a sequence's place in the
-  global batch, so that what is drawn for it does not depend on the devices that the batch is divided over.
+  global batch (that in this batch if absent), so that what is drawn for it does not depend on the devices that the
+  batch is divided over.
   """
   key: Array
   step: Array
@@ -61,7 +62,8 @@ class Draw:
 
   def keys(self) -> Array:
     """A key for every sequence, [B]."""
-    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(self.batch['row'])
+    row = self.batch['row'] if 'row' in self.batch else jnp.arange(len(self.batch['tokens']))
+    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(row)
 
 
 @struct.dataclass
