@@ -21,7 +21,7 @@ import numpy as np
 
 import loopformer
 from experiments import plots, records
-from experiments.main import held_out, numbers
+from experiments.main import check_command, held_out, numbers
 from loopformer import config as configs
 from loopformer import metrics, plans, storage
 from loopformer.evaluate import evaluate
@@ -109,7 +109,7 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:

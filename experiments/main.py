@@ -9,6 +9,7 @@
 """
 import itertools
 from pathlib import Path
+import sys
 import time
 
 from absl import app, flags, logging
@@ -106,6 +107,15 @@ def check_flags(mode: str, given: dict):
       raise ConfigError(f'--{name}: no value; give one, or leave it out')
 
 
+def check_command(argv: list[str], *read: str):
+  """Ends another command, which reads these flags of this file alone, where it was given others, or words."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  for name in ('mode', 'set', *READERS):
+    if FLAGS[name].present and name not in read:
+      sys.exit(f'error: --{name}: this command does not read it; leave it out')
+
+
 def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
@@ -181,8 +191,6 @@ def run_eval(workdir: Path):
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
   tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
-  for length in config.task.splits.values():
-    model.read_in.check(length)
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))

@@ -418,11 +418,6 @@ def check_layer(layer: nn.Module, width: int, where: str):
     raise ConfigError(f'{where}block.dtype = {layer.dtype!r}; use one of {", ".join(DTYPES)}')
 
 
-def is_causal(layer: nn.Module) -> bool:
-  """Whether a layer's attention reads no later token, so that it can be decoded."""
-  return layer.attn.kernel.causal
-
-
 def layer_flops(layer: nn.Module, width: int, length: int) -> float:
   """Floating-point operations a token, forward, of a layer of attention and MLP."""
   return layer.attn.flops(width, length) + layer.mlp.flops(width)
@@ -455,8 +450,6 @@ class Block(nn.Module):
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
-
-  causal = property(is_causal)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
@@ -492,8 +485,6 @@ class Sandwich(nn.Module):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
 
-  causal = property(is_causal)
-
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
     return heads_of(self.attn, width)
@@ -528,10 +519,6 @@ class Chain(nn.Module):
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
     return self.blocks[0].heads_of(width)
-
-  @property
-  def causal(self) -> bool:
-    return all(block.causal for block in self.blocks)
 
   @property
   def dtype(self) -> str:

@@ -8,12 +8,11 @@ from loopformer.blocks import Linear, Normal, RMSNorm
 from loopformer.types import Array, ConfigError
 
 
-def check_positions(rows: int, length: int):
-  """Raises ConfigError where a table of so many positions is shorter than a sequence: its last row would serve the rest.
-  """
-  if length > rows:
-    raise ConfigError(f'tokens: {length} positions, more than the {rows} of the model (read_in.length); shorten the '
-                      'rows, or train a model with more positions')
+def check_length(length: int, positions: int):
+  """Raises ConfigError where a sequence is longer than a table of positions, whose last row would serve all the rest."""
+  if length > positions:
+    raise ConfigError(f'tokens: {length} a row, more than the {positions} positions of the model (read_in.length); '
+                      'shorten the rows, or train a model with more positions')
 
 
 class TokenEmbed(nn.Module):
@@ -33,12 +32,9 @@ class TokenEmbed(nn.Module):
     self.positions = self.param('positions', Normal(self.std), (self.length, self.width))
 
   def __call__(self, tokens: Array, pos: Array) -> Array:
-    """i32[B, T] twice (position -1: padding) -> [B, T, D]."""
+    """i32[B, T] twice (position -1: padding) -> [B, T, D]. Raises ConfigError where T is more than `length`."""
+    check_length(tokens.shape[1], self.length)
     return (self.embedding[tokens] + self.positions[jnp.maximum(pos, 0)]).astype(self.dtype)
-
-  def check(self, length: int):
-    """Raises ConfigError where sequences of `length` tokens have no positions."""
-    check_positions(self.length, length)
 
   def table(self) -> Array:
     """E, [V, D]."""
@@ -68,9 +64,6 @@ class Tokens(nn.Module):
     """i32[B, T] -> [B, T, D]."""
     return (self.scale * self.embedding[tokens]).astype(self.dtype)
 
-  def check(self, length: int):
-    """Nothing: it reads sequences of any length."""
-
   def table(self) -> Array:
     """E, [V, D]."""
     return self.embedding
@@ -95,14 +88,11 @@ class Vectors(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Array, pos: Array) -> Array:
-    """f32[B, T, inputs], i32[B, T] -> [B, T, D]."""
+    """f32[B, T, inputs], i32[B, T] -> [B, T, D]. Raises ConfigError where T is more than `length`."""
+    check_length(tokens.shape[1], self.length)
     positions = self.param('positions', Normal(self.std), (self.length, self.width))
     x = Linear(self.width, (3 * self.inputs) ** -0.5, bias=Normal(0.0), name='vectors')(tokens)
     return (x + positions[jnp.maximum(pos, 0)]).astype(self.dtype)
-
-  def check(self, length: int):
-    """Raises ConfigError where sequences of `length` vectors have no positions."""
-    check_positions(self.length, length)
 
   def example(self) -> Array:
     """The smallest input, for initialisation."""

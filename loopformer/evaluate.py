@@ -72,12 +72,6 @@ def motion(model: Any, params: Params, batch: Batch, plan: Plan) -> dict[str, Ar
   return {'state norm': norms.mean((1, 2)), 'state change': (moves / jnp.maximum(norms[1:], 1e-9)).mean((1, 2))}
 
 
-def check_positions(model: Any, batch: Batch):
-  """Raises ConfigError where a batch, of arrays on the host or one device, has positions that the model does not have."""
-  positions = batch.get('positions')
-  model.read_in.check(batch['tokens'].shape[1] if positions is None else 1 + int(np.max(positions)))
-
-
 def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
              byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
   """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and
@@ -93,17 +87,14 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
 
   Raises:
-    ConfigError: a batch has positions that the model does not have (those that are divided are not looked at).
+    ConfigError: a batch has longer rows than the model has positions.
   """
   mesh = sharding.mesh_of(params)
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
   for batch in batches:
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
-    whole = sharding.mesh_of(batch['tokens']) is None
-    if whole:
-      check_positions(model, batch)
-    if mesh is not None and whole:
+    if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
     draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}

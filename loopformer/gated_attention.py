@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from loopformer import attention
 from loopformer.blocks import (MLP, QKV, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention,
-                               check_layer, heads_of, is_causal, layer_flops)
+                               check_layer, heads_of, layer_flops)
 from loopformer.positions import Rotary
 from loopformer.types import Array, Ctx
 
@@ -116,8 +116,6 @@ class GatedBlock(nn.Module):
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
-
-  causal = property(is_causal)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""

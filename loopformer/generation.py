@@ -482,7 +482,6 @@ class Engine:
         whole(name, value, 1)
     if length is not None and not 1 < length <= limit:
       raise ConfigError(f'length = {length}: must be 2 to {limit}, the positions of the model (read_in.length)')
-    model.check_decodes()
     if exit is not None:
       exits.check(model, exit, 'exit')
     if exit is not None and draft is not None:

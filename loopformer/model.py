@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop, memory as memories, starts
-from loopformer.attention import check_causal
 from loopformer.blocks import Linear, Stack, turned
 from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
@@ -90,7 +89,6 @@ class Looped(nn.Module):
 
   def _context(self, tokens, pos, seg, noise=None):
     if pos is None:
-      self.read_in.check(tokens.shape[1])
       pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
     return Ctx(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
 
@@ -128,20 +126,13 @@ class Looped(nn.Module):
 
   def cache(self, batch: int, length: int, loops: int | None = None) -> dict[str, Any]:
     """Empty caches, trees of KV, by the names of their stacks, for `batch` rows of `length` positions and plans of up
-    to `loops` steps. Raises ConfigError for more positions than the model has, and for layers that read ahead."""
-    self.read_in.check(length)
-    self.check_decodes()
+    to `loops` steps."""
     caches = {}
     for name, stack in self.stacks().items():
       size = stack.applications, batch, length, *stack.block.heads_of(self.read_in.width), stack.block.dtype
       caches[name] = (self.memory.make(loops or self.loops, *size, width=self.read_in.width) if name == 'loop' else
                       memories.empty(1, *size))
     return caches
-
-  def check_decodes(self):
-    """Raises ConfigError where layers read ahead, so that tokens cannot be read one after the other."""
-    for name, stack in self.stacks().items():
-      check_causal(stack.block.causal, f'model, stack {name!r}')
 
   def flops(self, length: int, steps: float) -> float:
     """Floating-point operations a token of a forward pass with `steps` loops, head included, embedding not.

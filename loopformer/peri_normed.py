@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from loopformer.blocks import MLP, GatedMLP, RMSNorm, SelfAttention, check_layer, heads_of, is_causal, layer_flops
+from loopformer.blocks import MLP, GatedMLP, RMSNorm, SelfAttention, check_layer, heads_of, layer_flops
 from loopformer.types import KV, Array, Ctx
 
 
@@ -31,8 +31,6 @@ class PeriNormed(nn.Module):
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
     check_layer(self, width, where)
-
-  causal = property(is_causal)
 
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""

@@ -21,7 +21,7 @@ import optax
 
 from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Best, Checkpoints, abstract
-from loopformer.evaluate import check_positions, evaluate, motion
+from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params
 from loopformer.types import Array, ConfigError, Draw, Params, part
 
@@ -59,10 +59,12 @@ class Train:
 def best_of(config: Any) -> Best | None:
   """Which checkpoint `train.best` keeps. Raises ConfigError where the evaluations report no such number."""
   best = config.train.best
+  if best is None:
+    return None
   signs = {f'{name}@{schedule}': sign for schedule in config.evals.schedules()
            for name, sign in config.task.measure.better.items()}
-  if best is None or best in signs:
-    return best and Best(name=best, sign=signs[best])
+  if best in signs:
+    return Best(name=best, sign=signs[best])
   raise ConfigError(f'train.best = {best!r}: no number of the evaluations that is better or worse; choose one of '
                     f'{", ".join(signs)}')
 
@@ -196,8 +198,10 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
 
   stream = iter(batches('train', options.seed))
   held_out = [batch for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
-  for batch in held_out:
-    check_positions(config.model, batch)
+  positions, most = max((1 + int(np.max(batch['positions'])) for batch in held_out), default=0), config.model.read_in.length
+  if positions > most:
+    raise ConfigError(f'task: its examples stand at positions up to {positions - 1}, but model.read_in.length = {most}; '
+                      'raise it, or let positions begin at 0')
   held_out = [sharding.put_batch({**batch, 'row': rows}, mesh) for batch in held_out]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)

@@ -385,7 +385,7 @@ class Late:
 def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp_path):
   config = changed('train.batch=2', config=dataclasses.replace(TINY, task=Generated(of=Late())))
   check(config)
-  with pytest.raises(ConfigError, match='144 positions, more than the 128 of the model'):
+  with pytest.raises(ConfigError, match='positions up to 143, but model.read_in.length = 128'):
     train(config, tmp_path, log=lambda text: None)
   assert not (tmp_path / 'checkpoints').exists()
 

@@ -570,29 +570,22 @@ FAR = 33  # tokens; models of `parts` have 32 positions
 
 @pytest.mark.parametrize('row, refused', [('loopformer', True), ('prelude_coda', True), ('rotary', False), ('alibi', False)])
 def test_sequences_without_positions_are_refused(row, refused):
-  """In every pass; where positions are attention's, any length is read, and where they are given, they may begin anew."""
+  """In every pass; where positions are attention's, any length is read."""
   model, text = ROWS[row].model, jnp.zeros((1, FAR), jnp.int32)
   variables, plan = {'params': parts.shapes(model)}, plans.Uniform(2)(None)
   leave = exits.Adaptive(rule=exits.StateChange())
-
-  def read(variables):
-    x = jnp.zeros((1, FAR, parts.D))
-    return model.apply(variables, x, text, method='read')
-
-  for run in (lambda v: model.apply(v, text, plan).z,
-              lambda v: model.apply(v, text, plan, leave, leave.dial, method='adapt').z, read,
-              lambda v: model.cache(1, FAR)['loop'].pos):
+  for run in (lambda v: model.apply(v, text, plan).z, lambda v: model.apply(v, text, plan, text).z,
+              lambda v: model.apply(v, text, plan, kv=model.cache(1, FAR)).z,
+              lambda v: model.apply(v, text, plan, leave, leave.dial, method='adapt').z):
     if refused:
-      with pytest.raises(ConfigError, match=r'33 positions, more than the 32 of the model \(read_in\.length\)'):
+      with pytest.raises(ConfigError, match=r'33 a row, more than the 32 positions of the model \(read_in\.length\)'):
         jax.eval_shape(run, variables)
     else:
       jax.eval_shape(run, variables)
-  jax.eval_shape(lambda v: model.apply(v, text, plan, jnp.arange(FAR)[None] % 20).z, variables)
 
 
 def test_evaluation_of_longer_sequences_is_refused():
   model = ROWS['loopformer'].model
-  for batch in ({'tokens': np.zeros((1, FAR), np.int32)},
-                {'tokens': np.zeros((1, T), np.int32), 'positions': np.arange(FAR - T, FAR)[None]}):
-    with pytest.raises(ConfigError, match='33 positions, more than the 32'):
-      evaluate(model, parts.shapes(model), [batch], {'1': (1.0,)}, measure=measures.Answers())
+  batch = {name: np.zeros((1, FAR), np.int32) for name in ('tokens', 'targets', 'weights')}
+  with pytest.raises(ConfigError, match='33 a row, more than the 32 positions'):
+    evaluate(model, parts.params(model), [batch], {'1': (1.0,)}, measure=measures.Answers())

@@ -55,7 +55,7 @@ class LegacyBlock(nn.Module):
   dtype: str = 'float32'
   layers = 1
   modulated = False
-  check, heads_of, causal, flops = check_layer, Block.heads_of, Block.causal, layer_flops
+  check, heads_of, flops = check_layer, Block.heads_of, layer_flops
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:

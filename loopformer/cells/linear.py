@@ -38,7 +38,6 @@ class LinearAttention(nn.Module):
   std: float = 0.02
   dtype = 'float32'
   layers = 1
-  causal = False
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: None, layer: Array | int = 0) -> tuple[Array, None]:
@@ -80,9 +79,6 @@ class Prompt(nn.Module):
   def __call__(self, tokens: Array, pos: Array) -> Array:
     """f32[B, n + 1, d + 1] -> the same."""
     return tokens.at[:, -1, -1].set(0)
-
-  def check(self, length: int):
-    """Nothing: it reads prompts of any length."""
 
   def example(self) -> Array:
     """The smallest input, for initialisation."""
