@@ -48,7 +48,8 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def main(argv):
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
     models = {name: json.loads((folder / name / 'eval/exits.json').read_text()) for name in FLAGS.models}

@@ -21,7 +21,7 @@ import numpy as np
 
 import loopformer
 from experiments import plots, records
-from experiments.main import held_out, numbers
+from experiments.main import check_command, held_out, numbers
 from loopformer import config as configs
 from loopformer import metrics, plans, storage
 from loopformer.evaluate import evaluate
@@ -65,7 +65,7 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   lengths = tokenizer and tokenizer.byte_lengths()
   count = FLAGS.eval_batches or 64
   tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
-                           config.task.measure) for split in ('validation', *getattr(config.task, 'tests', {}))}
+                           config.task.measure) for split in config.task.splits}
   curve = metrics.training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
   return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,
           'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), 'curve': curve,
@@ -109,7 +109,7 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:

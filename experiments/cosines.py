@@ -15,7 +15,7 @@ import numpy as np
 import loopformer
 from experiments import plots, records
 from experiments.configs.latent_thoughts import MATRICES
-from experiments.main import held_out
+from experiments.main import check_command, held_out
 from loopformer import metrics, plans, storage
 from loopformer.evaluate import evaluate
 from loopformer.terms.cosine import Cosine, block_cosines
@@ -79,7 +79,7 @@ def define_flags():
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'eval_batches')
   logging.set_verbosity(logging.WARNING)
   out, runs = storage.path(FLAGS.out), {}
   try:

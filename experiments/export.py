@@ -33,7 +33,8 @@ def define_flags():
   flags.DEFINE_multi_string('set', [], 'mesh.data, mesh.fsdp or mesh.tensor = a number: the devices that hold the weights '
                                        'meanwhile; may be repeated.')
   machines.define_flags()
-  flags.DEFINE_integer('loops', None, "Steps of the loop in the export; the model's own by default.")
+  flags.DEFINE_integer('loops', None, "Steps of the loop in the export; the model's own by default.",
+                       lower_bound=1)
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the tensors.')
   flags.DEFINE_bool('check', False, f'Load the export again and compare logits; status 1 where they differ by more '
                                     f'than {TOLERANCE:g}.')

@@ -260,7 +260,8 @@ def define_flags():
 
 
 def main(argv):
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   d, n, k = FLAGS.inputs, FLAGS.examples, FLAGS.thoughts
   with_chain = functools.partial(loss_with_chain, thoughts=k, descent=FLAGS.descent)
   jobs = {'without': (Sparse(inputs=d), loss_without_chain), 'with': (Sparse(inputs=d), with_chain)}

@@ -14,6 +14,9 @@ from loopformer.types import ConfigError
 FLAGS = flags.FLAGS
 
 
+NAMES = ('distributed', 'coordinator', 'processes', 'process', 'connect_timeout', 'heartbeat')
+
+
 def define_flags():
   flags.DEFINE_bool('distributed', False, 'One of several processes, which JAX finds out about by itself (TPU pods, '
                     'Slurm, Kubernetes).')

@@ -9,6 +9,7 @@
 """
 import itertools
 from pathlib import Path
+import sys
 import time
 
 from absl import app, flags, logging
@@ -30,46 +31,89 @@ RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.Entro
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
 ROWS = 32  # prompts at a time
 MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'last': memory.Ring(size=1), 'mean': memory.Mean()}
+READERS = {}  # name of a flag -> the modes that read it
+
+
+def define(kind, name, default, modes, about, **options):
+  """Defines a flag that some modes alone read; others refuse it."""
+  READERS[name] = modes.split(', ')
+  kind(name, default, f'{modes}: {about}', **options)
+
+
 flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan'], 'What to do.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
                     'data, checkpoints, results; plan needs none.')
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] == 'plan',
                                      '--workdir is missing: name the folder of the run')
-flags.DEFINE_string('config', None, 'train, plan: file.py or file.py:argument; it defines get_config.')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
                           'generate, harness: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
                           'divided over.')
-flags.DEFINE_integer('step', None, 'eval, generate: which checkpoint; the last by default.')
-flags.DEFINE_list('depths', None, "eval: budgets, such as 1,2,4,8; the configuration's by default.")
-flags.DEFINE_string('schedules', None, 'eval: step sizes, schedules apart by semicolons: "0.5,0.25,0.25;0.5,0.5".')
-flags.DEFINE_integer('sweep', None, 'eval: rank all schedules of this budget on the grid of the finest trajectory.')
-flags.DEFINE_string('exits', None, 'eval, harness: thresholds of rules that end loops by token: "kl:1e-3;state:0.1".')
-flags.DEFINE_integer('eval_batches', None, "eval: batches of the validation split; the configuration's by default.")
-flags.DEFINE_multi_string('prompt', [], 'generate: a prompt; may be repeated.')
-flags.DEFINE_string('budget', None, 'generate: loops a token, or step sizes such as 0.5,0.25,0.25.')
-flags.DEFINE_list('tasks', None, 'harness: tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
-flags.DEFINE_string('include', None, "harness: a folder of tasks, as experiments.benchmarks writes it; "
-                    "the harness's own by default.")
-flags.DEFINE_integer('limit', None, 'harness: so many rows of every task.')
-flags.DEFINE_string('exit', None, 'generate: one rule and threshold as of --exits, by which tokens take fewer loops.')
-flags.DEFINE_string('memory', None, 'generate, harness: what texts are generated with: per_loop, first, ring:SIZE, '
-                    "last or mean (docs/memories.md); the model's own by default.")
-flags.DEFINE_string('draft', None, 'generate: loops that draft tokens, which all loops of the budget then judge.')
-flags.DEFINE_integer('max_new_tokens', 64, 'generate: at most so many tokens.')
-flags.DEFINE_float('temperature', 1.0, 'generate: 0 takes the likeliest token.')
-flags.DEFINE_integer('top_k', None, 'generate: draw from the k likeliest tokens.')
-flags.DEFINE_float('top_p', None, 'generate: draw from the likeliest tokens that reach this probability.')
-flags.DEFINE_integer('seed', 0, 'generate: of the draws.')
-flags.DEFINE_string('profile', None, 'train: first and last step of a profile, such as 20:25, which WORKDIR/profile '
-                    'takes.')
-flags.DEFINE_bool('verify', False, 'train: read all data first, and compare them with what was prepared.')
+define(flags.DEFINE_string, 'config', None, 'train, plan', 'file.py or file.py:argument; it defines get_config.')
+define(flags.DEFINE_integer, 'step', None, 'eval, generate, harness', 'which checkpoint; the last by default.')
+define(flags.DEFINE_list, 'depths', None, 'eval, harness', "budgets, such as 1,2,4,8; the configuration's by default.")
+define(flags.DEFINE_string, 'schedules', None, 'eval, harness', 'step sizes, schedules apart by semicolons: '
+       '"0.5,0.25,0.25;0.5,0.5".')
+define(flags.DEFINE_integer, 'sweep', None, 'eval', 'rank all schedules of this budget on the grid of the finest '
+       'trajectory.')
+define(flags.DEFINE_string, 'exits', None, 'eval, harness', 'thresholds of rules that end loops by token: '
+       '"kl:1e-3;state:0.1".')
+define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every split; the configuration's by default.",
+       lower_bound=1)
+define(flags.DEFINE_multi_string, 'prompt', [], 'generate', 'a prompt; may be repeated.')
+define(flags.DEFINE_string, 'budget', None, 'generate', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
+define(flags.DEFINE_list, 'tasks', None, 'harness', 'tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
+define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.benchmarks writes it; '
+       "the harness's own by default.")
+define(flags.DEFINE_integer, 'limit', None, 'harness', 'so many rows of every task.', lower_bound=1)
+define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take fewer '
+       'loops.')
+define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are generated with: per_loop, first, '
+       "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
+define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
+       'budget then judge.')
+define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.')
+define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.')
+define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.')
+define(flags.DEFINE_float, 'top_p', None, 'generate', 'draw from the likeliest tokens that reach this probability.')
+define(flags.DEFINE_integer, 'seed', 0, 'generate', 'of the draws.')
+define(flags.DEFINE_string, 'profile', None, 'train', 'first and last step of a profile, such as 20:25, which '
+       'WORKDIR/profile takes.')
+define(flags.DEFINE_bool, 'verify', False, 'train', 'read all data first, and compare them with what was prepared.')
 machines.define_flags()
-flags.DEFINE_integer('devices', 1, 'plan: how many devices the mesh has.')
-flags.DEFINE_string('topology', None, 'plan: a machine whose own compiler compiles the program, such as v5e:4x4 or h100:8 '
-                    '(extra `tpu`; docs/plan.md).')
-flags.DEFINE_string('program', 'train', 'plan, with --topology: train, eval, prefill or decode.')
-flags.DEFINE_integer('rows', 1, 'plan, with --topology: sequences that are evaluated, or requests served, at a time.')
-flags.DEFINE_list('accelerators', ['v5e', 'v5p', 'H100', 'H200'], 'plan: what they may be, of metrics.ACCELERATORS.')
+READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'harness'])
+define(flags.DEFINE_integer, 'devices', 1, 'plan', 'how many devices the mesh has.', lower_bound=1)
+define(flags.DEFINE_string, 'topology', None, 'plan', 'a machine whose own compiler compiles the program, such as v5e:4x4 '
+       'or h100:8 (extra `tpu`; docs/plan.md).')
+define(flags.DEFINE_string, 'program', 'train', 'plan', 'with --topology: train, eval, prefill or decode.')
+define(flags.DEFINE_integer, 'rows', 1, 'plan', 'with --topology: sequences that are evaluated, or requests served, at a '
+       'time.')
+define(flags.DEFINE_list, 'accelerators', ['v5e', 'v5p', 'H100', 'H200'], 'plan', 'what they may be, of '
+       'metrics.ACCELERATORS.')
+
+
+def given_flags() -> dict:
+  """The flags that were given, of those that some modes alone read: name -> value."""
+  return {name: FLAGS[name].value for name in READERS if FLAGS[name].present}
+
+
+def check_flags(mode: str, given: dict):
+  """Raises ConfigError where a flag was given that the mode does not read, or one without a value."""
+  for name, value in given.items():
+    readers = READERS[name]
+    if mode not in readers:
+      raise ConfigError(f'--{name}: --mode={mode} does not read it, {" and ".join(readers)} '
+                        f'{"do" if len(readers) > 1 else "does"}; leave it out')
+    if value in ('', []):
+      raise ConfigError(f'--{name}: no value; give one, or leave it out')
+
+
+def check_command(argv: list[str], *read: str):
+  """Ends another command, which reads these flags of this file alone, where it was given others, or words."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  for name in ('mode', 'set', *READERS):
+    if FLAGS[name].present and name not in read:
+      sys.exit(f'error: --{name}: this command does not read it; leave it out')
 
 
 def run_train(workdir: Path):
@@ -135,7 +179,7 @@ def run_eval(workdir: Path):
   model, params, tokenizer, config = load(workdir)
   params = sharding.gathered(params)
   jobs = {}
-  if FLAGS.sweep:
+  if FLAGS.sweep is not None:
     jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops)}
   if FLAGS.schedules:
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given_schedules()}
@@ -146,7 +190,7 @@ def run_eval(workdir: Path):
   if FLAGS.exits:
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
-  tests = {'': 'validation', **{f'-{test}': test for test in getattr(config.task, 'tests', {})}}
+  tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
   lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))
@@ -188,11 +232,8 @@ def run_generate(workdir: Path):
   model, params, tokenizer, _ = load(workdir)
   if tokenizer is None:
     raise ConfigError(f'workdir = {workdir}: its task has vectors as inputs, and no text that could be generated')
-  budget = None
-  if FLAGS.budget:
-    steps = numbers(FLAGS.budget, '--budget')
-    budget = int(steps[0]) if len(steps) == 1 and steps[0] != 1 else steps
-  draft = FLAGS.draft and numbers(FLAGS.draft, '--draft', int)[0]
+  budget, draft = (given and loops_or_sizes(given, flag)
+                   for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
   leave = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory)
@@ -229,6 +270,12 @@ def run_plan():
   from experiments import ahead, plan
   if FLAGS.config is None:
     raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:paper')
+  unread, why = ((('rows',), 'is read with --topology alone; name a machine by it, such as v5e:4x4')
+                 if FLAGS.topology is None else
+                 (('devices', 'accelerators'), 'is not read with --topology, which names the machine; leave it out'))
+  for name in unread:
+    if FLAGS[name].present:
+      raise ConfigError(f'--{name} {why}')
   config = configs.load(FLAGS.config, FLAGS.set)
   if FLAGS.topology is not None:
     ahead.run(config, FLAGS.topology, FLAGS.program, FLAGS.rows)
@@ -247,6 +294,17 @@ def numbers(text: str, flag: str, kind: type = float) -> tuple:
     raise ConfigError(f'{flag}={text}: expected {kind.__name__} numbers apart by commas') from None
 
 
+def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:
+  """A number of loops, or step sizes apart by commas. Raises ConfigError naming the flag."""
+  sizes = numbers(text, flag)
+  if len(sizes) > 1 or sizes == (1,):
+    return plans.check_steps(sizes, name=flag)
+  if sizes[0] % 1:  # NaN for what is no finite number, which is true too
+    raise ConfigError(f'{flag}={text}: neither a whole number of loops nor step sizes with sum one; give loops, such as '
+                      '2, or sizes, such as 0.5,0.25,0.25')
+  return int(sizes[0])
+
+
 def given_schedules() -> list[tuple[float, ...]]:
   """The step sizes of --schedules."""
   return [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
@@ -256,7 +314,10 @@ def given_memory():
   """The memory of --memory, or None. Raises ConfigError naming the flag."""
   name, colon, size = (FLAGS.memory or '').partition(':')
   if name == 'ring':
-    return memory.Ring(size=numbers(size, '--memory=ring:SIZE, SIZE', int)[0])
+    sizes = numbers(size, '--memory=ring:SIZE, SIZE', int)
+    if len(sizes) > 1:
+      raise ConfigError(f'--memory={FLAGS.memory}: a ring has one size; give one, such as ring:2')
+    return memory.Ring(size=sizes[0])
   if FLAGS.memory is not None and (colon or name not in MEMORIES):
     raise ConfigError(f'--memory={FLAGS.memory}: there is no such memory; choose from {", ".join(MEMORIES)}, ring:SIZE')
   return MEMORIES.get(name)
@@ -308,6 +369,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
   try:
+    check_flags(FLAGS.mode, given_flags())
     workdir = FLAGS.workdir and storage.path(FLAGS.workdir)
     if workdir:
       storage.check_workdir(workdir, writes=FLAGS.mode == 'train')

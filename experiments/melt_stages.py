@@ -21,7 +21,7 @@ import numpy as np
 
 import loopformer
 from experiments import plots, records
-from experiments.main import held_out
+from experiments.main import check_command, held_out
 from experiments.memories import decoded
 from loopformer import memory, metrics, storage
 from loopformer import config as configs
@@ -165,7 +165,7 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import loopformer
 from experiments import records
-from experiments.main import held_out
+from experiments.main import check_command, held_out
 from loopformer import memory, metrics, plans, storage
 from loopformer.types import Array, Batch, ConfigError
 
@@ -86,7 +86,7 @@ def measure(model, params, batches) -> list[dict]:
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'step', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, start = storage.path(FLAGS.workdir), time.time()
   try:

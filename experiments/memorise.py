@@ -128,7 +128,8 @@ def define_flags():
 
 
 def main(argv):
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   rows = []
   for loops in FLAGS.loops:
     for kind in KINDS:

@@ -21,7 +21,7 @@ import numpy as np
 
 import loopformer
 from experiments import plots, records
-from experiments.main import held_out
+from experiments.main import check_command, held_out
 from loopformer import config as configs
 from loopformer import data, loop, metrics, plans, sharding, storage
 from loopformer.model import parameter_roles
@@ -171,7 +171,7 @@ def draw(path: Path, results: dict[str, dict]):
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

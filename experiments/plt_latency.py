@@ -87,7 +87,8 @@ def measure(size: Size, repeats: int, loops: tuple[int, ...] = (1, 2, 4)) -> lis
 
 
 def main(argv):
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   size = Size()
   table = measure(size, FLAGS.repeats)
   print(metrics.table(table))

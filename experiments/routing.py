@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 import loopformer
 from experiments import records
-from experiments.main import held_out
+from experiments.main import check_command, held_out
 from loopformer import metrics, plans, routing, storage
 from loopformer.evaluate import Run, evaluate
 from loopformer.types import ConfigError
@@ -47,7 +47,7 @@ def shown(value) -> str | float:
 
 
 def main(argv):
-  del argv
+  check_command(argv, 'eval_batches')
   logging.set_verbosity(logging.WARNING)
   out = storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

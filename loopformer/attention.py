@@ -1,5 +1,7 @@
 """Attention kernels: frozen parts with one method for the parallel pass, and two functions for keys under a mask.
 
+`causal` says whether a kernel's queries read no token after them; what is decoded is read so, and by the functions alone.
+
 All compute the softmax in float32 and return the dtype of the queries.
 """
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Blockwise:
   they are recomputed. Portable.
   """
   size: int = 64
+  causal = True
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
@@ -55,6 +58,7 @@ class Fused:
   size: of Blockwise's blocks.
   """
   size: int = 64
+  causal = True
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     return self.on(backend.current().name, q.dtype, q.shape[1], q.shape[3])(q, k, v, seg)
@@ -72,6 +76,7 @@ class Fused:
 class Cudnn:
   """cuDNN's flash attention, causal, for Nvidia's GPUs in bfloat16 and float16. With segments it reads a mask,
   [B, 1, T, T]."""
+  causal = True
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     if backend.current().name != 'gpu' or q.dtype not in HALVES:
@@ -95,6 +100,7 @@ class Splash:
   """
   size: int = 512
   interpret: bool = False
+  causal = True
   dtypes = (jnp.float32, jnp.bfloat16)  # with others the kernel's compiler crashes
 
   def __post_init__(self):
@@ -122,6 +128,14 @@ class Splash:
 
 
 Kernel = Blockwise | Fused | Cudnn | Splash
+
+
+def check_causal(causal: bool, where: str):
+  """Raises ConfigError where tokens are to be read one after the other that attention reads in both directions."""
+  if not causal:
+    raise ConfigError(f'{where}: its attention reads later tokens too, which are not there yet where one comes after the '
+                      'other; answer with whole passes (loopformer.logits, evaluate), or train with a causal kernel, '
+                      'such as attention.Fused')
 
 
 def _lengthened(attend, multiple, q, k, v, seg):

@@ -13,6 +13,7 @@ class Bidirectional:
 
   For the pass without cache alone: what a token reads is not there yet when it is decoded.
   """
+  causal = False
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""

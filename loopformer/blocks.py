@@ -321,6 +321,7 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | N
   """What queries [B, T, H, d] read of keys and values [B, T, G, d], and of those in the cache: ([B, T, H d], kv)."""
   shape, pos_BS = q.shape, ctx.pos
   if kv is not None:
+    attention.check_causal(attn.kernel.causal, 'cache')
     kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
   if attn.position is not None:

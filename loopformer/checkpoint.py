@@ -12,30 +12,34 @@ from typing import Any, Callable, Mapping
 import jax
 
 from loopformer import processes, storage
-from loopformer.types import ConfigError
+from loopformer.types import ConfigError, part
 
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
+@part
+class Best:
+  """The checkpoint of the largest sign * value, where `name` is that of a number that is given to `save`."""
+  name: str
+  sign: int
+
+
 class Checkpoints:
   """The checkpoints of a work folder; a context manager that waits for the last save.
 
-  keep: so many last ones stay, and the one of the best `best`, a number that is given to `save` (None: the last alone;
-  lower is better, but for names that begin with accuracy or exact).
+  keep: so many last ones stay, and the `best` one besides (None: the last alone).
   """
 
-  def __init__(self, workdir: str | Path, keep: int = 3, best: str | None = None):
+  def __init__(self, workdir: str | Path, keep: int = 3, best: Best | None = None):
     import orbax.checkpoint as ocp
     workdir = storage.path(workdir)
     policy = ocp.checkpoint_managers
     kept, filed = [policy.LatestN(keep)], {}
     if best is not None:
-      higher = best.startswith(('accuracy', 'exact'))
-
       def rank(values):
-        return values[best] * (1 if higher else -1)
+        return values[best.name] * best.sign
 
       kept.append(policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
       filed = {'best_fn': rank}  # without it the policy works, but the numbers are not written
@@ -87,10 +91,10 @@ class Checkpoints:
     """Starts to save; returns as soon as the arrays may be overwritten.
 
     `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of an
-    evaluation of this step, among them `best`, if there was one.
+    evaluation of this step, among them that of `best`, if there was one.
     """
     args = self._ocp.args
-    known = {self._best: values[self._best]} if self._best and values else None
+    known = {self._best.name: values[self._best.name]} if self._best and values else None
     with self._saving():
       self._manager.save(step, metrics=known, args=args.Composite(
           params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),

@@ -33,7 +33,7 @@ from loopformer.optim import AdamW
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
-from loopformer.train import Train
+from loopformer.train import Train, best_of
 from loopformer.types import ConfigError, part
 
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
@@ -128,13 +128,21 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
   return value.clone(**{name: new}) if hasattr(value, 'clone') else dataclasses.replace(value, **{name: new})
 
 
-def _annotation(value: Any, name: str) -> Any:
-  """The declared type of a field; the type of its present value inside a mapping."""
+def _declared(value: Any, name: str) -> tuple[Any, type | None]:
+  """The declared type of a field, as it stands there, and the class that declares it."""
   for cls in type(value).__mro__ if is_part(value) else ():
     declared = cls.__dict__.get('__annotations__', {}).get(name)
     if declared is not None:
-      return eval(declared, dict(vars(sys.modules[cls.__module__]))) if isinstance(declared, str) else declared
-  return type(fields(value)[name])
+      return declared, cls
+  return None, None
+
+
+def _annotation(value: Any, name: str) -> Any:
+  """The declared type of a field; the type of its present value inside a mapping."""
+  declared, cls = _declared(value, name)
+  if declared is None:
+    return type(fields(value)[name])
+  return eval(declared, dict(vars(sys.modules[cls.__module__]))) if isinstance(declared, str) else declared
 
 
 def _parse(text: str, old: Any, kind: Any, path: str) -> Any:
@@ -193,6 +201,7 @@ def check(config: Experiment):
   Raises:
     ConfigError: with field, value and remedy.
   """
+  _check_numbers(config, '')
   model, train = config.model, config.train
   if model.read_in.dtype not in DTYPES:
     raise ConfigError(f'model.read_in.dtype = {model.read_in.dtype!r}; use one of {", ".join(DTYPES)}')
@@ -206,6 +215,10 @@ def check(config: Experiment):
   if config.task.length > model.read_in.length:
     raise ConfigError(f'task.length = {config.task.length} is more than model.read_in.length = {model.read_in.length}, '
                       'the positions of the model; shorten the one or raise the other')
+  for split, length in config.task.splits.items():
+    if length > model.read_in.length:
+      raise ConfigError(f'task: the examples of the split {split!r} have {length} tokens, more than model.read_in.length '
+                        f'= {model.read_in.length}, the positions of the model; shorten the ones or raise the other')
   if config.objective.longest > model.loops:
     raise ConfigError(f'objective: a plan of {config.objective.longest} steps is longer than model.loops = '
                       f'{model.loops}; raise model.loops')
@@ -221,6 +234,29 @@ def check(config: Experiment):
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   config.optim.make(train.steps, Roles())
+  best_of(config)
+
+
+def _check_numbers(value: Any, path: str):
+  """Raises ConfigError where a field that is declared to hold whole numbers holds others, which would be truncated."""
+  for name, inner in fields(value).items():
+    where = f'{path}.{name}' if path else name
+    declared = _kind_name(_declared(value, name)[0])
+    if set(re.findall(r'\w+', declared)) <= {'int', 'tuple', 'None'} and 'int' in declared:
+      try:
+        fit(_plain(inner), _annotation(value, name))
+      except TypeError:
+        raise ConfigError(f'{where} = {inner!r}: expected {declared}; give whole numbers') from None
+    for index, item in enumerate(inner) if isinstance(inner, tuple) else ():
+      _check_numbers(item, f'{where}[{index}]')
+    _check_numbers(inner, where)
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers as Python's, in tuples too."""
+  if isinstance(value, (tuple, list)):
+    return tuple(map(_plain, value))
+  return value.item() if isinstance(value, np.generic) else value
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

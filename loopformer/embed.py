@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from loopformer import roles
 from loopformer.blocks import Linear, Normal, RMSNorm
 from loopformer.roles import Role
-from loopformer.types import Array
+from loopformer.types import Array, ConfigError
+
+
+def check_length(length: int, positions: int):
+  """Raises ConfigError where a sequence is longer than a table of positions, whose last row would serve all the rest."""
+  if length > positions:
+    raise ConfigError(f'tokens: {length} a row, more than the {positions} positions of the model (read_in.length); '
+                      'shorten the rows, or train a model with more positions')
 
 
 class TokenEmbed(nn.Module):
@@ -27,7 +34,8 @@ class TokenEmbed(nn.Module):
     self.positions = self.param('positions', Normal(self.std), (self.length, self.width))
 
   def __call__(self, tokens: Array, pos: Array) -> Array:
-    """i32[B, T] twice (position -1: padding) -> [B, T, D]."""
+    """i32[B, T] twice (position -1: padding) -> [B, T, D]. Raises ConfigError where T is more than `length`."""
+    check_length(tokens.shape[1], self.length)
     return (self.embedding[tokens] + self.positions[jnp.maximum(pos, 0)]).astype(self.dtype)
 
   def table(self) -> Array:
@@ -82,7 +90,8 @@ class Vectors(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Array, pos: Array) -> Array:
-    """f32[B, T, inputs], i32[B, T] -> [B, T, D]."""
+    """f32[B, T, inputs], i32[B, T] -> [B, T, D]. Raises ConfigError where T is more than `length`."""
+    check_length(tokens.shape[1], self.length)
     positions = self.param('positions', Normal(self.std), (self.length, self.width))
     x = Linear(self.width, (3 * self.inputs) ** -0.5, bias=Normal(0.0), name='vectors')(tokens)
     return (x + positions[jnp.maximum(pos, 0)]).astype(self.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, loop, measures, plans, processes, sharding
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part, whole
 
 
 @part
@@ -18,8 +18,10 @@ class Depths:
   budgets: tuple[int, ...] = (1, 2, 4, 8)
 
   def __post_init__(self):
-    if not self.budgets or min(self.budgets) < 1:
-      raise ConfigError(f'evals.budgets = {self.budgets}: give one or more numbers of loops, each 1 or more')
+    if not self.budgets:
+      raise ConfigError('evals.budgets is empty: give one or more numbers of loops')
+    for budget in self.budgets:
+      whole('evals.budgets', budget, 1)
 
   def schedules(self) -> dict[str, tuple[float, ...]]:
     """Name -> step sizes."""
@@ -83,6 +85,9 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which the rows are divided then;
       batches that it does not divide are filled up with rows that do not count. Parameters that are divided over fsdp
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
+
+  Raises:
+    ConfigError: a batch has longer rows than the model has positions.
   """
   mesh = sharding.mesh_of(params)
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import init_params, make_readout
-from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part, whole
 
 
 @part
@@ -48,8 +48,7 @@ class Confidence:
   dial, decides = None, False
 
   def __post_init__(self):
-    if self.least < 1:
-      raise ConfigError(f'exit.least = {self.least}: must be 1 or more')
+    whole('exit.least', self.least, 1)
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
@@ -101,8 +100,7 @@ class Adaptive:
   decides = True  # while the model runs, from what each token shows; so it serves where tokens are decoded
 
   def __post_init__(self):
-    if self.least < 1:
-      raise ConfigError(f'exit.least = {self.least}: must be 1 or more')
+    whole('exit.least', self.least, 1)
 
   @property
   def dial(self) -> float | None:

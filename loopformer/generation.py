@@ -26,11 +26,12 @@ import numpy as np
 
 from loopformer import backend, exits, plans, processes, sharding
 from loopformer.blocks import turned
-from loopformer.memory import map_caches
 from loopformer.flat import flattened
-from loopformer.types import KV, Array, ConfigError, Params, Plan
+from loopformer.memory import map_caches
+from loopformer.types import KV, Array, ConfigError, Params, Plan, whole
 
 ROUND = 64  # lengths are rounded up to multiples of this
+SEEDS = 2**32  # how many there are
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
 
@@ -47,10 +48,10 @@ class Controls:
 
 def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Controls:
   """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
-  if temperature < 0:
+  if not temperature >= 0:
     raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
-  if top_k is not None and top_k < 1:
-    raise ConfigError(f'top_k = {top_k}: must be 1 or more, or None for all tokens')
+  if top_k is not None:
+    whole('top_k', top_k, 1)
   if top_p is not None and not 0 < top_p <= 1:
     raise ConfigError(f'top_p = {top_p}: must be above 0 and at most 1, or None for all tokens')
   return Controls(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
@@ -476,9 +477,9 @@ class Engine:
                loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None, ahead: int = 4,
                rounds: int = 16):
     limit = model.read_in.length
-    for name, value in (('rows', rows), ('ahead', ahead), ('rounds', rounds)):
-      if value < 1:
-        raise ConfigError(f'{name} = {value}: must be 1 or more')
+    for name, value in (('rows', rows), ('ahead', ahead), ('rounds', rounds), ('loops', loops), ('length', length)):
+      if value is not None:
+        whole(name, value, 1)
     if length is not None and not 1 < length <= limit:
       raise ConfigError(f'length = {length}: must be 2 to {limit}, the positions of the model (read_in.length)')
     if exit is not None:
@@ -534,14 +535,16 @@ class Engine:
       budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; all loops by default.
       max_new_tokens: at most this many tokens; fewer where the model ends the document.
       temperature, top_k, top_p: 0 takes the likeliest token.
-      seed, number: of the draws; `number` tells requests of one seed apart.
+      seed, number: of the draws, 0 to 2^32 - 1; `number` tells requests of one seed apart.
       stop: texts before the first of which the continuation ends.
 
     Raises:
       ConfigError: what does not fit the positions or the loops of the engine; values out of range.
     """
-    if max_new_tokens < 1:
-      raise ConfigError(f'max_new_tokens = {max_new_tokens}: must be 1 or more')
+    whole('max_new_tokens', max_new_tokens, 1)
+    for name, value in (('seed', seed), ('number', number)):
+      if whole(name, value, 0) >= SEEDS:
+        raise ConfigError(f'{name} = {value}: must be below 2^32 = {SEEDS}')
     if isinstance(stop, str) or not all(stop):
       raise ConfigError(f'stop = {stop!r}: give a list of texts, none of them empty')
     steps = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
@@ -549,11 +552,15 @@ class Engine:
       raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
                         f'engine with loops={len(steps)}')
     ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [self.tokenizer.eos]
+    vocab = self.model.read_in.vocab
+    if not 0 <= min(ids) <= max(ids) < vocab:
+      raise ConfigError(f'prompt {self._requests}: ids from {min(ids)} to {max(ids)}, but the vocabulary has {vocab} '
+                        '(read_in.vocab); give the tokenizer that the model was trained with')
     if len(ids) + max_new_tokens > self.length:
       raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
                         'or ask for fewer tokens')
-    control = controls(self.model.read_in.vocab, temperature, top_k, top_p)
+    control = controls(vocab, temperature, top_k, top_p)
     self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, seed, number, tuple(stop)))
     self._requests += 1
     return self._requests - 1
@@ -601,8 +608,8 @@ class Engine:
           tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
           source=column([row % self._per for row, _ in origin]), shared=column([n for _, n in origin]),
           plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
-          seed=column([request.seed & 0xffffffff for _, request in batch], np.uint32),
-          number=column([request.draw_number & 0xffffffff for _, request in batch], np.uint32),
+          seed=column([request.seed for _, request in batch], np.uint32),
+          number=column([request.draw_number for _, request in batch], np.uint32),
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
@@ -705,7 +712,8 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
   if not prompts:
     return []
   encoded = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
-  length = min(_rounded(max(map(len, encoded)) + max_new_tokens), model.read_in.length) if max_new_tokens > 0 else None
+  room = max(map(len, encoded)) + whole('max_new_tokens', max_new_tokens, 1)
+  length = min(_rounded(room), model.read_in.length)
   engine = Engine(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
                   loops=max(len(steps), model.loops), exit=exit, draft=draft)
   for number, prompt in enumerate(encoded):

@@ -24,7 +24,7 @@ import numpy as np
 from loopformer import metrics, plans, processes, sharding, storage
 from loopformer.exits import check, compiled
 from loopformer.generation import Engine, warn_beyond
-from loopformer.types import Array, ConfigError, Params, Plan
+from loopformer.types import Array, ConfigError, Params, Plan, whole
 
 SHORTEST = 16  # tokens of the shortest compiled row; each further one is twice as long
 COLUMNS = 16  # continuation tokens of a row whose logits exist at a time
@@ -157,8 +157,7 @@ class Scorer:
     if tokenizer.vocab_size > model.read_in.vocab:
       raise ConfigError(f'tokenizer: {tokenizer.vocab_size} ids, but the model has {model.read_in.vocab} '
                         '(read_in.vocab); give the tokenizer that it was trained with')
-    if batch < 1:
-      raise ConfigError(f'batch = {batch}: must be 1 or more')
+    whole('batch', batch, 1)
     params = sharding.gathered(params)
     check_causal(model, params)
     if exit is not None:
@@ -251,7 +250,7 @@ class Scorer:
                     loops=max(len(self.steps), self.model.loops), exit=self.exit)
     for number, (context, how) in enumerate(requests):
       ids = self.tokenizer.encode(context) or [self.tokenizer.eos]
-      wanted = next((int(how[name]) for name in LIMITS if how.get(name) is not None), NEW)
+      wanted = next((whole(name, how[name], 1) for name in LIMITS if how.get(name) is not None), NEW)
       new = min(wanted, max(most - len(ids), most // 2))
       until = how.get('until') or ()
       sample = how.get('do_sample', float(how.get('temperature', 0)) > 0)

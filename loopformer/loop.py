@@ -126,17 +126,20 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   own, t and dt f32[K, B]; live = bool[K, B] must then be True in the first rows of each.
   Returns (x, kv, kept states [K, ...] or None, auxiliaries [K, ...], steps that ran i32[]).
   """
-  first = jnp.int32(0)
+  first, k = jnp.int32(0), jnp.arange(plan.steps)
   if code is None:
     code = cell.timetable(plan)
   if plan.free is not None and not cell.is_initializing():
     if code is not None:
       raise ConfigError('plan.free: free steps have no row in the plan, so a cell that depends on the schedule cannot '
                         'run them; use a plan without free steps')
-    first = plan.free.max()
+    if kv is not None and plan.free.ndim:
+      raise ConfigError('plan.free: of each sequence, but a cache has one slot a step for all of them; use one number for '
+                        'all, i32[], or a plan whose rows say by `live` which steps each sequence takes')
+    first, k = plan.free.max(), plan.free + (k[:, None] if plan.free.ndim else k)
     tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
     x, kv = _without_gradient(cell, x, e, lambda k: tick.replace(k=k, live=k < plan.free), first, ctx, kv)
-  rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=first + jnp.arange(plan.steps), code=code)
+  rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=k, code=code)
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
   total = (ran + (0 if plan.free is None else plan.free)).max()
   if kv is not None and not cell.is_initializing():

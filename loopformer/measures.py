@@ -1,4 +1,7 @@
-"""Measures: what is reported of a batch. Frozen parts: sums over a batch, and the row that totals of them make."""
+"""Measures: what is reported of a batch. Frozen parts: sums over a batch, and the row that totals of them make.
+
+`better` declares the numbers of a row: name -> MORE or LESS, which of two values is the better one.
+"""
 from __future__ import annotations
 
 import math
@@ -12,6 +15,7 @@ from loopformer.terms.cross_entropy import nll_sum
 from loopformer.types import Array, Batch, Readout, part
 
 Sums = dict[str, Array]
+MORE, LESS = 1, -1  # signs: the better of two values is the larger one after multiplication by it
 
 
 def counted(batch: Batch) -> Array:
@@ -27,6 +31,7 @@ def _nll(readout, z, batch):
 @part
 class Tokens:
   """Loss in nats a token, perplexity, bits per byte of text."""
+  better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
     """f32[] each. byte_lengths: i32[V], UTF-8 bytes that each token stands for."""
@@ -45,6 +50,7 @@ class Tokens:
 @part
 class Answers:
   """Loss; accuracy over all answer tokens; `exact`, sequences whose answers are all right; `last`, their last ones."""
+  better = {'loss': LESS, 'accuracy': MORE, 'exact': MORE, 'last': MORE}
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
     logits_BTV = readout.logits(z)
@@ -66,6 +72,7 @@ class Answers:
 @part
 class Errors:
   """Mean squared error over all answers, and over the last of every sequence, in units of `scale`."""
+  better = {'loss': LESS, 'last': LESS}
   scale: float = 1.0
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:

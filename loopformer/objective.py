@@ -65,6 +65,10 @@ class Objective:
 
   def rollouts(self, model, params: Params, draw: Draw, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
+    missing = [folder for folder in self.teachers if folder not in frozen]
+    if missing:
+      raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout runs; give those of all '
+                        'objective.teachers, by their folders')
     traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
       own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
@@ -79,6 +83,9 @@ class Objective:
     """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}.
 
     frozen: the weights of `teachers`, by their folders.
+
+    Raises:
+      ConfigError: a teacher's weights are missing.
     """
     rolls = self.rollouts(model, params, draw, frozen)
     of = {name: make_readout(model, jax.lax.stop_gradient(frozen[roll.weights]), draw.batch)

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Draw, Plan, part
+from loopformer.types import Array, ConfigError, Draw, Plan, part, whole
 
 SUM_TOLERANCE = 1e-6
 
 
 def _at_least(name: str, value: int, least: int, why: str):
-  if value < least:
-    raise ConfigError(f'{name} = {value}: {why}; set {name} to {least} or more')
+  try:
+    whole(name, value, least)
+  except ConfigError as error:
+    raise ConfigError(f'{error}, because {why}') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +227,7 @@ class Stairs:
   def __post_init__(self):
     _at_least('depth.first', self.first, 1, 'a plan needs at least one step')
     _at_least('depth.last', self.last, self.first, 'a curriculum does not go down')
+    _at_least('depth.add', self.add, 0, 'a curriculum does not go down')
     _at_least('depth.every', self.every, 1, 'a stair takes at least one step')
 
   def mean(self, step: Array) -> Array:
@@ -299,6 +303,9 @@ class Given:
   """As many steps as each sequence asks for in `batch['loops']`, up to `most` (length generalisation, section 3)."""
   most: int
 
+  def __post_init__(self):
+    _at_least('Given.most', self.most, 1, 'a plan needs at least one step')
+
   @property
   def longest(self) -> int:
     return self.most
@@ -318,8 +325,10 @@ class Staged:
   loops: tuple[int, ...]
 
   def __post_init__(self):
-    if not self.loops or min(self.loops) < 1:
-      raise ConfigError(f'Staged.loops = {self.loops}: give numbers of loops, each 1 or more')
+    if not self.loops:
+      raise ConfigError('Staged.loops is empty: give numbers of loops')
+    for loops in self.loops:
+      _at_least('Staged.loops', loops, 1, 'a plan needs at least one step')
 
   @property
   def stages(self) -> tuple[int, ...]:
@@ -383,7 +392,7 @@ def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, .
     if steps < 1:
       raise ConfigError(f'{name} = {steps}: a budget is a number of loops, 1 or more')
     return (1.0 / int(steps),) * int(steps)
-  if isinstance(steps, float):
+  if isinstance(steps, numbers.Real):
     raise ConfigError(f'{name} = {steps}: give a budget as an integer, or step sizes as a tuple, such as ({steps},)')
   return check_steps(steps, name=name)
 
@@ -394,7 +403,7 @@ def all_schedules(budget: int, loops: int) -> Iterator[tuple[float, ...]]:
   Raises:
     ConfigError: the budget is not in 1..loops.
   """
-  if not 1 <= budget <= loops:
+  if budget not in range(1, loops + 1):
     raise ConfigError(f'budget = {budget}: schedules on a grid of 1/{loops} have 1 to {loops} steps')
 
   def sizes(left: int, steps: int):

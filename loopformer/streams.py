@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import layouts, memory
-from loopformer.attention import attend, read
+from loopformer.attention import attend, check_causal, read
 from loopformer.types import KV, Array, ConfigError, Ctx, part
 
 SMALLEST = 32  # queries of a block of local attention: smaller ones are slower than what they save
@@ -103,6 +103,7 @@ class Later:
   window_left: int = struct.field(pytree_node=False)
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
+    check_causal(attn.kernel.causal, 'model.cell = Shifted')
     own = banded(*attn.extended(q, k, v, ctx.pos), ctx.seg, self.window_left)[..., :q.shape[-1]]
     return mixed(gate(q), _causal(attn, q, self.k, self.v, ctx), own), None
 
@@ -222,6 +223,7 @@ class Together:
 def _placed(attn, q, k, v, pos_BT, pos_BS, left):
   """What queries at positions [B, T] read of a cache's keys and values [B, G, S, d] at [B, S], -1 where there is none,
   `left` back or all the way."""
+  check_causal(attn.kernel.causal, 'cache')
   k, v, head = k.astype(q.dtype), v.astype(q.dtype), q.shape[-1]
   mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= pos_BT[..., None])
   if left is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from loopformer import metrics, plans, processes, sharding, storage
-from loopformer.checkpoint import Checkpoints, abstract
+from loopformer.checkpoint import Best, Checkpoints, abstract
 from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params, parameter_roles
 from loopformer.types import Array, ConfigError, Draw, Params, part
@@ -31,8 +31,8 @@ class Train:
   """How long, how much at a time, and how often to report.
 
   batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into.
-  keep: so many last checkpoints stay, and the one of the best `best`, a number of the evaluations such as 'loss@8'
-  (None: the last alone; lower is better, but for accuracies); with `best` every evaluated state is saved.
+  keep: so many last checkpoints stay, and the one of the best `best`, a number of the task's measure at a depth of
+  `evals`, such as 'loss@8' (None: the last alone); with `best` every evaluated state is saved.
   start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
   """
   steps: int = 1000
@@ -54,6 +54,19 @@ class Train:
       least = 0 if field.name == 'seed' else 1
       if getattr(self, field.name) < least:
         raise ConfigError(f'train.{field.name} = {getattr(self, field.name)}: must be {least} or more')
+
+
+def best_of(config: Any) -> Best | None:
+  """Which checkpoint `train.best` keeps. Raises ConfigError where the evaluations report no such number."""
+  best = config.train.best
+  if best is None:
+    return None
+  signs = {f'{name}@{schedule}': sign for schedule in config.evals.schedules()
+           for name, sign in config.task.measure.better.items()}
+  if best in signs:
+    return Best(name=best, sign=signs[best])
+  raise ConfigError(f'train.best = {best!r}: no number of the evaluations that is better or worse; choose one of '
+                    f'{", ".join(signs)}')
 
 
 class NotFinite(RuntimeError):
@@ -164,7 +177,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
     ConfigError: data, mesh or starting weights do not fit the configuration.
   """
   from loopformer import data  # reading text needs grain; a model alone does not
-  workdir, options = storage.path(workdir), config.train
+  workdir, options, best = storage.path(workdir), config.train, best_of(config)
   log = log if processes.is_leader() else lambda text: None
   mesh = config.mesh.make()
   sharding.check_model(config.model, mesh)
@@ -185,15 +198,19 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
                         processes=readers)
 
   stream = iter(batches('train', options.seed))
-  held_out = [sharding.put_batch({**batch, 'row': rows}, mesh)
-              for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
+  held_out = [batch for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
+  positions, most = max((1 + int(np.max(batch['positions'])) for batch in held_out), default=0), config.model.read_in.length
+  if positions > most:
+    raise ConfigError(f'task: its examples stand at positions up to {positions - 1}, but model.read_in.length = {most}; '
+                      'raise it, or let positions begin at 0')
+  held_out = [sharding.put_batch({**batch, 'row': rows}, mesh) for batch in held_out]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)
   shardings = sharding.shardings(shapes, mesh, roles)
   byte_lengths = tokenizer and jax.device_put(np.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
   memory = config.control.start()
-  with Checkpoints(workdir, options.keep, options.best) as checkpoints:
+  with Checkpoints(workdir, options.keep, best) as checkpoints:
     target = abstract(shapes, shardings)
     first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
     if first:
@@ -328,9 +345,6 @@ class _Run:
     values = {f'{name}@{row["schedule"]}': row[name] for row in rows
               for name in row if name not in ('budget', 'schedule', 'tokens')}
     values |= config.model.cell.diagnose(processes.Fetched(params['cell']))
-    if config.train.best is not None and config.train.best not in values:
-      raise ConfigError(f'train.best = {config.train.best!r}: no number of the evaluations; there are '
-                        f'{", ".join(values)}')
     self.writer.write('eval', number, values)
     longest = max((steps for steps in config.evals.schedules().values() if isinstance(steps, tuple)), key=len,
                   default=())

@@ -11,6 +11,7 @@ A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, Callable, Mapping, Protocol
 
 from flax import struct
@@ -50,7 +51,8 @@ class Draw:
 
   key: of everything random in it, the same on all devices; step: i32[], training steps taken; stage: i32[], what the
   run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a sequence's place in the
-  global batch, so that what is drawn for it does not depend on the devices that the batch is divided over.
+  global batch (that in this batch if absent), so that what is drawn for it does not depend on the devices that the
+  batch is divided over.
   """
   key: Array
   step: Array
@@ -59,14 +61,16 @@ class Draw:
 
   def keys(self) -> Array:
     """A key for every sequence, [B]."""
-    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(self.batch['row'])
+    row = self.batch['row'] if 'row' in self.batch else jnp.arange(len(self.batch['tokens']))
+    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(row)
 
 
 @struct.dataclass
 class Tick:
   """Row k of a plan: all that a step knows of the schedule.
 
-  t, dt: f32[]; live: None, bool[] or bool[B]; k: i32[], the number of steps before this one;
+  t, dt: f32[]; live: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
+  have had different numbers of free steps, in passes without a cache;
   code: what the cell computed for this row ahead of the loop (`Cell.timetable`), any pytree.
   """
   t: Array
@@ -265,6 +269,10 @@ class Task(Protocol):
   length: int
   measure: Any  # what is measured of it, a part of measures.py
 
+  @property
+  def splits(self) -> Mapping[str, int]:
+    """What may be evaluated: the name of each split that is not trained on -> tokens of its examples."""
+
   def prepare(self, workdir, log) -> Any: ...
 
   def verify(self, workdir, log):
@@ -277,6 +285,17 @@ class Task(Protocol):
 
 class ConfigError(ValueError):
   """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
+
+
+def whole(name: str, value: Any, least: int) -> int:
+  """The value of an argument or field as an int. Raises ConfigError where it is no whole number of `least` or more."""
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise ConfigError(f'{name} = {value}: must be a whole number of {least} or more') from None
+  if number < least:
+    raise ConfigError(f'{name} = {value}: must be {least} or more')
+  return number
 
 
 def part(cls):

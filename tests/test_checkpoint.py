@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from loopformer import config as configs
-from loopformer.checkpoint import Checkpoints
+from loopformer.checkpoint import Best, Checkpoints
+from loopformer.measures import LESS, MORE
 from tests import test_cli
 
 
@@ -58,18 +59,18 @@ def test_the_last_and_the_best_stay(tmp_path):
   save(tmp_path / 'last', range(1, 7), keep=2)
   assert kept(tmp_path / 'last') == [5, 6]
   losses = [3.0, 1.0, 2.0, 4.0, 2.5, 2.6]
-  save(tmp_path / 'loss', range(1, 7), keep=2, best='loss@2', losses=losses)
+  save(tmp_path / 'loss', range(1, 7), keep=2, best=Best(name='loss@2', sign=LESS), losses=losses)
   assert kept(tmp_path / 'loss') == [2, 5, 6]
 
 
 def test_a_later_run_knows_the_best_of_those_before(tmp_path):
   for step, value in enumerate((2.0, 1.0, 4.0, 3.0), 1):
-    save(tmp_path, [step], keep=1, best='loss@2', losses=[value])
+    save(tmp_path, [step], keep=1, best=Best(name='loss@2', sign=LESS), losses=[value])
   assert kept(tmp_path) == [2, 4]
 
 
 def test_steps_that_were_not_evaluated_are_never_the_best(tmp_path):
-  with Checkpoints(tmp_path, 1, 'loss@2') as checkpoints:
+  with Checkpoints(tmp_path, 1, Best(name='loss@2', sign=LESS)) as checkpoints:
     for step, value in enumerate((None, 2.0, None, 3.0, None), 1):
       checkpoints.save(step, small(step), small(step), {}, {}, {} if value is None else {'loss@2': value})
   assert kept(tmp_path) == [2, 5]
@@ -88,10 +89,10 @@ def test_evaluated_states_are_saved_where_the_best_is_kept(setting, tmp_path):
   assert not (tmp_path / 'checkpoints/16/metrics').exists()
 
 
-def test_the_best_accuracy_is_the_highest(tmp_path):
-  with Checkpoints(tmp_path, 1, 'accuracy@4') as checkpoints:
+def test_of_more_is_better_the_highest_stays(tmp_path):
+  with Checkpoints(tmp_path, 1, Best(name='last@4', sign=MORE)) as checkpoints:
     for step, value in enumerate((0.1, 0.9, 0.3, 0.4), 1):
-      checkpoints.save(step, small(step), small(step), {}, {}, {'accuracy@4': value})
+      checkpoints.save(step, small(step), small(step), {}, {}, {'last@4': value})
   assert kept(tmp_path) == [2, 4]
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import loopformer
 from loopformer import config as configs, memory, metrics
+from loopformer.types import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f'''
@@ -224,13 +225,54 @@ def test_an_empty_work_folder_is_refused(tmp_path, arguments, expected):
   assert not (tmp_path / 'empty').exists()
 
 
+@pytest.mark.parametrize('mode, name', [
+    ('eval', 'config'), ('generate', 'config'), ('harness', 'config'), ('train', 'depths'), ('eval', 'prompt'),
+    ('generate', 'exits'), ('eval', 'exit'), ('train', 'seed'), ('generate', 'profile'), ('plan', 'processes'),
+    ('harness', 'eval_batches'), ('train', 'topology')])
+def test_a_flag_that_the_mode_does_not_read_is_refused(mode, name):
+  from experiments import main
+  with pytest.raises(ConfigError, match=f'--{name}: --mode={mode} does not read it, .* do(es)?; leave it out'):
+    main.check_flags(mode, {name: 0})
+
+
+@pytest.mark.parametrize('mode, name, value', [
+    ('eval', 'schedules', ''), ('harness', 'tasks', []), ('generate', 'budget', ''), ('train', 'config', '')])
+def test_a_flag_without_a_value_is_refused(mode, name, value):
+  from experiments import main
+  with pytest.raises(ConfigError, match=f'--{name}: no value; give one, or leave it out'):
+    main.check_flags(mode, {name: value})
+
+
+def test_flags_that_the_mode_reads_are_taken():
+  from experiments import main
+  for mode, given in (('train', {'config': 'x.py', 'verify': True, 'coordinator': 'x:1'}),
+                      ('eval', {'depths': ['1'], 'step': 3, 'processes': 2}),
+                      ('harness', {'tasks': ['x'], 'memory': 'first', 'step': 3}),
+                      ('generate', {'prompt': [''], 'budget': '2', 'seed': 0}), ('plan', {'config': 'x.py', 'rows': 2})):
+    main.check_flags(mode, given)
+
+
+def test_loops_and_step_sizes_of_the_command_line():
+  from experiments import main
+  for text, expected in (('2', 2), ('2.0', 2), ('1', (1.0,)), ('0.5,0.25,0.25', (0.5, 0.25, 0.25))):
+    found = main.loops_or_sizes(text, '--budget')
+    assert found == expected and type(found) is type(expected)
+  for text in ('2.7', '0.5', 'nan', 'inf', '-0.5'):
+    with pytest.raises(ConfigError, match=f'--budget={text}: neither a whole number of loops'):
+      main.loops_or_sizes(text, '--budget')
+  for text, message in (('two', '--budget=two'), ('1,1', 'sum to 2'), ('', '--budget=')):
+    with pytest.raises(ConfigError, match=message):
+      main.loops_or_sizes(text, '--budget')
+
+
 @pytest.mark.parametrize('arguments, expected', [
     (['--step=5'], 'no complete checkpoint of step 5'),
     (['--schedules=0.5,0.25'], 'sum to 0.75'),
     (['--depths=0'], '--depths = 0'),
     (['--depths=two'], '--depths=two'),
     (['--sweep=9'], 'budget = 9'),
-], ids=['step', 'schedule', 'zero', 'word', 'sweep'])
+    (['--sweep=0'], 'budget = 0'),
+], ids=['step', 'schedule', 'zero', 'word', 'sweep', 'no sweep'])
 def test_eval_refuses(undisturbed, arguments, expected):
   status, _, err = run(undisturbed[0], '--mode=eval', *arguments)
   assert status == 1 and expected in err and 'Traceback' not in err
@@ -266,6 +308,8 @@ REFUSED_LATE = {
     'memory': (['--mode=generate', '--memory=second'], ['--memory=second', 'per_loop, first, last, mean, ring:SIZE']),
     'no size': (['--mode=generate', '--memory=last:2'], ['--memory=last:2: there is no such memory']),
     'ring': (['--mode=generate', '--memory=ring:two'], ['--memory=ring:SIZE, SIZE=two']),
+    'part of a loop': (['--mode=generate', '--budget=2.7'], ['--budget=2.7: neither a whole number of loops']),
+    'config': (['--mode=generate', '--config=x.py'], ['--config: --mode=generate does not read it']),
     'no ring': (['--mode=generate', '--memory=ring:0'], ['memory.size = 0', '1 slot or more']),
     'memory and draft': (['--mode=generate', '--memory=mean', '--draft=1'], ['draft with memory = Mean()']),
 }

@@ -24,7 +24,8 @@ def compare(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
     (['--show=last', '--run=hop=CONFIGS/latent_thoughts.py', '--run=text=CONFIGS/intra_layer.py'],
      'error: --show = last: the run text does not report it; choose one of loss, perplexity, bits_per_byte'),
     (['--budgets=1,x', '--run=hop=CONFIGS/latent_thoughts.py'], 'error: --budgets=1,x'),
-], ids=['no run', 'one run', 'budgets'])
+    (['--depths=1', '--run=hop=CONFIGS/latent_thoughts.py'], 'error: --depths: this command does not read it; leave it out'),
+], ids=['no run', 'one run', 'budgets', 'unread'])
 def test_what_no_plot_could_show_is_refused_before_training(arguments, message, tmp_path):
   done = compare(tmp_path, *(argument.replace('CONFIGS', RUN) for argument in arguments))
   assert done.returncode != 0 and message in done.stderr

@@ -9,15 +9,20 @@ import pytest
 
 from experiments.configs import loopformer as paper
 from loopformer import config as configs
-from loopformer import plans
-from loopformer.blocks import Normal
+from loopformer import measures, plans
+from loopformer.blocks import Chain, Normal, Stack
+from loopformer.checkpoint import Best
 from loopformer.config import check, choose, describe, difference, flatten, override
 from loopformer.embed import TokenEmbed
 from loopformer.loop import Every
 from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.sharding import Mesh
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
-from loopformer.types import ConfigError
+from loopformer.train import Train, best_of, train
+from loopformer.types import ConfigError, part
 from tests import parts
 
 TINY = paper.get_config('tiny')
@@ -320,6 +325,87 @@ def test_every_variant_is_sound(variant):
 def test_check_refuses(assignments, message):
   with pytest.raises(ConfigError, match=message):
     check(changed(*assignments))
+
+
+@pytest.mark.parametrize('name', ['last@4', 'lost@4', 'loss@3', 'loss', 'ran@4', 'state norm@4', 'accuracy@4'])
+def test_check_refuses_a_best_that_no_evaluation_reports(name):
+  with pytest.raises(ConfigError, match=rf"train\.best = '{name}': no number .*choose one of loss@1, perplexity@1"):
+    check(changed(f'train.best={name}'))
+
+
+def test_the_measure_says_which_checkpoint_is_best():
+  """`last` is a share of right answers of some tasks, and an error of others."""
+  found = {}
+  for task, measure in (('answers', measures.Answers()), ('errors', measures.Errors())):
+    found[task] = {}
+    for name in measure.better:
+      config = changed(f'train.best={name}@8', config=dataclasses.replace(
+          TINY, task=Generated(of=PHop(hops=2, length=16), measure=measure)))
+      check(config)
+      found[task][name] = best_of(config)
+  assert found['answers'] == {name: Best(name=f'{name}@8', sign=-1 if name == 'loss' else 1)
+                              for name in ('loss', 'accuracy', 'exact', 'last')}
+  assert found['errors'] == {name: Best(name=f'{name}@8', sign=-1) for name in ('loss', 'last')}
+  assert best_of(TINY) is None
+
+
+def test_train_refuses_an_unknown_best_before_anything_is_written(tmp_path):
+  with pytest.raises(ConfigError, match="train.best = 'last@8'"):
+    train(changed('train.best=last@8'), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_split_that_is_longer_than_the_positions_is_refused():
+  """Every split is looked at, and the model's own limit is within it."""
+  def of(**tests):
+    return dataclasses.replace(TINY, task=Generated(of=PHop(length=16), tests={
+        name: PHop(length=length) for name, length in tests.items()}))
+
+  check(of(short=8, longest=128))
+  with pytest.raises(ConfigError, match=r"split 'far' have 129 tokens, more than model\.read_in\.length = 128"):
+    check(of(short=8, far=129))
+  assert of(far=129).task.splits == {'validation': 16, 'far': 129} and TINY.task.splits == {'validation': 128}
+
+
+@part
+class Late:
+  """Examples of another generator that stand at later positions of their document."""
+  of: PHop = PHop(length=16)
+  by: int = 128
+  length, symbols = property(lambda self: self.of.length), property(lambda self: self.of.symbols)
+
+  def floors(self, examples):
+    return self.of.floors(examples)
+
+  def __call__(self, rng):
+    example = self.of(rng)
+    return {**example, 'positions': example['positions'] + self.by}
+
+
+def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp_path):
+  config = changed('train.batch=2', config=dataclasses.replace(TINY, task=Generated(of=Late())))
+  check(config)
+  with pytest.raises(ConfigError, match='positions up to 143, but model.read_in.length = 128'):
+    train(config, tmp_path, log=lambda text: None)
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(train=Train(steps=2.5)), r'train\.steps = 2\.5: expected int; give whole numbers'),
+    (dict(model=TINY.model.clone(loops=8.0)), r'model\.loops = 8\.0: expected int'),
+    (dict(mesh=Mesh(fsdp=1.5)), r'mesh\.fsdp = 1\.5: expected int'),
+    (dict(model=TINY.model.clone(coda=parts.stack(3, order=(0, 1.5)))), r'model\.coda\.order = \(0, 1\.5\): expected'),
+    (dict(model=TINY.model.clone(coda=Stack(Chain((parts.block(heads=2.5),)), 1))),
+     r'model\.coda\.block\.blocks\[0\]\.attn\.heads = 2\.5: expected int'),
+], ids=['steps', 'loops', 'mesh', 'order', 'chain'])
+def test_check_refuses_parts_of_whole_numbers(change, message):
+  """In configuration files, where no `--set` has looked at their types."""
+  with pytest.raises(ConfigError, match=message):
+    check(dataclasses.replace(TINY, **change))
+
+
+def test_numbers_of_numpy_are_taken():
+  check(dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=np.int64(1000))))
 
 
 def test_check_names_the_stack():

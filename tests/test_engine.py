@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loopformer import exits, memory
+from loopformer import exits, memory, plans
+from loopformer.bidirectional import Bidirectional
+from loopformer.blocks import Chain, GatedMLP, Stack
+from loopformer.cells.melt import Gated, LatentAttention, Latest
+from loopformer.cells.plain import Plain
+from loopformer.cells.routed import Routed, TokenChoice
 from loopformer.generation import Engine, decode, generate, judge, prefill
+from loopformer.peri_normed import PeriNormed
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import D, L, UNEVEN, V
@@ -267,3 +273,49 @@ def test_bytes_are_those_of_all_caches():
   assert V == 40 and engine().bytes == 3 * L * (size + places)
   assert engine(draft=2).bytes == 3 * (L + 2) * (size + places)
   assert parts.N == 2
+
+
+@pytest.mark.parametrize('name, value', [('rows', 2.5), ('length', 10.5), ('loops', 2.5), ('loops', 0), ('ahead', 1.5),
+                                         ('rounds', 2.5)])
+def test_an_engine_takes_whole_numbers(name, value):
+  with pytest.raises(ConfigError, match=f'{name} = {value}: must be '):
+    engine(**{name: value})
+
+
+@pytest.mark.parametrize('prompt', [[1, V], [-1, 2]], ids=str)
+def test_ids_that_the_model_does_not_have_are_refused(prompt):
+  with pytest.raises(ConfigError, match=rf'prompt 0: ids from {min(prompt)} to {max(prompt)}, but the vocabulary has {V}'):
+    engine().submit(prompt)
+
+
+# Attention in both directions -----------------------------------------------------------------------------------------
+
+BOTH = dict(heads=2, kernel=Bidirectional())
+AHEAD = {
+    'block': parts.looped(parts.plain(kernel=Bidirectional())),
+    'coda': parts.looped(parts.plain(), coda=Stack(parts.block(kernel=Bidirectional()), 1)),
+    'chain': parts.looped(Plain(Stack(Chain((parts.block(), parts.block(kernel=Bidirectional()))), 1))),
+}
+
+
+@pytest.mark.parametrize('name', AHEAD)
+def test_what_reads_ahead_is_not_decoded(name):
+  """It would be decoded causally, which is another function than was trained: before anything is compiled."""
+  model = AHEAD[name]
+  made = Engine(model, parts.params(model), TOKENIZER, rows=1, length=16)
+  made.submit('abc', max_new_tokens=2)
+  with pytest.raises(ConfigError, match=r'cache: its attention reads later tokens too.*attention\.Fused'):
+    made.run()
+
+
+def test_what_reads_ahead_is_not_given_keys_one_after_the_other():
+  """A cache that was made for another model; recursions that share keys in training; chunks; windows."""
+  plan = plans.Uniform(2)(None)
+  shared = parts.looped(Routed(Stack(parts.block(kernel=Bidirectional()), 1), TokenChoice(recursions=2)), loops=2)
+  chunks = parts.looped(Gated(Stack(PeriNormed(attn=LatentAttention(**BOTH), mlp=GatedMLP(hidden=24)), 1)),
+                        memory=Latest(chunk=3))
+  for model, kv in ((AHEAD['block'], MODEL.cache(1, 8)), (shared.clone(memory=memory.First()), None), (chunks, None),
+                    (parts.looped(**parts.shifted(kernel=Bidirectional())), None)):
+    with pytest.raises(ConfigError, match='its attention reads later tokens too'):
+      jax.eval_shape(lambda v, model=model, kv=kv: model.apply(v, parts.tokens(1), plan, kv=kv).z,
+                     {'params': parts.shapes(parts.ROWS['base_loop'].model)} if kv else {'params': parts.shapes(model)})

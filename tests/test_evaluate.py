@@ -1,4 +1,6 @@
 """Measures and exits against what they should be, computed in NumPy."""
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,14 @@ def test_errors_are_squared_and_in_units_of_the_scale():
   asked = np.asarray(made['weights']) > 0
   assert row['loss'] == pytest.approx(error[asked].mean() / 2, rel=1e-5)
   assert row['last'] == pytest.approx(np.mean([error[i][np.flatnonzero(asked[i])[-1]] for i in range(3)]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize('measure', [measures.Tokens(), measures.Answers(), measures.Errors()], ids=str)
+def test_a_measure_says_of_every_number_whether_more_is_better(measure):
+  row = measure.row(collections.defaultdict(lambda: 2.0))
+  assert set(measure.better) == set(row) - {'tokens'}
+  right = {name for name, sign in measure.better.items() if sign == measures.MORE}
+  assert right == ({'accuracy', 'exact', 'last'} if measure == measures.Answers() else set())
 
 
 def pick(leave, steps: int, made):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.configs.loopformer import get_config
-from loopformer import attention, backend, blocks, loop, plans
+from loopformer import attention, backend, blocks, exits, loop, measures, plans
 from loopformer.attention import Blockwise, Cudnn, Fused, Splash, attend
 from loopformer.blocks import Normal, Stack, UnitNorm, dense, gelu, turned
 from loopformer.cells.timed import Timed
 from loopformer.condition import Modulation, Trajectory, sinusoid
+from loopformer.evaluate import evaluate
 from loopformer.loop import Every, KeepAll, Offload, PerLayer, PerStep, Products
 from loopformer.model import init_params, parameter_count
 from loopformer.types import ConfigError, Plan, Tick
@@ -559,3 +560,32 @@ def test_turned_products(rows):
 def test_cache_bytes_of_the_published_size():
   kv = jax.eval_shape(lambda: get_config('paper').model.cache(1, 1024))['loop']
   assert kv.k.size * 2 + kv.v.size * 2 == 2 * 8 * 3 * 1024 * 2048 * 2 == 201_326_592  # the sheet's 201 MB
+
+
+# Positions that a model does not have -----------------------------------------------------------------------------
+
+
+FAR = 33  # tokens; models of `parts` have 32 positions
+
+
+@pytest.mark.parametrize('row, refused', [('loopformer', True), ('prelude_coda', True), ('rotary', False), ('alibi', False)])
+def test_sequences_without_positions_are_refused(row, refused):
+  """In every pass; where positions are attention's, any length is read."""
+  model, text = ROWS[row].model, jnp.zeros((1, FAR), jnp.int32)
+  variables, plan = {'params': parts.shapes(model)}, plans.Uniform(2)(None)
+  leave = exits.Adaptive(rule=exits.StateChange())
+  for run in (lambda v: model.apply(v, text, plan).z, lambda v: model.apply(v, text, plan, text).z,
+              lambda v: model.apply(v, text, plan, kv=model.cache(1, FAR)).z,
+              lambda v: model.apply(v, text, plan, leave, leave.dial, method='adapt').z):
+    if refused:
+      with pytest.raises(ConfigError, match=r'33 a row, more than the 32 positions of the model \(read_in\.length\)'):
+        jax.eval_shape(run, variables)
+    else:
+      jax.eval_shape(run, variables)
+
+
+def test_evaluation_of_longer_sequences_is_refused():
+  model = ROWS['loopformer'].model
+  batch = {name: np.zeros((1, FAR), np.int32) for name in ('tokens', 'targets', 'weights')}
+  with pytest.raises(ConfigError, match='33 a row, more than the 32 positions'):
+    evaluate(model, parts.params(model), [batch], {'1': (1.0,)}, measure=measures.Answers())

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from loopformer import plans
+from loopformer.evaluate import Depths
 from loopformer.types import ConfigError
 from tests import parts
 
@@ -179,7 +180,22 @@ def test_all_schedules(loops):
     assert [s[0] for s in found] == sorted((s[0] for s in found), reverse=True)  # coarse first steps first
 
 
-@pytest.mark.parametrize('budget', [0, 6, -1])
+@pytest.mark.parametrize('make', [
+    lambda: plans.Uniform(2.5), lambda: plans.Constant(loops=2.7), lambda: plans.Stairs(first=1, last=4, add=1.5),
+    lambda: plans.Staged(loops=(1, 2.5)), lambda: plans.Given(most=2.5), lambda: Depths(budgets=(1, 2.5))],
+                         ids=range(6))
+def test_parts_of_a_loop_are_refused(make):
+  with pytest.raises(ConfigError, match=r'= (2\.5|2\.7|1\.5): must be a whole number of '):
+    make()
+
+
+@pytest.mark.parametrize('steps', [2.7, np.float32(2.7)], ids=type)
+def test_a_budget_is_a_whole_number(steps):
+  with pytest.raises(ConfigError, match=r'budget = 2\.70*4?\d*: give a budget as an integer'):
+    plans.resolve(steps, 'budget')
+
+
+@pytest.mark.parametrize('budget', [0, 6, -1, 2.5])
 def test_all_schedules_refuses(budget):
   with pytest.raises(ConfigError, match=rf'budget = {budget}\b.*1 to 5'):
     list(itertools.islice(plans.all_schedules(budget, 5), 1))

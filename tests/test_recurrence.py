@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import math
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from loopformer import config as configs
 from loopformer import plans
 from loopformer.blocks import Chain, Linear, RMSNorm, SelfAttention, Stack, repeated, unfused
+from loopformer.cells.plain import Plain
 from loopformer.inject import Add, Concat, Diagonal, Hold, decay
 from loopformer.loop import Every
 from loopformer.objective import Objective, Roll, Weighted
@@ -204,6 +206,32 @@ def test_a_sequence_does_not_notice_how_deep_the_others_go(name):
     alone = forward(model, params(model), tokens(4)[row:row + 1],
                     plans.Uniform(int(free[row] + graded[row]))(None))
     close(together.z[row], alone.z[0], 2e-5)
+
+
+class Numbered(nn.Module):
+  """A step that looks up by the number of the loop: x = core(x) + row k of a table."""
+  core: Stack
+  run, injects, timetable = Plain.run, Plain.injects, Plain.timetable
+
+  @nn.compact
+  def __call__(self, x, e, ctx, kv):
+    table = self.param('table', nn.initializers.zeros, (9, x.shape[-1]))
+    x, kv = self.core(x, ctx, None, kv)
+    return x + table[ctx.tick.k].reshape(-1, 1, x.shape[-1]), kv, {}
+
+
+def test_a_lookup_by_the_number_of_the_loop_is_that_of_each_sequence():
+  """Whatever number of free steps the deepest sequence takes."""
+  model = parts.looped(Numbered(parts.stack(1)))
+  free, graded = jnp.array([0, 3, 1, 5]), jnp.array([1, 2, 2, 2])
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.arange(2)[:, None] < graded, free=free)
+  together = forward(model, params(model), tokens(4), plan)
+  live = jnp.arange(7)[:, None] < free + graded  # the same without free steps: row k is step k
+  close(together.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(7), dt=jnp.ones(7), live=live)).z, 2e-5)
+  same = forward(model, params(model), tokens(4), plan.replace(free=jnp.int32(3), live=None))
+  close(same.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(5), dt=jnp.ones(5))).z, 2e-5)
+  with pytest.raises(ConfigError, match='plan.free: of each sequence, but a cache has one slot a step for all'):
+    jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(4), plan, kv=model.cache(4, T, 9)).z)
 
 
 @pytest.mark.parametrize('name', ['parcae', 'huginn'])

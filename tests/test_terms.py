@@ -7,15 +7,19 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
+from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import Match
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
-from loopformer.types import ConfigError, Plan, Readout, Trace
+from loopformer.terms.router import RouterBCE
+from loopformer.types import ConfigError, Draw, Plan, Readout, Trace
 from tests import parts
 from tests.parts import D, L, ROWS, T, V, close, forward, params
 
@@ -264,3 +268,55 @@ def test_longest_plan_and_arithmetic():
   model = ROWS['base_loop'].model
   one, two = (model.flops(T, steps) for steps in (1, 2))
   np.testing.assert_allclose(objective.flops(model, T), 3 * (2 * one + (8 - 1 + 4 - 1) * (two - one)))
+
+
+# In somebody's own loop ------------------------------------------------------------------------------------------------
+
+CROSS = {'lm': Weighted(1.0, CE(roll='all'))}
+OWN = {
+    'loopformer': get_config(f'tiny,loops={L}').objective,  # paths that are drawn, one for all
+    'parcae': Objective(rolls={'all': Roll(plans.Truncated(depth=plans.Poisson(average=3), graded=2, over=plans.Each()))},
+                        terms=CROSS),  # a depth and a noise for every sequence
+    'ouro': Objective(rolls={'all': Roll(plans.Uniform(L), keep=loop.Every())},
+                      terms={'expected': Weighted(1.0, Expected(roll='all'))}),
+    'mor': Objective(rolls={'all': Roll(plans.Uniform(L))},
+                     terms={**CROSS, 'router': Weighted(0.01, RouterBCE(roll='all'))}),
+}
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_an_objective_learns_in_a_loop_of_ones_own(name):
+  """As in a notebook: no mesh, no task, a batch of tokens, targets and weights alone."""
+  model, objective, optimizer = ROWS[name].model, OWN[name], optax.adam(1e-2)
+  text = parts.tokens(4, T + 1)
+  batch = {'tokens': text[:, :-1], 'targets': text[:, 1:], 'weights': jnp.ones((4, T))}
+  weights = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+
+  @jax.jit
+  def step(weights, state, number):
+    draw = Draw(key=jax.random.fold_in(KEY, number), step=number, stage=jnp.int32(0), batch=batch)
+    (loss, terms), grads = jax.value_and_grad(
+        lambda w: objective(model, w, draw, objective.denominators(batch)), has_aux=True)(weights)
+    updates, state = optimizer.update(grads, state, weights)
+    return optax.apply_updates(weights, updates), state, loss
+
+  state, losses = optimizer.init(weights), []
+  for number in range(20):
+    weights, state, loss = step(weights, state, jnp.int32(number))
+    losses.append(float(loss))
+  assert np.isfinite(losses).all() and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3]), losses
+
+
+def test_sequences_without_numbers_are_numbered_as_they_stand():
+  bare = {'tokens': parts.tokens(3)}
+  keys = [jax.random.key_data(Draw(key=KEY, step=0, stage=0, batch=batch).keys())
+          for batch in (bare, {**bare, 'row': jnp.arange(3)}, {**bare, 'row': jnp.arange(3, 6)})]
+  np.testing.assert_array_equal(keys[0], keys[1])
+  assert (keys[0] != keys[2]).any(-1).all()
+
+
+def test_a_teacher_whose_weights_are_missing_is_named():
+  taught = Objective(rolls={'all': Roll(plans.Uniform(2), weights='runs/base')}, terms=CROSS)
+  batch = parts.batch(2)
+  with pytest.raises(ConfigError, match="frozen: no weights of 'runs/base'"):
+    taught(ROWS['base_loop'].model, parts.shapes(ROWS['base_loop'].model), parts.draw(KEY, batch), {})

@@ -200,6 +200,7 @@ class LatentAttention(nn.Module):
     """What queries read of the chunk's rows and those before."""
     if ctx.own is None:
       return attended(self, q, k, v, ctx, None, layer)[0]
+    attention.check_causal(self.kernel.causal, 'model.cell = Gated')
     past, shape = ctx.own, q.shape
     slot = 0 if ctx.tick.code is None else ctx.tick.k
     k, v = (jnp.concatenate([_of(_of(old, slot), layer), new], 1) for old, new in ((past.k, k), (past.v, v)))

@@ -224,6 +224,11 @@ class Generated:
   def length(self) -> int:
     return self.of.length
 
+  @property
+  def splits(self) -> dict[str, int]:
+    """Name of each split that is not trained on -> tokens of its examples."""
+    return {'validation': self.of.length, **{name: of.length for name, of in self.tests.items()}}
+
   def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> SymbolTokenizer | None:
     """The tokenizer; prints what simple guesses score on the held-out examples."""
     shown = list(itertools.islice(iter(self.source('validation', 0)), 256))
@@ -242,8 +247,8 @@ class Generated:
     """The examples of 'train' (which depend on the seed), of 'validation', or of one of `tests`."""
     if split == 'train':
       return Source(self.of, self.grow, seed_of('train', seed), self.pool or ENDLESS)
-    if split != 'validation' and split not in self.tests:
-      raise ConfigError(f'split {split!r}: there are train, validation{"".join(f", {name}" for name in self.tests)}')
+    if split not in self.splits:
+      raise ConfigError(f'split {split!r}: there are {", ".join(["train", *self.splits])}')
     return Source(self.tests.get(split, self.of), Same(), seed_of(split), self.held_out)
 
   def examples(self, workdir: str | os.PathLike, split: str, seed: int) -> Any:

@@ -29,6 +29,11 @@ class Text:
     if self.length < 1:
       raise ValueError(f'Text.length={self.length}: give a positive number of tokens')
 
+  @property
+  def splits(self) -> dict[str, int]:
+    """Name of each split that is not trained on -> tokens of its examples."""
+    return {'validation': self.length}
+
   def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> Tokenizer:
     """Tokenises the corpus, or reuses it; ValueError if a split does not fill one window."""
     done = prepared.prepare(self.corpus, self.tokenizer, self._folder(workdir), log=log)
