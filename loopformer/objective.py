@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, Mapping
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +66,9 @@ class Objective:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
     traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
-      own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
-      noise = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(f'{name} noise'.encode()))).keys()
+      noise = draw.named(f'{name} noise').keys()
       weights = params if roll.weights is None else jax.lax.stop_gradient(frozen[roll.weights])
-      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(own), batch.get('positions'),
+      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(draw.named(name)), batch.get('positions'),
                                  batch.get('segments'), keep=roll.keep, noise=noise)
     return traces
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, Callable, Mapping, Protocol
+import zlib
 
 from flax import struct
 import jax
@@ -49,18 +50,33 @@ class Plan:
 class Draw:
   """What a plan may depend on.
 
-  key: of everything random in it, the same on all devices; step: i32[], training steps taken; stage: i32[], what the
-  run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a sequence's place in the
-  global batch, so that what is drawn for it does not depend on the devices that the batch is divided over.
+  key: of what is drawn once for all sequences of the batch, the same on all devices; step: i32[], training steps taken;
+  stage: i32[], what the run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a
+  sequence's place in the global batch; sequences: the key of what every sequence draws for itself, None where it is `key`.
+
+  Microbatches differ in `key` alone, so what is drawn for a sequence depends neither on their number nor on the devices
+  that the batch is divided over.
   """
   key: Array
   step: Array
   stage: Array
   batch: Batch
+  sequences: Array | None = None
 
   def keys(self) -> Array:
     """A key for every sequence, [B]."""
-    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(self.batch['row'])
+    base = self.key if self.sequences is None else self.sequences
+    return jax.vmap(lambda row: jax.random.fold_in(base, row))(self.batch['row'])
+
+  def named(self, name: str) -> Draw:
+    """The same with keys of their own for what bears a name."""
+    number = zlib.crc32(name.encode())
+    sequences = None if self.sequences is None else jax.random.fold_in(self.sequences, number)
+    return self.replace(key=jax.random.fold_in(self.key, number), sequences=sequences)
+
+  def microbatch(self, number: Array, batch: Batch) -> Draw:
+    """That of a part of the batch, which draws a plan of its own."""
+    return self.replace(key=jax.random.fold_in(self.key, number), batch=batch, sequences=self.key)
 
 
 @struct.dataclass
