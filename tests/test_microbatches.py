@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from loopformer import plans
+from loopformer import loop, plans
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.sharding import Mesh
 from loopformer.starts import Noise
@@ -38,14 +38,36 @@ class EachDepth:
     return Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.stack([jnp.ones_like(deep), deep]))
 
 
-def test_parts_add_up_to_the_batch():
+@pytest.mark.slow
+def test_parts_of_a_model_add_up_to_the_batch():
   """What is drawn for a sequence, here its depth and its start, is the same in one part and in four."""
-  model = parts.looped(parts.plain(1), start=Noise(std=1.0))
+  model = parts.looped(parts.plain(1), start=Noise(std=1.0), remat=loop.KeepAll())
   objective = Objective(rolls={'r': Roll(EachDepth())}, terms={'lm': Weighted(1.0, CE(roll='r', chunk=8))})
   (whole, values), (summed, in_parts) = (after(model, parts.params(model), objective, count) for count in (1, 4))
   parts.close(summed, whole, 1e-6)
   assert in_parts['lm'] == pytest.approx(values['lm'], rel=1e-6)
   assert in_parts['grad_norm'] == pytest.approx(values['grad_norm'], rel=1e-5)
+
+
+class Weighed:
+  """Stands for an objective: a mean over tokens of what each sequence and its draw make of the parameters."""
+
+  def denominators(self, batch):
+    return {'lm': batch['weights'].sum()}
+
+  def __call__(self, model, params, draw, denominators, frozen):
+    drawn = jax.vmap(jax.random.normal)(draw.named('r').keys()) + draw.batch['tokens'].sum(1)
+    loss = (draw.batch['weights'].sum(1) * jnp.sin(params['w'] * drawn)).sum() / denominators['lm']
+    return loss, {'lm': loss}
+
+
+def test_parts_add_up_to_the_batch():
+  weights = {'w': jnp.float32(0.1)}
+  (whole, values), (summed, in_parts) = (after(None, weights, Weighed(), count) for count in (1, 4))
+  assert abs(whole['w'] - 0.1) > 1e-2
+  parts.close(summed, whole, 1e-6)
+  assert {name: float(value) for name, value in in_parts.items()} == pytest.approx(
+      {name: float(value) for name, value in values.items()}, rel=1e-5)
 
 
 class Counted:
