@@ -44,11 +44,10 @@ class StandardLibrary:
   def documents(self) -> Iterator[Document]:
     return _split(self._texts, self.validation)
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
-    """(name, size in bytes, sha256 or, if not `hashed`, None) of every file, in order of name."""
+  def sources(self) -> list[storage.File]:
+    """Every file, in order of name; none is read."""
     root = sysconfig.get_paths()['stdlib']
-    paths = {name: os.path.join(root, name) for name in self._names(root)}
-    return [(name, *_digest(path)) if hashed else (name, os.path.getsize(path), None) for name, path in paths.items()]
+    return [storage.described(name, os.path.join(root, name)) for name in self._names(root)]
 
   def _texts(self):
     root = sysconfig.get_paths()['stdlib']
@@ -95,10 +94,10 @@ class Files:
       return _split(train, self.validation)
     return self._given(train, functools.partial(self._texts, self._paths('validation_files')))
 
-  def sources(self, hashed: bool = True) -> list[tuple[str, int, str | None]]:
-    """(path, size in bytes, sha256 or, if not `hashed`, None) of every file, in order of path."""
-    sizes = self._sizes('train') | self._sizes('validation_files')
-    return [(path, *_digest(path)) if hashed else (path, size, None) for path, size in sorted(sizes.items())]
+  def sources(self) -> list[storage.File]:
+    """Every file, in order of path; none is read."""
+    found = self._found('train') | self._found('validation_files')
+    return [found[path] for path in sorted(found)]
 
   def _given(self, train, validation):
     held = set()
@@ -110,11 +109,11 @@ class Files:
         yield Document(name=name, split='train', text=text)
 
   def _paths(self, field: str) -> list[str]:
-    return sorted(self._sizes(field))
+    return sorted(self._found(field))
 
-  def _sizes(self, field: str) -> dict[str, int]:
-    """path -> bytes of every file that the globs of a field match."""
-    sizes = {}
+  def _found(self, field: str) -> dict[str, storage.File]:
+    """Every file that the globs of a field match, by its path."""
+    files = {}
     for pattern in getattr(self, field):
       found = _matches(pattern)
       if not found:
@@ -125,8 +124,8 @@ class Files:
             f'Files.{field}: {path} has the unknown suffix {_suffix(path)!r}; known are '
             f'{", ".join(SUFFIXES)}: narrow the glob {pattern!r}'
           )
-      sizes |= found
-    return sizes
+      files |= found
+    return files
 
   def _texts(self, paths: list[str]):
     for path in paths:
@@ -228,20 +227,12 @@ def _read_text(path: str) -> str:
   return storage.path(path).read_bytes().decode('utf-8')
 
 
-def _matches(pattern: str) -> dict[str, int]:
-  """path -> bytes of every file that a glob matches."""
+def _matches(pattern: str) -> dict[str, storage.File]:
+  """Every file that a glob matches, by its path."""
   if not storage.remote(pattern):
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return {path: os.path.getsize(path) for path in found if os.path.isfile(path)}
+    return {path: storage.described(path, path) for path in found if os.path.isfile(path)}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
-  return {f'{storage.scheme(place)}://{key}': about['size'] for key, about in found.items() if about['type'] == 'file'}
-
-
-def _digest(path: str) -> tuple[int, str]:
-  digest, size = hashlib.sha256(), 0
-  with storage.path(path).open('rb') as f:
-    while block := f.read(1 << 20):
-      digest.update(block)
-      size += len(block)
-  return size, digest.hexdigest()
+  paths = {f'{storage.scheme(place)}://{key}': about for key, about in found.items() if about['type'] == 'file'}
+  return {path: storage.described(path, path, about) for path, about in paths.items()}

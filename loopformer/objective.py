@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, Mapping
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +70,9 @@ class Objective:
                         'objective.teachers, by their folders')
     traces, batch = {}, draw.batch
     for name, roll in self.rolls.items():
-      own = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(name.encode())))
-      noise = draw.replace(key=jax.random.fold_in(draw.key, zlib.crc32(f'{name} noise'.encode()))).keys()
+      noise = draw.named(f'{name} noise').keys()
       weights = params if roll.weights is None else jax.lax.stop_gradient(frozen[roll.weights])
-      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(own), batch.get('positions'),
+      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(draw.named(name)), batch.get('positions'),
                                  batch.get('segments'), keep=roll.keep, noise=noise)
     return traces
 

@@ -243,7 +243,7 @@ class Stairs:
 
 @part
 class Together:
-  """One depth for the whole batch: steps beyond it are skipped, and cost nothing."""
+  """One depth for a whole microbatch: steps beyond it are skipped, and cost nothing."""
 
   def draw(self, depth: Any, draw: Draw, mean: Array) -> Array:
     """i32[]."""

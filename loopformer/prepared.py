@@ -1,8 +1,9 @@
 """Prepared text: a corpus tokenised once into array_record shards, and read back as a stream of tokens.
 
 A split is one stream of tokens, every document followed by `eos`, cut into records of RECORD tokens. A folder holds
-`manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards.
-array_record is imported only where it is used.
+`manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards, but
+notes are added in `checked/` (checked.py) of the files whose contents were compared. array_record is imported only where
+it is used.
 
 Until a folder is whole, what is done of it stands in `{folder}.preparing`: the tokenizer, and chunks of tokenised
 documents. All are named by a hash of what they were made from, so whoever finds one may use it: the same preparation
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopformer import storage
+from loopformer import checked, storage
 from loopformer.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
@@ -55,8 +56,8 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
 
   Documents are put in the order of a hash of their names. Holds a few chunks of documents, or 1/BUCKETS of the tokens,
   in memory. Written beside the folder and renamed, so the folder is whole or absent; what an interrupted or failed call
-  has tokenised is used by the next one, and the result is the same to the byte. A folder that is reused is compared
-  by names and sizes; `verify` compares contents.
+  has tokenised is used by the next one, and the result is the same to the byte. Of a folder that is reused, and of what
+  it was made from, names, sizes and times are compared; contents where the times differ, once, and of all by `verify`.
   ValueError if a split is empty, or if the folder was made from something else (names the first difference).
   """
   if storage.remote(folder):
@@ -64,10 +65,11 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
   folder, began = os.path.abspath(folder), time.monotonic()
   if os.path.isdir(folder) and os.listdir(folder):
     return _reuse(folder, corpus, tokenizer_part, log)
+  sources = [*corpus.sources(), *tokenizer_part.sources()]
   inputs = {
     'corpus': repr(corpus),
     'tokenizer': repr(tokenizer_part),
-    'sources': _summary([*corpus.sources(), *tokenizer_part.sources()]),
+    'sources': _summary(sources, _hashes(sources, log)),
   }
   _check_splits(corpus)
   work = _work(folder)
@@ -88,6 +90,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
     }
     with open(os.path.join(mine, MANIFEST), 'w', encoding='utf-8') as f:
       json.dump(manifest, f, indent=1)
+    checked.note(mine, manifest, [*sources, *_shards(mine, manifest, *SPLITS)])
     os.rename(mine, folder)
   except Exception:
     # Another process may have prepared the same folder meanwhile, and removed the chunks.
@@ -124,6 +127,9 @@ def local(folder, log: Callable = lambda text: None) -> str:
   if not copy.is_dir():
     top = str(shared).partition('://')[2]
     storage.downloaded({key: os.path.relpath(key, top) for key in storage.held(shared)}, shared, copy)
+    manifest = load_manifest(copy)
+    if checked.known(copy, manifest) is not None:
+      checked.note(copy, manifest, _shards(copy, manifest, *SPLITS))  # a copy has times of its own
     log(f'data: copied from {shared} to {copy}')
   return str(copy)
 
@@ -139,10 +145,7 @@ def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
   """
   folder, began = local(folder), time.monotonic()
   manifest = load_manifest(folder)
-  for counts in manifest['splits'].values():
-    for shard in counts['shards']:
-      _check_shard(folder, shard, _size)
-  _check_sources(folder, manifest, corpus, tokenizer_part, hashed=True)
+  _compare(folder, manifest, corpus, tokenizer_part, log, everything=True)
   log(f'data: {folder} and its sources are as they were prepared; verified in {time.monotonic() - began:.1f} s')
 
 
@@ -168,7 +171,7 @@ def load_manifest(folder) -> dict:
 def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   manifest = load_manifest(folder)
   shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
-  _check_sources(folder, manifest, corpus, tokenizer_part, hashed=False)
+  _compare(folder, manifest, corpus, tokenizer_part, log)
   tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
   if tokenizer.fingerprint() != manifest['fingerprint']:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
@@ -176,13 +179,39 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
-def _check_sources(folder: str, manifest: dict, corpus, tokenizer_part, hashed: bool) -> None:
-  change = _first_change(manifest['sources'], _summary([*corpus.sources(hashed), *tokenizer_part.sources()]))
+def _compare(folder: str, manifest: dict, corpus, tokenizer_part, log, everything: bool = False) -> None:
+  """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the files
+  that are not known, by their times, to be right; these are noted.
+  """
   for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
     if manifest[name] != repr(part):
-      change = f'{name}={part!r}, it was {manifest[name]}'
-  if change:
-    raise ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
+      raise _changed(folder, f'{name}={part!r}, it was {manifest[name]}')
+  sources = [*corpus.sources(), *tokenizer_part.sources()]
+  if change := _first_change(manifest['sources'], _summary(sources, {})):
+    raise _changed(folder, change)
+  shards = _shards(folder, manifest, *SPLITS)
+  files, known = [*sources, *shards], checked.known(folder, manifest)
+  # Earlier versions noted nothing, and compared no more than names and sizes.
+  unread = files if everything else [] if known is None else [file for file in files if file[:3] not in known]
+  if manifest['sources']['files'] is None and not set(unread).isdisjoint(sources):
+    unread = [*sources, *set(unread).intersection(shards)]  # which have but one hash together
+  hashes = _hashes(unread, log)
+  if change := _first_change(manifest['sources'], _summary(sources, hashes)):
+    raise _changed(folder, change)
+  for shard in _described(manifest, *SPLITS):
+    if hashes.get(shard['name'], shard['sha256']) != shard['sha256']:
+      raise _damaged(folder, shard, 'sha256', hashes[shard['name']])
+  if unread or known is None:
+    checked.note(folder, manifest, files if known is None else unread)
+
+
+def _changed(folder: str, change: str) -> ValueError:
+  return ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
+
+
+def _hashes(files: list[storage.File], log) -> dict[str, str]:
+  """name -> sha256."""
+  return {file.name: file.sha256() for file in _watched(files, lambda file: file.size, 'files hashed', log)}
 
 
 def _work(folder: str) -> str:
@@ -197,9 +226,9 @@ def _hash(*parts: str) -> str:
   return digest.hexdigest()
 
 
-def _summary(sources: list) -> dict:
-  """Of (name, bytes, sha256) of each source; sha256 is None for all where one of them is not hashed."""
-  files = [list(source) for source in sources]
+def _summary(sources: list[storage.File], hashes: dict[str, str]) -> dict:
+  """What a manifest says of the sources; hashes: of some, by name."""
+  files = [[source.name, source.size, hashes.get(source.name)] for source in sources]
   hashed = all(digest is not None for *_, digest in files)
   return {
     'count': len(files),
@@ -420,15 +449,30 @@ def _records(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     yield np.concatenate(pending)
 
 
-def _check_shard(folder: str, shard: dict, look: Callable[[str], dict]) -> str:
-  """The path of a shard, of which what `look` finds agrees with the manifest."""
-  path, remedy = os.path.join(folder, shard['name']), f'delete {folder} and prepare the data again'
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f'shard {path} is missing: {remedy}')
-  for what, found in look(path).items():
-    if found != shard[what]:
-      raise ValueError(f'shard {path} is damaged or stale ({what} {found}, not {shard[what]}): {remedy}')
-  return path
+def _described(manifest: dict, *splits: str) -> list[dict]:
+  return [shard for split in splits for shard in manifest['splits'][split]['shards']]
+
+
+def _shards(folder: str, manifest: dict, *splits: str) -> list[storage.File]:
+  """The shards of some splits, which are there and have the sizes of the manifest."""
+  files = []
+  for shard in _described(manifest, *splits):
+    path = os.path.join(folder, shard['name'])
+    if not os.path.isfile(path):
+      raise FileNotFoundError(f'shard {path} is missing: {_remedy(folder)}')
+    files.append(storage.described(shard['name'], path))
+    if files[-1].size != shard['size']:
+      raise _damaged(folder, shard, 'size', files[-1].size)
+  return files
+
+
+def _damaged(folder: str, shard: dict, what: str, found: int | str) -> ValueError:
+  path = os.path.join(folder, shard['name'])
+  return ValueError(f'shard {path} is damaged or stale ({what} {found}, not {shard[what]}): {_remedy(folder)}')
+
+
+def _remedy(folder: str) -> str:
+  return f'delete {folder} and prepare the data again'
 
 
 def _size(path: str) -> dict:
@@ -461,7 +505,7 @@ class TokenStream:
 
 
 def open_split(folder, split: str) -> TokenStream:
-  """Opens a split, of whose shards the sizes are compared with the manifest; `verify` reads them.
+  """Opens a split, of whose shards the sizes are compared with the manifest; records have checksums of their own.
 
   FileNotFoundError or ValueError naming the shard that is missing, cut off or not of this manifest.
   """
@@ -471,11 +515,11 @@ def open_split(folder, split: str) -> TokenStream:
   manifest = load_manifest(folder)
   if split not in manifest['splits']:
     raise ValueError(f'split={split!r} is none of {", ".join(manifest["splits"])}')
-  readers = []
-  for shard in manifest['splits'][split]['shards']:
-    path = _check_shard(folder, shard, lambda path: {'size': os.path.getsize(path)})
+  readers = [
     # No readahead: windows are read in random order.
-    readers.append(ArrayRecordReader(path, options='readahead_buffer_size:0,max_parallelism:0'))
+    ArrayRecordReader(os.path.join(folder, shard.name), options='readahead_buffer_size:0,max_parallelism:0')
+    for shard in _shards(folder, manifest, split)
+  ]
   records = (shard['records'] for shard in manifest['splits'][split]['shards'])
   return TokenStream(
     tokens=manifest['splits'][split]['tokens'],

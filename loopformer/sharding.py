@@ -238,10 +238,20 @@ def _over_tensor_alone(params, mesh):
 # Batches and caches --------------------------------------------------------------------------------------------------
 
 
-def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
-  """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp."""
+def put_batch(batch: Batch, mesh: jax.sharding.Mesh, accumulate: int = 1) -> dict[str, Array]:
+  """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp.
+
+  accumulate: microbatches, of which every device gets a part: whatever the mesh, microbatch i holds the same rows.
+  """
   sharding = NamedSharding(mesh, P(BATCH))
-  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+  places = sharding.addressable_devices_indices_map((math.prod(mesh.shape[name] for name in BATCH),))
+  here = len({str(index) for index in places.values()})
+
+  def dealt(rows):
+    parts = np.asarray(rows).reshape(accumulate, here, -1, *np.shape(rows)[1:])
+    return parts.swapaxes(0, 1).reshape(np.shape(rows))
+
+  return {name: jax.make_array_from_process_local_data(sharding, dealt(rows)) for name, rows in batch.items()}
 
 
 def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Array, seg: Array | None) -> Array:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from loopformer.types import ConfigError
 
@@ -221,6 +221,35 @@ def fetched(name: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
     found |= {key: state for other in beside for key, state in held(source.parent / other).items()}
   digest = hashlib.sha256(json.dumps([str(source), sorted(found.items())]).encode()).hexdigest()[:32]
   return downloaded({key: os.path.relpath(key, top) for key in found}, source, cache() / 'files' / digest) / source.name
+
+
+class File(NamedTuple):
+  """A file that something was made from.
+
+  size: bytes; stamp: what changes when the file is written, nanoseconds of its modification or, in a bucket, the store's
+  mark of contents; sha256: reads the file, in hexadecimal digits.
+  """
+  name: str
+  size: int
+  stamp: int | str
+  sha256: Callable[[], str]
+
+
+def described(name: str, where: str | os.PathLike, about: dict | None = None) -> File:
+  """The file that lies at `where`; about: what a listing of its bucket said of it, None for a file of this machine."""
+  if about is None:
+    found = os.stat(where)
+    return File(name, found.st_size, found.st_mtime_ns, lambda: sha256(where))
+  return File(name, about['size'], _mark(about), lambda: sha256(where))
+
+
+def sha256(name: str | os.PathLike) -> str:
+  """Of a file's contents, in hexadecimal digits."""
+  digest = hashlib.sha256()
+  with path(name).open('rb') as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()
 
 
 def held(folder: Any) -> dict[str, str]:

@@ -279,7 +279,7 @@ class Bytes:
     del texts
     return ByteTokenizer()
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self) -> list[storage.File]:
     return []
 
 
@@ -327,7 +327,7 @@ class TrainedPieces:
       ) from None
     return PieceTokenizer(model=model.getvalue())
 
-  def sources(self) -> list[tuple[str, int, str]]:
+  def sources(self) -> list[storage.File]:
     return []
 
 
@@ -345,10 +345,9 @@ class GivenPieces:
     except (RuntimeError, ValueError) as e:
       raise ValueError(f'GivenPieces.path={self.path!r} is not a usable sentencepiece model: {e}') from None
 
-  def sources(self) -> list[tuple[str, int, str]]:
-    """(path, size, sha256) of the model: prepared data is stale once it changes."""
-    model = self._read()
-    return [(self.path, len(model), hashlib.sha256(model).hexdigest())]
+  def sources(self) -> list[storage.File]:
+    """The model: prepared data is stale once it changes."""
+    return [_source(self.path, self._read())]
 
   def _read(self) -> bytes:
     path = storage.path(self.path)
@@ -371,16 +370,21 @@ class GivenJson:
     del texts
     return JsonTokenizer(text=self._read(), eos=id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
 
-  def sources(self) -> list[tuple[str, int, str]]:
-    """(path, size, sha256) of the file: prepared data is stale once it changes."""
-    data = self._read().encode()
-    return [(self.path, len(data), hashlib.sha256(data).hexdigest())]
+  def sources(self) -> list[storage.File]:
+    """The file: prepared data is stale once it changes."""
+    return [_source(self.path, self._read().encode())]
 
   def _read(self) -> str:
     path = storage.path(self.path)
     if not path.is_file():
       raise FileNotFoundError(f'GivenJson.path={self.path!r}: no such file; give the path of a tokenizer.json')
     return path.read_text(encoding='utf-8')
+
+
+def _source(path: str, contents: bytes) -> storage.File:
+  """A file that was read: it is small, so its stamp is its hash."""
+  digest = hashlib.sha256(contents).hexdigest()
+  return storage.File(path, len(contents), digest, lambda: digest)
 
 
 def id_of(text: str, token: str, where: str) -> int:

@@ -30,7 +30,8 @@ from loopformer.types import Array, ConfigError, Draw, Params, part
 class Train:
   """How long, how much at a time, and how often to report.
 
-  batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into.
+  batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into, which draw plans
+  of their own.
   keep: so many last checkpoints stay, and the one of the best `best`, a number of the task's measure at a depth of
   `evals`, such as 'loss@8' (None: the last alone); with `best` every evaluated state is saved.
   start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
@@ -104,6 +105,9 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
 
   `frozen`, a last argument, holds the weights of `objective.teachers`; they are gathered too, and have no gradient.
 
+  Each of the `accumulate` microbatches draws plans of its own, as the papers' code does: they are all of one expectation,
+  and cost the same. Microbatch i is part i of every device's rows; `sharding.put_batch` deals them.
+
   A batch may say with `row` i32[B] which sequence of the step each is (their order otherwise), and with `stop` f32[B]
   whether a process was told to stop, which all then learn from the metrics.
   """
@@ -126,17 +130,20 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   def gradient(specs, frozen_specs, params, frozen, draw):
     params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
     weights = total(objective.denominators(draw.batch))
-    batch = draw.batch
-    share = jax.value_and_grad(lambda p, rows: objective(model, p, draw.replace(batch=rows), weights, frozen),
-                               has_aux=True)
+    share = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
     if accumulate == 1:
-      (loss, terms), grads = share(params, batch)
+      (loss, terms), grads = share(params, draw)
     else:
-      micro = jax.tree.map(lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), batch)
+      numbered = jnp.arange(accumulate), jax.tree.map(
+          lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), draw.batch)
+
+      def of(number, rows):
+        return share(params, draw.microbatch(number, rows))
+
       zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                          jax.eval_shape(share, params, jax.tree.map(lambda rows: rows[0], micro)))
+                          jax.eval_shape(of, *jax.tree.map(lambda leaf: leaf[0], numbered)))
       (loss, terms), grads = jax.lax.scan(
-          lambda sums, rows: (jax.tree.map(jnp.add, sums, share(params, rows)), None), zero, micro)[0]
+          lambda sums, part: (jax.tree.map(jnp.add, sums, of(*part)), None), zero, numbered)[0]
     return total({'loss': loss, **terms}), jax.tree.map(reduce, grads, specs)
 
   def step(state, batch, stage=0, frozen={}):
@@ -292,7 +299,8 @@ class _Run:
         with clock.timed('data'):
           rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), terminated.is_set(), np.float32)}
         with clock.timed('step'):
-          batch, stage = sharding.put_batch(rows, self.mesh), self.config.control.stage(self.memory)
+          batch = sharding.put_batch(rows, self.mesh, options.accumulate)
+          stage = self.config.control.stage(self.memory)
           state, values = self.step(state, batch, stage)
         self._report(pending)
         pending = (number, values)

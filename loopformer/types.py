@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from typing import Any, Callable, Mapping, Protocol
+import zlib
 
 from flax import struct
 import jax
@@ -49,20 +50,35 @@ class Plan:
 class Draw:
   """What a plan may depend on.
 
-  key: of everything random in it, the same on all devices; step: i32[], training steps taken; stage: i32[], what the
-  run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a sequence's place in the
-  global batch (that in this batch if absent), so that what is drawn for it does not depend on the devices that the
-  batch is divided over.
+  key: of what is drawn once for all sequences of the batch, the same on all devices; step: i32[], training steps taken;
+  stage: i32[], what the run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a
+  sequence's place in the global batch (that in this batch if absent); sequences: the key of what every sequence draws for
+  itself, None where it is `key`.
+
+  Microbatches differ in `key` alone, so what is drawn for a sequence depends neither on their number nor on the devices
+  that the batch is divided over.
   """
   key: Array
   step: Array
   stage: Array
   batch: Batch
+  sequences: Array | None = None
 
   def keys(self) -> Array:
     """A key for every sequence, [B]."""
+    base = self.key if self.sequences is None else self.sequences
     row = self.batch['row'] if 'row' in self.batch else jnp.arange(len(self.batch['tokens']))
-    return jax.vmap(lambda row: jax.random.fold_in(self.key, row))(row)
+    return jax.vmap(lambda row: jax.random.fold_in(base, row))(row)
+
+  def named(self, name: str) -> Draw:
+    """The same with keys of their own for what bears a name."""
+    number = zlib.crc32(name.encode())
+    sequences = None if self.sequences is None else jax.random.fold_in(self.sequences, number)
+    return self.replace(key=jax.random.fold_in(self.key, number), sequences=sequences)
+
+  def microbatch(self, number: Array, batch: Batch) -> Draw:
+    """That of a part of the batch, which draws a plan of its own."""
+    return self.replace(key=jax.random.fold_in(self.key, number), batch=batch, sequences=self.key)
 
 
 @struct.dataclass

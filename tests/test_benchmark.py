@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark, compile, decode, growth, imported, memory, plain, sizes, train
+from experiments.configs import loopformer as configuration
 from loopformer import attention, loop, metrics, plans
 from loopformer.model import init_params
 from tests import parts
@@ -141,6 +142,32 @@ def test_the_plain_peer_has_our_gradient():
   (loss, grads), (expected, expected_grads) = (jax.jit(jax.value_and_grad(each))(params) for each in (ours, theirs))
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   chex.assert_trees_all_close(grads, expected_grads, atol=1e-6)
+
+
+def dtypes(model) -> dict[str, set]:
+  """Of what a training pass holds."""
+  tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  trace = jax.eval_shape(lambda params, tokens: model.apply({'params': params}, tokens, plans.Uniform(2)(None),
+                                                            keep=loop.Every()), params, tokens)
+  return {'params': {leaf.dtype.name for leaf in jax.tree.leaves(params)}, 'answers': {trace.z.dtype.name},
+          'states': {trace.x.dtype.name, trace.xs.dtype.name}, 'products': {model.dtype},
+          'caches': {model.cache(1, 8)['loop'].k.dtype.name}}
+
+
+def test_what_is_measured_has_the_dtypes_of_what_is_trained():
+  """In bfloat16, as on accelerators: the configuration's model, ours of the benchmark, and the plain peer."""
+  half = dataclasses.replace(TINY, dtype='bfloat16')
+  expected = dtypes(configuration.get_config('tiny,dtype=bfloat16').model)
+  assert expected['states'] == {'float32'} and expected['products'] == {'bfloat16'}
+  model = sizes.make_plain(half, half.layers, half.loops)
+  assert dtypes(sizes.make_model(half)) == expected == dtypes(model)
+  params = plain.from_params(model, init_params(model, jax.random.key(0)))
+  tokens = sizes.make_batch(half)['tokens']
+  program = jax.make_jaxpr(lambda params: plain.decoder(params, tokens, half.heads, half.loops, half.dtype))(params)
+  added = [line.outvars[0].aval for line in program.eqns if line.primitive.name == 'add']
+  states = [aval.dtype.name for aval in added if aval.shape == (half.batch, half.length, half.width)]
+  assert set(states) == {'float32'} and len(states) > 2 * half.layers * half.loops
 
 
 def test_the_largest_batch_is_compiled():

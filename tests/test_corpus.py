@@ -34,9 +34,11 @@ def test_standard_library():
   held = sum(d.split == 'validation' for d in documents) / len(documents)
   assert 0.02 < held < 0.09
   sources = corpus.sources()
-  assert names <= {name for name, _, _ in sources} and sources == sorted(sources)
-  name, size, digest = sources[0]
-  assert size == os.path.getsize(os.path.join(sysconfig.get_paths()['stdlib'], name)) and len(digest) == 64
+  assert names <= {source.name for source in sources}
+  assert [source.name for source in sources] == sorted(source.name for source in sources)
+  name, size, stamp, sha256 = sources[0]
+  found = os.stat(os.path.join(sysconfig.get_paths()['stdlib'], name))
+  assert (size, stamp) == (found.st_size, found.st_mtime_ns) and len(sha256()) == 64
   assert splits(corpus) == splits(StandardLibrary())
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.benchmark import data as benchmark
 from experiments.benchmark.sizes import Size
-from loopformer import data, prepared
+from loopformer import checked, data, prepared, storage
 from loopformer.corpus import Files
 from loopformer.tasks.text import Text
 from loopformer.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces
@@ -96,12 +96,14 @@ def test_manifest_and_folder(shared):
     assert counts['bytes'] == sum(len(t.encode()) for t in texts) == counts['tokens'] - len(texts)
   names = [s['name'] for n in manifest['splits'].values() for s in n['shards']]
   assert names[0] == 'train-00000-of-00001.array_record'
-  assert sorted(os.listdir(folder / 'data')) == sorted([*names, 'manifest.json', 'tokenizer'])
+  assert sorted(os.listdir(folder / 'data')) == sorted([*names, 'checked', 'manifest.json', 'tokenizer'])
   assert sorted(os.listdir(folder)) == ['corpus', 'data']
 
 
 def files(folder) -> dict[str, bytes]:
-  return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+  """All that is in a folder but the notes, which tell the times of its files."""
+  paths = [path for path in sorted(folder.rglob('*')) if path.is_file() and path.parent.name != checked.NOTES]
+  return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_same_corpus_gives_the_same_bytes_whatever_chunks_and_threads(corpus, tmp_path, monkeypatch):
@@ -217,7 +219,7 @@ def test_progress_is_told(corpus, tmp_path, encoded, monkeypatch):
   amount = r'[\d,.]+ MB, [\d.]+ MB/s'
   told = [re.fullmatch(rf'data: ([\d,]+) ([a-z ]+), {amount}', line) for line in lines[:-1]]
   assert [m[1] for m in told if m[2] == 'documents tokenised'] == [str(n) for n in range(1, 61)]
-  assert {m[2] for m in told} == {'documents tokenised', 'chunks sorted', 'train documents written',
+  assert {m[2] for m in told} == {'files hashed', 'documents tokenised', 'chunks sorted', 'train documents written',
                                   'validation documents written'}
   volume = sum(split['bytes'] for split in manifest['splits'].values())
   assert f' 60 documents tokenised, {volume / 1e6:.1f} MB, ' in '\n'.join(lines)
@@ -362,41 +364,115 @@ def test_bad_shards_are_named(corpus, tmp_path, damage, message):
 
 
 @pytest.mark.parametrize('listed', [prepared.LISTED, 10])
-def test_contents_are_compared_when_asked_for(corpus, tmp_path, monkeypatch, listed):
-  """Damage that leaves sizes as they are, of a shard and of a source."""
+@pytest.mark.parametrize('start', ['prepare', 'verify'])
+def test_contents_are_compared_where_times_differ_and_when_asked_for(corpus, tmp_path, monkeypatch, listed, start):
+  """Damage that leaves sizes as they are, of a source and of a shard, with and without another time."""
   monkeypatch.setattr(prepared, 'LISTED', listed)
   task = Text(corpus=corpus, tokenizer=Bytes(), length=16)
   task.prepare(tmp_path, log=quiet)
   lines = []
   task.verify(tmp_path, lines.append)
   assert len(lines) == 1 and 'are as they were prepared' in lines[0]
-  source = tmp_path / 'corpus' / '007.txt'
-  original = source.read_bytes()
-  flip(source)
-  task.prepare(tmp_path, log=quiet)
-  with pytest.raises(ValueError, match='source .*007.txt has changed' if listed > 10 else 'the 60 sources have digest'):
-    task.verify(tmp_path, quiet)
-  source.write_bytes(original)
-  task.verify(tmp_path, quiet)
-  flip(tmp_path / 'data' / 'validation-00000-of-00001.array_record')
-  prepared.open_split(tmp_path / 'data', 'validation')
-  with pytest.raises(ValueError, match=r'shard .*validation-00000-of-00001.array_record is damaged or stale \(sha256'):
-    task.verify(tmp_path, quiet)
+  changed = 'source .*007.txt has changed' if listed > 10 else 'the 60 sources have digest'
+  damaged = r'shard .*validation-00000-of-00001.array_record is damaged or stale \(sha256'
+  for path, message in [(tmp_path / 'corpus' / '007.txt', changed),
+                        (tmp_path / 'data' / 'validation-00000-of-00001.array_record', damaged)]:
+    original, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    flip(path)
+    if start == 'verify':
+      os.utime(path, ns=times)
+      task.prepare(tmp_path, log=quiet)
+      prepared.open_split(tmp_path / 'data', 'validation')
+    for _ in range(2):
+      with pytest.raises(ValueError, match=message):
+        getattr(task, start)(tmp_path, quiet)
+    path.write_bytes(original)
+    task.prepare(tmp_path, quiet)
 
 
-def test_existing_data_are_not_read(corpus, tmp_path, monkeypatch):
+@pytest.fixture
+def hashed(monkeypatch):
+  """The names of files that are hashed from now on."""
+  names, original = [], storage.sha256
+  monkeypatch.setattr(storage, 'sha256', lambda name: names.append(os.path.basename(name)) or original(name))
+  return names
+
+
+def bytes_read() -> int:
+  """That this process has asked the system for."""
+  return int(re.search(r'rchar: (\d+)', pathlib.Path('/proc/self/io').read_text())[1])
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/io'), reason='the system does not count what is read')
+def test_existing_data_are_not_read(tmp_path, hashed):
   """A run that resumes does not wait for hashes of its data, or of what they were made from."""
+  write_corpus(tmp_path / 'corpus')
+  (tmp_path / 'corpus' / 'large.txt').write_text('a long text ' * 500_000)
+  task = Text(corpus=Files(train=(str(tmp_path / 'corpus' / '*.txt'),)), tokenizer=Bytes(), length=16)
+  task.prepare(tmp_path, log=quiet)
+  assert len(hashed) == 61
+  for _ in range(2):
+    before = bytes_read()
+    task.prepare(tmp_path, log=quiet)
+    assert len(task.examples(tmp_path, 'train', 0)) and len(task.examples(tmp_path, 'validation', 0))
+    read = bytes_read() - before
+  assert read < 1_000_000 and len(hashed) == 61  # of twelve million, in sources and shards
+
+
+@pytest.mark.parametrize('listed', [prepared.LISTED, 10])
+def test_what_was_copied_is_read_once(corpus, tmp_path, monkeypatch, hashed, listed):
+  """Of sources and shards alike, whoever reads them: what one machine has noted in the folder holds for the others."""
+  monkeypatch.setattr(prepared, 'LISTED', listed)
+  task = Text(corpus=corpus, tokenizer=Bytes(), length=16, folder=str(tmp_path / 'data'))
+  task.prepare(tmp_path, log=quiet)
+  hashed.clear()
+  os.utime(tmp_path / 'corpus' / '007.txt')
+  task.prepare(tmp_path, log=quiet)
+  assert hashed == (['007.txt'] if listed > 10 else [f'{i:03}.txt' for i in range(60)])
+  hashed.clear()
+  moved = dataclasses.replace(task, folder=str(tmp_path / 'moved'))
+  os.rename(tmp_path / 'data', tmp_path / 'moved')
+  moved.prepare(tmp_path, log=quiet)
+  assert not hashed
+  copied = dataclasses.replace(task, folder=str(tmp_path / 'copied'))
+  shutil.copytree(tmp_path / 'moved', tmp_path / 'copied', copy_function=shutil.copyfile)
+  copied.prepare(tmp_path, log=quiet)
+  assert sorted(hashed) == [f'{split}-00000-of-00001.array_record' for split in ('train', 'validation')]
+  hashed.clear()
+  monkeypatch.setenv('LOOPFORMER_CACHE', str(tmp_path / 'another machine'))
+  copied.prepare(tmp_path, log=quiet)
+  assert not hashed
+
+
+def test_notes_that_cannot_stand_in_the_folder_stand_on_the_machine(corpus, tmp_path, monkeypatch, hashed):
+  """A folder that may not be written, of an earlier version too, which noted nothing: its sizes are believed once."""
+  monkeypatch.setenv('LOOPFORMER_CACHE', str(tmp_path / 'cache'))
   task = Text(corpus=corpus, tokenizer=Bytes(), length=16)
   task.prepare(tmp_path, log=quiet)
-
-  def read(*_):
-    raise AssertionError('a file was read')
-
-  monkeypatch.setattr('loopformer.corpus._digest', read)
-  monkeypatch.setattr('loopformer.corpus._read_text', read)
-  monkeypatch.setattr(prepared, '_size', read)
+  hashed.clear()
+  shutil.rmtree(tmp_path / 'data' / checked.NOTES)
+  (tmp_path / 'data' / checked.NOTES).write_text('in the way')
   task.prepare(tmp_path, log=quiet)
-  assert len(task.examples(tmp_path, 'train', 0)) and len(task.examples(tmp_path, 'validation', 0))
+  assert not hashed and len(list((tmp_path / 'cache').rglob('*.json'))) == 1
+  for _ in range(2):
+    os.utime(tmp_path / 'corpus' / '007.txt', ns=(1, 1))
+    task.prepare(tmp_path, log=quiet)
+    assert hashed == ['007.txt']
+  flip(tmp_path / 'corpus' / '007.txt')
+  with pytest.raises(ValueError, match='source .*007.txt has changed'):
+    task.prepare(tmp_path, log=quiet)
+
+
+def test_a_damaged_record_is_not_read(corpus, tmp_path):
+  """Whatever its file's time: records have checksums."""
+  folder = tmp_path / 'data'
+  tokens = prepared.prepare(corpus, Bytes(), folder, log=quiet).manifest['splits']['train']['tokens']
+  shard = folder / 'train-00000-of-00001.array_record'
+  content = bytearray(shard.read_bytes())
+  content[300] ^= 1
+  shard.write_bytes(content)
+  with pytest.raises(Exception, match='hash mismatch'):
+    prepared.open_split(folder, 'train').window(0, tokens)
 
 
 def test_open_errors(corpus, tmp_path):

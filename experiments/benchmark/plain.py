@@ -34,8 +34,8 @@ def attention(x, layer, heads):
 
 
 def decoder(params, tokens, heads, loops, dtype):
-  """Tokens i32[B, T] -> logits f32[B, T, V]."""
-  x = (params['embedding'][tokens] + params['positions'][:tokens.shape[1]]).astype(dtype)
+  """Tokens i32[B, T] -> logits f32[B, T, V]; dtype: of products, what layers add up to is float32."""
+  x = params['embedding'][tokens] + params['positions'][:tokens.shape[1]]
   for _ in range(loops):
     for layer in params['layers']:
       x = x + attention(rms_norm(x).astype(dtype), layer, heads)

@@ -34,7 +34,7 @@ class Size:
   """What is measured.
 
   short: steps of the short trajectory; prompt and new: tokens read and drawn while decoding; dtype: of matrix products
-  and of the state.
+  and of caches, as in the configurations, whose parameters and states are float32 whatever it is.
   """
   batch: int = 8
   length: int = 256
@@ -102,7 +102,7 @@ def make_stack(size: Size, layers: int, kernel: Any) -> Stack:
 
 def make_looped(size: Size, cell: Any, loops: int, remat: Any) -> Looped:
   """A cell between an embedding with positions and a tied head."""
-  read_in = TokenEmbed(vocab=size.vocab, width=size.width, length=size.length, dtype=size.dtype)
+  read_in = TokenEmbed(vocab=size.vocab, width=size.width, length=size.length)
   return Looped(read_in=read_in, cell=cell, loops=loops, remat=remat)
 
 

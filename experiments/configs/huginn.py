@@ -11,7 +11,9 @@ Argument: size, then any of
     ramp     steps over which the mean depth grows (1 - sqrt), as in retrofitted recurrence; 0: none
 
 Departures: our text, and a smaller vocabulary at `small`; initialisers are not truncated. The norm n_c is
-applied as in the released code: after the last loop and before the head, one set of parameters.
+applied as in the released code: after the last loop and before the head, one set of parameters. Every microbatch draws
+a depth, the same on all devices, as in the paper; into how many its step of 4096 sequences was cut we do not know, so the
+number of depths a step, `train.accumulate`, is ours.
 Measured figures: experiments/reports/huginn/.
 """
 import dataclasses

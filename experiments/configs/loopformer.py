@@ -14,7 +14,9 @@ Argument: size, then any of kind, ee, loops, dtype: `loopformer.py:small,kind=ba
                paper  D=2048, k=3, L=8, T=1024: as published (50,000 steps of 480 sequences)
 
 Departures from the paper: the default corpus is Python's standard library, not the Pile, and the tokenizer's vocabulary
-is small to match. Initialisers keep the published std * sqrt(D), 0.02 at D=2048, at other widths, because at 0.02 a
+is small to match. Every microbatch draws a short trajectory of its own, as in the released code, where the processes
+draw theirs apart too: its 40 microbatches of 12 sequences take 40 a step, and so does `paper`; with a smaller
+`train.accumulate` a step takes as many as that says, the same on all devices. Initialisers keep the published std * sqrt(D), 0.02 at D=2048, at other widths, because at 0.02 a
 narrow model with closed gates hardly leaves its start. Measured figures: experiments/reports/loopformer/.
 """
 import dataclasses

@@ -11,7 +11,7 @@ Argument: size, then any of
              transformer               the same layers once, without injection (140m to 1300m)
              rdm                       the recurrent depth model: sandwich norms, concat (100m, 350m)
     inject   diagonal, concat, add; the kind's own by default
-    each     1: a depth for every sequence (the paper's); 0: one for the batch
+    each     1: a depth for every sequence (the paper's); 0: one for every microbatch
     norm     1: a norm after the prelude; 0: none; -1: 1, but 0 at 100m and 350m, as their numbers of parameters tell
     rate     peak learning rate; 0: the size's own
     ramp     steps over which the mean depth grows from 1, a curriculum of the code's; 0: none, as published
