@@ -85,6 +85,7 @@ class Ctx:
   seg: None or i32[B, T], tokens attend within equal numbers only.
   tokens: i32[B, T] or f32[B, T, width], the input.
   noise: keys [B] of what a pass that learns draws at random; None where it answers.
+  keys: keys [B] of what exits draw at random; None: one fixed key serves all sequences.
   places: with a cache, None or i32[B, S], the segment of each of its places.
   tick: the row of the plan that is running; None in prelude and coda.
   past: what the cell has kept of tokens before these, of its own (cells/melt.py); None elsewhere.
@@ -95,6 +96,7 @@ class Ctx:
   seg: Array | None = None
   tokens: Array | None = None
   noise: Array | None = None
+  keys: Array | None = None
   places: Array | None = None
   tick: Tick | None = None
   past: Any = None
