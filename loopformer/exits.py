@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, Callable
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +114,10 @@ class Adaptive:
     return self if self.dial is None else dataclasses.replace(self, rule=dataclasses.replace(self.rule, threshold=1))
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
-    """As Final.run; steps i32[B, T]."""
+    """As Final.run; steps i32[B, T]. What is drawn for a sequence comes from its number in the batch, `row`."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch['row']) if 'row' in batch else None
     trace = model.apply({'params': params}, batch['tokens'], plan, self, dial, batch.get('positions'),
-                        batch.get('segments'), method='adapt')
+                        batch.get('segments'), keys=keys, method='adapt')
     return trace, make_readout(model, params, batch)
 
 
@@ -159,6 +161,7 @@ def within(low: float, high: float, what: str) -> Callable[[Any], None]:
 
 INF = float('inf')
 SLACK = 1e-6  # of sums of logarithms
+DRAWS = zlib.crc32(b'exits')  # tells what exits draw from the tokens that are drawn with the same key
 
 
 @part
@@ -259,18 +262,21 @@ class Sampled:
   """PonderNet's exit: after every step a token leaves with probability lambda = sigmoid(aux['halt']).
 
   Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same law.
+  u comes from the sequence's key (`Ctx.keys`; of a request, its seed) and the position alone. So a request is answered
+  alike whatever shares its batch, and requests of one seed draw the same numbers at the same positions: where that
+  matters, give them seeds of their own.
   """
   seed: int = 0
   threshold: None = None
 
   def init(self, model, x, ctx):
-    key = jax.random.key(self.seed)
-    row = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], ctx.pos.shape)
+    keys = jnp.broadcast_to(jax.random.key(0), x.shape[:1]) if ctx.keys is None else ctx.keys
 
-    def draw(row, pos):
-      return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), pos))
+    def draw(key, pos):
+      key = jax.random.fold_in(jax.random.fold_in(key, DRAWS), self.seed)
+      return jax.random.uniform(jax.random.fold_in(key, pos))
 
-    return jax.vmap(jax.vmap(draw))(row, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx)
+    return (jax.vmap(jax.vmap(draw, (None, 0)))(keys, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx))
 
   def update(self, state, seen, dial):
     stay, done, answer = Cumulative().update(state[1], seen, state[0])

@@ -77,7 +77,7 @@ def law(logits: Array, control: Controls) -> Array:
 
   def cut(logits):
     warm = scaled(logits)
-    return jnp.where(greedy[:, None] | (warm >= _threshold(warm, control)), warm, -jnp.inf)
+    return jnp.where(~filtered[:, None] | (warm >= _threshold(warm, control)), warm, -jnp.inf)
 
   return jax.lax.switch(branch, [hot, scaled, cut], logits)
 
@@ -146,7 +146,8 @@ class Rows:
   kv, draft: the caches of all loops, and of the draft ({} without).
   last: i32[B, 2], the last two tokens, of which the second has not been read yet; place: i32[B], its position.
   left: i32[B], tokens that may still be drawn, 0 where the row is idle; drawn: i32[B], tokens drawn so far.
-  keys: [B], a request's randomness; control: how its tokens are drawn.
+  keys: [B], a request's randomness; exits: [B], that of its exits, which comes from its seed alone; control: how its
+  tokens are drawn.
   """
   plan: Plan
   code: Any
@@ -157,6 +158,7 @@ class Rows:
   left: Array
   drawn: Array
   keys: Array
+  exits: Array
   control: Controls
 
 
@@ -172,7 +174,7 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
   return Rows(plan=plan, code=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), code),
               kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
               last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
-              keys=jax.random.split(jax.random.key(0), rows),
+              keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
               control=Controls(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
 
 
@@ -189,7 +191,7 @@ def partitions(model: Any, params: Params, rows: Rows, sizes: Mapping[str, int])
                                      for tree in (rows.kv, rows.draft))
   return Rows(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
               code=jax.tree.map(differing, code(1), code(2)), kv=next(caches), draft=next(caches), last=each, place=each,
-              left=each, drawn=each, keys=each, control=jax.tree.map(lambda _: each, rows.control))
+              left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
 
 
 def _by_rows(function, mesh, model, params, rows, others, other_specs, out_specs):
@@ -255,7 +257,8 @@ def _prefill(model, params, rows, new, draft_plan, eos):
   trace, kv = read(rows.kv, new.plan)
   draft = rows.draft and read(rows.draft, draft_plan)[1]
   z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
-  keys = _fold(jax.vmap(jax.random.key)(new.seed), new.number)
+  seeds = jax.vmap(jax.random.key)(new.seed)
+  keys = _fold(seeds, new.number)
   logits = sharding.whole(model.apply(variables, z, method='logits'))
   first = draw(law(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
@@ -268,7 +271,7 @@ def _prefill(model, params, rows, new, draft_plan, eos):
               last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
               left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
               drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
-              control=jax.tree.map(put, rows.control, new.control)), first
+              exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
 
 
 def _each(caches) -> list[KV]:
@@ -353,7 +356,8 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
     if leave is None:
       trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, code=rows.code)
       return trace, plan.live.sum(), trace.steps
-    trace = model.apply(variables, tokens, plan, leave, dial, pos, kv=rows.kv, code=rows.code, method='adapt')
+    trace = model.apply(variables, tokens, plan, leave, dial, pos, kv=rows.kv, code=rows.code, keys=rows.exits,
+                        method='adapt')
     return trace, trace.steps.sum(), trace.aux['ran']
 
   def propose(rows, keys):

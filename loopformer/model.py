@@ -66,16 +66,18 @@ class Looped(nn.Module):
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
 
   def adapt(self, tokens: Array, plan: Plan, leave: Any, dial: Array | None, pos: Array | None = None,
-            seg: Array | None = None, kv: dict[str, KV] | None = None, code: Any = None) -> Trace:
+            seg: Array | None = None, kv: dict[str, KV] | None = None, code: Any = None,
+            keys: Array | None = None) -> Trace:
     """Runs the steps of a plan until `leave` (exits.Adaptive) lets go; arguments as for the model itself.
 
-    dial: the rule's threshold, f32[] or f32[B, 1] (`leave.dial`).
+    dial: the rule's threshold, f32[] or f32[B, 1] (`leave.dial`). keys: [B], of a rule that draws; None: one fixed key
+    for all sequences.
 
     Returns:
       A trace whose steps are those that every token took, i32[B, T], and whose aux['ran'] is the number that ran.
     """
     kv = dict(kv or {})
-    ctx = self._context(tokens, pos, seg)
+    ctx = self._context(tokens, pos, seg).replace(keys=keys)
     e = self.read_in(tokens, ctx.pos)
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))

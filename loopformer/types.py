@@ -104,6 +104,7 @@ class Ctx:
   seg: None or i32[B, T], tokens attend within equal numbers only.
   tokens: i32[B, T] or f32[B, T, width], the input.
   noise: keys [B] of what a pass that learns draws at random; None where it answers.
+  keys: keys [B] of what exits draw at random; None: one fixed key serves all sequences.
   tick: the row of the plan that is running; None in prelude and coda.
   own: what the cell tells its own layers, of a type that both know; None elsewhere.
   memory: how steps share the cache (a frozen part, static).
@@ -113,6 +114,7 @@ class Ctx:
   seg: Array | None = None
   tokens: Array | None = None
   noise: Array | None = None
+  keys: Array | None = None
   tick: Tick | None = None
   own: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)

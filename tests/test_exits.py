@@ -139,7 +139,7 @@ def test_act_weights_sum_to_one():
 def test_sampled_leaves_with_the_probability_of_the_gate():
   rule, shape = exits.Sampled(seed=1), (64, 512)
   pos = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-  ctx = Ctx(pos=pos)
+  ctx = Ctx(pos=pos, keys=jax.random.split(jax.random.key(3), shape[0]))
   x = jnp.zeros((*shape, 1))
   state, left = rule.init(None, x, ctx), np.zeros(shape, bool)
   for k, lam in enumerate((0.2, 0.5, 0.9)):
