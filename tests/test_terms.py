@@ -17,7 +17,7 @@ from loopformer.terms.match import Match
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
 from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
-from tests.parts import D, L, ROWS, T, V, close, forward, params
+from tests.parts import D, L, ROWS, T, V, close, over, params
 
 KEY = jax.random.key(5)
 
@@ -166,8 +166,8 @@ def test_the_long_pass_gets_no_gradient_from_the_shortcut():
   @jax.jit
   def by_hand(weights):
     def loss(w):
-      long = MODEL.apply({'params': jax.lax.stop_gradient(w)}, batch['tokens'], plans.Uniform(L)(KEY)).z
-      short = MODEL.apply({'params': w}, batch['tokens'], short_plan(KEY)).z
+      long = over(MODEL, jax.lax.stop_gradient(w), batch, plans.Uniform(L)(KEY)).z
+      short = over(MODEL, w, batch, short_plan(KEY)).z
       return 0.5 * jnp.sum(jnp.mean((long - short) ** 2, -1) * batch['weights']) / batch['weights'].sum()
     return jax.value_and_grad(loss)(weights)
 
@@ -220,8 +220,8 @@ def share(weights, batch, total, name='loopformer'):
 def test_loss_is_the_sum_assembled_by_hand():
   batch, weights = parts.batch(), params(MODEL)
   (loss, shares), _ = share(weights, batch, OBJECTIVE.denominators(batch))
-  z = {'long': forward(MODEL, weights, batch['tokens'], plans.Uniform(L)(KEY), batch['segments']).z,
-       'short': forward(MODEL, weights, batch['tokens'], short_plan(KEY), batch['segments']).z}
+  z = {'long': over(MODEL, weights, batch, plans.Uniform(L)(KEY)).z,
+       'short': over(MODEL, weights, batch, short_plan(KEY)).z}
   table, count = weights['read_in']['embedding'], float(batch['weights'].sum())
   ce = {name: float(naive(z[name], table, batch['targets'], batch['weights'])) / count for name in z}
   match = float(jnp.sum(jnp.mean((z['long'] - z['short']) ** 2, -1) * batch['weights'])) / count
