@@ -11,6 +11,7 @@ import pytest
 
 from loopformer import loop, plans
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import Match
@@ -229,6 +230,26 @@ def test_loss_is_the_sum_assembled_by_hand():
   np.testing.assert_allclose([shares['lm'], shares['lm_short'], shares['shortcut']],
                              [ce['long'], ce['short'], match], rtol=1e-5)
   np.testing.assert_allclose(loss, ce['long'] + 0.1 * ce['short'] + 0.3 * match, rtol=1e-5)
+
+
+def test_every_rollout_draws_its_own_noise_for_every_sequence():
+  """From the key, the rollout's name and the sequence's number: which other sequences are there does not matter."""
+  model = parts.looped(parts.plain(1), start=Noise(std=0.5))
+  objective = Objective(rolls={'a': Roll(plans.Uniform(1)), 'b': Roll(plans.Uniform(1))}, terms={})
+
+  @jax.jit
+  def ends(draw):
+    return [trace.x for trace in objective.rollouts(model, params(model), draw).values()]
+
+  def of(key, *rows):
+    chosen = np.array(rows)
+    batch = {name: jnp.repeat(leaf[:1], len(rows), 0) for name, leaf in parts.batch().items()}  # all the same text
+    return np.stack(ends(parts.draw(key, {**batch, 'row': jnp.asarray(chosen)})))
+
+  x, other = of(KEY, 0, 1, 2, 3), of(jax.random.fold_in(KEY, 1), 0, 1, 2, 3)
+  each = [*x[0], *x[1], *other[0], *other[1]]
+  assert min(np.abs(a - b).max() for i, a in enumerate(each) for b in each[:i]) > 1e-2
+  np.testing.assert_array_equal(of(KEY, 3, 5, 0, 2)[:, [0, 2, 3]], x[:, [3, 0, 2]])
 
 
 @every_objective

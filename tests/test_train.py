@@ -92,7 +92,8 @@ class Drawn:
 
   def __call__(self, model, params, draw, denominators, frozen):
     loss = jax.random.uniform(draw.key) + 0 * params['w'].sum()
-    return loss, {'keys': jax.random.bits(draw.keys()[0]).astype(jnp.float32), 'step': draw.step.astype(jnp.float32)}
+    numbers = {'step': draw.step, 'keys': jax.random.bits(draw.keys()[0]), 'rows': (10 ** draw.batch['row']).sum()}
+    return loss, {name: number.astype(jnp.float32) for name, number in numbers.items()}
 
 
 def test_what_a_step_draws_comes_from_the_seed_and_its_number():
@@ -105,6 +106,7 @@ def test_what_a_step_draws_comes_from_the_seed_and_its_number():
       state = training.State(step=jnp.int32(number), params=weights, optimizer=optimizer.init(weights))
       new, values = step(state, {'tokens': jnp.zeros((4, T), jnp.int32)})
       assert int(new.step) == number + 1 and int(values['step']) == number
+      assert int(values['rows']) == 1111  # as they stand in the batch, where it does not number them
       yield float(values['loss']), float(values['keys'])
 
   first = list(drawn(0, 0, 1, 2))
@@ -216,14 +218,14 @@ def test_time_is_counted_as_what_it_was_spent_on(tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'batches', lambda *arguments, **options: Stream())
   monkeypatch.setattr(training, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
   monkeypatch.setattr(metrics, 'peak_flops', lambda: (1e6, 'a sheet'))
-  run(setting(steps=8, log_every=2, eval_every=4, save_every=4), tmp_path)
+  run(setting(steps=9, log_every=2, eval_every=4, save_every=4), tmp_path)
   rows = [row for row in metrics.read_rows(tmp_path / 'metrics.jsonl') if row['kind'] == 'train']
-  assert [row['step'] for row in rows] == [1, 2, 4, 6, 8] and 'seconds_per_step' not in rows[0]
+  assert [row['step'] for row in rows] == [1, 2, 4, 6, 8, 9] and 'seconds_per_step' not in rows[0]
   # Steps 1 and 2 have begun when the first is read, from which on is counted.
   total = sum(row['seconds_per_step'] * (row['step'] - before['step']) for before, row in zip(rows, rows[1:]))
-  assert total == pytest.approx(6 * 11)
+  assert total == pytest.approx(7 * 11)
   spent = {what: sum(row[f'seconds/{what}'] for row in rows[1:]) for what in ('data', 'step', 'eval', 'save')}
-  assert spent == pytest.approx({'data': 6 * 10, 'step': 6, 'eval': 100, 'save': 1000})
+  assert spent == pytest.approx({'data': 7 * 10, 'step': 7, 'eval': 2 * 100, 'save': 2 * 1000})
   per_token = CONFIG.objective.flops(CONFIG.model, T)
   for row in rows[1:]:
     assert row['tokens_per_s'] == pytest.approx(4 * T / row['seconds_per_step'])
