@@ -176,9 +176,14 @@ def shapes(model: Looped):
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'keep'))
-def forward(model, params, tokens, plan, seg=None, keep=loop.Last()):
+def forward(model, params, tokens, plan, seg=None, keep=loop.Last(), pos=None):
   """The parallel pass: a Trace."""
-  return model.apply({'params': params}, tokens, plan, None, seg, keep=keep)
+  return model.apply({'params': params}, tokens, plan, pos, seg, keep=keep)
+
+
+def over(model, params, batch, plan, keep=loop.Last()):
+  """The parallel pass over a batch, by its positions and its documents: a Trace."""
+  return forward(model, params, batch['tokens'], plan, batch['segments'], keep, batch['positions'])
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -219,13 +224,26 @@ def poked(rows: int = T + 1) -> jax.Array:
 
 
 def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[str, jax.Array]:
-  """A batch as tasks make it; a third of the weights is zero, unless they are given."""
+  """A packed, ragged, padded batch: in every row other documents of one to five tokens, with positions of their own, and
+  at its end one to three tokens of padding, a document that weighs nothing.
+
+  weights: in the place of those that are 0 for a document's last token, 1 for its first, and 0 or 1 for others.
+  """
+  rng = np.random.default_rng(seed)
+  segments, positions, asked = (np.zeros((rows, length), kind) for kind in (np.int32, np.int32, np.float32))
+  for row in range(rows):
+    place, number, text = 0, 0, length - 1 - (row + seed) % 3
+    while place < length:
+      size = min(int(rng.integers(2, 6)), text - place) if place < text else length - text
+      segments[row, place:place + size] = number
+      positions[row, place:place + size] = np.arange(size)
+      if size > 1 and place < text:
+        asked[row, place:place + size - 1] = [1, *(rng.uniform(size=size - 2) < 0.5)]
+      place, number = place + size, number + 1
   stream = tokens(rows, length + 1, seed)
-  if weights is None:
-    weights = (jax.random.uniform(jax.random.key(seed + 1), (rows, length)) < 0.67).astype(jnp.float32)
-  return {'tokens': stream[:, :-1], 'targets': stream[:, 1:], 'weights': weights,
-          'positions': jnp.broadcast_to(jnp.arange(length), (rows, length)),
-          'segments': jnp.zeros((rows, length), jnp.int32)}
+  return {'tokens': stream[:, :-1], 'targets': stream[:, 1:],
+          'weights': jnp.asarray(asked) if weights is None else weights,
+          'positions': jnp.asarray(positions), 'segments': jnp.asarray(segments)}
 
 
 def draw(key, batch=None, step: int = 0, stage: int = 0) -> Draw:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from loopformer import exits, loop, measures, plans
-from loopformer.evaluate import Depths, Named, Run, evaluate
+from loopformer.evaluate import Depths, Named, Run, evaluate, motion
 from loopformer.model import make_readout
 from loopformer.types import ConfigError, Readout
 from tests import parts
-from tests.parts import ROWS, T, forward, params
+from tests.parts import ROWS, T, over, params
 
 MODEL = ROWS['base_loop'].model
 
@@ -25,7 +25,7 @@ def batch(rows: int = 5):
 def test_answers_count_tokens_sequences_and_last_answers():
   made = batch()
   readout = make_readout(MODEL, params(MODEL), made)
-  z = forward(MODEL, params(MODEL), made['tokens'], plans.Uniform(2)(None), made['segments']).z
+  z = over(MODEL, params(MODEL), made, plans.Uniform(2)(None)).z
   best = np.asarray(z @ readout.table.T).argmax(-1)
   made['targets'] = jnp.where(jnp.arange(T) % 3 == 0, made['targets'], best).at[1].set(best[1])  # some are right
   measure = measures.Answers()
@@ -58,8 +58,27 @@ def test_a_measure_says_of_every_number_whether_more_is_better(measure):
   assert right == ({'accuracy', 'exact', 'last'} if measure == measures.Answers() else set())
 
 
+def test_the_readout_gives_what_the_pass_gave():
+  """Of the last state, and of every kept one, by the positions and the documents of the batch."""
+  model, made = ROWS['prelude_coda'].model, batch()
+  readout = make_readout(model, params(model), made)
+  trace = over(model, params(model), made, parts.padded(2), keep=loop.Every())
+  parts.close(readout.read(trace.x), trace.z, 1e-5)
+  parts.close(readout.read(trace.xs)[1], trace.z, 1e-5)
+
+
+def test_motion_is_relative_to_the_state_that_was_reached():
+  made = batch()
+  moved = motion(MODEL, params(MODEL), made, plans.schedule(parts.UNEVEN))
+  xs = np.asarray(over(MODEL, params(MODEL), made, plans.schedule(parts.UNEVEN), keep=loop.Every()).xs, np.float64)
+  norms = np.linalg.norm(xs, axis=-1)
+  np.testing.assert_allclose(moved['state norm'], norms.mean((1, 2)), rtol=1e-5)
+  change = (np.linalg.norm(xs[1:] - xs[:-1], axis=-1) / norms[1:]).mean((1, 2))
+  np.testing.assert_allclose(moved['state change'], change, rtol=1e-5)
+
+
 def pick(leave, steps: int, made):
-  trace = forward(MODEL, params(MODEL), made['tokens'], plans.Uniform(steps)(None), made['segments'], keep=loop.Every())
+  trace = over(MODEL, params(MODEL), made, plans.Uniform(steps)(None), keep=loop.Every())
   return leave.pick(make_readout(MODEL, params(MODEL), made), trace, made), trace
 
 
@@ -95,11 +114,11 @@ def test_evaluation_of_budgets_and_runs():
   assert list(rows) == ['1', '4', 'oracle', 'sure']
   assert rows['oracle']['budget'] == pytest.approx(14 / 6, abs=0.01) and 1 <= rows['sure']['budget'] <= 4
   for budget in (1, 4):
-    trace = forward(MODEL, weights, made['tokens'], parts.padded(budget), made['segments'])
+    trace = over(MODEL, weights, made, parts.padded(budget))
     assert rows[str(budget)]['state norm'] == pytest.approx(
         float(np.linalg.norm(trace.x, axis=-1).mean()), rel=1e-4)
   # Each sequence at its own depth.
-  z = np.stack([np.asarray(forward(MODEL, weights, made['tokens'], plans.Uniform(int(n))(None), made['segments']).z)[i]
+  z = np.stack([np.asarray(over(MODEL, weights, made, plans.Uniform(int(n))(None)).z)[i]
                 for i, n in enumerate(made['loops'])])
   best = (z @ np.asarray(weights['read_in']['embedding']).T).argmax(-1)
   asked = np.asarray(made['weights']) > 0

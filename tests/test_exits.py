@@ -207,6 +207,17 @@ def test_copy_of_all_steps_is_exact():
   close(z, run('kl', 0.0).z, 1e-5)
 
 
+def test_the_last_state_answers_after_the_free_steps_and_those_of_the_plan():
+  model, made = ROWS['base_loop'].model, batch(3)
+  plan = plans.Uniform(2)(None).replace(live=jnp.array([[True, True, True], [True, False, True]]))
+  plan = plan.replace(free=jnp.array([0, 1, 2]))
+  run_ = jax.jit(lambda weights: exits.Final().run(model, weights, made, plan, None)[0])
+  trace = run_(params(model))
+  np.testing.assert_array_equal(trace.steps, [2, 2, 4])
+  assert int(trace.aux['ran']) == 4
+  close(trace.z, parts.over(model, params(model), made, plan).z, 1e-6)
+
+
 def test_evaluation_reports_steps_taken_and_run():
   runs = {str(t): Run(plan=plans.Uniform(L), exit=exits.Adaptive(rule=exits.KL(threshold=t))) for t in (0.0, 0.3, 1e9)}
   rows = evaluate(PLAIN, params(PLAIN), [batch(4), batch(4, seed=1)], {**runs, str(L): plans.resolve(L)},

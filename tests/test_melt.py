@@ -32,7 +32,7 @@ from loopformer.terms.distill import Aligned, Distill, kl_sum
 from loopformer.train import State, make_step, train
 from loopformer.types import ConfigError, Ctx, Readout, Tick, Trace
 from tests import parts
-from tests.parts import D, L, N, ROWS, T, V, close, forward, padded, poked, tokens
+from tests.parts import D, L, N, ROWS, T, V, close, forward, over, padded, poked, tokens
 from tests.test_data import write_corpus
 from tests.test_family import brief
 from tests.test_generate import TOKENIZER
@@ -395,9 +395,8 @@ def test_terms_are_their_formulas():
   weights, teacher = converted(melt()), jax.tree.map(lambda leaf: 1.1 * leaf + 0.01, converted(melt()))
   (loss, terms), _ = shares(False, weights, teacher)
   batch = parts.batch()
-  own = forward(melt(), weights, batch['tokens'], UNIFORM, batch['segments'], keep=loop.Every())
-  base = forward(melt(), teacher, batch['tokens'], UNIFORM.replace(rows={BLEND: jnp.zeros(L)}), batch['segments'],
-                 keep=loop.Every())
+  own = over(melt(), weights, batch, UNIFORM, loop.Every())
+  base = over(melt(), teacher, batch, UNIFORM.replace(rows={BLEND: jnp.zeros(L)}), loop.Every())
   p, q = (jax.nn.log_softmax(jnp.stack([parts.logits(melt(), w, x) for x in trace.xs]))
           for w, trace in ((teacher, base), (weights, own)))
   count = batch['weights'].sum()

@@ -90,6 +90,26 @@ def test_what_is_read(name, past, own):
       assert keys[0] == pytest.approx(past(k))
 
 
+@pytest.mark.parametrize('name', ['per_loop', 'ring_1', 'mean'])
+def test_what_a_sequence_leaves_in_the_cache_does_not_depend_on_the_depth_of_others(name):
+  """One that has no such step writes nothing into the slot that others write into."""
+  model, weights = with_memory('base_loop', name)
+  own, text = [parts.padded(steps) for steps in (1, L, 2)], tokens(3)
+  pos = jnp.broadcast_to(jnp.arange(T), text.shape)
+
+  def read(text, plan, pos):
+    first, kv = parts.extend(model, weights, text[:, :-1], plan, pos[:, :-1], model.cache(len(text), T))
+    return first, *parts.extend(model, weights, text[:, -1:], plan, pos[:, -1:], kv)
+
+  *together, kv = read(text, jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *own), pos)
+  for row, plan in enumerate(own):
+    *alone, one = read(text[row:row + 1], plan, pos[row:row + 1])
+    close([leaf[row] for leaf in together], [leaf[0] for leaf in alone], 1e-5)
+    close([leaf[:, :, row] for leaf in (kv['loop'].k, kv['loop'].v)],
+          [leaf[:, :, 0] for leaf in (one['loop'].k, one['loop'].v)], 1e-5)
+    np.testing.assert_array_equal(kv['loop'].pos[:, row], one['loop'].pos[:, 0])
+
+
 @every
 def test_padding_is_not_written(name):
   part = MEMORIES[name]

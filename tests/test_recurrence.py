@@ -170,9 +170,27 @@ def test_given_runs_what_each_sequence_asks_for():
 
 
 def test_staged_follows_the_stage():
+  """A trajectory of as many equal steps."""
   plan = plans.Staged(loops=(1, 3))
-  assert [int(plan(parts.draw(jax.random.key(0), stage=stage)).live.sum()) for stage in (0, 1)] == [1, 3]
-  assert plan.longest == 3
+  for stage, loops in enumerate(plan.stages):
+    drawn = plan(parts.draw(jax.random.key(0), stage=stage))
+    np.testing.assert_array_equal(drawn.live, np.arange(3) < loops)
+    np.testing.assert_allclose(drawn.t[:loops], np.arange(loops) / loops, rtol=1e-6)
+    np.testing.assert_allclose(drawn.dt[:loops], 1 / loops, rtol=1e-6)
+  assert plan.longest == plan.expected == 3
+
+
+@pytest.mark.parametrize('plan, longest, expected, differentiated', [
+    (plans.Uniform(5), 5, 5, None), (plans.Given(most=6), 6, 6, None),
+    (plans.Truncated(depth=plans.Constant(loops=7), graded=3), 3, 7, 3),
+    (plans.Truncated(depth=plans.Stairs(first=2, last=9), graded=4), 4, 9, 4),
+    (plans.Truncated(depth=plans.Poisson(average=0.5), graded=2), 2, 0.5 + math.exp(-0.5), 0.5 + math.exp(-0.5)),
+    (plans.Truncated(depth=plans.Ramp(of=plans.LogNormalPoisson(average=8), steps=9, curve=plans.linear), graded=2), 2,
+     9, 2)], ids=str)
+def test_numbers_of_steps_for_counting_arithmetic(plan, longest, expected, differentiated):
+  assert plan.longest == longest and plan.expected == pytest.approx(expected)
+  if differentiated is not None:
+    assert plan.differentiated == pytest.approx(differentiated)
 
 
 @pytest.mark.parametrize('make, message', [

@@ -24,7 +24,7 @@ from loopformer.terms.cross_entropy import CE
 from loopformer.terms.router import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.types import ConfigError, Trace, part
 from tests import parts
-from tests.parts import D, L, T, V, close, forward, padded, params, poked, tokens
+from tests.parts import D, L, T, V, close, forward, over, padded, params, poked, tokens
 from tests.test_generate import TOKENIZER
 
 CAPACITIES = (1.0, 0.75, 0.5, 0.25)
@@ -56,6 +56,11 @@ def learn(model, weights, text, plan=FULL, seg=None, pos=None, keep=loop.Last())
   """The pass of a training step."""
   return model.apply({'params': weights}, text, plan, pos, seg, keep=keep,
                      noise=jax.random.split(jax.random.key(0), len(text)))
+
+
+def learned(model, weights, batch, plan=FULL):
+  """The pass of a training step over a batch, by its positions and its documents."""
+  return learn(model, weights, batch['tokens'], plan, batch['segments'], batch['positions'])
 
 
 # Sharing -------------------------------------------------------------------------------------------------------------
@@ -337,8 +342,8 @@ def test_evaluation_reports_answers_and_the_pass_of_training():
       '1': plans.resolve(1), str(L): plans.resolve(L), 'trained': Run(plan=plans.Uniform(L), exit=routing.AsTrained())},
       np.ones(V, np.int32), measures.Tokens())
   batch = parts.batch()
-  for row, trace in ((rows[1], forward(MODEL, params(MODEL), batch['tokens'], FULL)),
-                     (rows[2], learn(MODEL, params(MODEL), batch['tokens']))):
+  for row, trace in ((rows[1], over(MODEL, params(MODEL), batch, FULL)),
+                     (rows[2], learned(MODEL, params(MODEL), batch))):
     total = CE(roll='a')({'a': trace}, batch, make_readout(MODEL, params(MODEL), batch), params(MODEL))
     assert row['loss'] == pytest.approx(float(total / batch['weights'].sum()), rel=1e-5)
   assert rows[1]['loss'] != rows[2]['loss'] and rows[2]['ran'] == L
@@ -347,13 +352,13 @@ def test_evaluation_reports_answers_and_the_pass_of_training():
 def test_what_routers_do_on_data():
   batches = [parts.batch(rows, seed=seed) for rows, seed in ((4, 0), (4, 3))]
   found = routing.routing(MODEL, params(MODEL), batches, FULL)
-  aux = [jax.tree.map(np.asarray, learn(MODEL, params(MODEL), b['tokens']).aux) for b in batches]
+  aux = [jax.tree.map(np.asarray, learned(MODEL, params(MODEL), b).aux) for b in batches]
   score, taken, among = (np.concatenate([a[name] for a in aux], 1) for name in ('score', 'taken', 'candidate'))
   agrees = ((score > 0) == taken) & among
   assert found['accuracy'][0] == 1
   np.testing.assert_allclose(found['accuracy'][1:], (agrees.sum((1, 2)) / among.sum((1, 2)))[1:])
   assert found['dead'] == (~taken[-1].any(0)).mean()
-  through = np.concatenate([np.asarray(forward(MODEL, params(MODEL), b['tokens'], FULL).aux['taken']) for b in batches],
+  through = np.concatenate([np.asarray(over(MODEL, params(MODEL), b, FULL).aux['taken']) for b in batches],
                            1).mean((1, 2))
   np.testing.assert_allclose(found['through'], through)
   np.testing.assert_allclose(found['load'], -np.diff([*through, 0]), atol=1e-12)
@@ -373,7 +378,7 @@ def gradient(model, term, plan=FULL):
   @jax.jit
   def value_and_grad(weights):
     def total(weights):
-      rolls = {'all': learn(model, weights, batch['tokens'], plan)}
+      rolls = {'all': learned(model, weights, batch, plan)}
       return term(rolls, batch, make_readout(model, weights, batch), weights) / term.weight(batch)
     return jax.value_and_grad(total)(weights)
 
@@ -397,7 +402,7 @@ def test_routers_learn_through_their_gates(name):
 
 def test_the_routers_loss_by_hand_and_its_gradient():
   value, grads = gradient(MODEL, RouterBCE(roll='all'))
-  aux = jax.tree.map(np.asarray, learn(MODEL, params(MODEL), parts.batch()['tokens']).aux)
+  aux = jax.tree.map(np.asarray, learned(MODEL, params(MODEL), parts.batch()).aux)
   p = 1 / (1 + np.exp(-aux['score'].astype(np.float64)))
   each = -np.where(aux['taken'], np.log(p), np.log(1 - p))
   expected = sum(each[r][aux['candidate'][r]].mean() for r in range(L))
@@ -406,7 +411,7 @@ def test_the_routers_loss_by_hand_and_its_gradient():
   everyone = expert(capacities=(1.0,) * L)
   assert np.asarray(learn(everyone, params(everyone), tokens()).aux['taken']).all()  # every target is 1 there
   value, _ = gradient(everyone, RouterBCE(roll='all'))
-  aux = learn(everyone, params(everyone), parts.batch()['tokens']).aux
+  aux = learned(everyone, params(everyone), parts.batch()).aux
   assert value == pytest.approx(float(jax.nn.softplus(-aux['score']).mean((1, 2)).sum()), rel=1e-5)
 
 
@@ -422,10 +427,10 @@ def test_from_the_auxiliary_router_the_model_learns_nothing():
 
 def test_squared_scores():
   value, _ = gradient(MODEL, SquaredScore(roll='all'))
-  aux = jax.tree.map(np.asarray, learn(MODEL, params(MODEL), parts.batch()['tokens']).aux)
+  aux = jax.tree.map(np.asarray, learned(MODEL, params(MODEL), parts.batch()).aux)
   assert value == pytest.approx(sum((aux['score'][r][aux['candidate'][r]] ** 2).mean() for r in range(L)), rel=1e-5)
   value, _ = gradient(token(), SquaredLogSum(roll='all'))
-  score = np.asarray(learn(token(), params(token()), parts.batch()['tokens']).aux['score'])
+  score = np.asarray(learned(token(), params(token()), parts.batch()).aux['score'])
   assert value == pytest.approx((np.log(np.exp(score).sum(0)) ** 2).mean(), rel=1e-4)
 
 
@@ -455,7 +460,7 @@ def test_balance():
 def test_the_bias_moves_against_the_load_and_stays_out_of_the_gate():
   model = ROUTERS['token_bias']
   value, grads = gradient(model, LoadBias(roll='all'))
-  aux = jax.tree.map(np.asarray, learn(model, params(model), parts.batch()['tokens']).aux)
+  aux = jax.tree.map(np.asarray, learned(model, params(model), parts.batch()).aux)
   load = -np.diff([*aux['taken'].sum((1, 2)), 0])
   bias = np.asarray(grads['cell']['router']['bias'])
   assert value == 0 and len(set(load)) > 1
@@ -470,7 +475,7 @@ def test_the_bias_moves_against_the_load_and_stays_out_of_the_gate():
 
   pushed = {**weights, 'cell': {**weights['cell'], 'router': {**weights['cell']['router'],
                                                              'bias': jnp.array([0.0, 0.0, 9.0, 0.0])}}}
-  moved = jax.tree.map(np.asarray, learn(model, pushed, parts.batch()['tokens']).aux)
+  moved = jax.tree.map(np.asarray, learned(model, pushed, parts.batch()).aux)
   assert (moved['taken'].sum(0) == 3).all() and not (aux['taken'].sum(0) == 3).all()
   np.testing.assert_array_equal(moved['share'][0], aux['share'][0])
   with pytest.raises(ConfigError, match='a bias that the router does not have'):

@@ -14,6 +14,7 @@ from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
 from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import Match
@@ -21,7 +22,7 @@ from loopformer.terms.ponder import Averaged, Geometric, Ponder
 from loopformer.terms.router import RouterBCE
 from loopformer.types import ConfigError, Draw, Plan, Readout, Trace
 from tests import parts
-from tests.parts import D, L, ROWS, T, V, close, forward, params
+from tests.parts import D, L, ROWS, T, V, close, over, params
 
 KEY = jax.random.key(5)
 
@@ -170,8 +171,8 @@ def test_the_long_pass_gets_no_gradient_from_the_shortcut():
   @jax.jit
   def by_hand(weights):
     def loss(w):
-      long = MODEL.apply({'params': jax.lax.stop_gradient(w)}, batch['tokens'], plans.Uniform(L)(KEY)).z
-      short = MODEL.apply({'params': w}, batch['tokens'], short_plan(KEY)).z
+      long = over(MODEL, jax.lax.stop_gradient(w), batch, plans.Uniform(L)(KEY)).z
+      short = over(MODEL, w, batch, short_plan(KEY)).z
       return 0.5 * jnp.sum(jnp.mean((long - short) ** 2, -1) * batch['weights']) / batch['weights'].sum()
     return jax.value_and_grad(loss)(weights)
 
@@ -224,8 +225,8 @@ def share(weights, batch, total, name='loopformer'):
 def test_loss_is_the_sum_assembled_by_hand():
   batch, weights = parts.batch(), params(MODEL)
   (loss, shares), _ = share(weights, batch, OBJECTIVE.denominators(batch))
-  z = {'long': forward(MODEL, weights, batch['tokens'], plans.Uniform(L)(KEY), batch['segments']).z,
-       'short': forward(MODEL, weights, batch['tokens'], short_plan(KEY), batch['segments']).z}
+  z = {'long': over(MODEL, weights, batch, plans.Uniform(L)(KEY)).z,
+       'short': over(MODEL, weights, batch, short_plan(KEY)).z}
   table, count = weights['read_in']['embedding'], float(batch['weights'].sum())
   ce = {name: float(naive(z[name], table, batch['targets'], batch['weights'])) / count for name in z}
   match = float(jnp.sum(jnp.mean((z['long'] - z['short']) ** 2, -1) * batch['weights'])) / count
@@ -233,6 +234,26 @@ def test_loss_is_the_sum_assembled_by_hand():
   np.testing.assert_allclose([shares['lm'], shares['lm_short'], shares['shortcut']],
                              [ce['long'], ce['short'], match], rtol=1e-5)
   np.testing.assert_allclose(loss, ce['long'] + 0.1 * ce['short'] + 0.3 * match, rtol=1e-5)
+
+
+def test_every_rollout_draws_its_own_noise_for_every_sequence():
+  """From the key, the rollout's name and the sequence's number: which other sequences are there does not matter."""
+  model = parts.looped(parts.plain(1), start=Noise(std=0.5))
+  objective = Objective(rolls={'a': Roll(plans.Uniform(1)), 'b': Roll(plans.Uniform(1))}, terms={})
+
+  @jax.jit
+  def ends(draw):
+    return [trace.x for trace in objective.rollouts(model, params(model), draw).values()]
+
+  def of(key, *rows):
+    chosen = np.array(rows)
+    batch = {name: jnp.repeat(leaf[:1], len(rows), 0) for name, leaf in parts.batch().items()}  # all the same text
+    return np.stack(ends(parts.draw(key, {**batch, 'row': jnp.asarray(chosen)})))
+
+  x, other = of(KEY, 0, 1, 2, 3), of(jax.random.fold_in(KEY, 1), 0, 1, 2, 3)
+  each = [*x[0], *x[1], *other[0], *other[1]]
+  assert min(np.abs(a - b).max() for i, a in enumerate(each) for b in each[:i]) > 1e-2
+  np.testing.assert_array_equal(of(KEY, 3, 5, 0, 2)[:, [0, 2, 3]], x[:, [3, 0, 2]])
 
 
 @every_objective
