@@ -9,7 +9,7 @@ Importing parses no flags and touches no device; what is offered here is loaded 
 import importlib
 
 __version__ = '0.1.0'
-_API = ('generate', 'load', 'logits')
+_API = ('Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch')
 __all__ = [*_API, 'convert']
 
 

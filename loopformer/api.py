@@ -1,9 +1,10 @@
 """The public functions; `import loopformer` offers them under their names."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +13,90 @@ import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.generation import generate, warn_beyond
+from loopformer.model import Looped, init_params, parameter_roles, run_batch
+from loopformer.tokenizer import load_tokenizer
 from loopformer.types import Array, ConfigError, Params, Plan
 
-__all__ = ['generate', 'load', 'logits']
+__all__ = ['Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch']
+TOKENIZER = 'tokenizer'  # where a folder that `Loaded.save` wrote keeps its own
 
 
-def load(workdir: str | Path, step: int | None = None,
-         mesh: jax.sharding.Mesh | None = None) -> tuple[Any, Params, Any, Any]:
-  """(model, params, tokenizer, config) of a training run, from its work folder alone.
+class Loaded(NamedTuple):
+  """A model with its weights, from wherever they came.
+
+  tokenizer: None where there is none. config: that of the run; of a model that came from elsewhere one without a task.
+  """
+  model: Looped
+  params: Params
+  tokenizer: Any
+  config: Any
+
+  def save(self, workdir: str | Path):
+    """Writes a work folder, of this machine or of a bucket, that `load`, evaluation, generation, export, `train.start`
+    and teachers read; a run of its configuration starts from these parameters there.
+
+    Raises:
+      ConfigError: a run is in the folder already.
+    """
+    from loopformer import config as configs
+    from loopformer.checkpoint import Checkpoints
+    workdir = storage.path(workdir)
+    storage.check_workdir(workdir)
+    if (workdir / configs.FILE).exists():
+      raise ConfigError(f'workdir = {workdir}: it holds a run; give a new folder')
+    configs.save(dataclasses.replace(self.config, model=self.model), workdir)
+    if self.tokenizer is not None:
+      self.tokenizer.save(workdir / TOKENIZER)
+    with Checkpoints(workdir) as checkpoints:
+      checkpoints.save(0, self.params, None, {}, {})
+
+
+def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Loaded:
+  """(model, params, tokenizer, config) of a training run, from its work folder alone; or of a model from elsewhere.
 
   Args:
-    workdir: the folder that the run was given, of this machine or of a bucket (gs://, s3://).
-    step: which checkpoint; the last complete one by default.
+    source: the work folder of a run; a Hugging Face folder; a .gguf file; or a checkpoint of a paper's own code, with
+      `kind='loopformer'` or another of `convert.from_official`. Of this machine or of a bucket (gs://, s3://).
+    step: which checkpoint of a run; the last complete one by default.
     mesh: None for one device, or `loopformer.sharding.Mesh(...).make()`, over whose axes fsdp and tensor the weights
       are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
       `generate` and `logits` then run on that mesh. With several processes all of them call it.
+    options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`.
 
   Raises:
-    ConfigError: no run, or no complete checkpoint (of that step), in the folder; a mesh that does not divide the heads.
+    ConfigError: no run, or no complete checkpoint (of that step), in the folder; a mesh that does not divide the heads;
+      what the converters refuse; an option that a run does not have.
   """
   from loopformer import config as configs
+  path = storage.path(source)
+  if 'kind' in options or path.suffix == '.gguf' or not configs.is_workdir(path) and (path / configs.FILE).is_file():
+    if step is not None:
+      raise ConfigError(f'step = {step}: {source} is no work folder, and has no steps; leave it out')
+    return _imported(source, mesh, **options)
+  if options:
+    raise ConfigError(f'{next(iter(options))}: a work folder says itself how its model is made; leave it out, or give '
+                      'another source')
+  return _of_run(path, step, mesh)
+
+
+def _imported(source, mesh, kind: str | None = None, **options):
+  from loopformer import config as configs, convert
+  from loopformer.objective import Objective, Roll, Weighted
+  from loopformer.tasks.imported import Imported
+  from loopformer.terms.cross_entropy import CE
+  if kind is None:
+    model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
+  else:
+    (model, params), tokenizer = convert.from_official(kind, source, mesh=mesh, **options), None
+  objective = Objective(rolls={'all': Roll(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
+  config = configs.Experiment(name=Path(str(source)).stem, model=model, objective=objective,
+                              task=Imported(length=model.read_in.length))
+  return Loaded(model, params, tokenizer, config)
+
+
+def _of_run(workdir, step, mesh):
+  from loopformer import config as configs
   from loopformer.checkpoint import FOLDER, Checkpoints, abstract
-  from loopformer.model import init_params, parameter_roles
-  workdir = storage.path(workdir)
   storage.check_workdir(workdir, writes=False)
   config = configs.read(workdir)
   if not (workdir / FOLDER).is_dir():
@@ -49,7 +111,9 @@ def load(workdir: str | Path, step: int | None = None,
     target = sharding.shardings(shapes, mesh, parameter_roles(config.model))
   with Checkpoints(workdir) as checkpoints:
     _, params = checkpoints.restore_params(step, abstract(shapes, target))
-  return config.model, params, config.task.tokenizer_of(workdir), config
+  own = workdir / TOKENIZER
+  tokenizer = load_tokenizer(own) if own.is_dir() else config.task.tokenizer_of(workdir)
+  return Loaded(config.model, params, tokenizer, config)
 
 
 def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[float] | None = None) -> Array:

@@ -91,13 +91,14 @@ class Checkpoints:
     """Starts to save; returns as soon as the arrays may be overwritten.
 
     `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of an
-    evaluation of this step, among them that of `best`, if there was one.
+    evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
     """
     args = self._ocp.args
     known = {self._best.name: values[self._best.name]} if self._best and values else None
     with self._saving():
       self._manager.save(step, metrics=known, args=args.Composite(
-          params=args.StandardSave(params), optimizer=args.StandardSave(optimizer),
+          params=args.StandardSave(params),
+          **({} if optimizer is None else {'optimizer': args.StandardSave(optimizer)}),
           meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
     self._begun = step
 

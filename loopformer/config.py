@@ -36,6 +36,7 @@ from loopformer.tasks.text import Text
 from loopformer.train import Train, best_of
 from loopformer.types import ConfigError, part
 
+FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
@@ -333,13 +334,23 @@ def save(config: Experiment, workdir: str | Path):
       copy = workdir / f'{name.removeprefix(LOADED)}.py'
       if not copy.exists():
         storage.write(copy, module.__source__)  # as it was read: the file may have changed or gone since
-  storage.write(workdir / 'config.json', encoded + '\n')
+  storage.write(workdir / FILE, encoded + '\n')
+
+
+def is_workdir(path: Any) -> bool:
+  """Whether a folder holds the configuration of a run, and not another program's file of that name, or none."""
+  if not (path / FILE).is_file():
+    return False
+  with contextlib.suppress(ValueError):
+    encoded = json.loads((path / FILE).read_text(encoding='utf-8'))
+    return isinstance(encoded, dict) and '$part' in encoded
+  return True  # damaged: `read` says so
 
 
 def read(workdir: str | Path) -> Experiment:
   """The configuration of a work folder. Raises ConfigError where it holds none."""
   workdir = storage.path(workdir)
-  path = workdir / 'config.json'
+  path = workdir / FILE
   if not path.is_file():
     raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
                       'give the work folder of a training run')

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import exits, loop, measures, plans, processes, sharding
+from loopformer.model import run_batch
 from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part, whole
 
 
@@ -65,8 +66,7 @@ def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, pl
 def motion(model: Any, params: Params, batch: Batch, plan: Plan) -> dict[str, Array]:
   """What the steps of a plan do to the state, means over tokens: its length f32[K], and how far each step but the first
   moves it, as a part of that, f32[K - 1]."""
-  trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'),
-                      keep=loop.Every())
+  trace = run_batch(model, params, batch, plan, keep=loop.Every())
   xs = trace.xs.astype(jnp.float32)
   norms, moves = (jnp.linalg.norm(x, axis=-1) for x in (xs, xs[1:] - xs[:-1]))
   return {'state norm': norms.mean((1, 2)), 'state change': (moves / jnp.maximum(norms[1:], 1e-9)).mean((1, 2))}

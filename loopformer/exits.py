@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.model import init_params, make_readout
+from loopformer.model import init_params, make_readout, run_batch
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part, whole
 
 
@@ -32,7 +32,7 @@ class Final:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
-    trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'))
+    trace = run_batch(model, params, batch, plan)
     steps = plan.steps if plan.live is None else plan.live.sum(0)
     steps += 0 if plan.free is None else plan.free
     steps = jnp.broadcast_to(steps, trace.z.shape[:1])
@@ -53,8 +53,7 @@ class Confidence:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
-    trace = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'),
-                        keep=loop.Every())
+    trace = run_batch(model, params, batch, plan, keep=loop.Every())
     readout = make_readout(model, params, batch)
     z, steps = self.pick(readout, trace, batch)
     return trace.replace(z=z, steps=steps, aux={'ran': trace.steps}), readout
@@ -116,8 +115,7 @@ class Adaptive:
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
     """As Final.run; steps i32[B, T]. What is drawn for a sequence comes from its number in the batch, `row`."""
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch['row']) if 'row' in batch else None
-    trace = model.apply({'params': params}, batch['tokens'], plan, self, dial, batch.get('positions'),
-                        batch.get('segments'), keys=keys, method='adapt')
+    trace = run_batch(model, params, batch, plan, leave=self, dial=dial, keys=keys, method='adapt')
     return trace, make_readout(model, params, batch)
 
 

@@ -166,6 +166,15 @@ class Looped(nn.Module):
     return self.read_out.outputs_of(self.read_in)
 
 
+def run_batch(model: Looped, params: Params, batch: Batch, plan: Plan, **options: Any) -> Trace:
+  """A pass over a batch: its tokens, at its positions and within its segments, where it has them.
+
+  options: further arguments of the model, such as `keep`, `noise`, or `method='adapt'` and what that takes.
+  """
+  return model.apply({'params': params}, batch['tokens'], plan, pos=batch.get('positions'), seg=batch.get('segments'),
+                     **options)
+
+
 def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
   """The way from states of this batch to answers."""
   variables = {'params': params}

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.model import make_readout
+from loopformer.model import make_readout, run_batch
 from loopformer.types import Array, Batch, ConfigError, Draw, Params, Planner, Term, Trace, part
 
 
@@ -32,14 +32,27 @@ class Weighted:
 
 
 @part
+class AsGiven:
+  """Learns from the batch as it is."""
+
+  def __call__(self, draw: Draw) -> Batch:
+    return draw.batch
+
+
+@part
 class Objective:
   """loss = sum over terms of weight * sum / weight-sum, over the rollouts in `rolls`.
 
   Every mean is one sum over the whole global batch divided once by a weight that depends on the batch alone, so that
   microbatches, devices and hosts agree whatever the padding.
+
+  prepare: what becomes of a batch in every step, before anything is summed or divided: draw -> batch, leaves [B, ...]. It
+  may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it drew. What
+  it draws for a sequence it draws from `draw.keys()`.
   """
   rolls: Mapping[str, Roll]
   terms: Mapping[str, Weighted]
+  prepare: Callable[[Draw], Batch] = AsGiven()
 
   def __post_init__(self):
     for name, weighted in self.terms.items():
@@ -52,6 +65,10 @@ class Objective:
   def longest(self) -> int:
     """Rows of the longest plan."""
     return max(roll.plan.longest for roll in self.rolls.values())
+
+  def prepared(self, draw: Draw) -> Draw:
+    """The same with the batch that is learned from; once in a step, for all microbatches."""
+    return draw.replace(batch=self.prepare(draw.named('prepare')))
 
   def denominators(self, batch: Batch) -> dict[str, Array]:
     """f32[] for every term: what its sum over this batch is divided by."""
@@ -68,12 +85,11 @@ class Objective:
     if missing:
       raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout runs; give those of all '
                         'objective.teachers, by their folders')
-    traces, batch = {}, draw.batch
+    traces = {}
     for name, roll in self.rolls.items():
       noise = draw.named(f'{name} noise').keys()
       weights = params if roll.weights is None else jax.lax.stop_gradient(frozen[roll.weights])
-      traces[name] = model.apply({'params': weights}, batch['tokens'], roll.plan(draw.named(name)), batch.get('positions'),
-                                 batch.get('segments'), keep=roll.keep, noise=noise)
+      traces[name] = run_batch(model, weights, draw.batch, roll.plan(draw.named(name)), keep=roll.keep, noise=noise)
     return traces
 
   def __call__(self, model, params: Params, draw: Draw, denominators: Mapping[str, Array],

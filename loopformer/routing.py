@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from loopformer.frozen import Only
-from loopformer.model import make_readout
+from loopformer.model import make_readout, run_batch
 from loopformer.roles import Roles
 from loopformer.terms.router import loads
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
@@ -38,14 +38,13 @@ class AsTrained:
 def learning(model: Any, params: Params, batch: Batch, plan: Plan, seed: int = 0) -> Trace:
   """The pass that a training step makes."""
   keys = jax.random.split(jax.random.key(seed), len(batch['tokens']))
-  return model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments'),
-                     noise=keys)
+  return run_batch(model, params, batch, plan, noise=keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model, params, batch, plan):
   learns = learning(model, params, batch, plan).aux
-  answers = model.apply({'params': params}, batch['tokens'], plan, batch.get('positions'), batch.get('segments')).aux
+  answers = run_batch(model, params, batch, plan).aux
   agrees = (learns['causal'] == learns['taken']) & learns['candidate']
   return {'candidates': learns['candidate'].sum((1, 2)), 'agrees': agrees.sum((1, 2)),
           'tokens': jnp.float32(answers['taken'][0].size), 'taken': answers['taken'].sum((1, 2)),

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
-from loopformer import metrics, plans, processes, sharding, storage
+from loopformer import averages, metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Best, Checkpoints, abstract
 from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params, parameter_roles
@@ -129,6 +129,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
 
   def gradient(specs, frozen_specs, params, frozen, draw):
     params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
+    draw = objective.prepared(draw)
     weights = total(objective.denominators(draw.batch))
     share = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
     if accumulate == 1:
@@ -169,7 +170,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
 
 
 def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
-          profile: tuple[int, int] | None = None, verify: bool = False) -> State:
+          profile: tuple[int, int] | None = None, verify: bool = False, params: Params | None = None) -> State:
   """Runs or resumes `config` in `workdir`, whose config.json must agree with it already.
 
   With several processes (processes.py) all call it; the leader writes.
@@ -177,6 +178,8 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   Args:
     profile: the first and the last step of a profile, which goes to `workdir`/profile; None for none.
     verify: whether all data are read first, and compared with what was prepared.
+    params: the first values of the parameters, a tree like that of `model.init_params`; random ones if absent. A run that
+      is resumed has its own.
 
   Raises:
     NotFinite: a term of the loss is not a number any more; the checkpoints before it are kept.
@@ -219,16 +222,22 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   memory = config.control.start()
   with Checkpoints(workdir, options.keep, best) as checkpoints:
     target = abstract(shapes, shardings)
-    first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
+    if checkpoints.latest() == 0:  # what `Loaded.save` wrote: parameters alone, to start from
+      params, first, restored = checkpoints.restore_params(0, target.params)[1], 0, None
+    else:
+      first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
     if first:
       params, optimizer_state, position, memory = restored
+      params, optimizer_state = averages.exchanged(params, optimizer_state)
       stream.set_state(position)
       state = State(step=jax.device_put(np.int32(first), shardings.step), params=params, optimizer=optimizer_state)
       log(f'resumed from step {first}')
     else:
       state = jax.jit(make, out_shardings=shardings)()
-      if options.start is not None:
-        state = state.replace(params=_started(state.params, options.start, mesh, log))
+      if params is not None:
+        state = _begun(state, _like(params, state.params, 'params'), optimizer, shardings)
+      elif options.start is not None:
+        state = _begun(state, _started(state.params, options.start, mesh, log), optimizer, shardings)
     writer = metrics.writer(workdir, first) if processes.is_leader() else metrics.Silent()
     step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
     fresh = jax.jit(lambda: make().params, out_shardings=shardings.params)
@@ -243,6 +252,22 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
         return run(state, stream, first)
     except storage.Unreachable as error:
       raise OSError(f'{error}; {checkpoints.last_good()}, where the same command resumes') from error
+
+
+def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> State:
+  """The state of a run that starts from these parameters, of which an optimiser may keep averages."""
+  return state.replace(params=params, optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params))
+
+
+def _like(given: Params, own: Params, name: str) -> Params:
+  """Parameters placed as those of the run. Raises ConfigError where names or shapes are not those of the model."""
+  ours, theirs = ({jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+                   for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (own, given))
+  for path in ours.keys() | theirs.keys():
+    if ours.get(path) != theirs.get(path):
+      raise ConfigError(f'{name}: {path} has the shape {theirs.get(path, "(absent)")} there, '
+                        f'{ours.get(path, "(absent)")} in the model; give parameters of the same model')
+  return jax.tree.map(lambda leaf, mine: jax.device_put(jnp.array(leaf, mine.dtype), mine.sharding), given, own)
 
 
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
@@ -310,13 +335,14 @@ class _Run:
           self._report(pending)
           pending = None
           with clock.timed('eval'), jax.set_mesh(self.mesh):  # over which kernels divide their rows
-            evaluated = self._evaluate(number, sharding.gathered(state.params))
+            evaluated = self._evaluate(number, sharding.gathered(averages.exchanged(state.params, state.optimizer)[0]))
         if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
           self._report(pending)  # a state is saved once its loss is known to be finite
           pending = None
           with clock.timed('save'):
             self.writer.flush()  # rows of steps that are saved are not written again
-            self.checkpoints.save(number, state.params, state.optimizer, stream.get_state(), self.memory, evaluated)
+            params, optimizer_state = averages.exchanged(state.params, state.optimizer)
+            self.checkpoints.save(number, params, optimizer_state, stream.get_state(), self.memory, evaluated)
         if self.stopped and not last:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
           raise SystemExit(0)

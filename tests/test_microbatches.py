@@ -52,6 +52,9 @@ def test_parts_of_a_model_add_up_to_the_batch():
 class Weighed:
   """Stands for an objective: a mean over tokens of what each sequence and its draw make of the parameters."""
 
+  def prepared(self, draw):
+    return draw
+
   def denominators(self, batch):
     return {'lm': batch['weights'].sum()}
 
@@ -73,6 +76,9 @@ def test_parts_add_up_to_the_batch():
 class Counted:
   """Stands for an objective: its loss is the sum over microbatches of 2 ** the steps that they draw."""
   plan = plans.RandomDepth(20)
+
+  def prepared(self, draw):
+    return draw
 
   def denominators(self, batch):
     return {}

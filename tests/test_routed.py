@@ -20,6 +20,7 @@ from loopformer.loop import Every
 from loopformer.model import make_readout, parameter_count
 from loopformer.optim import AdamW, Trapezoid
 from loopformer.positions import Rotary
+from loopformer.roles import Roles
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.router import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.types import ConfigError, Trace, part
@@ -468,7 +469,7 @@ def test_the_bias_moves_against_the_load_and_stays_out_of_the_gate():
   others = {**grads['cell'], 'router': grads['cell']['router']['scores']}
   assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(others))
 
-  optimizer = routing.LossFree(of=AdamW(schedule=Trapezoid(peak=0.1)), rate=0.01).make(3)
+  optimizer = routing.LossFree(of=AdamW(schedule=Trapezoid(peak=0.1)), rate=0.01).make(3, Roles())
   weights = params(model)
   updates, _ = optimizer.update(grads, optimizer.init(weights), weights)
   np.testing.assert_allclose(updates['cell']['router']['bias'], 0.01 * np.sign(load.mean() - load), atol=1e-8)

@@ -13,6 +13,7 @@ from loopformer import data, metrics, plans, processes, sharding
 from loopformer import train as training
 from loopformer.checkpoint import Checkpoints
 from loopformer.evaluate import Depths
+from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Noise
@@ -87,6 +88,9 @@ class Drawn:
   """An objective whose loss is a number that is drawn."""
   teachers = ()
 
+  def prepared(self, draw):
+    return draw
+
   def denominators(self, batch):
     return {}
 
@@ -97,7 +101,7 @@ class Drawn:
 
 
 def test_what_a_step_draws_comes_from_the_seed_and_its_number():
-  mesh, optimizer = sharding.Mesh().make(jax.devices()[:1]), CONFIG.optim.make(6)
+  mesh, optimizer = sharding.Mesh().make(jax.devices()[:1]), CONFIG.optim.make(6, parameter_roles(CONFIG.model))
 
   def drawn(seed, *numbers):
     step = training.make_step(None, Drawn(), optimizer, mesh, seed=seed)
@@ -117,7 +121,7 @@ def test_what_a_step_draws_comes_from_the_seed_and_its_number():
 
 def test_weights_start_from_the_seed():
   def start(seed):
-    return jax.jit(lambda: training.init_state(CONFIG.model, CONFIG.optim.make(6), seed).params)()
+    return jax.jit(lambda: training.init_state(CONFIG.model, CONFIG.optim.make(6, parameter_roles(CONFIG.model)), seed).params)()
 
   first, other, again = (jax.tree.leaves(start(seed)) for seed in (0, 1, 0))
   assert any((a != b).any() for a, b in zip(first, other))
