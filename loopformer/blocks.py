@@ -177,60 +177,58 @@ class LayerNorm(nn.Module):
     return (UnitNorm(self.eps)(x32 - x32.mean(-1, keepdims=True)) * scale + bias).astype(x.dtype)
 
 
-class Linear(nn.Module):
-  """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser.
+class Dense(nn.Module):
+  """x W + b: what makes the products of attention and MLP, each of which has a copy of it.
 
-  For decoding the kernel may be given as `turned` [O, I] instead (flat.flattened).
+  Others stand in its place as `linear` of attention and MLP (low_rank.py). For decoding the kernel may be given as
+  `turned` [O, I] instead (flat.flattened).
   """
+
+  @nn.compact
+  def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
+               gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
+    """x [..., I] -> gain * (x W + b) [..., features].
+
+    Args:
+      init: draws W [I, features]; bias: draws b, or None for none. ctx: where the step stands, for others than this.
+      divided: which axis of W a tensor group divides, -1 (outputs), -2, or None.
+      heads: None, or (H, G) where W makes queries, keys and values, of which q [B, T, H, d] and k, v [B, T, G, d] are
+        returned. It is laid out [I, G (H/G queries + 1 key + 1 value) d], so that it divides over groups; where the
+        backend wants them apart (backend.py), its parts are multiplied each by itself.
+    """
+    if self.has_variable('params', 'turned'):
+      y = turned(x, self.get_variable('params', 'turned'))
+      y = (y if gain is None else y * gain).astype(x.dtype)
+    else:
+      kernel = roles.param(self, 'kernel', init, (x.shape[-1], features), Role(dtype=x.dtype, tensor=divided))
+      if heads is not None and backend.current().qkv_apart:
+        head = features // (heads[0] + 2 * heads[1])
+        q, k, v = (dense_heads(x, part.reshape(x.shape[-1], -1, head)) for part in unfused(kernel, *heads))
+        return tuple(checkpoint_name(y, attention.PRODUCT) for y in (q, k, v))
+      y = checkpoint_name(dense(x, kernel, gain), attention.PRODUCT)
+    if bias is not None:
+      role = Role(tensor=-1 if divided == -1 else None)
+      bias = roles.param(self, 'bias', bias, (features,), role).astype(y.dtype)
+      y += bias if gain is None else bias * gain.astype(y.dtype)
+    return y if heads is None else by_heads(y, *heads)
+
+
+class Linear(nn.Module):
+  """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser."""
   features: int
   std: float = 0.02
   bias: Any = None
   init: Any = None
 
   @nn.compact
-  def __call__(self, x: Array, gain: Array | None = None, divided: int | None = None) -> Array:
-    """x [..., I] -> gain * (x W + b) [..., O]; divided: which axis of W a tensor group divides, -1 (outputs) or -2."""
-    if self.has_variable('params', 'turned'):
-      y = turned(x, self.get_variable('params', 'turned'))
-      y = (y if gain is None else y * gain).astype(x.dtype)
-    else:
-      kernel = roles.param(self, 'kernel', self.init or Normal(self.std), (x.shape[-1], self.features),
-                           Role(dtype=x.dtype, tensor=divided))
-      y = checkpoint_name(dense(x, kernel, gain), attention.PRODUCT)
-    if self.bias is None:
-      return y
-    role = Role(tensor=-1 if divided == -1 else None)
-    bias = roles.param(self, 'bias', self.bias, (self.features,), role).astype(y.dtype)
-    return y + (bias if gain is None else bias * gain.astype(y.dtype))
+  def __call__(self, x: Array) -> Array:
+    return Dense(parent=self.scope)(x, self.features, self.init or Normal(self.std), bias=self.bias)
 
 
-class QKV(nn.Module):
-  """Queries, keys and values, the products of x with one kernel [D, G (H/G queries + 1 key + 1 value) d].
-
-  So laid out, it divides over groups. Where the backend wants them apart (backend.py), its parts are multiplied each by
-  itself; else it is one product, which is then cut.
-  """
-  heads: int
-  groups: int
-  std: float = 0.02
-  init: Any = None
-
-  @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, Array, Array]:
-    """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]."""
-    width = x.shape[-1]
-    head = width // self.heads
-    outputs = (self.heads + 2 * self.groups) * head
-    if self.has_variable('params', 'turned'):
-      q, k, v = unfused(turned(x, self.get_variable('params', 'turned')).astype(x.dtype), self.heads, self.groups)
-    else:
-      kernel = roles.param(self, 'kernel', self.init or Normal(self.std), (width, outputs),
-                           Role(dtype=x.dtype, tensor=-1))
-      if backend.current().qkv_apart:
-        q, k, v = (dense_heads(x, part.reshape(width, -1, head)) for part in unfused(kernel, self.heads, self.groups))
-        return tuple(checkpoint_name(y, attention.PRODUCT) for y in (q, k, v))
-      q, k, v = unfused(checkpoint_name(dense(x, kernel), attention.PRODUCT), self.heads, self.groups)
-    return q.reshape(*x.shape[:-1], self.heads, head), k.squeeze(-2), v.squeeze(-2)
+def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Ctx) -> tuple[Array, Array, Array]:
+  """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]: the first products of an attention, inside its `__call__`."""
+  outputs = (attn.heads + 2 * groups) * (x.shape[-1] // attn.heads)
+  return attn.linear.copy(name='qkv')(x, outputs, init, ctx, divided=-1, heads=(attn.heads, groups))
 
 
 class ValueEmbed(nn.Module):
@@ -254,6 +252,7 @@ class SelfAttention(nn.Module):
 
   position: where queries and keys learn their places (positions.py), if not from the input. norm_qk: of every query and
   key, after that. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
+  linear: what makes its products.
   """
   heads: int
   groups: int | None = None
@@ -266,6 +265,7 @@ class SelfAttention(nn.Module):
   values: ValueEmbed | None = None
   init: Any = None
   out_init: Any = None
+  linear: Any = Dense()
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
@@ -273,7 +273,7 @@ class SelfAttention(nn.Module):
     width = x.shape[-1]
     check_attention(self, width, '')
     groups, _ = heads_of(self, width)
-    q, k, v = QKV(self.heads, groups, self.std, self.init, name='qkv')(x)
+    q, k, v = qkv(self, x, groups, self.init or Normal(self.std), ctx)
     q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
@@ -283,7 +283,8 @@ class SelfAttention(nn.Module):
       v = self.values(v, x, ctx.tokens)
     out, kv = attended(self, q, k, v, ctx, kv, layer)
     bias = Normal(0.0) if 'out' in self.biased else None
-    return Linear(width, self.out_std, bias, self.out_init, name='out')(out, gate, divided=-2), kv
+    return self.linear.copy(name='out')(out, width, self.out_init or Normal(self.out_std), ctx, bias=bias, gain=gate,
+                                        divided=-2), kv
 
   def _biased(self, name, x):
     if name not in self.biased:
@@ -350,6 +351,12 @@ def unfused(qkv: Array, heads: int, groups: int) -> tuple[Array, Array, Array]:
   return q, k, v
 
 
+def by_heads(y: Array, heads: int, groups: int) -> tuple[Array, Array, Array]:
+  """A fused projection [..., G (H/G queries + key + value) d] -> q [..., H, d], k and v [..., G, d]."""
+  q, k, v = unfused(y, heads, groups)
+  return q.reshape(*y.shape[:-1], heads, -1), k.squeeze(-2), v.squeeze(-2)
+
+
 def unfused_kernel(kernel: Array, heads: int, groups: int, given: str) -> tuple[Array, Array, Array]:
   """The kernel [..., D, outputs] of a fused projection in three, as `unfused`.
 
@@ -363,7 +370,7 @@ def unfused_kernel(kernel: Array, heads: int, groups: int, given: str) -> tuple[
 
 
 class MLP(nn.Module):
-  """D -> F -> D. biased: which of up, down have a bias."""
+  """D -> F -> D. biased: which of up, down have a bias. linear: what makes its products."""
   hidden: int
   std: float = 0.02
   out_std: float = 0.02
@@ -371,12 +378,15 @@ class MLP(nn.Module):
   biased: tuple[str, ...] = ()
   init: Any = None
   out_init: Any = None
+  linear: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, gate: Array | None = None) -> Array:
+  def __call__(self, x: Array, gate: Array | None = None, ctx: Ctx | None = None) -> Array:
     up, down = (Normal(0.0) if name in self.biased else None for name in ('up', 'down'))
-    hidden = self.activation(Linear(self.hidden, self.std, up, self.init, name='up')(x, divided=-1))
-    return Linear(x.shape[-1], self.out_std, down, self.out_init, name='down')(hidden, gate, divided=-2)
+    hidden = self.activation(self.linear.copy(name='up')(
+        x, self.hidden, self.init or Normal(self.std), ctx, bias=up, divided=-1))
+    return self.linear.copy(name='down')(hidden, x.shape[-1], self.out_init or Normal(self.out_std), ctx, bias=down,
+                                         gain=gate, divided=-2)
 
   def flops(self, width: int) -> float:
     """Floating-point operations a token, forward."""
@@ -384,19 +394,20 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-  """down(silu(gate(x)) * up(x)), gate and up one matrix [D, 2, F] (SwiGLU)."""
+  """down(silu(gate(x)) * up(x)), gate and up one matrix [D, 2, F] (SwiGLU). linear: what makes its products."""
   hidden: int
   std: float = 0.02
   up_std: float | None = None
   out_std: float = 0.02
   activation: Callable[[Array], Array] = jax.nn.silu
+  linear: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, gate: Array | None = None) -> Array:
+  def __call__(self, x: Array, gate: Array | None = None, ctx: Ctx | None = None) -> Array:
     init = Halves(self.std, self.std if self.up_std is None else self.up_std)
-    both = Linear(2 * self.hidden, init=init, name='up')(x, divided=-1)
+    both = self.linear.copy(name='up')(x, 2 * self.hidden, init, ctx, divided=-1)
     hidden = self.activation(both[..., :self.hidden]) * both[..., self.hidden:]
-    return Linear(x.shape[-1], self.out_std, name='down')(hidden, gate, divided=-2)
+    return self.linear.copy(name='down')(hidden, x.shape[-1], Normal(self.out_std), ctx, gain=gate, divided=-2)
 
   def flops(self, width: int) -> float:
     """Floating-point operations a token, forward."""
@@ -443,7 +454,7 @@ class Block(nn.Module):
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
     branch, kv = self.attn(self._normed(self.norm_attn, x, s_a), ctx, kv, layer, g_a)
     x = x + branch.astype(x.dtype)
-    branch = self.mlp(self._normed(self.norm_mlp, x, s_m), g_m)
+    branch = self.mlp(self._normed(self.norm_mlp, x, s_m), g_m, ctx)
     return x + branch.astype(x.dtype), kv
 
   def _normed(self, norm, x, scale):
@@ -482,7 +493,7 @@ class Sandwich(nn.Module):
     """x [B, T, D] -> (x, kv)."""
     branch, kv = self.attn(self.n1(x).astype(self.dtype), ctx, kv, layer)
     x = self.n2(x + branch.astype(x.dtype))
-    return self.n4(x + self.mlp(self.n3(x).astype(self.dtype)).astype(x.dtype)), kv
+    return self.n4(x + self.mlp(self.n3(x).astype(self.dtype), ctx=ctx).astype(x.dtype)), kv
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import attention
-from loopformer.blocks import (MLP, QKV, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention,
-                               check_layer, heads_of, layer_flops)
+from loopformer.blocks import (MLP, Dense, GatedMLP, Linear, Normal, RMSNorm, attention_flops, check_attention,
+                               check_layer, heads_of, layer_flops, qkv)
 from loopformer.positions import Rotary
 from loopformer.types import Array, Ctx
 
@@ -69,6 +69,7 @@ class GatedAttention(nn.Module):
   out_std: float = 0.02
   kernel: attention.Kernel = attention.Fused()
   position: Any = Rotary()
+  linear: Any = Dense()
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, view: Any, layer: Array | int,
@@ -77,11 +78,12 @@ class GatedAttention(nn.Module):
     batch, length, width = x.shape
     check_attention(self, width, '')
     groups, _ = heads_of(self, width)
-    q, k, v = QKV(self.heads, groups, self.std, name='qkv')(x)
+    q, k, v = qkv(self, x, groups, Normal(self.std), ctx)
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     out, left = view.attend(self, q, k, v, ctx, layer, gate)
-    return Linear(width, self.out_std, name='out')(out.reshape(batch, length, width), divided=-2), left
+    out = out.reshape(batch, length, width)
+    return self.linear.copy(name='out')(out, width, Normal(self.out_std), ctx, divided=-2), left
 
   def extended(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys, whose heads stand at
@@ -111,7 +113,7 @@ class GatedBlock(nn.Module):
     """x [B, T, D] -> (x, what the view leaves)."""
     branch, left = self.attn(self.norm_attn(x).astype(self.dtype), ctx, view, layer, lambda q: self.gate(q, x))
     x = x + branch.astype(x.dtype)
-    return x + self.mlp(self.norm_mlp(x).astype(self.dtype)).astype(x.dtype), left
+    return x + self.mlp(self.norm_mlp(x).astype(self.dtype), ctx=ctx).astype(x.dtype), left
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""

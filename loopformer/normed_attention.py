@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import attention
-from loopformer.blocks import QKV, Linear, RMSNorm, attended, attention_flops, check_attention, heads_of
+from loopformer.blocks import Dense, Normal, RMSNorm, attended, attention_flops, check_attention, heads_of, qkv
 from loopformer.positions import Rotary
 from loopformer.types import KV, Array, Ctx
 
@@ -24,6 +24,7 @@ class NormedAttention(nn.Module):
   kernel: attention.Kernel = attention.Fused()
   position: Any = Rotary()
   norm: nn.Module = RMSNorm(1e-6)
+  linear: Any = Dense()
 
   def setup(self):
     self.norm_q, self.norm_k = self.norm.clone(parent=None), self.norm.clone(parent=None)
@@ -34,11 +35,11 @@ class NormedAttention(nn.Module):
     width = x.shape[-1]
     check_attention(self, width, '')
     groups, _ = heads_of(self, width)
-    q, k, v = QKV(self.heads, groups, self.std, name='qkv')(x)
+    q, k, v = qkv(self, x, groups, Normal(self.std), ctx)
     q, k = self.norm_q(q), self.norm_k(k)
     q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     out, kv = attended(self, q, k, v, ctx, kv, layer)
-    return Linear(width, self.out_std, name='out')(out, gate), kv
+    return self.linear.copy(name='out')(out, width, Normal(self.out_std), ctx, gain=gate, divided=-2), kv
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward."""

@@ -26,7 +26,7 @@ class PeriNormed(nn.Module):
     """x [B, T, D] -> (x, kv)."""
     branch, kv = self.attn(self.n1(x).astype(self.dtype), ctx, kv, layer)
     x = x + self.n2(branch).astype(x.dtype)
-    return x + self.n4(self.mlp(self.n3(x).astype(self.dtype))).astype(x.dtype), kv
+    return x + self.n4(self.mlp(self.n3(x).astype(self.dtype), ctx=ctx)).astype(x.dtype), kv
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from loopformer import plans, roles, sharding
-from loopformer.blocks import Linear, RMSNorm, Stack
+from loopformer.blocks import Dense, Linear, Normal, RMSNorm, Stack
 from loopformer.cells.plain import Plain
 from loopformer.model import parameter_roles
 from loopformer.flat import flattened
@@ -29,7 +29,7 @@ class Odd(nn.Module):
     b = self.param('B', nn.initializers.ones, (width,))  # a vector: does not
     kernel = self.param('kernel', nn.initializers.ones, (width,))
     table = roles.param(self, 'table', nn.initializers.ones, (width, 4), Role(decayed=False, tensor=-2))
-    y = Linear(width, name='anything')(x.astype(self.dtype), divided=-1).astype(x.dtype)
+    y = Dense(name='anything')(x.astype(self.dtype), width, Normal(0.02), divided=-1).astype(x.dtype)
     exact = Linear(width, name='up')(x.astype(jnp.float32))  # in float32, whatever the layer's dtype
     return x + y + exact + (x @ a) * b * kernel + table.sum(), kv
 

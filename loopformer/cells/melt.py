@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import attention, loop, memory, roles
-from loopformer.blocks import (Linear, Normal, RMSNorm, Stack, attended, attention_flops, check_attention, dense,
+from loopformer.blocks import (Dense, Normal, RMSNorm, Stack, attended, attention_flops, check_attention, dense,
                                heads_of, unfused)
 from loopformer.cells.cell import Cell
 from loopformer.roles import Role
@@ -190,7 +190,7 @@ class LatentAttention(nn.Module):
         kv = kv.replace(base=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.base, base))
         own = jax.tree.map(lambda own, base: blended(ctx.tick.code, own, base), own, base)
       out = self._read(q, *own, ctx, layer)
-    out = Linear(width, self.out_std, name='out')(out, gate, divided=-2)
+    out = Dense(name='out')(out, width, Normal(self.out_std), ctx, gain=gate, divided=-2)
     return out, kv if kv.given is None else kv.replace(given=_put(kv.given, out, layer))
 
   def _turned(self, x, pos):

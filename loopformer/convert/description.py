@@ -25,7 +25,7 @@ MODEL_TYPE = 'loopformer'
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
             condition.LoopIndex, condition.Modulation, inject.Hold, inject.Add, inject.Concat, inject.Diagonal,
             starts.Embedded, starts.Zeros, blocks.Stack, blocks.Block, blocks.Sandwich, blocks.Chain,
-            blocks.SelfAttention, NormedAttention, blocks.MLP, blocks.GatedMLP, blocks.Linear, blocks.Identity,
+            blocks.SelfAttention, NormedAttention, blocks.MLP, blocks.GatedMLP, blocks.Linear, blocks.Dense, blocks.Identity,
             blocks.UnitNorm, blocks.RMSNorm, blocks.LayerNorm, Rotary)
 FUNCTIONS = (blocks.gelu, blocks.gelu_tanh, blocks.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
