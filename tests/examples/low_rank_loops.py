@@ -1,0 +1,34 @@
+"""A shared block that differs from loop to loop by an update of low rank (relaxed recursive transformers, in a loop).
+
+    python -m experiments.main --config=tests/examples/low_rank_loops.py --workdir=runs/low_rank
+"""
+from loopformer import plans
+from loopformer.blocks import MLP, Block, SelfAttention, Stack
+from loopformer.cells.plain import Plain
+from loopformer.config import Experiment, arguments
+from loopformer.embed import TokenEmbed
+from loopformer.evaluate import Depths
+from loopformer.low_rank import LowRank
+from loopformer.model import Looped
+from loopformer.objective import Objective, Roll, Weighted
+from loopformer.optim import AdamW, WarmupCosine
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.p_hop import PHop
+from loopformer.terms.cross_entropy import CE
+from loopformer.train import Train
+
+
+def get_config(argument: str = '') -> Experiment:
+  """The experiment of an argument such as `rank=4`."""
+  given = arguments(argument, rank=2, loops=3)
+  task = Generated(of=PHop(length=16), held_out=64)
+  linear = LowRank(rank=given['rank'], loops=given['loops'])
+  block = Block(attn=SelfAttention(heads=2, linear=linear), mlp=MLP(hidden=64, linear=linear))
+  model = Looped(read_in=TokenEmbed(vocab=task.of.vocab, width=32, length=task.length),
+                 cell=Plain(Stack(block, 1)), loops=given['loops'])
+  return Experiment(
+      name='low rank', model=model, task=task, evals=Depths(budgets=(1, given['loops'])),
+      objective=Objective(rolls={'all': Roll(plans.Uniform(given['loops']))},
+                          terms={'lm': Weighted(1.0, CE(roll='all'))}),
+      train=Train(steps=40, batch=16, eval_every=40, save_every=40, eval_batches=1),
+      optim=AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=4)))
