@@ -86,9 +86,9 @@ def test_the_same_prompt_alone_and_in_a_list():
   leave = CASES['sampled'][1]
 
   def last(*prompts):
-    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=leave, rows=3, max_new_tokens=8, temperature=0.0)[-1]
+    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=leave, rows=4, max_new_tokens=16, temperature=0.0)[-1]
 
-  assert last('abc') == last('q', 'hello there', '', 'abc')
+  assert last('x = 1') == last('q', 'hello there', '', 'x = 1')
 
 
 @pytest.mark.parametrize('leave', [exits.Final(), exits.Confidence(), CASES['sampled'][1]],
