@@ -276,9 +276,9 @@ class Outcome:
 class Copy:
   """A copy of the project, in which mutants are tried."""
 
-  def __init__(self, folder: Path, name: str, log: Path):
+  def __init__(self, folder: Path, name: str, log: Path, matching: str):
     self.folder, self.file, self._log = folder, folder / f'loopformer/{name}.py', log
-    self._tests = [f'tests/test_{test}.py' for test in TESTS[name]]
+    self._tests = ['-k', matching, *(f'tests/test_{test}.py' for test in TESTS[name])]
     self.kills, self.seconds = collections.Counter(), {}
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'runs', 'build', 'dist'))
     self.source = self.file.read_bytes()
@@ -334,6 +334,7 @@ def main():
   parser.add_argument('--limit', type=int, help='mutants to try; all by default')
   parser.add_argument('--seed', type=int, default=0, help='which ones')
   parser.add_argument('--line', type=int, action='append', help='only those of this line; may be given again')
+  parser.add_argument('-k', default='', help='only tests that match, as of pytest; others may notice what survives')
   parser.add_argument('--timeout', type=float, help='seconds for a mutant; by default three times those of the tests')
   options = parser.parse_args()
   name = Path(options.file).stem
@@ -348,7 +349,7 @@ def main():
     for module in IMPORTS:
       importlib.import_module(module)
     log = Path(folder) / 'log.txt'
-    copy = Copy(Path(folder) / 'project', name, log)
+    copy = Copy(Path(folder) / 'project', name, log, options.k)
     whole = copy.run(copy.source, None)
     if whole.verdict != 'passed':
       sys.exit(f'{log.read_text()[-4000:]}\nerror: without a mutant the tests {whole.verdict}')
