@@ -293,12 +293,14 @@ class Copy:
     if not child:
       self._child(report)
     status = None
-    while status is None and (limit is None or time.monotonic() - begun < limit):
-      ended, code = os.waitpid(child, os.WNOHANG)
-      status = os.waitstatus_to_exitcode(code) if ended else time.sleep(0.05)
-    if status is None:
-      os.killpg(child, signal.SIGKILL)
-      os.waitpid(child, 0)
+    try:
+      while status is None and (limit is None or time.monotonic() - begun < limit):
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else time.sleep(0.05)
+    finally:
+      if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     told = json.loads(report.read_text()) if report.exists() else {'failed': [], 'seconds': {}}
     verdict = 'out of time' if status is None else 'passed' if status == 0 else 'failed'
     return Outcome(verdict, told['failed'], told['seconds'], time.monotonic() - begun)
@@ -308,6 +310,7 @@ class Copy:
     status = 3
     try:
       os.setsid()
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
       out = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
       os.dup2(out, 1), os.dup2(out, 2)
       os.chdir(self.folder)
@@ -340,6 +343,7 @@ def main():
   name = Path(options.file).stem
   if name not in TESTS:
     parser.error(f'{options.file}: no tests are known of it; there are {", ".join(TESTS)}')
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whose clean-up ends the tests that run
   known = reasons(REASONS.read_text())
   for before, after in stale(known, [(ROOT / f'loopformer/{name}.py').read_bytes() for name in TESTS]):
     print(f'{REASONS.name}: no file has this line any more, take its reason out\n  - {before}\n  + {after}')
