@@ -56,6 +56,12 @@ class Streams:
   def __post_init__(self):
     check_window(self.window_left, 'memory.')
 
+  room = memory.room
+
+  def fill(self, kv: Cache, pos: Array, last: Array) -> Cache:
+    """As slots: the loops of a token run together, and none is left out."""
+    self.slots(0)
+
   def slots(self, loops: int) -> int:
     """Raises ConfigError: `loop.run` asks, and its steps are no streams."""
     raise ConfigError(f'model.memory = {self}: keeps windows of the later loops and states between tokens, which the '

@@ -202,8 +202,12 @@ class Seen:
   logits: Callable[[], Array]
 
 
+# Sockets -------------------------------------------------------------------------------------------------------------
+
+
 class Planner(Protocol):
-  """How the steps of a rollout are arranged."""
+  """How the steps of a rollout are arranged. One whose steps are not all differentiated says so by `differentiated`, a
+  mean as `expected`; one that waits for a controller names its `stages`, the loops of each."""
 
   @property
   def longest(self) -> int:
@@ -217,7 +221,9 @@ class Planner(Protocol):
 
 
 class Cell(Protocol):
-  """What one step does; a Linen module with a stack named `core`."""
+  """What one step does; a Linen module with a stack named `core`. Most begin from cells/cell.py."""
+
+  stepwise: bool  # whether a step may be taken by itself, so that another cell can stand around it
 
   @property
   def injects(self) -> bool:
@@ -239,7 +245,13 @@ class Cell(Protocol):
     """The steps of a plan: `loop.run`, where one comes after the other for all tokens; a cell whose steps are of
     different shapes, or of several tokens' at a time, has a way of its own to the same results."""
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, dict]:
+  def enter(self, x: Array) -> Any:
+    """The state that the loop begins with, a tree of leaves [B, T, ...], from that of the start, [B, T, D]."""
+
+  def output(self, state: Any) -> Array:
+    """What is read out of a state, [B, T, D]."""
+
+  def __call__(self, x: Any, e: Array, ctx: Ctx, kv: Any) -> tuple[Any, Any, dict]:
     """One step: (state, input, context, cache) -> (state, cache, auxiliaries)."""
 
 
@@ -285,13 +297,17 @@ class Task(Protocol):
   """Where examples come from."""
 
   length: int
-  measure: Any  # what is measured of it, a part of measures.py
+  measure: Measure
 
   @property
   def splits(self) -> Mapping[str, int]:
     """What may be evaluated: the name of each split that is not trained on -> tokens of its examples."""
 
-  def prepare(self, workdir, log) -> Any: ...
+  def prepare(self, workdir: Any, log: Callable) -> Any:
+    """Makes the data, if it has any, and gives the tokenizer, or None."""
+
+  def tokenizer_of(self, workdir: Any) -> Any:
+    """The tokenizer of data that are prepared, or None."""
 
   def verify(self, workdir, log):
     """Raises ValueError where the data are not, byte for byte, what was prepared."""
@@ -299,6 +315,206 @@ class Task(Protocol):
   def examples(self, workdir, split: str, seed: int) -> Any:
     """A grain.MapDataset of single examples: tokens, targets, weights, positions, each [T, ...]; segments i32[T] too
     where several documents, which must not see each other, share an example."""
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class Block(Protocol):
+  """A layer; a Linen module."""
+
+  dtype: str  # of its products
+  layers: int  # attentions in it, each with a place in the cache
+  modulated: bool  # whether it takes gates and scales from the cell
+
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not fit the width, or the dtype is none that we know; `where` begins it."""
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward."""
+
+  def __call__(self, x: Array, ctx: Ctx, mod: Any, kv: Any, layer: Array | int = 0) -> tuple[Array, Any]:
+    """x [B, T, D], what the cell gives this layer, the cache, the layer's number -> (x, cache)."""
+
+
+class Attention(Protocol):
+  """What mixes tokens in a layer; a Linen module."""
+
+  heads: int
+  groups: int | None
+  kernel: Kernel
+  position: Position | None
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward."""
+
+  def __call__(self, x: Array, ctx: Ctx, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array, Any]:
+    """x [B, T, D] in the layer's dtype, the gate of its last product f32[D] or None -> ([B, T, D], cache)."""
+
+
+class Projection(Protocol):
+  """What makes a product of attention or MLP; a Linen module."""
+
+  def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
+               gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
+    """x [..., I] -> [..., features], or queries, keys and values; see blocks.Dense."""
+
+
+class Kernel(Protocol):
+  """How attention's parallel pass is computed."""
+
+  causal: bool  # whether queries read no token after them
+
+  def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+    """q [B, T, H, d], k and v [B, T, G, d], segments i32[B, T] or None -> [B, T, H, d]."""
+
+
+class Position(Protocol):
+  """Where queries and keys learn their places."""
+
+  def check(self, heads: int, width: int, where: str):
+    """Raises ConfigError where heads cannot be served."""
+
+  def turn(self, x: Array, pos: Array) -> Array:
+    """Queries or keys [B, T, H, d] at positions i32[B, T] -> the same shape."""
+
+  def extend(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+    """Adds channels that tell places; pos i32[B, S] of the keys, whose heads stand at the axis `heads`."""
+
+
+# Around the loop -----------------------------------------------------------------------------------------------------
+
+
+class ReadIn(Protocol):
+  """How inputs enter; a Linen module."""
+
+  width: int
+  length: int  # the longest sequence
+  vocab: int  # 0 where inputs are vectors
+  dtype: str  # of the loop's state
+
+  def __call__(self, tokens: Array, pos: Array) -> Array:
+    """Tokens i32[B, T] or vectors f32[B, T, inputs], positions i32[B, T] -> [B, T, D]."""
+
+  def example(self) -> Array:
+    """The smallest input, for initialisation."""
+
+
+class ReadOut(Protocol):
+  """How states become answers; a Linen module."""
+
+  def before(self, x: Array) -> Array:
+    """What a state passes on its way to the coda, [B, T, D]."""
+
+  def __call__(self, x: Array) -> Array:
+    """The state after the coda -> z [B, T, D], ready for the head."""
+
+  def table(self, read_in: Any) -> Array:
+    """The head's matrix, [outputs, D]."""
+
+  def outputs_of(self, read_in: Any) -> int:
+    """Rows of that matrix."""
+
+
+class Start(Protocol):
+  """The state that the loop begins with."""
+
+  heard: bool  # whether it knows the input
+
+  def __call__(self, e: Array, ctx: Ctx) -> Array:
+    """The input [B, T, D] -> a state [B, T, D]."""
+
+
+class Injection(Protocol):
+  """How a step takes the input in again; a Linen module."""
+
+  injects: bool
+
+  def radius(self, params: Params) -> float:
+    """Spectral radius of the linear map of the state."""
+
+  def flops(self, width: int) -> float:
+    """Floating-point operations a token, forward."""
+
+  def __call__(self, x: Array, e: Array) -> Array:
+    """State and input [B, T, D] -> what the layers see, [B, T, D]."""
+
+
+class Remat(Protocol):
+  """What the backward pass saves."""
+
+  def step(self, step: Callable) -> Callable:
+    """A step of the loop, lifted."""
+
+  def layer(self, layer: Callable) -> Callable:
+    """A layer of a stack, lifted."""
+
+
+class Exit(Protocol):
+  """Which state answers."""
+
+  decides: bool  # whether token by token while the model runs, so that it serves where tokens are decoded
+
+  @property
+  def dial(self) -> float | None:
+    """A threshold, which is an argument of the compiled program; None where it has none."""
+
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+    """The trace, whose `steps` are i32[B] or i32[B, T] and whose z answers."""
+
+
+class Rule(Protocol):
+  """When a token leaves the loop."""
+
+  threshold: float | None
+
+  def init(self, model: Any, x: Array, ctx: Ctx) -> Any:
+    """Its state before the first step, of tokens whose states are x [B, T, D]."""
+
+  def update(self, state: Any, seen: Seen, dial: Array | None) -> tuple[Any, Array, Array]:
+    """After a step: (its state, done bool[B, T], the state that answers if the token leaves now [B, T, D])."""
+
+
+# Around training -----------------------------------------------------------------------------------------------------
+
+
+class Optimiser(Protocol):
+  """How parameters are updated."""
+
+  def make(self, steps: int, roles: Any) -> Any:
+    """The optax transformation for a run of `steps` of a model with these `model.parameter_roles`; it may take the stage
+    of the run, `update(..., stage=i32[])`."""
+
+
+class Control(Protocol):
+  """What a run decides from what it sees; its memory is numbers and lists, saved in every checkpoint."""
+
+  def start(self) -> dict[str, Any]:
+    """The memory of a new run."""
+
+  def watch(self, memory: dict[str, Any], step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """The memory after a step's values, or an evaluation's."""
+
+  def stage(self, memory: dict[str, Any]) -> int:
+    """The number that plans may read (`Draw.stage`)."""
+
+  def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
+    """Raises ConfigError where plans or evaluations do not suit it."""
+
+
+class Measure(Protocol):
+  """What is reported of a batch."""
+
+  better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
+
+  def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
+    """f32[] each, sums over the batch."""
+
+  def row(self, total: Mapping[str, float]) -> dict[str, Any]:
+    """The row of a table, from totals of the sums."""
 
 
 class ConfigError(ValueError):

@@ -276,9 +276,9 @@ class Outcome:
 class Copy:
   """A copy of the project, in which mutants are tried."""
 
-  def __init__(self, folder: Path, name: str, log: Path):
+  def __init__(self, folder: Path, name: str, log: Path, matching: str):
     self.folder, self.file, self._log = folder, folder / f'loopformer/{name}.py', log
-    self._tests = [f'tests/test_{test}.py' for test in TESTS[name]]
+    self._tests = ['-k', matching, *(f'tests/test_{test}.py' for test in TESTS[name])]
     self.kills, self.seconds = collections.Counter(), {}
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'runs', 'build', 'dist'))
     self.source = self.file.read_bytes()
@@ -293,12 +293,14 @@ class Copy:
     if not child:
       self._child(report)
     status = None
-    while status is None and (limit is None or time.monotonic() - begun < limit):
-      ended, code = os.waitpid(child, os.WNOHANG)
-      status = os.waitstatus_to_exitcode(code) if ended else time.sleep(0.05)
-    if status is None:
-      os.killpg(child, signal.SIGKILL)
-      os.waitpid(child, 0)
+    try:
+      while status is None and (limit is None or time.monotonic() - begun < limit):
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else time.sleep(0.05)
+    finally:
+      if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     told = json.loads(report.read_text()) if report.exists() else {'failed': [], 'seconds': {}}
     verdict = 'out of time' if status is None else 'passed' if status == 0 else 'failed'
     return Outcome(verdict, told['failed'], told['seconds'], time.monotonic() - begun)
@@ -308,6 +310,7 @@ class Copy:
     status = 3
     try:
       os.setsid()
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
       out = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
       os.dup2(out, 1), os.dup2(out, 2)
       os.chdir(self.folder)
@@ -334,11 +337,13 @@ def main():
   parser.add_argument('--limit', type=int, help='mutants to try; all by default')
   parser.add_argument('--seed', type=int, default=0, help='which ones')
   parser.add_argument('--line', type=int, action='append', help='only those of this line; may be given again')
+  parser.add_argument('-k', default='', help='only tests that match, as of pytest; others may notice what survives')
   parser.add_argument('--timeout', type=float, help='seconds for a mutant; by default three times those of the tests')
   options = parser.parse_args()
   name = Path(options.file).stem
   if name not in TESTS:
     parser.error(f'{options.file}: no tests are known of it; there are {", ".join(TESTS)}')
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whose clean-up ends the tests that run
   known = reasons(REASONS.read_text())
   for before, after in stale(known, [(ROOT / f'loopformer/{name}.py').read_bytes() for name in TESTS]):
     print(f'{REASONS.name}: no file has this line any more, take its reason out\n  - {before}\n  + {after}')
@@ -348,7 +353,7 @@ def main():
     for module in IMPORTS:
       importlib.import_module(module)
     log = Path(folder) / 'log.txt'
-    copy = Copy(Path(folder) / 'project', name, log)
+    copy = Copy(Path(folder) / 'project', name, log, options.k)
     whole = copy.run(copy.source, None)
     if whole.verdict != 'passed':
       sys.exit(f'{log.read_text()[-4000:]}\nerror: without a mutant the tests {whole.verdict}')

@@ -10,11 +10,11 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer import plans
+from loopformer import metrics, plans
 from loopformer.model import parameter_roles
 from loopformer.optim import AdamW, WarmupCosine
-from loopformer.train import make_step, init_state, train
 from loopformer.sharding import Mesh
+from loopformer.train import init_state, make_step, train
 from tests import llama_reference as reference
 from tests import parts
 from tests.examples import confidence, low_rank_loops, masked_tokens
@@ -37,7 +37,7 @@ def test_it_trains_by_the_command_s_own_loop_and_is_read_again(module, tmp_path)
   configs.check(config)
   configs.save(config, tmp_path)
   state = train(config, tmp_path, log=lambda text: None)
-  losses = [row['loss'] for row in parts.metrics_of(tmp_path)]
+  losses = [row['loss'] for row in metrics.read_rows(tmp_path / 'metrics.jsonl') if row['kind'] == 'train']
   assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
   model, params, _, read = loopformer.load(tmp_path)
   assert configs.describe(read) == configs.describe(config) and model == config.model
@@ -93,9 +93,8 @@ def test_tokens_are_masked_once_a_step_whatever_the_microbatches():
 def llama(tmp_path_factory):
   """A Hugging Face folder with a small Llama, looped."""
   folder = tmp_path_factory.mktemp('llama')
-  made = reference.CONFIGS['llama'] if hasattr(reference, 'CONFIGS') else None
-  from tests.test_llama import CONFIGS, weights
-  reference.save(folder, made or CONFIGS['llama'], weights('llama'), 1)
+  given = reference.CONFIGS['llama']
+  reference.save(folder, given, reference.weights(given), 1)
   return loopformer.load(folder, loops=3, prelude=1)
 
 

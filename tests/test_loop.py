@@ -257,6 +257,13 @@ def test_fused_takes_the_kernel_of_the_backend(name, dtype, length, head, kernel
   assert Fused(size=16).on(name, jnp.dtype(dtype), length, head) == kernel
 
 
+@pytest.mark.parametrize('length, heads, taken', [(128, 2, True), (127, 130, False)])
+def test_fused_goes_by_the_length_of_the_text(length, heads, taken):
+  q = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+  with backend.compiling_for('tpu'):
+    assert ('pallas_call' in str(jax.make_jaxpr(lambda *qkv: Fused()(*qkv, None))(q, q, q))) == taken
+
+
 def test_cudnn_gets_texts_of_even_length_with_segments():
   """And says nothing of what was added."""
   rng, seen = np.random.default_rng(0), []
@@ -282,6 +289,9 @@ def test_kernels_that_cannot_serve_say_so():
                           (Splash(), r'Splash\(\) with float16.*attention\.Fused')):
     with pytest.raises(ConfigError, match=message):
       kernel(*(q.astype('float16' if kernel == Splash() else 'float32'),) * 3, None)
+  for name, dtype in (('cpu', 'bfloat16'), ('gpu', 'float32')):
+    with backend.compiling_for(name), pytest.raises(ConfigError, match=rf'Cudnn\(\) with {dtype} on {name}'):
+      Cudnn()(*(q.astype(dtype),) * 3, None)
   with pytest.raises(ConfigError, match=r'kernel\.size = 200.*multiples of 128'):
     Splash(size=200)
 

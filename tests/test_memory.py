@@ -90,7 +90,7 @@ def test_what_is_read(name, past, own):
       assert keys[0] == pytest.approx(past(k))
 
 
-@pytest.mark.parametrize('name', ['per_loop', 'ring_1', 'mean'])
+@pytest.mark.parametrize('name', ['per_loop', 'mean'])
 def test_what_a_sequence_leaves_in_the_cache_does_not_depend_on_the_depth_of_others(name):
   """One that has no such step writes nothing into the slot that others write into."""
   model, weights = with_memory('base_loop', name)
@@ -108,6 +108,23 @@ def test_what_a_sequence_leaves_in_the_cache_does_not_depend_on_the_depth_of_oth
     close([leaf[:, :, row] for leaf in (kv['loop'].k, kv['loop'].v)],
           [leaf[:, :, 0] for leaf in (one['loop'].k, one['loop'].v)], 1e-5)
     np.testing.assert_array_equal(kv['loop'].pos[:, row], one['loop'].pos[:, 0])
+
+
+@pytest.mark.parametrize('name', ['per_loop', 'ring_2'])
+def test_slots_that_no_step_reached_get_what_the_last_step_left(name):
+  """At the token's place; nothing of rows that took no step, took all, or have no token."""
+  kv = MEMORIES[name].make(L, 1, 4, 3, 1, 2, jnp.float32)
+  slots = len(kv.pos)
+  kv = kv.replace(**{field: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) + 7
+                     for field, leaf in (('k', kv.k), ('v', kv.v), ('pos', kv.pos))})
+  filled = MEMORIES[name].fill(kv, jnp.array([[1], [1], [1], [-1]]), jnp.array([-1, 0, slots - 1, 0]))
+  for field in ('k', 'v'):
+    expected = np.array(getattr(kv, field))  # [slots, N, B, G, S, d]
+    expected[:, :, 1, :, 1] = expected[:1, :, 1, :, 1]
+    np.testing.assert_array_equal(getattr(filled, field), expected)
+  expected = np.array(kv.pos)
+  expected[1:, 1, 1] = 1
+  np.testing.assert_array_equal(filled.pos, expected)
 
 
 @every

@@ -133,6 +133,15 @@ def test_truncated_splits_what_was_drawn(over):
     np.testing.assert_array_equal(plan(part).free, free[0, 8:16])  # whatever device a sequence is on
 
 
+@pytest.mark.parametrize('average, graded', [(0.5, 1), (2.5, 3)])
+def test_a_mean_between_two_numbers_lets_the_larger_one_be_differentiated(average, graded):
+  plan = plans.Truncated(depth=plans.Poisson(average=average), graded=graded, over=plans.Each())
+  drawn = plan(parts.draw(jax.random.key(0), {'tokens': jnp.zeros((64, T))}))
+  total = np.asarray(drawn.free + drawn.live.sum(0))
+  assert total.max() > graded
+  np.testing.assert_array_equal(drawn.live.sum(0), np.minimum(total, graded))
+
+
 @pytest.mark.parametrize('curve, values', [(plans.linear, {0: 1, 50: 4, 100: 8, 500: 8}),
                                            (plans.one_minus_sqrt, {0: 1, 75: 4, 100: 8, 101: 8})])
 def test_ramp(curve, values):

@@ -1,0 +1,81 @@
+"""What the library says of a socket is what its parts have: every Protocol of types.py against the parts that fill it."""
+import inspect
+import re
+from typing import Protocol
+
+from flax import linen as nn
+import pytest
+
+from loopformer import (attention, bidirectional, blocks, control, embed, evaluate, exits, frozen, gated_attention, inject,
+                        loop, low_rank, measures, memory, normed_attention, objective, optim, peri_normed, plans, positions,
+                        routing, starts, streams, types)
+from loopformer.averages import Averaged
+from loopformer.cells import halting, linear, melt, plain, recur, routed, shifted, timed
+from loopformer.compact import Compact
+from loopformer.tasks.generated import Generated
+from loopformer.tasks.imported import Imported
+from loopformer.tasks.text import Text
+from loopformer.terms import cross_entropy, distill, expected, match, ponder, router, squared
+
+PARTS = {
+    types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged,
+                    melt.Transition, melt.Apart],
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, routed.Routed, shifted.Shifted,
+                 melt.Gated],
+    types.Memory: [memory.PerLoop, memory.First, memory.Ring, memory.Mean, streams.Streams, Compact, melt.Latest],
+    types.Term: [cross_entropy.CE, match.Match, squared.Squared, expected.Expected, expected.Improvement, ponder.Ponder,
+                 distill.Distill, distill.Aligned, router.RouterBCE, router.Balance],
+    types.Task: [Text, Generated, Imported],
+    types.Block: [blocks.Block, blocks.Sandwich, blocks.Chain, peri_normed.PeriNormed, gated_attention.GatedBlock,
+                  linear.LinearAttention],
+    types.Attention: [blocks.SelfAttention, normed_attention.NormedAttention, melt.LatentAttention],
+    types.Projection: [blocks.Dense, low_rank.LowRank],
+    types.Kernel: [attention.Blockwise, attention.Fused, attention.Cudnn, attention.Splash, bidirectional.Bidirectional],
+    types.Position: [positions.Rotary, positions.Alibi],
+    types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, linear.Prompt],
+    types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, linear.LabelHead],
+    types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
+    types.Injection: [inject.Hold, inject.Add, inject.Concat, inject.Diagonal],
+    types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
+    types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, routing.AsTrained],
+    types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
+                 exits.Sampled, exits.Confident, exits.ACT],
+    types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Only, frozen.Grouped, Averaged,
+                      routing.LossFree],
+    types.Control: [control.Steady, control.Plateau],
+    types.Measure: [measures.Tokens, measures.Answers, measures.Errors],
+}
+CASES = [(socket, part) for socket, parts in PARTS.items() for part in parts]
+
+
+def test_every_socket_has_parts():
+  protocols = {value for value in vars(types).values() if inspect.isclass(value) and Protocol in value.__bases__}
+  assert protocols == set(PARTS)
+
+
+@pytest.mark.parametrize('socket, part', CASES, ids=lambda value: value.__name__)
+def test_a_part_has_what_its_socket_asks_for(socket, part):
+  fields = {field for cls in part.__mro__ for field in cls.__dict__.get('__annotations__', {})}
+  for name in socket.__annotations__:
+    assert name in fields or hasattr(part, name), name
+  for name, member in vars(socket).items():
+    if isinstance(member, property):
+      assert name in fields or hasattr(part, name), name
+    elif inspect.isfunction(member) and (name == '__call__' or not name.startswith('_')):
+      own = getattr(part, name)
+      wanted, given = ([p for p in inspect.signature(f).parameters.values() if p.name != 'self'] for f in (member, own))
+      assert len(given) >= len(wanted) or any(p.kind is p.VAR_POSITIONAL for p in given), name
+      extra = given[len(wanted):]
+      assert all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in extra), name
+
+
+def test_parts_are_described_whole():
+  """Of every module and part of a socket a docstring, and one of what calls it."""
+  for socket, part in CASES:
+    assert part.__doc__ and not re.match(rf'{part.__name__}\((\w+:|\*)', part.__doc__), part  # which Python writes itself
+    assert issubclass(part, nn.Module) or part.__dataclass_params__.frozen, part
+
+
+def test_evaluations_and_objectives_name_their_sockets():
+  assert evaluate.Run.__dataclass_fields__['plan'].type == 'Planner'
+  assert objective.Roll.__dataclass_fields__['plan'].type == 'Planner'
