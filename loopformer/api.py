@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
     from loopformer import config as configs
     from loopformer.checkpoint import Checkpoints
     workdir = storage.path(workdir)
-    storage.check_workdir(workdir)
+    storage.check_workdir(workdir, writes=True)
     if (workdir / configs.FILE).exists():
       raise ConfigError(f'workdir = {workdir}: it holds a run; give a new folder')
     configs.save(dataclasses.replace(self.config, model=self.model), workdir)

@@ -1,6 +1,7 @@
 """Papers that the library does not know, each in one small file that touches nothing else (docs/adding_a_paper.md)."""
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def test_every_loop_has_an_update_of_its_own():
   model, loops = config.model, config.model.loops
   assert parameter_roles(model).of('cell/core/block/mlp/up/b').tensor == -1
   params = parts.params(model)
-  batch = {**parts.batch(2), 'tokens': parts.batch(2)['tokens'] % config.task.of.vocab}
+  batch = {**parts.batch(2), 'tokens': parts.batch(2)['tokens'] % len(config.task.of.symbols)}
 
   def answers(params, used):
     plan = plans.schedule((1 / loops,) * loops)
@@ -71,12 +72,12 @@ def test_every_loop_has_an_update_of_its_own():
 def test_tokens_are_masked_once_a_step_whatever_the_microbatches():
   config = masked_tokens.get_config()
   objective, model = config.objective, config.model
-  batch = {**parts.batch(4), 'tokens': parts.batch(4)['tokens'] % config.task.of.vocab}
+  batch = {**parts.batch(4), 'tokens': parts.batch(4)['tokens'] % len(config.task.of.symbols)}
   draw = parts.draw(jax.random.key(3), batch)
   made = objective.prepared(draw).batch
   hidden = np.asarray(made['weights']) > 0
   assert 0 < hidden.mean() < 1 and len({row.tobytes() for row in hidden}) > 1
-  np.testing.assert_array_equal(made['tokens'], np.where(hidden, config.task.of.vocab, batch['tokens']))
+  np.testing.assert_array_equal(made['tokens'], np.where(hidden, len(config.task.of.symbols), batch['tokens']))
   np.testing.assert_array_equal(made['targets'], batch['tokens'])
   other = objective.prepared(parts.draw(jax.random.key(4), batch)).batch
   assert (other['tokens'] != made['tokens']).any()
@@ -110,7 +111,7 @@ def test_a_head_on_an_imported_llama_learns_at_random_loops(llama):
   np.testing.assert_array_equal(loopformer.run_batch(model, params, batch, plan).z,
                                 loopformer.run_batch(llama.model, llama.params, batch, plan).z)
   roles = parameter_roles(model)
-  optimizer = AdamW(schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=1)).make(20, roles)
+  optimizer = AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=1)).make(40, roles)
 
   def loss(params, step):
     draw = objective.prepared(parts.draw(jax.random.fold_in(jax.random.key(1), step), batch))
@@ -129,9 +130,26 @@ def test_a_head_on_an_imported_llama_learns_at_random_loops(llama):
   moved = {path[1].key for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if np.abs(leaf).max() > 0}
   assert moved == {'head'}
   state, told, seen = optimizer.init(params), [], set()
-  for step in range(20):
+  for step in range(40):
     params, state, terms, loops = update(params, state, step)
     told.append({name: float(value) for name, value in terms.items()})
     seen |= set(np.asarray(loops).tolist())
   assert seen == {0, 1, 2}
   assert told[-1]['lm'] < told[0]['lm'] - 0.1 and told[-1]['sure'] < told[0]['sure'] - 0.05
+
+
+def test_the_page_about_it_runs(tmp_path):
+  """docs/adding_a_paper.md: its first program is a configuration file, its second somebody's own loop."""
+  first, second = re.findall(r'```python\n(.*?)```', (parts.ROOT / 'docs/adding_a_paper.md').read_text(), re.DOTALL)
+  assert len(first.splitlines()) <= 42
+  (tmp_path / 'damped.py').write_text(first)
+  config = configs.load(f'{tmp_path}/damped.py', ['train.steps=2', 'optim.schedule.warmup=1', 'train.eval_batches=1'])
+  configs.check(config)
+  configs.save(config, tmp_path / 'run')
+  train(config, tmp_path / 'run', log=lambda text: None)
+  model, params, _, _ = loopformer.load(tmp_path / 'run')
+  assert model.cell.of == config.model.cell.of and params['cell']['share'].shape == ()
+  batch = {**parts.batch(2), 'tokens': parts.batch(2)['tokens'] % 4, 'targets': parts.batch(2)['targets'] % 4}
+  names = {'batch': batch}
+  exec(first + second, names)
+  assert np.isfinite(names['loss']) and names['trace'].z.shape == (2, parts.T, 32)

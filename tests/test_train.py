@@ -14,7 +14,6 @@ from loopformer import data, metrics, plans, processes, sharding
 from loopformer import train as training
 from loopformer.checkpoint import Checkpoints
 from loopformer.evaluate import Depths
-from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Noise

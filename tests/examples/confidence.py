@@ -54,5 +54,6 @@ class Calibrated:
 def sure(model: Looped) -> tuple[Looped, Objective]:
   """The model with a head at the end of every loop, and what it learns from."""
   terms = {'lm': Weighted(1.0, CE(roll='all')), 'sure': Weighted(1.0, Calibrated(roll='all'))}
-  return model.clone(cell=Confident(model.cell)), Objective(
-      rolls={'all': Roll(plans.Uniform(model.loops), keep=loop.Every())}, terms=terms, prepare=RandomLoops(loops=model.loops))
+  rolls = {'all': Roll(plans.Uniform(model.loops), keep=loop.Every())}
+  return (model.clone(cell=Confident(model.cell)),
+          Objective(rolls=rolls, terms=terms, prepare=RandomLoops(loops=model.loops)))

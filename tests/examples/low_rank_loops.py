@@ -24,7 +24,7 @@ def get_config(argument: str = '') -> Experiment:
   task = Generated(of=PHop(length=16), held_out=64)
   linear = LowRank(rank=given['rank'], loops=given['loops'])
   block = Block(attn=SelfAttention(heads=2, linear=linear), mlp=MLP(hidden=64, linear=linear))
-  model = Looped(read_in=TokenEmbed(vocab=task.of.vocab, width=32, length=task.length),
+  model = Looped(read_in=TokenEmbed(vocab=len(task.of.symbols), width=32, length=task.length),
                  cell=Plain(Stack(block, 1)), loops=given['loops'])
   return Experiment(
       name='low rank', model=model, task=task, evals=Depths(budgets=(1, given['loops'])),

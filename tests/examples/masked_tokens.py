@@ -43,12 +43,13 @@ def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `loops=4`."""
   given = arguments(argument, loops=3)
   task = Generated(of=PHop(length=16), held_out=64)
+  symbols = len(task.of.symbols)
   block = Block(attn=SelfAttention(heads=2, kernel=Bidirectional()), mlp=MLP(hidden=64))
-  model = Looped(read_in=TokenEmbed(vocab=task.of.vocab + 1, width=32, length=task.length), cell=Plain(Stack(block, 1)),
-                 loops=given['loops'])
+  model = Looped(read_in=TokenEmbed(vocab=symbols + 1, width=32, length=task.length),
+                 cell=Plain(Stack(block, 1)), loops=given['loops'])
   return Experiment(
       name='masked', model=model, task=task, evals=Depths(budgets=(given['loops'],)),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(given['loops']))}, prepare=Masked(mask=task.of.vocab),
+      objective=Objective(rolls={'all': Roll(plans.Uniform(given['loops']))}, prepare=Masked(mask=symbols),
                           terms={'masked': Weighted(1.0, CE(roll='all'))}),
       train=Train(steps=40, batch=16, eval_every=40, save_every=40, eval_batches=1),
       optim=AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=4)))
