@@ -3,8 +3,8 @@
     python -m tests.mutate loopformer/loop.py --limit=20 --seed=0
 
 Each mutant is tried in a copy of the project, by a process that is forked from one that has imported JAX: the tests of
-TESTS run until the first fails, those that noticed others before all. Printed are the survivors, with the reason why one
-is harmless where tests/mutants.txt has it, as a line of the file, the line it becomes, and the reason below:
+TESTS run until the first fails, those that noticed others before all. Printed are the survivors, with the reason why
+one is harmless where tests/mutants.txt has it, as a line of the file, the line it becomes, and the reason below:
 
     - old line
     + new line
@@ -44,7 +44,7 @@ TESTS = {
     'loop': ('memory', 'loop', 'exits', 'recurrence'),
     'memory': ('memory', 'layouts', 'loop'),
     'model': ('evaluate', 'loop', 'memory', 'recurrence'),
-    'objective': ('terms', 'train', 'cosine'),
+    'objective': ('terms', 'train', 'cosine', 'melt'),
     'plans': ('plans', 'recurrence', 'control'),
     'train': ('train', 'checkpoint'),
 }
@@ -238,7 +238,8 @@ def stale(known: dict[tuple[str, str], str], sources: list[bytes]) -> list[tuple
 
 
 class Order:
-  """Plugin of pytest: the tests that notice the most first, then file by file, the quickest first; tells what failed."""
+  """Plugin of pytest: the tests that noticed the most first, then file by file, the quickest first; tells what failed.
+  """
 
   def __init__(self, report: Path, kills: collections.Counter, seconds: dict[str, float]):
     self._report, self._first, self._seconds = report, [name for name, _ in kills.most_common(FIRST)], seconds
@@ -348,7 +349,8 @@ def main():
   for before, after in stale(known, [(ROOT / f'loopformer/{name}.py').read_bytes() for name in TESTS]):
     print(f'{REASONS.name}: no file has this line any more, take its reason out\n  - {before}\n  + {after}')
   with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
-    for variable, value in zip(CACHE, (f'{folder}/programs', '0', '-1')):  # most programs are those of the mutant before
+    # Most programs of a mutant are those of the one before.
+    for variable, value in zip(CACHE, (f'{folder}/programs', '0', '-1')):
       os.environ.setdefault(variable, value)
     for module in IMPORTS:
       importlib.import_module(module)
@@ -369,10 +371,12 @@ def main():
       outcome = copy.run(mutant.apply(copy.source), limit)
       copy.kills.update(outcome.failed)
       reason = known.get((before, after))
-      verdict = {'failed': 'noticed', 'passed': 'harmless' if reason else 'SURVIVED'}.get(outcome.verdict, 'out of time')
+      survived = 'harmless' if reason else 'SURVIVED'
+      verdict = {'failed': 'noticed', 'passed': survived}.get(outcome.verdict, outcome.verdict)
       verdicts[verdict] += 1
       if verdict == 'noticed':
-        print(f'{mutant.line}: noticed in {outcome.wall:.0f} s by {", ".join(outcome.failed) or "an import"}', flush=True)
+        by = ', '.join(outcome.failed) or 'an import'
+        print(f'{mutant.line}: noticed in {outcome.wall:.0f} s by {by}', flush=True)
       else:
         print(f'{mutant.line}: {verdict}\n  - {before}\n  + {after}' + (f'\n  {reason}' if reason else ''), flush=True)
     print(f'{options.file}: ' + ', '.join(f'{count} {verdict}' for verdict, count in verdicts.most_common()))

@@ -224,8 +224,8 @@ def poked(rows: int = T + 1) -> jax.Array:
 
 
 def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[str, jax.Array]:
-  """A packed, ragged, padded batch: in every row other documents of one to five tokens, with positions of their own, and
-  at its end one to three tokens of padding, a document that weighs nothing.
+  """A packed, ragged, padded batch: in every row other documents of one to five tokens, with positions of their own,
+  and at its end one to three tokens of padding, a document that weighs nothing.
 
   weights: in the place of those that are 0 for a document's last token, 1 for its first, and 0 or 1 for others.
   """

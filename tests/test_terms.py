@@ -283,6 +283,14 @@ def test_an_unknown_rollout_is_refused(term):
     Objective(rolls=SHORTCUT.rolls, terms={'broken': Weighted(1.0, term)})
 
 
+def test_teachers_and_free_steps_are_not_differentiated():
+  model = ROWS['base_loop'].model
+  drawn = plans.Truncated(depth=plans.Constant(loops=3), graded=2)
+  objective = Objective(rolls={'a': Roll(drawn), 'b': Roll(plans.Uniform(2), weights='there')}, terms={})
+  assert objective.teachers == ('there',) and objective.longest == 2
+  assert objective.flops(model, T) == pytest.approx(model.flops(T, 3) + 3 * model.flops(T, 2))
+
+
 def test_longest_plan_and_arithmetic():
   objective = full_objective(8)
   assert objective.longest == 8

@@ -1,4 +1,4 @@
-"""The loop around the training step: what is drawn and when, the order of the data, whose rows are whose, and clocks."""
+"""The loop around the training step: what is drawn and when, the order of the data, whose rows are whose, clocks."""
 import dataclasses
 import shutil
 import types
@@ -130,8 +130,8 @@ def test_weights_start_from_the_seed():
 
 
 def watch(monkeypatch, step=lambda state, batch: None):
-  """The batches that training steps and evaluations get, as they come; instead of a step `step` is called, and nothing is
-  evaluated."""
+  """The batches that training steps and evaluations get, as they come; instead of a step `step` is called, and nothing
+  is evaluated."""
   seen = {'train': [], 'validation': []}
 
   def fake(state, batch, stage=0, frozen={}):
@@ -190,8 +190,8 @@ def test_rows_of_processes_alternate_in_the_global_batch(tmp_path, monkeypatch):
 
 
 def test_time_is_counted_as_what_it_was_spent_on(tmp_path, monkeypatch):
-  """A step takes a second, its data ten, an evaluation a hundred and a save a thousand; speed is that of steps and their
-  data."""
+  """A step takes a second, its data ten, an evaluation a hundred and a save a thousand; speed is that of steps and
+  their data."""
   now = [0.0]
 
   def after(seconds, call):
