@@ -19,7 +19,7 @@ from loopformer.train import init_state, make_step, train
 from tests import llama_reference as reference
 from tests import parts
 from tests.examples import confidence, low_rank_loops, masked_tokens
-from tests.test_golden import FOLDER, text_of
+from tests.test_golden import text_of
 
 EXAMPLES = parts.ROOT / 'tests/examples'
 
@@ -46,7 +46,7 @@ def test_it_trains_by_the_command_s_own_loop_and_is_read_again(module, tmp_path)
 
 
 def test_the_low_rank_example_is_as_it_was_published():
-  assert text_of(low_rank_loops.get_config()) == (FOLDER / 'example_low_rank_loops.txt').read_text()
+  assert text_of(low_rank_loops.get_config()) == (EXAMPLES / 'low_rank_loops.txt').read_text()
 
 
 def test_every_loop_has_an_update_of_its_own():

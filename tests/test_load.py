@@ -59,7 +59,7 @@ def test_a_model_from_elsewhere_becomes_a_work_folder(kind, sources, tmp_path):
   with pytest.raises(ConfigError, match='it holds a run; give a new folder'):
     loaded.save(tmp_path / 'run')
   with pytest.raises(ConfigError, match='holds an imported model and no task; .*train.start'):
-    train(again.config, tmp_path / 'run', log=lambda text: None)
+    again.config.task.prepare(tmp_path / 'run')
 
 
 def test_what_a_source_does_not_have_is_refused(sources, tmp_path):

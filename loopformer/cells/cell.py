@@ -56,7 +56,9 @@ class Around(Cell):
   of: nn.Module
 
   def setup(self):
-    # In the scope of this cell: parameters have the names, and first values, that they have without it.
+    # In the scope of this cell: parameters have the names, and first values, that they have without it. So the name of
+    # `of`, which Linen has reserved for it, is free for one more cell in it.
+    self.scope.reservations.pop('of', None)
     object.__setattr__(self, '_inner', self.of.copy(parent=self.scope))
 
   @property
