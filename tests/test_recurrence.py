@@ -195,7 +195,7 @@ def test_staged_follows_the_stage():
     (plans.Truncated(depth=plans.Stairs(first=2, last=9), graded=4), 4, 9, 4),
     (plans.Truncated(depth=plans.Poisson(average=0.5), graded=2), 2, 0.5 + math.exp(-0.5), 0.5 + math.exp(-0.5)),
     (plans.Truncated(depth=plans.Ramp(of=plans.LogNormalPoisson(average=8), steps=9, curve=plans.linear), graded=2), 2,
-     9, 2)], ids=str)
+     9, 2)], ids=lambda value: type(value).__name__ if isinstance(value, plans.Truncated) else str(value))
 def test_numbers_of_steps_for_counting_arithmetic(plan, longest, expected, differentiated):
   assert plan.longest == longest and plan.expected == pytest.approx(expected)
   if differentiated is not None:
