@@ -54,11 +54,45 @@ def _named(layer):
   return call
 
 
+# What the backward pass saves. `step` wraps the body of a scan over steps, `once` a step that is written out in the program
+# (its arguments are all that it uses), `layer` a layer. Prelude and coda run once, and what their layers
+# save is what `layer` says.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(function, floats, others):
+  """function(floats, others), of which the backward pass saves the arguments alone.
+
+  In one program XLA would find that the backward pass computes what the forward pass has, and keep that instead; on a CPU
+  no barrier hinders it. So all of it stands in a branch that is taken if the gradient is a number.
+  """
+  return function(floats, others)
+
+
+def _recomputed_backward(function, saved, gradient):
+  floats, others = saved
+  first = next(leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.floating)).ravel()[0]
+
+  def again(floats):
+    return jax.vjp(lambda floats: function(floats, others), floats)[1](gradient)[0]
+
+  def broken(floats):
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), floats)
+
+  return jax.lax.cond(jnp.isnan(first), broken, again, floats), None
+
+
+_recomputed.defvjp(lambda function, *given: (function(*given), given), _recomputed_backward)
+
+
 @part
 class KeepAll:
   """Save every activation of every step for the backward pass: the least arithmetic, memory of L * N layers."""
 
   def step(self, step):
+    return step
+
+  def once(self, step):
     return step
 
   def layer(self, layer):
@@ -67,10 +101,29 @@ class KeepAll:
 
 @part
 class PerStep:
-  """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop."""
+  """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop. Prelude and coda save
+  every activation."""
 
   def step(self, step):
     return nn.remat(step, prevent_cse=False)
+
+  def once(self, step):
+    def call(cell, *given):
+      if cell.is_initializing():
+        return step(cell, *given)
+      module, variables = cell.unbind()
+      leaves, tree = jax.tree.flatten((variables, given))
+      is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+
+      def function(floats, others):
+        floats, others = iter(floats), iter(others)
+        variables, given = jax.tree.unflatten(tree, [next(floats if real else others) for real in is_float])
+        return module.apply(variables, *given, method=step)
+
+      floats, others = ([leaf for leaf, real in zip(leaves, is_float) if real == wanted] for wanted in (True, False))
+      return _recomputed(function, floats, others)
+
+    return call
 
   def layer(self, layer):
     return layer
@@ -86,6 +139,9 @@ class PerLayer:
   def step(self, step):
     return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED))
 
+  def once(self, step):
+    return nn.remat(step, policy=attention.saving(LAYER, attention.SAVED))
+
   def layer(self, layer):
     return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED)))
 
@@ -96,6 +152,9 @@ class Products:
 
   def step(self, step):
     return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED, attention.PRODUCT))
+
+  def once(self, step):
+    return nn.remat(step, policy=attention.saving(LAYER, attention.SAVED, attention.PRODUCT))
 
   def layer(self, layer):
     return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED, attention.PRODUCT)))
@@ -108,6 +167,9 @@ class Offload:
 
   def step(self, step):
     return nn.remat(step, prevent_cse=False, policy=self._policy(LAYER))
+
+  def once(self, step):
+    return nn.remat(step, policy=self._policy(LAYER))
 
   def layer(self, layer):
     return _named(nn.remat(layer, prevent_cse=False, policy=self._policy()))

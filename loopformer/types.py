@@ -447,7 +447,10 @@ class Remat(Protocol):
   """What the backward pass saves."""
 
   def step(self, step: Callable) -> Callable:
-    """A step of the loop, lifted."""
+    """A step, the body of a scan over steps, lifted."""
+
+  def once(self, step: Callable) -> Callable:
+    """A step that is written out in the program, lifted: (cell, state, *all that it uses besides) -> outputs."""
 
   def layer(self, layer: Callable) -> Callable:
     """A layer of a stack, lifted."""

@@ -9,6 +9,7 @@ cached or not, asks the causal part `answer`, token by token; without a cache it
 """
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -422,11 +423,10 @@ class Routed(Cell):
         return taken if kv is None else own.memory.room(kv, own, taken)
 
       pick, route, aux = self.router.choose(x, route, r, own, room)
-      step = _Step(r, pick, route, own)
       if cached:
-        x, kv = step.while_live(self, x, kv)
+        x, kv = _Step(r, pick, route, own).while_live(self, x, kv)
       else:
-        x, kv = remat.step(lambda cell, carry, tick, step=step: step.if_live(cell, *carry))(self, (x, kv), None)
+        x, kv = remat.once(functools.partial(_step, r))(self, x, kv, pick, route, own)
         runs = True if live is None else live.reshape(-1, 1)
         auxes.append({name: leaf & runs if leaf.dtype == bool else leaf for name, leaf in aux.items()})
       kept.append(keep(x))
@@ -450,6 +450,11 @@ class Routed(Cell):
                         'cache(..., loops=...) of all steps')
     start = jnp.where(ctx.pos >= 0, ctx.pos, jnp.iinfo(jnp.int32).max).min(-1)[:, None]
     return map_caches(lambda one: one.replace(pos=jnp.where(one.pos < start, one.pos, -1)), kv)
+
+
+def _step(r, cell, x, kv, pick, route, ctx):
+  """Recursion r of a pass without a cache of earlier tokens: (states, caches)."""
+  return _Step(r, pick, route, ctx).if_live(cell, x, kv)
 
 
 class _Step:

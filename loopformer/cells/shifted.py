@@ -137,7 +137,7 @@ class Shifted(Cell):
     return self.norm(h)
 
   def _without_cache(self, x, e, plan, depth, ctx, keep, remat):
-    first, shared = remat.step(lambda cell, e: cell._first(e, ctx))(self, e)
+    first, shared = remat.once(Shifted._first)(self, e, ctx)
     if self.is_initializing():  # so that the parameters of later loops are there, whatever the plan
       return self._later(first, e, shared, ctx), None
     runs = None if plan.live is None else jnp.arange(plan.steps).reshape(-1, *(1,) * depth.ndim) < depth
