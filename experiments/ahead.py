@@ -95,12 +95,11 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bu
   state = jax.eval_shape(functools.partial(init_state, model, optimizer, options.seed))
   example = plan.rows_of(config.task)
   each = options.batch // options.accumulate // sharding.row_parts(mesh)
-  params = _placed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh, roles)
   tokens = options.batch * config.task.length
   return Built(
       call=make_step(model, config.objective, optimizer, mesh, options.accumulate, options.seed),
       arguments=(_placed(state, mesh, roles), _batch(example, options.batch, mesh)),
-      keywords={'frozen': {folder: params for folder in config.objective.teachers}},
+      keywords={'frozen': plan.teachers_of(config, model, mesh)},
       told=f'a step of {tokens:,} tokens, {each} rows a device at a time',
       tokens=tokens, steps=plan.expected(config.objective, example, each, options.steps),
       state=2.0 * sharding.bytes_of(state, mesh, roles), uneven=tuple(plan.undivided(state.params, mesh, roles)),

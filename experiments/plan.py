@@ -177,9 +177,8 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   over_rows = NamedSharding(mesh, P(sharding.BATCH))
   batch = {name: jax.ShapeDtypeStruct((options.batch, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
            for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
-  teacher = _placed(jax.eval_shape(lambda: init_params(quick.model, jax.random.key(0))), mesh, roles)
   step = make_step(quick.model, quick.objective, optimizer, mesh, options.accumulate, options.seed)
-  traced = step.trace(_placed(state, mesh, roles), batch, frozen={folder: teacher for folder in config.objective.teachers})
+  traced = step.trace(_placed(state, mesh, roles), batch, frozen=teachers_of(config, quick.model, mesh))
   compiled = traced.lower().compile(compiler_options=QUICK)
   memory, program = compiled.memory_analysis(), Program(compiled.as_text(), steps)
 
@@ -200,6 +199,16 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
       flops=program.flops, traffic=traffic + 2 * (weights + optimizer_bytes), sent=program.sent,
       model_flops=config.objective.flops(config.model, config.task.length) * tokens,
       uneven=tuple(undivided(state.params, mesh, roles)))
+
+
+def teachers_of(config: Any, model: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The shapes of the teachers' weights, with their shardings, where `model` learns."""
+  made = {}
+  for name, teacher in config.objective.teachers.items():
+    runs = teacher.model(model)
+    shapes = jax.eval_shape(lambda runs=runs: init_params(runs, jax.random.key(0)))
+    made[name] = _placed(shapes, mesh, parameter_roles(runs))
+  return made
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh, roles: Roles) -> Any:

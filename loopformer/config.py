@@ -229,6 +229,11 @@ def check(config: Experiment):
   if not model.start.heard and not model.cell.injects:
     raise ConfigError(f'model.start = {_name_of(type(model.start))}: the loop would never see its input, because '
                       'model.cell does not inject it; start from it (Embedded), or use a cell that injects')
+  for name, teacher in config.objective.teachers.items():
+    outputs = teacher.model(model).outputs
+    if outputs != model.outputs:
+      raise ConfigError(f'objective.rolls: the teacher {name} has {outputs} answers to choose from, the model {model.outputs}; '
+                        'give a teacher with the same tokenizer')
   for name, roll in config.objective.rolls.items():
     if getattr(roll.plan, 'differentiated', roll.plan.expected) < roll.plan.expected and not model.cell.injects:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '

@@ -12,16 +12,52 @@ from loopformer.model import make_readout, run_batch
 from loopformer.types import Array, Batch, ConfigError, Draw, Params, Planner, Term, Trace, part
 
 
+@part
+class Own:
+  """A teacher of its own make: the model of a work folder, as it is described there, with its last weights."""
+  folder: str
+
+  @property
+  def name(self) -> str:
+    """By which its weights are known."""
+    return f'{self.folder} (its own model)'
+
+  def model(self, own: Any) -> Any:
+    """The model that runs. Raises ConfigError where the folder holds none."""
+    from loopformer import config as configs
+    return configs.read(self.folder).model
+
+
+@part
+class Lent:
+  """A teacher of the same make as the model that learns, with the weights of a work folder's last checkpoint; what that
+  does not hold is as the model starts."""
+  folder: str
+
+  @property
+  def name(self) -> str:
+    """As of Own."""
+    return self.folder
+
+  def model(self, own: Any) -> Any:
+    """The model that runs."""
+    return own
+
+
 @dataclasses.dataclass(frozen=True)
 class Roll:
   """One run of the model: how its steps are arranged, which states it keeps, and with whose weights it runs.
 
-  weights: None for those that learn, or a work folder, whose last checkpoint gives weights that do not: a teacher. What
-  the checkpoint does not hold is as the model starts.
+  weights: None for those that learn; or those of a teacher, which do not: `Own`, or a work folder, which is `Lent`.
   """
   plan: Planner
   keep: Any = loop.Last()
-  weights: str | None = None
+  weights: str | Own | None = None
+
+  @property
+  def teacher(self) -> Own | Lent | None:
+    """Whose weights it runs with, if not with those that learn."""
+    return Lent(folder=self.weights) if isinstance(self.weights, str) else self.weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,39 +111,45 @@ class Objective:
     return {name: weighted.term.weight(batch) for name, weighted in self.terms.items()}
 
   @property
-  def teachers(self) -> tuple[str, ...]:
-    """The work folders whose weights some rollouts run with."""
-    return tuple(dict.fromkeys(roll.weights for roll in self.rolls.values() if roll.weights is not None))
+  def teachers(self) -> dict[str, Own | Lent]:
+    """Those whose weights some rollouts run with, by their names."""
+    return {roll.teacher.name: roll.teacher for roll in self.rolls.values() if roll.teacher is not None}
 
   def rollouts(self, model, params: Params, draw: Draw, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
-    missing = [folder for folder in self.teachers if folder not in frozen]
+    missing = [name for name in self.teachers if name not in frozen]
     if missing:
       raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout runs; give those of all '
-                        'objective.teachers, by their folders')
+                        'objective.teachers, by their names')
     traces = {}
     for name, roll in self.rolls.items():
       noise = draw.named(f'{name} noise').keys()
-      weights = params if roll.weights is None else jax.lax.stop_gradient(frozen[roll.weights])
-      traces[name] = run_batch(model, weights, draw.batch, roll.plan(draw.named(name)), keep=roll.keep, noise=noise)
+      runs, weights = self._of(roll, model, params, frozen)
+      traces[name] = run_batch(runs, weights, draw.batch, roll.plan(draw.named(name)), keep=roll.keep, noise=noise)
     return traces
 
   def __call__(self, model, params: Params, draw: Draw, denominators: Mapping[str, Array],
                frozen: Mapping[str, Params] = {}) -> tuple[Array, dict[str, Array]]:
     """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}.
 
-    frozen: the weights of `teachers`, by their folders.
+    frozen: the weights of `teachers`, by their names.
 
     Raises:
       ConfigError: a teacher's weights are missing.
     """
     rolls = self.rollouts(model, params, draw, frozen)
-    of = {name: make_readout(model, jax.lax.stop_gradient(frozen[roll.weights]), draw.batch)
-          for name, roll in self.rolls.items() if roll.weights is not None}
+    of = {name: make_readout(*self._of(roll, model, params, frozen), draw.batch)
+          for name, roll in self.rolls.items() if roll.teacher is not None}
     readout = dataclasses.replace(make_readout(model, params, draw.batch), of=of)
     shares = {name: weighted.term(rolls, draw.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
               for name, weighted in self.terms.items()}
     return sum(self.terms[name].weight * share for name, share in shares.items()), shares
+
+  def _of(self, roll, model, params, frozen):
+    """(model, parameters) that a rollout runs with."""
+    if roll.teacher is None:
+      return model, params
+    return roll.teacher.model(model), jax.lax.stop_gradient(frozen[roll.teacher.name])
 
   def flops(self, model, length: int) -> float:
     """Floating-point operations a token of one training step: forward, and twice that for what is differentiated; no
@@ -115,6 +157,7 @@ class Objective:
     total = 0.0
     for roll in self.rolls.values():
       steps = roll.plan.expected
-      graded = getattr(roll.plan, 'differentiated', steps) if roll.weights is None else 0
-      total += model.flops(length, steps) + (2 * model.flops(length, graded) if graded else 0)
+      graded = getattr(roll.plan, 'differentiated', steps) if roll.teacher is None else 0
+      runs = model if roll.teacher is None else roll.teacher.model(model)
+      total += runs.flops(length, steps) + (2 * runs.flops(length, graded) if graded else 0)
     return total

@@ -23,6 +23,7 @@ from loopformer import averages, metrics, plans, processes, sharding, storage
 from loopformer.checkpoint import Best, Checkpoints, abstract
 from loopformer.evaluate import evaluate, motion
 from loopformer.model import init_params, parameter_roles
+from loopformer.roles import Roles
 from loopformer.types import Array, ConfigError, Draw, Params, part
 
 
@@ -112,6 +113,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   whether a process was told to stop, which all then learn from the metrics.
   """
   run_key, roles = jax.random.fold_in(jax.random.key(seed), 1), parameter_roles(model)
+  teachers = Roles({(name, *path): role for name, teacher in objective.teachers.items()
+                    for path, role in parameter_roles(teacher.model(model)).items()})
   optimizer = optax.with_extra_args_support(optimizer)
   divided = [name for name in sharding.BATCH if mesh.shape[name] > 1]  # XLA refuses sums over a single device
 
@@ -152,7 +155,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
     draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
                 batch={name: leaf for name, leaf in rows.items() if name not in stop})
-    specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, roles)
+    specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, teachers)
     by_rows, frozen_by_rows = (
         jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
     mapped = jax.shard_map(
@@ -241,8 +244,13 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
     writer = metrics.writer(workdir, first) if processes.is_leader() else metrics.Silent()
     step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
     fresh = jax.jit(lambda: make().params, out_shardings=shardings.params)
-    frozen = {folder: _started(fresh(), folder, mesh, log, 'objective.rolls: weights')
-              for folder in config.objective.teachers}
+    frozen = {}
+    for name, teacher in config.objective.teachers.items():
+      if teacher.model(config.model) == config.model:
+        frozen[name] = _started(fresh(), teacher.folder, mesh, log, 'objective.rolls: weights')
+      else:
+        given, frozen[name] = _restored(teacher.folder, teacher.model(config.model), mesh)
+        log(f'the teacher of {teacher.folder} is as it was at step {given}')
     run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
                log, memory, _Profile(workdir / 'profile', profile))
     try:
@@ -270,14 +278,17 @@ def _like(given: Params, own: Params, name: str) -> Params:
   return jax.tree.map(lambda leaf, mine: jax.device_put(jnp.array(leaf, mine.dtype), mine.sharding), given, own)
 
 
+def _restored(folder: str, model: Any, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
+  """(step, parameters) of the last checkpoint of a work folder, whose model it is."""
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  with Checkpoints(folder) as checkpoints:
+    return checkpoints.restore_params(None, abstract(shapes, sharding.shardings(shapes, mesh, parameter_roles(model))))
+
+
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
   """The parameters with those of another run's last checkpoint in the places that both have."""
   from loopformer import config as configs
-  source = configs.read(start)
-  shapes = jax.eval_shape(lambda: init_params(source.model, jax.random.key(0)))
-  with Checkpoints(start) as checkpoints:
-    step, given = checkpoints.restore_params(None, abstract(shapes, sharding.shardings(
-        shapes, mesh, parameter_roles(source.model))))
+  step, given = _restored(start, configs.read(start).model, mesh)
   given = dict(jax.tree_util.tree_leaves_with_path(given))
   taken = []
 

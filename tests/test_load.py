@@ -8,8 +8,15 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
+from loopformer import loop, plans
+from loopformer.blocks import RMSNorm, Stack
+from loopformer.cells.plain import Normed
 from loopformer.convert import export, from_official, to_official
+from loopformer.embed import TokenEmbed
+from loopformer.model import make_readout
+from loopformer.objective import Objective, Own, Roll, Weighted
 from loopformer.sharding import Mesh
+from loopformer.terms.distill import Distill
 from loopformer.tokenizer import ByteTokenizer
 from loopformer.train import train
 from loopformer.types import ConfigError
@@ -112,3 +119,44 @@ def test_a_saved_model_is_divided_over_a_mesh_when_it_is_loaded(sources, tmp_pat
   same(params, loaded.params)
   assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(params)) and jnp.float32 == params['read_in'][
       'embedding'].dtype
+
+
+def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
+  """A teacher of another make, wider and with other layers: what is learned from it by hand, and in a run."""
+  student, teacher = parts.looped(parts.plain(1)), parts.looped(
+      Normed(Stack(parts.block(RMSNorm(), heads=3), 2), RMSNorm()), read_in=TokenEmbed(vocab=parts.V, width=24, length=32))
+  weights, theirs = parts.params(student), parts.params(teacher)
+  folder = str(tmp_path / 'teacher')
+  loopformer.Loaded(teacher, theirs, None, dataclasses.replace(CONFIG, model=teacher)).save(folder)
+  plan = plans.Uniform(2)
+  objective = Objective(rolls={'own': Roll(plan, keep=loop.Every()), 'there': Roll(plan, loop.Every(), Own(folder=folder))},
+                        terms={'kd': Weighted(1.0, Distill(roll='own', teacher='there'))})
+  config = dataclasses.replace(CONFIG, model=student, objective=objective, train=dataclasses.replace(
+      CONFIG.train, steps=2, eval_every=2, save_every=2))
+  configs.check(config)
+  batch, (name,) = parts.batch(), objective.teachers
+
+  def loss(weights, theirs):
+    draw = parts.draw(jax.random.key(0), batch)
+    return objective(student, weights, draw, objective.denominators(batch), {name: theirs})[0]
+
+  value, (own, taught) = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, theirs)
+  laws = []
+  for model, params in ((teacher, theirs), (student, weights)):
+    trace = loopformer.run_batch(model, params, batch, plan(None), keep=loop.Every())
+    z = make_readout(model, params, batch).read(trace.xs)
+    laws.append(jax.nn.log_softmax(model.apply({'params': params}, z, method='logits')))
+  apart = (jnp.exp(laws[0]) * (laws[0] - laws[1])).sum(-1).mean(0)
+  assert value == pytest.approx(float((apart * batch['weights']).sum() / batch['weights'].sum()), rel=1e-4)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(taught)) and any(leaf.any() for leaf in jax.tree.leaves(own))
+  assert objective.flops(student, 8) == 3 * student.flops(8, 2) + teacher.flops(8, 2)
+  configs.save(config, tmp_path / 'run')
+  assert configs.read(tmp_path / 'run').objective == objective
+  train(config, tmp_path / 'run', log=lambda text: None)
+  same(loopformer.load(folder).params, theirs)
+  fewer = parts.looped(parts.plain(1), read_in=TokenEmbed(vocab=parts.V - 1, width=parts.D, length=32))
+  with pytest.raises(ConfigError, match='has 40 answers to choose from, the model 39'):
+    configs.check(dataclasses.replace(config, model=fewer))
+  with pytest.raises(ConfigError, match='no config.json in it'):
+    configs.check(dataclasses.replace(config, objective=dataclasses.replace(objective, rolls={
+        **objective.rolls, 'there': Roll(plan, loop.Every(), Own(folder=str(tmp_path / 'nobody')))})))

@@ -51,6 +51,7 @@ def test_parts_of_a_model_add_up_to_the_batch():
 
 class Weighed:
   """Stands for an objective: a mean over tokens of what each sequence and its draw make of the parameters."""
+  teachers = {}
 
   def prepared(self, draw):
     return draw
@@ -75,6 +76,7 @@ def test_parts_add_up_to_the_batch():
 
 class Counted:
   """Stands for an objective: its loss is the sum over microbatches of 2 ** the steps that they draw."""
+  teachers = {}
   plan = plans.RandomDepth(20)
 
   def prepared(self, draw):

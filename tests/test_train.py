@@ -86,7 +86,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted, tmp_path):
 @dataclasses.dataclass(frozen=True)
 class Drawn:
   """An objective whose loss is a number that is drawn."""
-  teachers = ()
+  teachers = {}
 
   def prepared(self, draw):
     return draw

@@ -1,4 +1,5 @@
-"""Learning from a teacher: a rollout that runs with weights of its own, frozen (`objective.Roll.weights`)."""
+"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Roll.weights`).
+"""
 from __future__ import annotations
 
 from typing import Any, Mapping
@@ -44,7 +45,8 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
 class Distill:
   """KL(teacher || student) of the answers after every step, a mean over steps and tokens by their weights (MELT, 3).
 
-  Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own.
+  Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own, and its states may
+  be of another width.
 
   roll: the student's rollout. teacher: another, which gets no gradient.
   """
@@ -59,6 +61,7 @@ class Distill:
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     own, taught = _pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')
+    _check_alike(self, own.shape[:-1], taught.shape[:-1])
     theirs = readout.of.get(self.teacher, readout)
     weights_KBT = jnp.broadcast_to(batch['weights'], own.shape[:-1])
     total = kl_sum(readout.read(own), readout.table, theirs.read(taught), theirs.table, weights_KBT, self.chunk,
@@ -80,6 +83,7 @@ class Aligned:
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     own, taught = _pair(self, rolls, lambda trace: trace.aux.get('attention'),
                         'does not tell what attention gives: use a cell that does, such as cells/melt.py')
+    _check_alike(self, own.shape, taught.shape)
     apart = jnp.square(own.astype(jnp.float32) - jax.lax.stop_gradient(taught).astype(jnp.float32))
     return jnp.sum(apart.mean((0, 1, -1)) * batch['weights'])
 
@@ -92,7 +96,10 @@ def _pair(term, rolls, pick, remedy):
     if value is None:
       raise ConfigError(f'{type(term).__name__}: the rollout {name!r} {remedy}')
     found.append(value)
-  if found[0].shape != found[1].shape:
-    raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {found[0].shape}, {term.teacher!r} '
-                      f'{found[1].shape}; give both rollouts the same steps')
   return found
+
+
+def _check_alike(term, own, taught):
+  if own != taught:
+    raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {own}, {term.teacher!r} {taught}; give both rollouts '
+                      'the same steps')
