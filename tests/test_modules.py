@@ -1,11 +1,11 @@
 """Modules are values: one instance in several places of a model is as many sets of parameters."""
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from loopformer import exits, plans
 from loopformer.blocks import Block, Chain, GatedMLP, Linear, RMSNorm, SelfAttention, Stack
+from loopformer.cells.cell import Cell
 from loopformer.cells.melt import Elementwise, Gated, LatentAttention, Latest
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
@@ -16,12 +16,11 @@ from tests import parts
 from tests.parts import D, tokens
 
 
-class Several(nn.Module):
+class Several(Cell):
   """A cell with modules in a list and in a dict."""
   core: Stack
   ways: list
   named: dict
-  run, injects, timetable = Plain.run, Plain.injects, Plain.timetable
 
   def __call__(self, x, e, ctx, kv):
     x, kv = self.core(x, ctx, None, kv)

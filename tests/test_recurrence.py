@@ -12,7 +12,7 @@ import pytest
 from loopformer import config as configs
 from loopformer import plans
 from loopformer.blocks import Chain, Linear, RMSNorm, SelfAttention, Stack, repeated, unfused
-from loopformer.cells.plain import Plain
+from loopformer.cells.cell import Cell
 from loopformer.inject import Add, Concat, Diagonal, Hold, decay
 from loopformer.loop import Every
 from loopformer.objective import Objective, Roll, Weighted
@@ -235,10 +235,9 @@ def test_a_sequence_does_not_notice_how_deep_the_others_go(name):
     close(together.z[row], alone.z[0], 2e-5)
 
 
-class Numbered(nn.Module):
+class Numbered(Cell):
   """A step that looks up by the number of the loop: x = core(x) + row k of a table."""
   core: Stack
-  run, injects, timetable = Plain.run, Plain.injects, Plain.timetable
 
   @nn.compact
   def __call__(self, x, e, ctx, kv):

@@ -23,7 +23,7 @@ REQUESTS = [dict(prompt='abc'), dict(prompt='hello there', seed=4), dict(prompt=
 ORDERS = [(0, 1, 2, 3, 4, 5), (5, 3, 1, 4, 2, 0), (2, 0)]
 
 NONE = parts.Head(outputs=V, norm=parts.Identity())
-GATED = parts.looped(Halting(parts.stack(1)), read_out=NONE)
+GATED = parts.looped(Halting(parts.plain(1)), read_out=NONE)
 ROUTED = parts.looped(Routed(parts.stack(1), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))),
                       memory=Compact(share=(1.0, 0.75, 0.5, 0.5)))
 RULES = {'kl': exits.KL(threshold=0.2), 'entropy_change': exits.EntropyChange(threshold=0.1),

@@ -93,9 +93,6 @@ def _check_model(model: Looped, chosen: Mapping[str, tuple[int, ...]]):
     if stack is not None and not isinstance(stack.block, Block):
       raise ConfigError(f'{name}: a stack of {type(stack.block).__name__}; the layers of a plain decoder fit pre-norm '
                         'blocks (Block) alone')
-    if stack is not None and sum(stack.block is getattr(other, 'block', None) for other in stacks.values()) > 1:
-      raise ConfigError(f'{name}: its block is also that of another stack, and so are its weights; '
-                        'give every stack a block of its own')
     depth = 0 if stack is None else stack.depth
     if depth != len(chosen[name]):
       raise ConfigError(f'{name} = {chosen[name]}: {len(chosen[name])} layers, but the model has {depth} there; '
