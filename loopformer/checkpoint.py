@@ -71,9 +71,10 @@ class Checkpoints:
     self._good, self._begun = self._begun, None
 
   def last_good(self) -> str:
-    """The last step that is known to be complete, in words."""
-    if self._begun is not None and not self._manager.is_saving_in_progress():
+    """The last complete step, in words; waits for the one that is being saved."""
+    if self._begun is not None:
       with contextlib.suppress(Exception):
+        self._manager.wait_until_finished()
         self._manager.check_for_errors()
         self._good, self._begun = self._begun, None
     return 'there is no good checkpoint' if self._good is None else f'the last good checkpoint is step {self._good}'

@@ -370,7 +370,7 @@ class _Run:
     if broken:
       term = next((name for name in broken if name in self.config.objective.terms), broken[0])
       raise NotFinite(f'step {number}: {term} = {values[term]} (not finite: {", ".join(broken)}). Nothing was saved '
-                      f'since; the last good checkpoint is step {self.checkpoints.latest()}. Lower the learning rate '
+                      f'since; {self.checkpoints.last_good()}. Lower the learning rate '
                       'or the clipping norm, or raise the warm-up')
     self._watch(number, values)
     options = self.config.train
