@@ -19,12 +19,12 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
-import loopformer
-from experiments import plots, records
 from experiments.main import check_command, held_out, numbers
-from loopformer import config as configs
-from loopformer import metrics, plans, storage
-from loopformer.evaluate import evaluate
+from experiments.tools import plots, records
+import loopformer
+from loopformer import config as configs, plans, storage
+from loopformer.inference.evaluate import evaluate
+from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS

@@ -16,21 +16,22 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
+from experiments.tools import machines, plots, records
 import loopformer
-from experiments import machines, plots, records
-from loopformer import config as configs
-from loopformer import exits, memory, metrics, plans, processes, sharding, storage
-from loopformer.evaluate import Run, evaluate
-from loopformer.generation import Engine, warn_beyond
+from loopformer import config as configs, memories, plans, sharding, storage
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine, warn_beyond
+from loopformer.inference.evaluate import Run, evaluate
 from loopformer.model import parameter_count
-from loopformer.train import NotFinite, train
+from loopformer.training import metrics, processes
+from loopformer.training.train import NotFinite, train
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
 RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
 ROWS = 32  # prompts at a time
-MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'last': memory.Ring(size=1), 'mean': memory.Mean()}
+MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1), 'mean': memories.Mean()}
 READERS = {}  # name of a flag -> the modes that read it
 
 
@@ -62,7 +63,7 @@ define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every spl
 define(flags.DEFINE_multi_string, 'prompt', [], 'generate', 'a prompt; may be repeated.')
 define(flags.DEFINE_string, 'budget', None, 'generate', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
 define(flags.DEFINE_list, 'tasks', None, 'harness', 'tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
-define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.benchmarks writes it; '
+define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.tools.evaluation_data writes it; '
        "the harness's own by default.")
 define(flags.DEFINE_integer, 'limit', None, 'harness', 'so many rows of every task.', lower_bound=1)
 define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take fewer '
@@ -209,8 +210,8 @@ def run_eval(workdir: Path):
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
   """The first `count` batches of a split that is not trained on."""
-  from loopformer import data
-  batches = data.batches(config.task.examples(workdir, split, 0), batch=config.train.batch)
+  from loopformer.data import batches
+  batches = batches.batches(config.task.examples(workdir, split, 0), batch=config.train.batch)
   return [batch for batch, _ in zip(batches, range(count))]
 
 
@@ -254,7 +255,7 @@ def run_generate(workdir: Path):
 
 def run_harness(workdir: Path):
   """Accuracy of the harness's tasks at every depth, schedule and exit; writes harness/<name>.{csv,json}."""
-  from loopformer import harness
+  from loopformer.inference import harness
   if not FLAGS.tasks:
     raise ConfigError('--tasks is missing: name tasks, such as --tasks=piqa_1500 --include=FOLDER')
   depths = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else ()
@@ -267,7 +268,7 @@ def run_harness(workdir: Path):
 
 def run_plan():
   """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
-  from experiments import ahead, plan
+  from experiments.tools import ahead, estimate
   if FLAGS.config is None:
     raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:paper')
   unread, why = ((('rows',), 'is read with --topology alone; name a machine by it, such as v5e:4x4')
@@ -283,7 +284,7 @@ def run_plan():
     raise ConfigError(f'--program={FLAGS.program}: simulated CPU devices plan training alone; name a machine by '
                       '--topology, such as v5e:4x4')
   else:
-    plan.run(config, FLAGS.devices, FLAGS.accelerators)
+    estimate.run(config, FLAGS.devices, FLAGS.accelerators)
 
 
 def numbers(text: str, flag: str, kind: type = float) -> tuple:
@@ -317,7 +318,7 @@ def given_memory():
     sizes = numbers(size, '--memory=ring:SIZE, SIZE', int)
     if len(sizes) > 1:
       raise ConfigError(f'--memory={FLAGS.memory}: a ring has one size; give one, such as ring:2')
-    return memory.Ring(size=sizes[0])
+    return memories.Ring(size=sizes[0])
   if FLAGS.memory is not None and (colon or name not in MEMORIES):
     raise ConfigError(f'--memory={FLAGS.memory}: there is no such memory; choose from {", ".join(MEMORIES)}, ring:SIZE')
   return MEMORIES.get(name)

@@ -12,9 +12,9 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 
 from loopformer import plans, sharding, storage
-from loopformer.generation import generate, warn_beyond
+from loopformer.data.tokenizer import load_tokenizer
+from loopformer.inference.engine import generate, warn_beyond
 from loopformer.model import Looped, init_params, parameter_roles, run_batch
-from loopformer.tokenizer import load_tokenizer
 from loopformer.types import Array, ConfigError, Params, Plan
 
 __all__ = ['Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch']
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
       ConfigError: a run is in the folder already.
     """
     from loopformer import config as configs
-    from loopformer.checkpoint import Checkpoints
+    from loopformer.training.checkpoint import Checkpoints
     workdir = storage.path(workdir)
     storage.check_workdir(workdir, writes=True)
     if (workdir / configs.FILE).exists():
@@ -96,7 +96,7 @@ def _imported(source, mesh, kind: str | None = None, **options):
 
 def _of_run(workdir, step, mesh):
   from loopformer import config as configs
-  from loopformer.checkpoint import FOLDER, Checkpoints, abstract
+  from loopformer.training.checkpoint import FOLDER, Checkpoints, abstract
   storage.check_workdir(workdir, writes=False)
   config = configs.read(workdir)
   if not (workdir / FOLDER).is_dir():

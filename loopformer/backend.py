@@ -24,7 +24,7 @@ _CHOSEN = jax.make_user_context(None)
 class Backend:
   """What programs of one kind of device look like.
 
-  name: as JAX calls it: 'cpu', 'gpu' (Nvidia's) or 'tpu'; attention.Fused chooses its kernel by it.
+  name: as JAX calls it: 'cpu', 'gpu' (Nvidia's) or 'tpu'; kernels.Fused chooses its kernel by it.
   unrolled: stacks of up to so many layers are written out and not scanned, where there is no cache. A scan stacks what
     its layers save for the backward pass, and the loop around it copies the stack into its own: on a GPU that was up to
     an eighth of a step. On a CPU, where it is less, programs that compile twice as fast are worth more.

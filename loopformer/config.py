@@ -23,17 +23,18 @@ from typing import Any, Callable, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer import modules, moved, storage
-from loopformer.blocks import DTYPES
-from loopformer.control import Steady
-from loopformer.evaluate import Depths
+from loopformer import moved, storage
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn import modules
+from loopformer.nn.layers import DTYPES
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
-from loopformer.train import Train, best_of
+from loopformer.training.control import Steady
+from loopformer.training.train import Train, best_of
 from loopformer.types import ConfigError, part
 
 FILE = 'config.json'
@@ -299,7 +300,8 @@ def _import_file(path: Any) -> types.ModuleType:
     module.__source__ = source
     sys.modules[name] = module
     try:
-      module_spec.loader.exec_module(module)
+      with moved.importable():
+        module_spec.loader.exec_module(module)
     except BaseException:
       del sys.modules[name]
       raise
@@ -400,7 +402,7 @@ def _decode(value: Any, workdir: Any) -> Any:
 
 
 def _find(name: str, workdir: Any) -> Callable:
-  module, _, qualname = name.partition(':')
+  module, _, qualname = moved.name_of(name).partition(':')
   if module.startswith(LOADED) and module not in sys.modules:
     _import_file(workdir / f'{module.removeprefix(LOADED)}.py')
   found = importlib.import_module(module)

@@ -9,7 +9,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from loopformer import attention, memory, sharding
+from loopformer import memories, sharding
+from loopformer.nn import kernels
 from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
 
 
@@ -137,13 +138,13 @@ class PerLayer:
   """
 
   def step(self, step):
-    return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED))
+    return nn.remat(step, prevent_cse=False, policy=kernels.saving(LAYER, kernels.SAVED))
 
   def once(self, step):
-    return nn.remat(step, policy=attention.saving(LAYER, attention.SAVED))
+    return nn.remat(step, policy=kernels.saving(LAYER, kernels.SAVED))
 
   def layer(self, layer):
-    return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED)))
+    return _named(nn.remat(layer, prevent_cse=False, policy=kernels.saving(kernels.SAVED)))
 
 
 @part
@@ -151,13 +152,13 @@ class Products:
   """Save every layer's input and what attention and projections gave, and recompute norms and activations alone."""
 
   def step(self, step):
-    return nn.remat(step, prevent_cse=False, policy=attention.saving(LAYER, attention.SAVED, attention.PRODUCT))
+    return nn.remat(step, prevent_cse=False, policy=kernels.saving(LAYER, kernels.SAVED, kernels.PRODUCT))
 
   def once(self, step):
-    return nn.remat(step, policy=attention.saving(LAYER, attention.SAVED, attention.PRODUCT))
+    return nn.remat(step, policy=kernels.saving(LAYER, kernels.SAVED, kernels.PRODUCT))
 
   def layer(self, layer):
-    return _named(nn.remat(layer, prevent_cse=False, policy=attention.saving(attention.SAVED, attention.PRODUCT)))
+    return _named(nn.remat(layer, prevent_cse=False, policy=kernels.saving(kernels.SAVED, kernels.PRODUCT)))
 
 
 @part
@@ -176,7 +177,7 @@ class Offload:
 
   def _policy(self, *saved):
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=saved, names_which_can_be_offloaded=[attention.SAVED], offload_src='device',
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=[kernels.SAVED], offload_src='device',
         offload_dst='pinned_host')
 
 
@@ -205,7 +206,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
   total = (ran + (0 if plan.free is None else plan.free)).max()
   if kv is not None and not cell.is_initializing():
-    slots = memory.slots_of(kv)
+    slots = memories.slots_of(kv)
     if ctx.memory.slots(plan.steps) > slots:  # free steps, whose number is not known here, come on top
       raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {slots}; make it with '
                         'cache(..., loops=...) of all steps')

@@ -8,9 +8,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, memory as memories, modules, roles, starts
-from loopformer.blocks import Linear, Stack, turned
-from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
+from loopformer import loop, memories as memories, roles, starts
+from loopformer.nn import modules
+from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
+from loopformer.nn.layers import Linear, turned
+from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from loopformer.blocks import unfused_kernel
+from loopformer.nn.layers import unfused_kernel
 from loopformer.roles import Roles
 from loopformer.types import Array, ConfigError, part
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from loopformer import backend, processes
+from loopformer import backend
 from loopformer.roles import Role, Roles
+from loopformer.training import processes
 from loopformer.types import KV, Array, Batch, ConfigError, Params, part
 
 AXES = ('data', 'fsdp', 'tensor')

@@ -360,7 +360,7 @@ class Projection(Protocol):
 
   def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
                gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
-    """x [..., I] -> [..., features], or queries, keys and values; see blocks.Dense."""
+    """x [..., I] -> [..., features], or queries, keys and values; see layers.Dense."""
 
 
 class Kernel(Protocol):

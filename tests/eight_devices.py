@@ -10,20 +10,22 @@ from typing import Any
 from unittest import mock
 
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from loopformer import attention, backend, plans, sharding
-from loopformer.attention import Blockwise, Fused
-from loopformer.blocks import RMSNorm, Stack
-from loopformer.inject import Diagonal
+from loopformer import backend, plans, sharding
 from loopformer.model import init_params, parameter_roles
+from loopformer.nn import kernels as nn_kernels
+from loopformer.nn.inject import Diagonal
+from loopformer.nn.kernels import Blockwise, Fused
+from loopformer.nn.layers import RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import State, make_step
+from loopformer.training.step import State, make_step
 from tests import parts
 from tests.test_terms import full_objective
 
@@ -183,8 +185,8 @@ def kernels(devices) -> dict[str, dict]:
     if inside:
       divided = jax.shard_map(kernel, mesh=mesh, in_specs=P(sharding.BATCH), out_specs=P(sharding.BATCH),
                               axis_names=set(sharding.BATCH), check_vma=False)
-    with (jax.set_mesh(mesh), backend.compiling_for(name), mock.patch.object(attention.Splash, '_attend', splash),
-          mock.patch.object(attention, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=cudnn))):
+    with (jax.set_mesh(mesh), backend.compiling_for(name), mock.patch.object(nn_kernels.Splash, '_attend', splash),
+          mock.patch.object(nn_kernels, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=cudnn))):
       out = jax.device_get(jax.jit(lambda *args: divided(*args))(q, k, v, seg))
     error = jnp.abs(out.astype(jnp.float32) - Blockwise()(q, k, v, seg).astype(jnp.float32)).max()
     found[f'{kind} {where}'] = {'seen': seen[-1], 'error': float(error)}

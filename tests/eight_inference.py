@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import machines
+from experiments.tools import machines
 import loopformer
-from loopformer import config as configs
-from loopformer import convert, exits, measures, plans, sharding
-from loopformer.checkpoint import Checkpoints
+from loopformer import config as configs, convert, plans, sharding
 from loopformer.config import Experiment
-from loopformer.evaluate import Run, evaluate, score
-from loopformer.generation import Engine, decode, prefill
-from loopformer.harness import Scorer
+from loopformer.inference import exits, measures
+from loopformer.inference.engine import Engine, decode, prefill
+from loopformer.inference.evaluate import Run, evaluate, score
+from loopformer.inference.harness import Scorer
 from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.sharding import Mesh
@@ -28,6 +27,7 @@ from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms import cross_entropy
 from loopformer.terms.cross_entropy import CE
+from loopformer.training.checkpoint import Checkpoints
 from tests import parts
 from tests.eight_devices import collectives, compare
 
@@ -125,8 +125,8 @@ def served_by_programs(params, mesh):
       return compiled[key](*arguments[dynamic])
     return call
 
-  with mock.patch('loopformer.generation.prefill', spy('prefill', prefill, slice(1, 6))), \
-      mock.patch('loopformer.generation.decode', spy('decode', decode, slice(4, 10))):
+  with mock.patch('loopformer.inference.engine.prefill', spy('prefill', prefill, slice(1, 6))), \
+      mock.patch('loopformer.inference.engine.decode', spy('decode', decode, slice(4, 10))):
     return *served(params), seen
 
 

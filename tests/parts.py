@@ -14,26 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import loop, plans
-from loopformer.attention import Blockwise, Fused
-from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, Sandwich,
-                               SelfAttention, Stack, UnitNorm, ValueEmbed, gelu_tanh, squared_relu)
 from loopformer.cells.halting import Halting
-from loopformer.cells.melt import Gated, LatentAttention, Latest
 from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
-from loopformer.cells.routed import ExpertChoice, Routed, TokenChoice
-from loopformer.cells.shifted import LearnedMix, Mix, Shifted
 from loopformer.cells.timed import Timed
-from loopformer.condition import LoopIndex, Modulation, Trajectory
-from loopformer.embed import Head, TokenEmbed, Tokens
-from loopformer.gated_attention import GatedAttention, GatedBlock, HiddenGate, QueryGate
-from loopformer.inject import Add, Concat, Diagonal, Hold
 from loopformer.model import Looped, init_params
-from loopformer.peri_normed import PeriNormed
-from loopformer.positions import Alibi, Rotary
+from loopformer.nn.attention import SelfAttention, ValueEmbed
+from loopformer.nn.blocks import Block, Chain, Sandwich
+from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
+from loopformer.nn.embed import Head, TokenEmbed, Tokens
+from loopformer.nn.inject import Add, Concat, Diagonal, Hold
+from loopformer.nn.kernels import Blockwise, Fused
+from loopformer.nn.layers import (MLP, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm, gelu_tanh,
+                                  squared_relu)
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.positions import Alibi, Rotary
+from loopformer.nn.stack import Stack
+from loopformer.papers.melt.attention import LatentAttention
+from loopformer.papers.melt.cell import Gated, Latest
+from loopformer.papers.mor.cell import ExpertChoice, Routed, TokenChoice
+from loopformer.papers.plt.attention import GatedAttention, GatedBlock, HiddenGate, QueryGate
+from loopformer.papers.plt.cell import LearnedMix, Mix, Shifted
+from loopformer.papers.plt.streams import Streams
 from loopformer.roles import Role, Roles
 from loopformer.starts import Noise, Zeros
-from loopformer.streams import Streams
 from loopformer.types import Ctx, Draw
 from tests import quick
 

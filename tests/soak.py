@@ -7,8 +7,8 @@ Weights must come out equal to the last bit. Prints a line a kill, and exits wit
 """
 from __future__ import annotations
 
-from pathlib import Path
 import math
+from pathlib import Path
 import random
 import signal
 import sys
@@ -18,8 +18,9 @@ import time
 from absl import app, flags, logging
 
 import loopformer
-from loopformer import metrics
+from loopformer.training import metrics
 from tests import cluster, test_cli
+
 
 def setting(folder: Path, steps: int) -> list[str]:
   """Arguments of a small run on text that is written to `folder`."""

@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
+from experiments.studies import memories as study
 import loopformer
-from experiments import memories
-from loopformer import memory
+from loopformer import memories
 from tests import parts
-from tests.parts import L, ROWS, T
+from tests.parts import ROWS, L, T
 
 POINTS = [('1', 1, 0.4), ('2', 2, 0.8), ('4', 4, 1.0), ('kl:0.1', 1.5, 0.5), ('kl:0.01', 3, 0.995),
           ('gate:0.5', 2, 0.7)]
@@ -36,20 +36,20 @@ def test_decoding_with_a_memory_of_every_loop_is_the_pass_over_all_tokens():
   model, prompt = ROWS['prelude_coda'].model, 3
   weights, texts = parts.params(model), parts.tokens(3)
   whole = loopformer.logits(model, weights, texts)
-  parts.close(memories.decoded(model, weights, texts, prompt), whole[:, prompt:], 1e-5)
+  parts.close(study.decoded(model, weights, texts, prompt), whole[:, prompt:], 1e-5)
 
 
 def test_a_row_of_the_table_is_what_it_says(monkeypatch):
-  ring, half = memory.Ring(size=1), T // 2
-  monkeypatch.setattr(memories, 'MEMORIES', (memory.PerLoop(), ring))
+  ring, half = memories.Ring(size=1), T // 2
+  monkeypatch.setattr(study, 'MEMORIES', (memories.PerLoop(), ring))
   model, batch = ROWS['loopformer'].model, parts.batch(4)
   weights = parts.params(model)
-  exact, _, row, _ = memories.measure(model, weights, [batch])
+  exact, _, row, _ = study.measure(model, weights, [batch])
   assert [exact['memory'], row['memory'], row['one pass over']] == ['PerLoop()', 'Ring(size=1)', 0]
   assert exact['largest'] < 1e-4 and exact['same argmax'] == 1 and abs(exact['change of NLL']) < 1e-5
   assert exact['bytes a token'] == L * row['bytes a token']
   there = np.asarray(loopformer.logits(model, weights, batch['tokens']))[:, half:]
-  logits = np.asarray(memories.decoded(model.clone(memory=ring), weights, batch['tokens'], 0))[:, half:]
+  logits = np.asarray(study.decoded(model.clone(memory=ring), weights, batch['tokens'], 0))[:, half:]
   asked = np.asarray(batch['weights'])[:, half:] > 0
   off = np.abs(logits - there)[asked]
   assert row['tokens'] == asked.sum() and 0 < asked.sum() < asked.size

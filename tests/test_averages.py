@@ -9,12 +9,13 @@ import optax
 import pytest
 
 import loopformer
-from loopformer import averages, config as configs
-from loopformer.averages import Averaged, AveragedState
-from loopformer.frozen import Only
+from loopformer import config as configs
 from loopformer.model import parameter_roles
 from loopformer.optim import AdamW, Trapezoid, WarmupCosine
-from loopformer.train import train
+from loopformer.training import averages
+from loopformer.training.averages import Averaged, AveragedState
+from loopformer.training.frozen import Only
+from loopformer.training.train import train
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, params

@@ -8,8 +8,10 @@ import pytest
 
 from experiments.benchmark import __main__ as benchmark, compile, decode, growth, imported, memory, plain, sizes, train
 from experiments.configs import loopformer as configuration
-from loopformer import attention, loop, metrics, plans
+from loopformer import loop, plans
 from loopformer.model import init_params
+from loopformer.nn import kernels
+from loopformer.training import metrics
 from tests import parts
 
 TINY = sizes.Size(batch=2, length=16, width=16, heads=2, hidden=24, vocab=40, layers=2, loops=4, short=2, prompt=4,
@@ -76,7 +78,7 @@ def test_padded_plan_runs_its_steps_and_skips_the_rest():
 
 def test_train_rows(monkeypatch):
   monkeypatch.setattr(metrics, 'measured_peak', lambda size, dtype: 1e12)
-  tables = train.train_suite(TINY, 1, None, kernels=(attention.Blockwise(),), remats=(loop.KeepAll(), loop.PerStep()))
+  tables = train.train_suite(TINY, 1, None, kernels=(kernels.Blockwise(),), remats=(loop.KeepAll(), loop.PerStep()))
   rows = tables['train']
   assert [row['step'] for row in rows] == ['KeepAll, Blockwise', 'PerStep, Blockwise']
   np.testing.assert_allclose(rows[0]['first loss'], rows[1]['first loss'], rtol=1e-5)
@@ -245,7 +247,7 @@ def test_the_floor_counts_every_weight_that_a_token_reads():
 @pytest.mark.parametrize('short', [(1.0,), (0.25, 0.75)])
 def test_peer_computes_the_same_loss_and_gradient(short):
   torch = pytest.importorskip('torch')
-  from experiments import peer
+  from experiments.benchmark import peer
   model = sizes.make_model(TINY)
   params = init_params(model, jax.random.key(3))
   batch = sizes.make_batch(TINY)

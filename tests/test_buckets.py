@@ -16,14 +16,16 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import main
+from experiments.tools import machines
 import loopformer
-from experiments import machines, main
-from loopformer import config as configs
-from loopformer import convert, metrics, prepared, storage, train
-from loopformer.checkpoint import Checkpoints
-from loopformer.corpus import Files
+from loopformer import config as configs, convert, storage
+from loopformer.data import prepared
+from loopformer.data.corpus import Files
+from loopformer.data.tokenizer import GivenPieces, TrainedPieces
 from loopformer.tasks.text import Text
-from loopformer.tokenizer import GivenPieces, TrainedPieces
+from loopformer.training import metrics, train
+from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import buckets, cluster, quick, test_checkpoint, test_cli
 

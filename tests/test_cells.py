@@ -6,19 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import config as configs
-from loopformer import exits, loop, plans
+from loopformer import config as configs, loop, plans
 from loopformer.cells.cell import Around, Cell
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
-from loopformer.blocks import Linear, RMSNorm, Stack
-from loopformer.generation import generate
-from loopformer.inject import Diagonal
+from loopformer.inference import exits
+from loopformer.inference.engine import generate
 from loopformer.model import init_params, parameter_roles
+from loopformer.nn.inject import Diagonal
+from loopformer.nn.layers import Linear, RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.starts import Zeros
 from loopformer.types import ConfigError
 from tests import parts
-from tests.parts import D, L, ROWS, close, forward, params, tokens
+from tests.parts import ROWS, D, L, close, forward, params, tokens
 
 INNER = {'timed': parts.timed(), 'recur': parts.recur(Diagonal(), norm=RMSNorm()), 'normed': Normed(parts.stack(2), RMSNorm())}
 

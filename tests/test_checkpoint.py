@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from loopformer import config as configs
-from loopformer.checkpoint import Best, Checkpoints
-from loopformer.measures import LESS, MORE
+from loopformer.inference.measures import LESS, MORE
+from loopformer.training.checkpoint import Best, Checkpoints
 from tests import test_cli
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import config as configs, memory, metrics
+from loopformer import config as configs, memories
+from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +26,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from experiments.configs import loopformer as paper
 from loopformer import config as configs
-from loopformer.corpus import Files
-from loopformer.tokenizer import Bytes
+from loopformer.data.corpus import Files
+from loopformer.data.tokenizer import Bytes
 from loopformer.types import part
 
 @part
@@ -354,8 +355,8 @@ def test_generate_with_a_memory(undisturbed):
   model, params, tokenizer, _ = loopformer.load(workdir)
   prompts = ['one two', 'three loop again and']
   expected = {}
-  for name, part in (('per_loop', memory.PerLoop()), ('first', memory.First()), ('ring:2', memory.Ring(size=2)),
-                     ('last', memory.Ring(size=1)), ('mean', memory.Mean())):
+  for name, part in (('per_loop', memories.PerLoop()), ('first', memories.First()), ('ring:2', memories.Ring(size=2)),
+                     ('last', memories.Ring(size=1)), ('mean', memories.Mean())):
     expected[name] = loopformer.generate(model.clone(memory=part), params, tokenizer, prompts, max_new_tokens=12,
                                          temperature=0.0)
     if name in ('per_loop', 'first', 'ring:2'):
@@ -374,7 +375,7 @@ def test_csv_of_rows(tmp_path):
 
 def test_exits_of_the_command_line():
   from experiments import main
-  from loopformer import exits
+  from loopformer.inference import exits
   from tests.parts import ROWS
   model = ROWS['loopformer'].model
   runs = main.rules('kl:1e-3,0.5;stable:3', model)

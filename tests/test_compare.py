@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import records
+from experiments.tools import records
 from tests import parts
 
 RUN = f'{parts.ROOT}/experiments/configs'

@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 
 from experiments.configs import loopformer as paper
-from loopformer import config as configs
-from loopformer import measures, plans
-from loopformer.blocks import Chain, Normal, Stack
-from loopformer.checkpoint import Best
+from loopformer import config as configs, plans
 from loopformer.config import check, choose, describe, difference, flatten, override
-from loopformer.embed import TokenEmbed
+from loopformer.inference import measures
 from loopformer.loop import Every
 from loopformer.model import init_params
+from loopformer.nn.blocks import Chain
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.layers import Normal
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import Train, best_of, train
+from loopformer.training.checkpoint import Best
+from loopformer.training.train import Train, best_of, train
 from loopformer.types import ConfigError, part
 from tests import parts
 
@@ -117,7 +119,7 @@ def test_describe_has_a_line_for_every_field():
   assert 'model.cell.core.depth = 2' in lines
   assert 'objective.terms.lm.weight = 1.0' in lines
   assert "model.cell.core.block.dtype = 'float32'" in lines
-  assert 'model.cell.core.block.mlp.activation = loopformer.blocks.gelu' in lines
+  assert 'model.cell.core.block.mlp.activation = loopformer.nn.layers.gelu' in lines
   assert 'model.cell = loopformer.cells.timed.Timed' in lines
   assert 'model.prelude = None' in lines
   assert len(lines) == len(flatten(TINY)) == len({line.split(' = ')[0] for line in lines})

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loopformer.control import Plateau, Steady
+from loopformer.training.control import Plateau, Steady
 from loopformer.types import ConfigError
 
 EVERY = 50

@@ -10,15 +10,18 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer.blocks import GatedMLP, Block, RMSNorm, Sandwich, SelfAttention, Stack, UniformWithin
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_official, retrofit, to_official
 from loopformer.convert.official import KINDS
-from loopformer.embed import Head, Tokens
-from loopformer.inject import Add, Concat, Diagonal
 from loopformer.model import Looped, init_params
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block, Sandwich
+from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.inject import Add, Concat, Diagonal
+from loopformer.nn.layers import GatedMLP, RMSNorm, UniformWithin
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.starts import Noise, Zeros
 from loopformer.types import ConfigError
 from tests.test_golden import config_of

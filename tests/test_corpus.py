@@ -4,7 +4,7 @@ import sysconfig
 
 import pytest
 
-from loopformer.corpus import Files, StandardLibrary
+from loopformer.data.corpus import Files, StandardLibrary
 
 
 def text_of(i: int) -> str:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cosines
+from experiments.studies import cosines
 from loopformer import plans
 from loopformer.objective import Objective, Roll, Weighted
-from loopformer.terms.cosine import Cosine, block_cosines
+from loopformer.papers.latent_thoughts.cosine import Cosine, block_cosines
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, Ctx
 from tests import parts

@@ -16,10 +16,11 @@ import pytest
 
 from experiments.benchmark import data as benchmark
 from experiments.benchmark.sizes import Size
-from loopformer import checked, data, prepared, storage
-from loopformer.corpus import Files
+from loopformer import storage
+from loopformer.data import batches, checked, prepared
+from loopformer.data.corpus import Files
+from loopformer.data.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces
 from loopformer.tasks.text import Text
-from loopformer.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces
 
 
 def quiet(_):
@@ -529,7 +530,7 @@ IDS = [5, 6, 9, 7, 9, 9, 8, 5, 6, 7, 9, 5, 6]  # 9 ends a document
 
 
 def test_joined_by_hand():
-  windows = data.Windows(ListStream(IDS), 6, 9)
+  windows = batches.Windows(ListStream(IDS), 6, 9)
   assert len(windows) == 2
   w = windows[1]
   assert w['tokens'].tolist() == [8, 5, 6, 7, 9, 5] and w['targets'].tolist() == [5, 6, 7, 9, 5, 6]
@@ -538,7 +539,7 @@ def test_joined_by_hand():
 
 
 def test_separate_by_hand():
-  w, v = data.Windows(ListStream(IDS), 6, 9, data.Separate())
+  w, v = batches.Windows(ListStream(IDS), 6, 9, batches.Separate())
   assert w['tokens'].tolist() == [5, 6, 9, 7, 9, 9] and w['targets'].tolist() == [6, 9, 7, 9, 9, 8]
   assert w['segments'].tolist() == [1, 1, 1, 2, 2, 3]
   assert w['positions'].tolist() == [0, 1, 2, 0, 1, 0]
@@ -552,9 +553,9 @@ def test_separate_by_hand():
 
 
 def test_windows_tile_the_stream_and_bounds():
-  assert len(data.Windows(ListStream(IDS), 12, 9)) == 1 and len(data.Windows(ListStream(IDS), 13, 9)) == 0
+  assert len(batches.Windows(ListStream(IDS), 12, 9)) == 1 and len(batches.Windows(ListStream(IDS), 13, 9)) == 0
   with pytest.raises(IndexError, match='window 2 of 2'):
-    data.Windows(ListStream(IDS), 6, 9)[2]
+    batches.Windows(ListStream(IDS), 6, 9)[2]
 
 
 def first_tokens(dataset, indices):
@@ -603,7 +604,7 @@ def same(left, right):
 def test_batches_are_rows_of_the_dataset(shared):
   _, task, folder = shared
   dataset = task.examples(folder, 'train', 0)
-  for s, batch in enumerate(take(iter(data.batches(dataset, batch=8)), 5)):
+  for s, batch in enumerate(take(iter(batches.batches(dataset, batch=8)), 5)):
     assert batch['tokens'].shape == (8, 32) and batch['weights'].dtype == np.float32
     assert [tuple(row) for row in batch['tokens']] == first_tokens(dataset, range(8 * s, 8 * s + 8))
 
@@ -613,12 +614,12 @@ def test_exact_resume_in_and_across_epochs(few):
   dataset = task.examples(folder, 'train', 3)
   n = (task.describe(folder)['train']['tokens'] - 1) // task.length
   total = 2 * n // 8 + 3
-  whole = take(iter(data.batches(dataset, batch=8)), total + 1)
+  whole = take(iter(batches.batches(dataset, batch=8)), total + 1)
   for stop in (0, 1, n // 16, n // 8, n // 8 + 1, total - 1):
-    iterator = iter(data.batches(dataset, batch=8))
+    iterator = iter(batches.batches(dataset, batch=8))
     take(iterator, stop)
     state = json.loads(json.dumps(iterator.get_state()))
-    resumed = iter(data.batches(task.examples(folder, 'train', 3), batch=8))
+    resumed = iter(batches.batches(task.examples(folder, 'train', 3), batch=8))
     take(resumed, 2)
     resumed.set_state(state)
     same(take(resumed, 2), whole[stop : stop + 2])
@@ -627,10 +628,10 @@ def test_exact_resume_in_and_across_epochs(few):
 def test_process_count_may_change_at_every_restart(shared):
   _, task, folder = shared
   dataset = task.examples(folder, 'train', 0)
-  whole = take(iter(data.batches(dataset, batch=8)), 12)
+  whole = take(iter(batches.batches(dataset, batch=8)), 12)
   state, seen = None, []
   for processes in (1, 2, 4, 1):
-    iterators = [iter(data.batches(dataset, batch=8, process=p, processes=processes)) for p in range(processes)]
+    iterators = [iter(batches.batches(dataset, batch=8, process=p, processes=processes)) for p in range(processes)]
     for iterator in iterators:
       if state is not None:
         iterator.set_state(state)
@@ -650,19 +651,19 @@ def test_process_count_may_change_at_every_restart(shared):
 @pytest.mark.parametrize('examples', [16, 17, 19, 23, 24])
 def test_all_processes_have_the_same_number_of_batches(examples):
   dataset = grain.MapDataset.range(examples).shuffle(0)
-  counts = [sum(1 for _ in data.batches(dataset, batch=8, process=p, processes=4)) for p in range(4)]
+  counts = [sum(1 for _ in batches.batches(dataset, batch=8, process=p, processes=4)) for p in range(4)]
   assert counts == [examples // 8] * 4
 
 
 def test_batches_errors(shared):
   dataset = grain.MapDataset.range(5)
   with pytest.raises(ValueError, match='train.batch=6 must be a positive multiple of processes=4'):
-    data.batches(dataset, batch=6, processes=4)
+    batches.batches(dataset, batch=6, processes=4)
   with pytest.raises(ValueError, match='process=2 is not one of the 2 processes'):
-    data.batches(dataset, batch=4, process=2, processes=2)
+    batches.batches(dataset, batch=4, process=2, processes=2)
   for d in (dataset, dataset.shuffle(1).repeat(), dataset.repeat()[1:]):
     with pytest.raises(ValueError, match='holds 5 examples, fewer than train.batch=8.*smaller train.batch'):
-      data.batches(d, batch=8)
+      batches.batches(d, batch=8)
 
 
 def test_text_errors(corpus, tmp_path):
@@ -675,7 +676,7 @@ def test_text_errors(corpus, tmp_path):
 
 
 def test_folder_may_be_shared(corpus, tmp_path):
-  task = Text(corpus=corpus, tokenizer=Bytes(), folder=str(tmp_path / 'elsewhere'), documents=data.Separate())
+  task = Text(corpus=corpus, tokenizer=Bytes(), folder=str(tmp_path / 'elsewhere'), documents=batches.Separate())
   assert task.prepare(tmp_path / 'work', log=quiet) == task.tokenizer_of(tmp_path / 'work')
   assert not (tmp_path / 'work').exists()
   example = task.examples(tmp_path / 'work', 'validation', 0)[0]

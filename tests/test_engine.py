@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loopformer import exits, memory, plans
-from loopformer.bidirectional import Bidirectional
-from loopformer.blocks import Chain, GatedMLP, Stack
-from loopformer.cells.melt import Gated, LatentAttention, Latest
+from loopformer import memories, plans
 from loopformer.cells.plain import Plain
-from loopformer.cells.routed import Routed, TokenChoice
-from loopformer.generation import Engine, decode, generate, judge, prefill
-from loopformer.peri_normed import PeriNormed
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine, decode, generate, prefill
+from loopformer.inference.sampling import judge
+from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.blocks import Chain
+from loopformer.nn.layers import GatedMLP
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.stack import Stack
+from loopformer.papers.melt.attention import LatentAttention
+from loopformer.papers.melt.cell import Gated, Latest
+from loopformer.papers.mor.cell import Routed, TokenChoice
 from loopformer.types import ConfigError
 from tests import parts
-from tests.parts import D, L, UNEVEN, V
+from tests.parts import UNEVEN, D, L, V
 from tests.test_generate import LETTERS, MODEL, PARAMS, PROMPTS, TOKENIZER, Letters
 
 END = Letters(eos=LETTERS.index(generate(MODEL, PARAMS, TOKENIZER, ['abc'], max_new_tokens=5, temperature=0.0)[0][4]))
@@ -94,7 +99,7 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch):
     widths.append((np.asarray(new.lengths).tolist(), np.asarray(new.shared).tolist()))
     return real(model, params, rows, new, *rest)
 
-  monkeypatch.setattr('loopformer.generation.prefill', spy)
+  monkeypatch.setattr('loopformer.inference.engine.prefill', spy)
   made = engine(rows=2)
   texts = []
   for prompt, budget in ((LONG + 'a', 2), (LONG + 'bc', 2), (LONG + 'a', 2), (LONG + 'a', 3)):
@@ -116,7 +121,7 @@ def test_what_was_drawn_can_be_shared_too():
   assert made.run() == [alone(LONG + first + 'no', temperature=0.0, max_new_tokens=5)]
 
 
-@pytest.mark.parametrize('change', [dict(memory=memory.Ring(size=1)), dict(memory=memory.Mean())], ids=str)
+@pytest.mark.parametrize('change', [dict(memory=memories.Ring(size=1)), dict(memory=memories.Mean())], ids=str)
 def test_inexact_memories_share_nothing(change):
   made = Engine(MODEL.clone(**change), PARAMS, TOKENIZER, rows=1, length=64)
   for _ in range(2):
@@ -256,7 +261,7 @@ def test_drawn_with_a_draft_the_text_has_the_same_law():
 @pytest.mark.parametrize('make, message', [
     (lambda: engine(rows=0), 'rows = 0'), (lambda: engine(length=81), 'length = 81.*80'),
     (lambda: engine(draft=1, exit=exits.Adaptive(rule=exits.KL())), 'exit and draft'),
-    (lambda: Engine(MODEL.clone(memory=memory.Mean()), PARAMS, TOKENIZER, draft=1), 'draft with memory'),
+    (lambda: Engine(MODEL.clone(memory=memories.Mean()), PARAMS, TOKENIZER, draft=1), 'draft with memory'),
     (lambda: engine().submit('a', budget=L + 1), f'budget = {L + 1}.*slots for {L}'),
     (lambda: engine().submit('a', budget=0), 'budget = 0'), (lambda: engine().submit('a', stop=('',)), 'stop'),
     (lambda: engine().submit('a', stop='x'), "stop = 'x'"), (lambda: engine(draft=0), 'draft = 0'),
@@ -314,7 +319,7 @@ def test_what_reads_ahead_is_not_given_keys_one_after_the_other():
   shared = parts.looped(Routed(Stack(parts.block(kernel=Bidirectional()), 1), TokenChoice(recursions=2)), loops=2)
   chunks = parts.looped(Gated(Stack(PeriNormed(attn=LatentAttention(**BOTH), mlp=GatedMLP(hidden=24)), 1)),
                         memory=Latest(chunk=3))
-  for model, kv in ((AHEAD['block'], MODEL.cache(1, 8)), (shared.clone(memory=memory.First()), None), (chunks, None),
+  for model, kv in ((AHEAD['block'], MODEL.cache(1, 8)), (shared.clone(memory=memories.First()), None), (chunks, None),
                     (parts.looped(**parts.shifted(kernel=Bidirectional())), None)):
     with pytest.raises(ConfigError, match='its attention reads later tokens too'):
       jax.eval_shape(lambda v, model=model, kv=kv: model.apply(v, parts.tokens(1), plan, kv=kv).z,

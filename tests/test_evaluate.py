@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import exits, loop, measures, plans
-from loopformer.evaluate import Depths, Named, Run, evaluate, motion
+from loopformer import loop, plans
+from loopformer.inference import exits, measures
+from loopformer.inference.evaluate import Depths, Named, Run, evaluate, motion
 from loopformer.model import make_readout
 from loopformer.types import ConfigError, Readout
 from tests import parts

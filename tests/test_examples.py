@@ -10,14 +10,14 @@ import optax
 import pytest
 
 import loopformer
-from loopformer import config as configs
-from loopformer import metrics, plans
+from loopformer import config as configs, plans
 from loopformer.model import parameter_roles
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
-from loopformer.train import init_state, make_step, train
-from tests import llama_reference as reference
-from tests import parts
+from loopformer.training import metrics
+from loopformer.training.step import init_state, make_step
+from loopformer.training.train import train
+from tests import llama_reference as reference, parts
 from tests.examples import confidence, low_rank_loops, masked_tokens
 from tests.test_golden import text_of
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import exits, loop, measures, plans
+from loopformer import loop, plans
 from loopformer.cells.halting import Halting
-from loopformer.evaluate import Run, evaluate
+from loopformer.inference import exits, measures
+from loopformer.inference.evaluate import Run, evaluate
 from loopformer.types import ConfigError, Ctx, Seen
 from tests import parts
-from tests.parts import L, ROWS, T, batch, close, params, tokens
+from tests.parts import ROWS, L, T, batch, close, params, tokens
 
 GATED = next(row.model for row in ROWS.values() if isinstance(row.model.cell, Halting))
 PLAIN = ROWS['loopformer'].model

@@ -15,21 +15,22 @@ from safetensors.numpy import load_file
 
 import loopformer
 from loopformer import config as configs
-from loopformer.blocks import Block, GatedMLP, RMSNorm, Stack, SelfAttention
 from loopformer.cells.plain import Plain
-from loopformer.checkpoint import Checkpoints
-from loopformer.convert import export, from_pretrained
-from loopformer.convert import tensors
-from loopformer.embed import Head, TiedHead, Tokens
-from loopformer.memory import First
+from loopformer.convert import export, from_pretrained, tensors
+from loopformer.data.tokenizer import ByteTokenizer, GivenJson, JsonTokenizer, TrainedPieces, load_tokenizer
+from loopformer.memories import First
 from loopformer.model import Looped
-from loopformer.normed_attention import NormedAttention
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.normed_attention import NormedAttention
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.tasks.generated import SymbolTokenizer
-from loopformer.tokenizer import ByteTokenizer, GivenJson, JsonTokenizer, TrainedPieces, load_tokenizer
+from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
-from tests import llama_reference as reference
-from tests import parts
+from tests import llama_reference as reference, parts
 from tests.llama_reference import D, F, G, H, T, V
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,7 @@ def by_transformers(folder, monkeypatch, cache):
 
 
 def in_float32(model):
-  from experiments.export import in_float32
+  from experiments.tools.export import in_float32
   return in_float32(model)
 
 
@@ -493,7 +494,7 @@ def workdir(tmp_path_factory):
 
 
 def run(*arguments):
-  done = subprocess.run([sys.executable, '-m', 'experiments.export', *arguments], cwd=ROOT, capture_output=True,
+  done = subprocess.run([sys.executable, '-m', 'experiments.tools.export', *arguments], cwd=ROOT, capture_output=True,
                         text=True, timeout=300, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
   return done.returncode, done.stdout, done.stderr
 
@@ -511,7 +512,7 @@ def test_command_line_exports_and_compares(dtype, workdir, tmp_path, monkeypatch
 
 
 def test_logits_of_other_parameters_differ(workdir, tmp_path):
-  from experiments import export as command
+  from experiments.tools import export as command
   model, params, _, _ = loopformer.load(workdir)
   export(model, params, None, tmp_path / 'out')
   near = command.largest_difference(model, params, tmp_path / 'out', 'float32')[0]

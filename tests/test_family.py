@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-import loopformer
 from experiments.main import held_out
+import loopformer
 from loopformer import config as configs
-from loopformer import metrics
-from loopformer.evaluate import evaluate
-from loopformer.train import train
+from loopformer.inference.evaluate import evaluate
+from loopformer.training import metrics
+from loopformer.training.train import train
 from tests import parts
 from tests.test_data import write_corpus
 from tests.test_golden import config_of

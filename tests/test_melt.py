@@ -10,29 +10,33 @@ import numpy as np
 import optax
 import pytest
 
-import loopformer
 from experiments.configs import melt as paper
-from loopformer import config as configs
-from loopformer import exits, loop, memory, plans
-from loopformer.blocks import GatedMLP, Identity, Stack
-from loopformer.cells import melt as cells
-from loopformer.cells.melt import (BLEND, Apart, Constant, Elementwise, Flight, Gated, LatentAttention, Latest, Mean, Scalar,
-                                   Transition)
-from loopformer.embed import Head
-from loopformer.frozen import Grouped
-from loopformer.generation import Engine, generate
+import loopformer
+from loopformer import config as configs, loop, memories, plans
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine, generate
 from loopformer.model import init_params, parameter_count, parameter_roles
+from loopformer.nn.embed import Head
+from loopformer.nn.layers import GatedMLP, Identity
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.positions import Alibi, Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid
-from loopformer.peri_normed import PeriNormed
-from loopformer.positions import Alibi, Rotary
+from loopformer.papers.melt import cell as cells
+from loopformer.papers.melt.attention import Constant, Elementwise, Flight, LatentAttention, Mean, Scalar
+from loopformer.papers.melt.cell import Gated, Latest
+from loopformer.papers.melt.plans import BLEND, Apart, Transition
+from loopformer.papers.melt.terms import Aligned
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
-from loopformer.terms.distill import Aligned, Distill, kl_sum
-from loopformer.train import State, make_step, train
+from loopformer.terms.distill import Distill, kl_sum
+from loopformer.training.frozen import Grouped
+from loopformer.training.step import State, make_step
+from loopformer.training.train import train
 from loopformer.types import ConfigError, Ctx, Readout, Tick, Trace
 from tests import parts
-from tests.parts import D, L, N, ROWS, T, V, close, forward, over, padded, poked, tokens
+from tests.parts import ROWS, D, L, N, T, V, close, forward, over, padded, poked, tokens
 from tests.test_data import write_corpus
 from tests.test_family import brief
 from tests.test_generate import TOKENIZER
@@ -96,7 +100,7 @@ def test_without_gate_and_chunks_it_is_the_looped_model():
       close(logits(model, converted(model), padded(steps)), logits(OURO, parts.params(OURO), padded(steps)), 1e-5)
 
 
-@pytest.mark.parametrize('keep, shared', [(0.0, memory.Ring(size=1)), (1.0, memory.First())], ids=['last', 'first'])
+@pytest.mark.parametrize('keep, shared', [(0.0, memories.Ring(size=1)), (1.0, memories.First())], ids=['last', 'first'])
 def test_token_by_token_a_fixed_gate_is_the_looped_model_with_shared_rows(keep, shared):
   """z = 0 is the sharing of the last loop's rows in decoding, z = 1 (with h_0 = x_1) that of the first loop's."""
   model, text = melt(1, Constant(keep)), tokens(3)
@@ -498,7 +502,7 @@ def test_what_is_not_defined_is_refused():
     jax.eval_shape(lambda w: model.apply({'params': w}, tokens(2), plan, **options), parts.shapes(melt()))
 
   with pytest.raises(ConfigError, match=r'model\.memory = PerLoop.*use cells\.melt\.Latest'):
-    run(model.clone(memory=memory.PerLoop()))
+    run(model.clone(memory=memories.PerLoop()))
   with pytest.raises(ConfigError, match='plan.free'):
     run(plan=UNIFORM.replace(free=jnp.int32(2)))
   with pytest.raises(ConfigError, match='plan: rows of loops.*decode without'):

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import memory
+from loopformer import memories
 from loopformer.types import ConfigError, Ctx, Tick
 from tests import parts
-from tests.parts import D, L, ROWS, T, close, params, tokens
+from tests.parts import ROWS, D, L, T, close, params, tokens
 
-MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'ring_1': memory.Ring(size=1),
-            'ring_2': memory.Ring(size=2), f'ring_{L}': memory.Ring(size=L), 'mean': memory.Mean()}
+MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'ring_1': memories.Ring(size=1),
+            'ring_2': memories.Ring(size=2), f'ring_{L}': memories.Ring(size=L), 'mean': memories.Mean()}
 every = pytest.mark.parametrize('name', list(MEMORIES))
 MODELS = pytest.mark.parametrize('row', ['loopformer', 'prelude_coda', 'parcae'])
 
@@ -163,4 +163,4 @@ def test_a_slot_of_several_loops_serves_more_loops_than_it_has():
 
 def test_bad_input():
   with pytest.raises(ConfigError, match=r'memory\.size = 0'):
-    memory.Ring(size=0)
+    memories.Ring(size=0)

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import machines
-from loopformer import sharding
-from loopformer import config as configs
+from experiments.tools import machines
+from loopformer import config as configs, sharding
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
 from tests import eight_inference, parts, quick, test_cli

@@ -11,7 +11,7 @@ from loopformer.objective import Objective, Roll, Weighted
 from loopformer.sharding import Mesh
 from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import State, make_step
+from loopformer.training.step import State, make_step
 from loopformer.types import Plan
 from tests import parts
 

@@ -3,15 +3,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from loopformer import exits, plans
-from loopformer.blocks import Block, Chain, GatedMLP, Linear, RMSNorm, SelfAttention, Stack
+from loopformer import plans
 from loopformer.cells.cell import Cell
-from loopformer.cells.melt import Elementwise, Gated, LatentAttention, Latest
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
-from loopformer.inject import Concat
+from loopformer.inference import exits
+from loopformer.inference.flat import flattened
 from loopformer.model import Looped, init_params
-from loopformer.flat import flattened
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block, Chain
+from loopformer.nn.inject import Concat
+from loopformer.nn.layers import GatedMLP, Linear, RMSNorm
+from loopformer.nn.stack import Stack
+from loopformer.papers.melt.attention import Elementwise, LatentAttention
+from loopformer.papers.melt.cell import Gated, Latest
 from tests import parts
 from tests.parts import D, tokens
 

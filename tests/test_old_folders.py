@@ -2,9 +2,13 @@
 
 tests/fixtures/before_the_second_foundation.tar.gz was written on 2026-11-29 by the version before cells stood around
 cells and projections were parts: the rows `loopformer` and `ouro` of tests/parts.py as it was then, with the logits that
-they gave.
+they gave. before_the_layout.tar.gz was written on the same day by commit 7d41941, the last before modules moved into
+folders: one run of each of five configurations, two of which define parts in the configuration file itself, a copy of
+which lies in the folder; with some columns of the states that their heads read.
 """
+import importlib
 import json
+import sys
 import tarfile
 
 import jax
@@ -12,21 +16,31 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer.checkpoint import Checkpoints, abstract
+from loopformer import config as configs, moved, plans
+from loopformer.training.checkpoint import Checkpoints, abstract
 from loopformer.convert import from_pretrained
-from loopformer.model import parameter_roles
-from loopformer.train import init_state
+from loopformer.model import parameter_roles, run_batch
+from loopformer.training.step import init_state
 from tests import parts
 
 NAMES = ('loopformer', 'ouro')
+LATER = ('linear_icl', 'melt', 'mor', 'plt', 'timestep')
+
+
+def unpacked(name, folder):
+  with tarfile.open(parts.ROOT / f'tests/fixtures/{name}.tar.gz') as archive:
+    archive.extractall(folder, filter='data')
+  return folder
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  made = tmp_path_factory.mktemp('before')
-  with tarfile.open(parts.ROOT / 'tests/fixtures/before_the_second_foundation.tar.gz') as archive:
-    archive.extractall(made, filter='data')
-  return made
+  return unpacked('before_the_second_foundation', tmp_path_factory.mktemp('before'))
+
+
+@pytest.fixture(scope='module')
+def later(tmp_path_factory):
+  return unpacked('before_the_layout', tmp_path_factory.mktemp('later'))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -57,3 +71,23 @@ def test_an_export_is_read(folder):
   ours, theirs, _, _ = loopformer.load(folder / 'loopformer')
   assert model == ours.clone(remat=model.remat) and tokenizer is None
   jax.tree.map(np.testing.assert_array_equal, params, theirs)
+
+
+@pytest.mark.parametrize('name', LATER)
+def test_a_folder_from_before_the_layout_answers_as_it_did(later, name):
+  for module in [module for module in sys.modules if module.startswith(configs.LOADED)]:
+    del sys.modules[module]  # as in a new process
+  model, params, _, config = loopformer.load(later / name)
+  said = json.loads((later / 'answers.json').read_text())[name]
+  z = run_batch(model, params, {'tokens': np.asarray(said['tokens'])}, plans.schedule(plans.resolve(said['steps']))).z
+  np.testing.assert_allclose(z[..., :8], said['z'], atol=2e-5)
+  configs.check(config)
+  assert not moved.MODULES.keys() & sys.modules.keys()  # old names live while a file is read, and no longer
+
+
+def test_every_old_name_leads_somewhere():
+  for name in moved.MODULES.values():
+    importlib.import_module(name)
+  for name in moved.APART:
+    module, _, qualname = moved.name_of(name).partition(':')
+    assert hasattr(importlib.import_module(module), qualname), name

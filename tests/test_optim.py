@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from loopformer import optim, sharding
-from loopformer.checkpoint import Checkpoints
 from loopformer.model import parameter_roles
 from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, Trapezoid, WarmupCosine, routes
 from loopformer.roles import Roles
+from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, all_rows, params

@@ -12,28 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import loopformer
 from experiments.configs import ouro as paper
+import loopformer
 from loopformer import loop, plans
-from loopformer.bidirectional import Bidirectional
-from loopformer.blocks import GatedMLP, Linear, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import GATE, Halting
 from loopformer.cells.plain import Normed
 from loopformer.convert import from_official, to_official
 from loopformer.convert.ouro import Settings, settings
-from loopformer.frozen import Only
 from loopformer.model import init_params, parameter_count, parameter_roles
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.layers import GatedMLP, Linear, RMSNorm
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid
-from loopformer.peri_normed import PeriNormed
+from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import nll_sum, token_nll
-from loopformer.terms.expected import Expected, Improvement, Prospective, Retrospective, exit_step, log_exit
-from loopformer.train import State, make_step
+from loopformer.terms.expected import Expected, exit_step, log_exit
+from loopformer.training.frozen import Only
+from loopformer.training.step import State, make_step
 from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
-from tests.parts import D, L, N, ROWS, T, V, close
+from tests.parts import ROWS, D, L, N, T, V, close
 from tests.test_terms import largest
 
 MODEL = ROWS['ouro'].model

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import plan
-from loopformer import loop, metrics, plans, sharding
+from experiments.tools import estimate
+from loopformer import loop, plans, sharding
 from loopformer.config import Experiment
 from loopformer.model import parameter_roles
 from loopformer.objective import Objective, Roll, Weighted
@@ -21,13 +21,15 @@ from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import Train, init_state, make_step
+from loopformer.training import metrics
+from loopformer.training.step import init_state, make_step
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 from tests import parts
 
 ROOT = Path(__file__).parents[1]
 ROWS, HIDDEN = 16, 24
-NO_STEPS = plan.Steps(free=0.0, live=1.0)
+NO_STEPS = estimate.Steps(free=0.0, live=1.0)
 
 
 def small(loops: int, remat=loop.KeepAll(), accumulate: int = 1, rows: int = ROWS) -> Experiment:
@@ -45,12 +47,12 @@ CASES = [(mesh, loops, 1) for mesh in MESHES for loops in (3, 5)] + [((2, 4, 1),
 
 def main():
   """Of one process with eight devices: plans, and what real states and programs are; prints JSON."""
-  plan.simulate(8)
+  estimate.simulate(8)
   found = {}
   for sizes, loops, accumulate in CASES:
     config = small(loops, accumulate=accumulate)
     mesh = Mesh(**dict(zip(sharding.AXES, sizes))).make()
-    made = plan.make_plan(config, mesh)
+    made = estimate.make_plan(config, mesh)
     row = {'weights': made.weights, 'optimizer': made.optimizer, 'gathered': made.gathered, 'rest': made.rest,
            'gradients': made.gradients, 'total': made.total, 'flops': made.flops,
            'sent': [[*key, count] for key, count in made.sent.items()]}
@@ -73,7 +75,7 @@ def main():
                          + memory.temp_size_in_bytes)
     found[name_of(sizes, loops, accumulate)] = row
   for loops in (4, 12):
-    made = plan.make_plan(small(loops, remat=loop.PerStep(), rows=1024), Mesh().make())
+    made = estimate.make_plan(small(loops, remat=loop.PerStep(), rows=1024), Mesh().make())
     found[f'memory {loops}'] = {'total': made.total}
   print(json.dumps(found))
 
@@ -223,7 +225,7 @@ TRIPS = 'backend_config={"known_trip_count":{"n":"6"}}'
 ], ids=['named', 'short', 'turned', 'mesh', 'mesh, turned'])
 def test_a_program_is_read(groups, key):
   text = PROGRAM.replace('GROUPS', groups).replace('TRIPS', TRIPS)
-  read = plan.Program(text, plan.Steps(free=0.0, live=0.5))
+  read = estimate.Program(text, estimate.Steps(free=0.0, live=0.5))
   assert read.flops == 6 * 0.5 * 2 * 4 * 8 * 8
   assert read.outside == 6 * 0.5 * 4 * (4 * 8 + 8 * 8 + 4 * 8)
   ring = (key[1] - 1) / key[1]
@@ -234,18 +236,18 @@ def test_a_program_is_read(groups, key):
 def test_products_of_the_mapped_step_are_not_outside():
   named = 'rhs_contracting_dims={0}, metadata={op_name="jit(f)/shard_map/x"}'
   text = PROGRAM.replace('rhs_contracting_dims={0}', named)
-  read = plan.Program(text.replace('GROUPS', 'replica_groups=[4,2]<=[8]').replace('TRIPS', TRIPS), NO_STEPS)
+  read = estimate.Program(text.replace('GROUPS', 'replica_groups=[4,2]<=[8]').replace('TRIPS', TRIPS), NO_STEPS)
   assert read.flops and not read.outside
 
 
 def test_loops_without_an_end_are_free_steps():
   text = PROGRAM.replace('GROUPS', 'replica_groups=[4,2]<=[8]').replace(', TRIPS', '')
-  assert plan.Program(text, plan.Steps(free=2.5, live=1.0)).flops == 2.5 * 2 * 4 * 8 * 8
+  assert estimate.Program(text, estimate.Steps(free=2.5, live=1.0)).flops == 2.5 * 2 * 4 * 8 * 8
 
 
 def test_groups_that_cannot_be_read_are_an_error():
   with pytest.raises(ValueError, match='cannot read'):
-    plan.Program(PROGRAM.replace('GROUPS', "replica_groups=mesh['a'=8] {'a':(1)2}").replace('TRIPS', TRIPS), NO_STEPS)
+    estimate.Program(PROGRAM.replace('GROUPS', "replica_groups=mesh['a'=8] {'a':(1)2}").replace('TRIPS', TRIPS), NO_STEPS)
 
 
 def test_traffic_of_products():
@@ -257,10 +259,10 @@ def test_traffic_of_products():
   x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
   traced = jax.jit(run).trace(x, w, 2)
   one = 2 * (4 * 8 + 8 * 8 + 4 * 8)
-  found = list(plan.products(traced.jaxpr.jaxpr, plan.Steps(free=5.0, live=0.25), {'data': 2, 'tensor': 1}))
+  found = list(estimate.products(traced.jaxpr.jaxpr, estimate.Steps(free=5.0, live=0.25), {'data': 2, 'tensor': 1}))
   assert sum(product.moved for product in found) == (3 + 5 + 0.25) * one / 2
   assert sum(product.flops for product in found) == (3 + 5 + 0.25) * 2 * 4 * 8 * 8 / 2
-  once = plan.products(traced.jaxpr.jaxpr, plan.Steps(free=5.0, live=0.25, outer=1.0), {})
+  once = estimate.products(traced.jaxpr.jaxpr, estimate.Steps(free=5.0, live=0.25, outer=1.0), {})
   assert sum(product.moved for product in once) == (3 + 1 + 0.25) * one
 
 
@@ -272,35 +274,35 @@ def test_traffic_of_products():
 ], ids=str)
 def test_steps_of_plans(planner, free, live):
   objective = Objective(rolls={'r': Roll(planner)}, terms={})
-  drawn = plan.expected(objective, plan.rows_of(Text(length=4)), 2, 100)
+  drawn = estimate.expected(objective, estimate.rows_of(Text(length=4)), 2, 100)
   assert drawn.free == pytest.approx(free, abs=0.4) and drawn.live == pytest.approx(live, abs=0.03)
 
 
 def test_a_batch_runs_as_far_as_its_deepest_row():
   each = plans.Truncated(depth=plans.Poisson(average=8), graded=4, over=plans.Each())
-  one, many = (plan.expected(Objective(rolls={'r': Roll(each)}, terms={}), {}, rows, 0).free for rows in (1, 16))
+  one, many = (estimate.expected(Objective(rolls={'r': Roll(each)}, terms={}), {}, rows, 0).free for rows in (1, 16))
   assert many > one + 3
 
 
 def test_attention_is_planned_in_few_blocks():
   config = small(3)
-  assert plan.coarse(config).model == config.model  # its blocks are as long as the text
+  assert estimate.coarse(config).model == config.model  # its blocks are as long as the text
   longer = Experiment(name='l', model=config.model, objective=config.objective, task=Text(length=1024))
-  assert plan.coarse(longer).model.cell.core.block.attn.kernel.size == 128
+  assert estimate.coarse(longer).model.cell.core.block.attn.kernel.size == 128
 
 
-def made(**changes) -> plan.Plan:
+def made(**changes) -> estimate.Plan:
   values = dict(mesh={'data': 2, 'fsdp': 8, 'tensor': 1}, parameters=10, tokens=1000, rows=1, steps=NO_STEPS,
                 weights=10, optimizer=20, gathered=80, gradients=80, total=200, flops=989e12, traffic=3350e9 / 2,
                 sent={('all-gather', 8, 8): 450e9 / 4, ('all-reduce', 2, 9): 50e9 / 8}, model_flops=8 * 989e12)
-  return plan.Plan(**{**values, **changes})
+  return estimate.Plan(**{**values, **changes})
 
 
 @pytest.mark.parametrize('changes, least, bound', [
     ({}, '1', 'compute'), ({'traffic': 2 * 3350e9}, '2', 'memory'),
     ({'sent': {('all-reduce', 2, 9): 3 * 50e9}}, '3', 'interconnect')], ids=['compute', 'memory', 'interconnect'])
 def test_what_binds(changes, least, bound):
-  text = plan.table(made(**changes), {'H100': metrics.ACCELERATORS['H100']})
+  text = estimate.table(made(**changes), {'H100': metrics.ACCELERATORS['H100']})
   cells = dict(zip(*([cell.strip() for cell in line.split('|')] for line in (text.splitlines()[0],
                                                                             text.splitlines()[2]))))
   assert (cells['step s'], cells['bound by'], cells['fits']) == (least, bound, 'yes')
@@ -315,14 +317,14 @@ def test_seconds_of_a_network_and_of_links():
 
 def test_rest_is_what_the_program_holds_beyond_what_is_named():
   assert made().rest == 10
-  assert plan.fits(made(total=80_000_000_000), metrics.ACCELERATORS['H100'])
-  assert not plan.fits(made(total=80_000_000_001), metrics.ACCELERATORS['H100'])
+  assert estimate.fits(made(total=80_000_000_000), metrics.ACCELERATORS['H100'])
+  assert not estimate.fits(made(total=80_000_000_001), metrics.ACCELERATORS['H100'])
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: plan.choose(['v5e', 'v7']), r"no data sheet of 'v7' here; choose from v4, v5e"),
-    (lambda: plan.simulate(0), r'--devices=0: give the number'),
-    (lambda: plan.simulate(len(jax.devices()) + 1), r'--devices=\d+: '),  # this process has its devices already
+    (lambda: estimate.choose(['v5e', 'v7']), r"no data sheet of 'v7' here; choose from v4, v5e"),
+    (lambda: estimate.simulate(0), r'--devices=0: give the number'),
+    (lambda: estimate.simulate(len(jax.devices()) + 1), r'--devices=\d+: '),  # this process has its devices already
 ], ids=['accelerator', 'none', 'late'])
 def test_bad_input(call, message):
   with pytest.raises(ConfigError, match=message):

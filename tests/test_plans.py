@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from loopformer import plans
-from loopformer.evaluate import Depths
+from loopformer.inference.evaluate import Depths
 from loopformer.types import ConfigError
 from tests import parts
 

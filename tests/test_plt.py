@@ -6,17 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import exits, loop, memory, plans
-from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack
+from loopformer import loop, memories, plans
 from loopformer.cells.plain import Plain
-from loopformer.cells.shifted import LearnedMix, Mix
 from loopformer.config import check
-from loopformer.gated_attention import ConstantGate, HiddenGate, QueryGate
-from loopformer.generation import Engine
-from loopformer.harness import Scorer
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine
+from loopformer.inference.harness import Scorer
 from loopformer.model import init_params, parameter_count
-from loopformer.positions import Rotary
-from loopformer.streams import Streams, banded
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
+from loopformer.papers.plt.attention import ConstantGate, HiddenGate, QueryGate
+from loopformer.papers.plt.cell import LearnedMix, Mix
+from loopformer.papers.plt.streams import Streams, banded
 from loopformer.types import ConfigError, Ctx, Plan
 from tests import parts
 from tests.parts import D, N, V, close, forward, params, tokens
@@ -465,8 +469,8 @@ def of_cell(**changes):
     (lambda: Streams(window_left=1).make(0, 1, 1, 4, 1, 1, 'float32', D), 'loops = 0'),
     (lambda: run(model_of(), Plan(t=jnp.zeros(0), dt=jnp.zeros(0))), 'no steps'),
     (lambda: run(model_of(), uniform(2).replace(free=jnp.int32(1))), 'plan.free'),
-    (lambda: run(model_of(), kv=model_of().clone(memory=memory.PerLoop()).cache(1, 4)), 'window'),
-    (lambda: run(model_of().clone(memory=memory.First()), kv=model_of().cache(1, 4)), 'model.memory = First'),
+    (lambda: run(model_of(), kv=model_of().clone(memory=memories.PerLoop()).cache(1, 4)), 'window'),
+    (lambda: run(model_of().clone(memory=memories.First()), kv=model_of().cache(1, 4)), 'model.memory = First'),
     (lambda: run(model_of().clone(memory=Streams(window_left=2)), kv=model_of(2).cache(1, 4)),
      r'Streams\(window_left=3\)'),
     (lambda: run(model_of(), uniform(3), kv=model_of().cache(1, 4, 2)), '3 steps.*slots for 2'),

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from experiments.configs import act, ouro, pondernet
-from loopformer import exits, plans
+from loopformer import plans
+from loopformer.inference import exits
 from loopformer.terms.cross_entropy import nll_sum
 from loopformer.terms.expected import Expected, log_exit
 from loopformer.terms.ponder import Averaged, Geometric, Ponder, log_geometric, shares
 from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
-from tests.parts import L, ROWS, T, V, close
+from tests.parts import ROWS, L, T, V, close
 from tests.test_ouro import gates, gradient, law, made, paths, value
 
 MODEL = ROWS['ouro'].model

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import convert, metrics, processes
+from loopformer import convert
+from loopformer.training import metrics, processes
 from loopformer.types import ConfigError
 from tests import cluster, parts, soak, test_cli
 
@@ -107,7 +108,7 @@ def test_a_layer_divided_between_processes(alone, setting, tmp_path):
   train(tmp_path, 1, 1, *asked)
   assert text == cluster.told(tmp_path).splitlines()
   out = tmp_path / 'export'
-  assert cluster.wait(cluster.start(tmp_path, 2, 1, f'--out={out}', '--heartbeat=30', module='experiments.export')) == [
+  assert cluster.wait(cluster.start(tmp_path, 2, 1, f'--out={out}', '--heartbeat=30', module='experiments.tools.export')) == [
       0, 0], cluster.told(tmp_path)
   _, params, _ = convert.from_pretrained(out)
   parts.close(params, loopformer.load(tmp_path)[1], 0)

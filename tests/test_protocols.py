@@ -6,42 +6,56 @@ from typing import Protocol
 from flax import linen as nn
 import pytest
 
-from loopformer import (attention, bidirectional, blocks, control, embed, evaluate, exits, frozen, gated_attention, inject,
-                        loop, low_rank, measures, memory, normed_attention, objective, optim, peri_normed, plans, positions,
-                        routing, starts, streams, types)
-from loopformer.averages import Averaged
-from loopformer.cells import halting, linear, melt, plain, recur, routed, shifted, timed
-from loopformer.compact import Compact
+from loopformer import loop, memories, objective, optim, plans, starts, types
+from loopformer.cells import halting, plain, recur, timed
+from loopformer.inference import evaluate, exits, measures
+from loopformer.nn import (attention, bidirectional, blocks, embed, inject, kernels, layers, low_rank, normed_attention,
+                           peri_normed, positions)
+from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
+from loopformer.papers.melt.attention import LatentAttention
+from loopformer.papers.melt.cell import Gated, Latest
+from loopformer.papers.melt.plans import Apart, Transition
+from loopformer.papers.melt.terms import Aligned
+from loopformer.papers.mor.cell import Routed
+from loopformer.papers.mor.memory import Compact
+from loopformer.papers.mor.routing import AsTrained, LossFree
+from loopformer.papers.mor.terms import Balance, RouterBCE
+from loopformer.papers.ouro.terms import Improvement
+from loopformer.papers.plt.attention import GatedBlock
+from loopformer.papers.plt.cell import Shifted
+from loopformer.papers.plt.streams import Streams
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.imported import Imported
 from loopformer.tasks.text import Text
-from loopformer.terms import cross_entropy, distill, expected, match, ponder, router, squared
+from loopformer.terms import cross_entropy, distill, expected, match, ponder, squared
+from loopformer.training import control, frozen
+from loopformer.training.averages import Averaged
 
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged,
-                    melt.Transition, melt.Apart],
-    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, routed.Routed, shifted.Shifted,
-                 melt.Gated],
-    types.Memory: [memory.PerLoop, memory.First, memory.Ring, memory.Mean, streams.Streams, Compact, melt.Latest],
-    types.Term: [cross_entropy.CE, match.Match, squared.Squared, expected.Expected, expected.Improvement, ponder.Ponder,
-                 distill.Distill, distill.Aligned, router.RouterBCE, router.Balance],
+                    Transition, Apart],
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Routed, Shifted,
+                 Gated],
+    types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
+    types.Term: [cross_entropy.CE, match.Match, squared.Squared, expected.Expected, Improvement, ponder.Ponder,
+                 distill.Distill, Aligned, RouterBCE, Balance],
     types.Task: [Text, Generated, Imported],
-    types.Block: [blocks.Block, blocks.Sandwich, blocks.Chain, peri_normed.PeriNormed, gated_attention.GatedBlock,
-                  linear.LinearAttention],
-    types.Attention: [blocks.SelfAttention, normed_attention.NormedAttention, melt.LatentAttention],
-    types.Projection: [blocks.Dense, low_rank.LowRank],
-    types.Kernel: [attention.Blockwise, attention.Fused, attention.Cudnn, attention.Splash, bidirectional.Bidirectional],
+    types.Block: [blocks.Block, blocks.Sandwich, blocks.Chain, peri_normed.PeriNormed, GatedBlock,
+                  LinearAttention],
+    types.Attention: [attention.SelfAttention, normed_attention.NormedAttention, LatentAttention],
+    types.Projection: [layers.Dense, low_rank.LowRank],
+    types.Kernel: [kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, bidirectional.Bidirectional],
     types.Position: [positions.Rotary, positions.Alibi],
-    types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, linear.Prompt],
-    types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, linear.LabelHead],
+    types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, Prompt],
+    types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, LabelHead],
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.Hold, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
-    types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, routing.AsTrained],
+    types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
     types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Only, frozen.Grouped, Averaged,
-                      routing.LossFree],
+                      LossFree],
     types.Control: [control.Steady, control.Plateau],
     types.Measure: [measures.Tokens, measures.Answers, measures.Errors],
 }

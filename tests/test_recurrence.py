@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import config as configs
-from loopformer import plans
-from loopformer.blocks import Chain, Linear, RMSNorm, SelfAttention, Stack, repeated, unfused
+from loopformer import config as configs, plans
 from loopformer.cells.cell import Cell
-from loopformer.inject import Add, Concat, Diagonal, Hold, decay
 from loopformer.loop import Every
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Chain
+from loopformer.nn.inject import Add, Concat, Diagonal, Hold, decay
+from loopformer.nn.layers import Linear, RMSNorm, unfused
+from loopformer.nn.positions import Alibi, Rotary
+from loopformer.nn.stack import Stack, repeated
 from loopformer.objective import Objective, Roll, Weighted
-from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Embedded, Noise, Zeros
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, Plan
 from tests import parts
-from tests.parts import D, ROWS, T, V, close, forward, params, tokens
+from tests.parts import ROWS, D, T, V, close, forward, params, tokens
 from tests.test_golden import config_of
 
 RECURRENT = ['added', 'held', 'huginn', 'parcae']
@@ -357,8 +359,8 @@ def test_the_order_of_one_layer_is_the_loop_of_it():
 
 def test_a_window_is_the_unrolled_net_cut_before_it():
   """Looped in-context learning: K loops, of which the last w are differentiated, averaged over those w."""
-  from loopformer.terms.squared import Window
   from loopformer.model import make_readout
+  from loopformer.terms.squared import Window
   model = parts.looped(parts.recur(Add(), norm=RMSNorm()), start=Zeros(), read_out=parts.Head(outputs=1))
   weights = params(model)
   batch = {**parts.batch(3), 'targets': jax.random.normal(jax.random.key(1), (3, T))}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loopformer import loop, plans
-from loopformer.cells.routed import ExpertChoice, Routed, TokenChoice
+from loopformer.papers.mor.cell import ExpertChoice, Routed, TokenChoice
 from tests import parts
 from tests.parts import ROWS, params
 

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import exits, memory, plans
+from loopformer import memories, plans
 from loopformer.cells.halting import Halting
-from loopformer.cells.routed import ExpertChoice, Routed
-from loopformer.compact import Compact
-from loopformer.generation import Controls, Engine, generate, law
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine, generate
+from loopformer.inference.sampling import Controls, law
+from loopformer.papers.mor.cell import ExpertChoice, Routed
+from loopformer.papers.mor.memory import Compact
 from tests import parts
-from tests.parts import L, ROWS, UNEVEN, V, batch, params
+from tests.parts import ROWS, UNEVEN, L, V, batch, params
 from tests.test_generate import TOKENIZER
 
 # Requests of all kinds: lengths, schedules, ways of drawing; two have the same words.
@@ -37,15 +39,15 @@ def one_layer(row):
   return model.clone(cell=model.cell.clone(core=model.cell.core.clone(depth=1)))
 
 
-def leaving(name, fill=exits.Copy(), kept=memory.PerLoop()):
+def leaving(name, fill=exits.Copy(), kept=memories.PerLoop()):
   return GATED.clone(memory=kept), exits.Adaptive(rule=RULES[name], fill=fill)
 
 
 # Every rule, every memory, and the cells that decode in ways of their own. Models are few: they share programs.
 CASES = {
     **{name: leaving(name) for name in ('sampled', 'cumulative', 'confident', 'act', 'entropy_change', 'state')},
-    'kl, first': leaving('kl', kept=memory.First()), 'entropy, mean': leaving('entropy', kept=memory.Mean()),
-    'stable, ring': leaving('stable', kept=memory.Ring(size=2)),
+    'kl, first': leaving('kl', kept=memories.First()), 'entropy, mean': leaving('entropy', kept=memories.Mean()),
+    'stable, ring': leaving('stable', kept=memories.Ring(size=2)),
     'sampled, recomputed': leaving('sampled', exits.Recompute()),
     'routed, compact': (ROUTED, None), 'shifted': (one_layer('plt'), None), 'latent': (one_layer('melt'), None),
 }
@@ -56,7 +58,7 @@ def test_the_table_names_all_rules_and_memories():
     return {part for _, part in inspect.getmembers(module, dataclasses.is_dataclass) if hasattr(part, method)}
 
   assert of(exits, 'update') == {type(leave.rule) for _, leave in CASES.values() if leave}
-  assert of(memory, 'exchange') <= {type(model.memory) for model, _ in CASES.values()}
+  assert of(memories, 'exchange') <= {type(model.memory) for model, _ in CASES.values()}
 
 
 def serve(engine, order):

@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from loopformer import plans, roles, sharding
-from loopformer.blocks import Dense, Linear, Normal, RMSNorm, Stack
 from loopformer.cells.plain import Plain
+from loopformer.inference.flat import flattened
 from loopformer.model import parameter_roles
-from loopformer.flat import flattened
+from loopformer.nn.layers import Dense, Linear, Normal, RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid
 from loopformer.roles import Role
 from tests import parts

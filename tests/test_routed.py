@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 
 from experiments.configs import mor
-from loopformer import exits, loop, measures, memory, plans, routing
-from loopformer.blocks import Normal
+from loopformer import loop, memories, plans
 from loopformer.cells.plain import Plain
-from loopformer.cells.routed import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore, Moved,
-                                     Open, Routed, Sigmoid, Softmax, Threshold, TokenChoice, TopK)
-from loopformer.compact import Compact
-from loopformer.evaluate import Run, evaluate
-from loopformer.generation import Engine
+from loopformer.inference import exits, measures
+from loopformer.inference.engine import Engine
+from loopformer.inference.evaluate import Run, evaluate
 from loopformer.loop import Every
 from loopformer.model import make_readout, parameter_count
+from loopformer.nn.layers import Normal
+from loopformer.nn.positions import Rotary
 from loopformer.optim import AdamW, Trapezoid
-from loopformer.positions import Rotary
+from loopformer.papers.mor import routing
+from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
+                                        Moved, Open, Routed, Sigmoid, Softmax, Threshold, TokenChoice, TopK)
+from loopformer.papers.mor.memory import Compact
+from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.roles import Roles
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.router import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.types import ConfigError, Trace, part
 from tests import parts
 from tests.parts import D, L, T, V, close, forward, over, padded, params, poked, tokens
@@ -32,7 +34,7 @@ CAPACITIES = (1.0, 0.75, 0.5, 0.25)
 COUNTS = [8, 6, 4, 2]
 
 
-def expert(core=2, memory=memory.PerLoop(), read_in=None, **options):
+def expert(core=2, memory=memories.PerLoop(), read_in=None, **options):
   cell = Routed(parts.stack(core), ExpertChoice(**{'capacities': CAPACITIES, **options}))
   return parts.looped(cell, prelude=parts.stack(1), coda=parts.stack(1), memory=memory,
                       **({} if read_in is None else {'read_in': read_in}))
@@ -47,7 +49,7 @@ MODEL = expert()
 ROUTERS = {'threshold': MODEL, 'mlp': expert(score=MLPScore()), 'chance': expert(train=Chance(), answer=Chance()),
            'auxiliary': expert(auxiliary=LinearScore(), answer=Auxiliary()), 'token': token(),
            'token_bias': token(bias=Normal(0.0), gate=Sigmoid(), combine=EveryStep()), 'shared': expert(
-               memory=memory.First())}
+               memory=memories.First())}
 routers = pytest.mark.parametrize('name', ROUTERS)
 FULL = plans.Uniform(L)(None)
 
@@ -166,7 +168,7 @@ class Given:
     return jnp.asarray(self.taken)[r]
 
 
-@pytest.mark.parametrize('shared', [memory.PerLoop(), memory.First(), memory.Ring(size=1)], ids=str)
+@pytest.mark.parametrize('shared', [memories.PerLoop(), memories.First(), memories.Ring(size=1)], ids=str)
 def test_gathered_is_masked_on_the_same_choice(shared):
   model = expert(memory=shared)
   text, seg = tokens(3), jnp.array([[0] * T, [0] * 3 + [1] * (T - 3), [0, 1, 1, 1, 1, 2, 2, 2]])
@@ -178,7 +180,7 @@ def test_gathered_is_masked_on_the_same_choice(shared):
   close(answer(params(model), text), gathered.z, 1e-5)
 
 
-@pytest.mark.parametrize('shared', [memory.First(), memory.Ring(size=1)], ids=str)
+@pytest.mark.parametrize('shared', [memories.First(), memories.Ring(size=1)], ids=str)
 @pytest.mark.parametrize('run', [forward, learn], ids=['answers', 'learns'])
 def test_documents_do_not_share_keys(run, shared):
   """Nor do their routers, in answers; in training documents of a row compete for places."""
@@ -233,7 +235,7 @@ def test_the_best_k_of_training_look_ahead():
 
 # Caches --------------------------------------------------------------------------------------------------------------
 
-MEMORIES = {'per_loop': memory.PerLoop(), 'first': memory.First(), 'compact': Compact(share=(1.0,) * L)}
+MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'compact': Compact(share=(1.0,) * L)}
 
 
 def by_token(model, text, kv, plan, start=0):
@@ -310,7 +312,7 @@ def test_bytes_of_a_compact_cache():
     share = mor.capacities(n)
     size = (n, 2, 3, 12, 2, 8, jnp.float32)
     compact = sum(one.bytes for one in Compact(share=share).make(*size))
-    assert compact / memory.PerLoop().make(*size).bytes == pytest.approx((n + 1) / (2 * n))
+    assert compact / memories.PerLoop().make(*size).bytes == pytest.approx((n + 1) / (2 * n))
 
 
 def test_recursive_sharing_is_another_function():

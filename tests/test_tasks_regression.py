@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from loopformer.measures import Errors
+from loopformer.inference.measures import Errors
 from loopformer.tasks.chains import Autoregression, ChainOfThought, Contracted
 from loopformer.tasks.descent import LinearPrompt, WeightPrompt, best_rate, gradient_descent
 from loopformer.tasks.functions import Linear, Network, Representation, Represented, Sparse, Tree, states_of

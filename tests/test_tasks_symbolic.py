@@ -6,19 +6,14 @@ import re
 from unittest import mock
 
 import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from loopformer.tasks import algorithms
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment, Code
-from loopformer.tasks.edit_distance import (
-  EditDistance,
-  LongestCommonSubsequence,
-  common_subsequence,
-  edit_distance,
-)
+from loopformer.tasks.edit_distance import EditDistance, LongestCommonSubsequence, common_subsequence, edit_distance
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.igsm import LEVELS, SymbolicGSM, evaluate
 from loopformer.tasks.markov import Complex, Markov, Medium, Simple

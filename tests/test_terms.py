@@ -14,15 +14,15 @@ from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
 from loopformer.model import init_params
 from loopformer.objective import Objective, Roll, Weighted
+from loopformer.papers.mor.terms import RouterBCE
 from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import Match
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
-from loopformer.terms.router import RouterBCE
 from loopformer.types import ConfigError, Draw, Plan, Readout, Trace
 from tests import parts
-from tests.parts import D, L, ROWS, T, V, close, over, params
+from tests.parts import ROWS, D, L, T, V, close, over, params
 
 KEY = jax.random.key(5)
 

@@ -4,11 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import memorise
 from experiments.configs import timestep
+from experiments.studies import memorise
 from loopformer import plans
-from loopformer.blocks import EPSILON, MLP, SelfAttention, Stack
 from loopformer.cells.plain import Plain
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.layers import EPSILON, MLP
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError
 from tests import parts
 

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import backend, blocks, exits, plans
-from loopformer.blocks import Block, Stack
+from loopformer import backend, plans
 from loopformer.cells.timed import Timed
-from loopformer.generation import Engine, empty_rows, partitions
+from loopformer.inference import exits
+from loopformer.inference.engine import Engine, empty_rows, partitions
+from loopformer.nn import stack as stacks
+from loopformer.nn.blocks import Block
+from loopformer.nn.stack import Stack
 from tests import parts
-from tests.parts import D, L, N, ROWS, UNEVEN, params, tokens
+from tests.parts import ROWS, UNEVEN, D, L, N, params, tokens
 from tests.test_generate import MODEL, PARAMS, TOKENIZER
 
 
@@ -58,7 +61,7 @@ def same(one, two):
 
 @pytest.mark.parametrize('written_out', [False, True])
 def test_a_pass_that_learns_and_exits(written_out, monkeypatch):
-  monkeypatch.setattr(blocks, 'unrolls', lambda layers: written_out)
+  monkeypatch.setattr(stacks, 'unrolls', lambda layers: written_out)
   model = ROWS['loopformer'].model
   leave = exits.Adaptive(rule=exits.KL(threshold=1))
   exits.check(named(model), leave, 'exit')

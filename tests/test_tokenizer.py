@@ -3,13 +3,12 @@ import os
 import subprocess
 import sys
 
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from loopformer import tokenizer as module
-from loopformer.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces, load_tokenizer
+from loopformer.data import tokenizer as module
+from loopformer.data.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces, load_tokenizer
 
 TEXTS = [
   'def first(values):\n    for value in values:\n        return value + 10 * 123\n',
@@ -179,8 +178,8 @@ def test_foreign_model_with_a_dummy_prefix_is_not_cut(tmp_path, monkeypatch):
 
 def test_imports_are_lazy():
   code = (
-    'import sys, loopformer.tokenizer, loopformer.corpus, loopformer.data, loopformer.tasks.text\n'
-    'loopformer.tokenizer.Bytes().build(())\n'
+    'import sys, loopformer.data.tokenizer, loopformer.data.corpus, loopformer.data, loopformer.tasks.text\n'
+    'loopformer.data.tokenizer.Bytes().build(())\n'
     "heavy = {'grain', 'array_record', 'sentencepiece', 'pyarrow'} & set(sys.modules)\n"
     'assert not heavy, heavy'
   )

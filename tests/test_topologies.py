@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from experiments import hlo, topologies
+from experiments.tools import hlo, topologies
 from loopformer.types import ConfigError
 from tests import parts, tpu_programs
 from tests.test_plan import run

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from experiments.benchmark.sizes import Size, make_model
 from loopformer import backend, generation
 from loopformer.model import init_params
-from loopformer.flat import flattened
+from loopformer.inference.flat import flattened
 
 size = Size(width=256, heads=4, hidden=512, vocab=512, layers=1, loops=2, length=256, dtype='bfloat16')
 topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:1x1', chips_per_host_bounds=(1, 1, 1))

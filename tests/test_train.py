@@ -9,16 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from loopformer import config as configs
-from loopformer import data, metrics, plans, processes, sharding
-from loopformer import train as training
-from loopformer.checkpoint import Checkpoints
-from loopformer.evaluate import Depths
+from loopformer import config as configs, plans, sharding
+from loopformer.data import batches as data
+from loopformer.inference.evaluate import Depths
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated, sequence
 from loopformer.terms.cross_entropy import CE
+from loopformer.training import metrics, processes, train as training
+from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError, part
 from tests import parts
 from tests.parts import T, V

@@ -5,9 +5,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from experiments import ahead, topologies
-from loopformer import config as configs
-from loopformer import sharding
+from experiments.tools import ahead, topologies
+from loopformer import config as configs, sharding
 from loopformer.model import init_params, parameter_roles
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError

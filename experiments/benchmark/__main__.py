@@ -41,10 +41,11 @@ from absl import app, flags, logging
 import flax
 import jax
 
-from experiments import plan, plots, records
 from experiments.benchmark import comms, compile, data, decode, draft, growth, imported, memory, train
 from experiments.benchmark.sizes import SIZES, Size
-from loopformer import metrics, storage
+from experiments.tools import estimate, plots, records
+from loopformer import storage
+from loopformer.training import metrics
 
 SUITES = {
     'train': lambda size, repeats: train.train_suite(
@@ -123,7 +124,7 @@ def main(argv):
   if 'comms' in suites:
     if len(suites) > 1:
       raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
-    plan.simulate(8)
+    estimate.simulate(8)
   logging.set_verbosity(logging.WARNING)
   size = SIZES[FLAGS.size or ('reference' if jax.default_backend() == 'cpu' else 'small')]
   machine = describe_machine(FLAGS.peer)

@@ -9,13 +9,13 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import optax
 
-from experiments import plan
 from experiments.benchmark.sizes import MEGA, OPTIM, TRAIN_STEPS, Size, make_batch, make_model, with_short
+from experiments.tools import estimate
 from loopformer import plans, sharding
-from loopformer.checkpoint import abstract
 from loopformer.model import Looped, parameter_roles
 from loopformer.objective import Objective
-from loopformer.train import State, init_state, make_step
+from loopformer.training.checkpoint import abstract
+from loopformer.training.step import State, init_state, make_step
 from loopformer.types import Draw
 
 
@@ -37,7 +37,7 @@ def comms_suite(size: Size, depths: Iterable[int] = (2, 8, 16), data: int = 2, f
              'automatic': automatic(model, objective, optimizer, mesh)}
     sent = {}
     for name, step in steps.items():
-      program = plan.Program(step.lower(state, batch).compile().as_text(), plan.Steps(free=0.0, live=1.0))
+      program = estimate.Program(step.lower(state, batch).compile().as_text(), estimate.Steps(free=0.0, live=1.0))
       sent[name] = sum(program.sent.values()) / MEGA
     rows.append({'loops': loops, **{f'{name} MB': value for name, value in sent.items()},
                  'automatic / ours': sent['automatic'] / sent['ours'],

@@ -59,7 +59,7 @@ import numpy as np
 from experiments.configs.loopformer import get_config
 from loopformer import sharding
 from loopformer.model import parameter_roles
-from loopformer.train import init_state, make_step
+from loopformer.training.train import init_state, make_step
 imported = time.perf_counter()
 config = get_config('paper')
 optimizer = config.optim.make(config.train.steps, parameter_roles(config.model))

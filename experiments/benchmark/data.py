@@ -10,10 +10,10 @@ from typing import Any
 
 from experiments.benchmark.sizes import MEGA, Size, spread, take_turns
 from experiments.configs.loopformer import SIZES
-from loopformer import data, prepared
-from loopformer.corpus import StandardLibrary
+from loopformer.data import batches, prepared
+from loopformer.data.corpus import StandardLibrary
+from loopformer.data.tokenizer import Bytes, ByteTokenizer, PieceTokenizer, TrainedPieces
 from loopformer.tasks.text import Text
-from loopformer.tokenizer import Bytes, ByteTokenizer, PieceTokenizer, TrainedPieces
 
 PARTS = (TrainedPieces(vocab=SIZES['tiny'].pieces), Bytes())
 DRAWN = 400_000  # tokens of a turn
@@ -33,10 +33,10 @@ def data_suite(size: Size, repeats: int, corpus: Any = StandardLibrary(), parts:
 def pipeline_rows(size: Size, repeats: int, work: Path, corpus: Any, part: Any, count: int) -> list[dict]:
   """`count` shuffled batches a turn, for both ways to see the documents in a window."""
   contestants = {}
-  for documents in (data.Joined(), data.Separate()):
+  for documents in (batches.Joined(), batches.Separate()):
     task = Text(corpus=corpus, tokenizer=part, length=size.length, documents=documents)
     task.prepare(work, log=quiet)
-    draw = Draw(iter(data.batches(task.examples(work, 'train', 0), batch=size.batch)), count)
+    draw = Draw(iter(batches.batches(task.examples(work, 'train', 0), batch=size.batch)), count)
     draw()  # fills the buffers
     contestants[repr(documents)] = draw
   seconds, busy = take_turns(contestants, repeats)

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from experiments.benchmark.sizes import MEGA, Size, make_model, spread
-from loopformer import metrics, plans
-from loopformer.generation import Engine
+from loopformer import plans
+from loopformer.inference.engine import Engine
 from loopformer.model import Looped, init_params
+from loopformer.training import metrics
 
 
 def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8),

@@ -6,7 +6,7 @@ import time
 from typing import Iterable
 
 from experiments.benchmark.sizes import spread
-from loopformer.generation import Engine
+from loopformer.inference.engine import Engine
 
 
 def draft_suite(workdir: str, repeats: int, new: int = 128, temperatures: Iterable[float] = (0.0, 1.0),

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from experiments.benchmark.compile import count_instructions
 from experiments.benchmark.sizes import MEGA, Ours, Size, make_model, short_of, with_short
-from loopformer import generation, loop
+from loopformer import loop
+from loopformer.inference import engine
+from loopformer.inference.flat import flattened
 from loopformer.model import init_params
-from loopformer.flat import flattened
 
 SMALL = Size(batch=4, length=64, width=64, heads=4, hidden=128, vocab=512, layers=2, loops=4, short=2)
 
@@ -33,8 +34,8 @@ def decoding(rows: int):
   model = make_model(SMALL)
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
   model, params = flattened(model, params, turn=rows > 1)
-  batch = generation.empty_rows(model, params, rows, SMALL.length, SMALL.loops)
-  return generation.decode.lower(model, 4, 0, None, params, batch, None, None, jnp.int32(0), jnp.bool_(False)).compile()
+  batch = engine.empty_rows(model, params, rows, SMALL.length, SMALL.loops)
+  return engine.decode.lower(model, 4, 0, None, params, batch, None, None, jnp.int32(0), jnp.bool_(False)).compile()
 
 
 PROGRAMS = {'train, PerLayer': lambda: train_step(loop.PerLayer()), 'decode, 8 rows': lambda: decoding(8)}

@@ -14,10 +14,11 @@ import numpy as np
 
 from experiments.benchmark.decode import Ids
 from experiments.benchmark.sizes import spread
-from loopformer import metrics, plans
+from loopformer import plans
 from loopformer.convert.llama import Decoder, write_config
 from loopformer.convert.pretrained import from_pretrained
-from loopformer.generation import Engine
+from loopformer.inference.engine import Engine
+from loopformer.training import metrics
 
 PEER = 'transformers'
 SMOL = Decoder(family='llama', vocab=49152, width=576, hidden=1536, layers=30, heads=9, groups=3, length=2048,

@@ -10,18 +10,21 @@ import jax
 import numpy as np
 
 from loopformer import loop, plans, sharding
-from loopformer.attention import Fused
-from loopformer.blocks import MLP, Block, Normal, SelfAttention, Stack, UnitNorm
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.condition import Modulation, Trajectory
-from loopformer.embed import TokenEmbed
 from loopformer.model import Looped, parameter_roles
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.condition import Modulation, Trajectory
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import MLP, Normal, UnitNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.match import Match
-from loopformer.train import init_state, make_step
+from loopformer.training.step import init_state, make_step
 from loopformer.types import Plan, part
 
 MEGA = 1e6

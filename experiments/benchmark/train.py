@@ -13,9 +13,9 @@ import jax
 from experiments.benchmark.plain import PlainStep
 from experiments.benchmark.sizes import (MEGA, OPTIM, REMATS, Ours, Size, long_alone, make_batch, make_model,
                                          make_plain, short_of, spread, take_turns, with_short)
-from loopformer import metrics
-from loopformer.attention import Blockwise, Fused
 from loopformer.model import Looped, init_params
+from loopformer.nn.kernels import Blockwise, Fused
+from loopformer.training import metrics
 
 PEER, COMPILED = 'PyTorch, eager', 'PyTorch, compiled'
 
@@ -25,7 +25,8 @@ class Theirs:
 
   def __init__(self, size: Size, model: Looped, wrap: Callable[[Any], Any] = lambda module: module):
     import torch
-    from experiments import peer
+
+    from experiments.benchmark import peer
     device = 'cuda' if jax.default_backend() == 'gpu' and torch.cuda.is_available() else 'cpu'
     params = jax.jit(functools.partial(init_params, model))(jax.random.fold_in(jax.random.key(0), 0))
     self._peer, self._model = peer, peer.from_params(model, params).to(device)

@@ -22,8 +22,8 @@ import dataclasses
 from experiments.configs import ouro
 from loopformer import plans
 from loopformer.config import Experiment, arguments
-from loopformer.evaluate import Named, Run
-from loopformer.exits import ACT, Adaptive
+from loopformer.inference.evaluate import Named, Run
+from loopformer.inference.exits import ACT, Adaptive
 from loopformer.objective import Objective, Weighted
 from loopformer.terms.ponder import Averaged, Ponder
 

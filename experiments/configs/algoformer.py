@@ -19,15 +19,18 @@ Argument: size, then any of
 The paper's body and code were not to be had: sizes, window and injection are the sheet's readings of it.
 Measured figures: experiments/reports/algoformer/.
 """
-from loopformer import loop, measures, plans
-from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
+from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Vectors
-from loopformer.evaluate import Depths
-from loopformer.inject import Add, Hold
+from loopformer.inference import measures
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.blocks import gpt2
+from loopformer.nn.embed import Head, Vectors
+from loopformer.nn.inject import Add, Hold
+from loopformer.nn.layers import Identity, LayerNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
@@ -36,7 +39,7 @@ from loopformer.tasks.functions import Representation, Represented
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.regression import Regression
 from loopformer.terms.squared import Squared, Window
-from loopformer.train import Train
+from loopformer.training.train import Train
 
 
 def get_config(argument: str = '') -> Experiment:

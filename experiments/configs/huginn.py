@@ -20,23 +20,26 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.blocks import GatedMLP, RMSNorm, Sandwich, SelfAttention, Stack
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Tokens, TwiceNormedHead
-from loopformer.evaluate import Depths
-from loopformer.inject import Concat
+from loopformer.data.tokenizer import TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Sandwich
+from loopformer.nn.embed import Tokens, TwiceNormedHead
+from loopformer.nn.inject import Concat
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, AtanAdam, Trapezoid, WarmupCosine
-from loopformer.positions import Rotary
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.tokenizer import TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

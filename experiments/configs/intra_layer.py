@@ -17,22 +17,25 @@ Departures: our text; pads carry no loss. Measured figures: experiments/reports/
 import dataclasses
 
 from loopformer import loop, plans
-from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack, repeated
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import TiedHead, TokenEmbed, Tokens
-from loopformer.evaluate import Depths
-from loopformer.inject import Add
+from loopformer.data.tokenizer import Bytes, TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import TiedHead, TokenEmbed, Tokens
+from loopformer.nn.inject import Add
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.positions import Alibi, Rotary
+from loopformer.nn.stack import Stack, repeated
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
-from loopformer.positions import Alibi, Rotary
 from loopformer.starts import Zeros
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.tokenizer import Bytes, TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 

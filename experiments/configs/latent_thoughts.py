@@ -20,15 +20,19 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Tokens
-from loopformer.evaluate import Depths
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.layers import MLP, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
-from loopformer.positions import Rotary
+from loopformer.papers.latent_thoughts.cosine import Cosine
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment
 from loopformer.tasks.edit_distance import EditDistance, LongestCommonSubsequence
@@ -36,11 +40,9 @@ from loopformer.tasks.generated import Generated
 from loopformer.tasks.igsm import SymbolicGSM
 from loopformer.tasks.markov import Complex, Markov, Simple
 from loopformer.tasks.p_hop import PHop
-from loopformer.terms.cosine import Cosine
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
-
 
 MATRICES = ('attn.q', 'attn.k', 'attn.v', 'attn.out', 'mlp.up', 'mlp.down')
 

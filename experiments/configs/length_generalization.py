@@ -16,21 +16,24 @@ Measured figures: experiments/reports/length_generalization/.
 """
 import dataclasses
 
-from loopformer import exits, loop, plans
-from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
+from loopformer import loop, plans
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Tokens
-from loopformer.evaluate import Named, Run
-from loopformer.inject import Add, Hold
+from loopformer.inference import exits
+from loopformer.inference.evaluate import Named, Run
 from loopformer.model import Looped
+from loopformer.nn.blocks import gpt2
+from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.inject import Add, Hold
+from loopformer.nn.layers import Identity, LayerNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
 from loopformer.tasks import algorithms
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import Train
+from loopformer.training.train import Train
 
 TASKS = {'parity': algorithms.Parity, 'copy': algorithms.Copy, 'addition': algorithms.Addition,
          'sum': algorithms.BinarySum, 'multiplication': algorithms.Multiplication, 'unique': algorithms.UniqueSet}

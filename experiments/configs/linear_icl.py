@@ -14,26 +14,27 @@ Z <- Z + (1/n) P Z M (Z^T Q Z) with the same P and Q in every loop; the predicti
 papers' exact parameterisations were not to be had (sheet, section 2.2). A loop is cubic in its state, so that one rare
 prompt overflows many loops: from scratch, 8 loops ended in NaN in four of six runs, at rates from 1e-3 to 1e-2 with the
 clip. Growing mends it. `constructive` and `constructive_weights` give parameters that are gradient descent. The variant
-that predicts the weights by a chain of thought, a column a step, is experiments/linear_cot.py. Measured figures (of
+that predicts the weights by a chain of thought, a column a step, is experiments/studies/linear_cot.py. Measured figures (of
 labels): experiments/reports/linear_icl/.
 """
 from flax import linen as nn
 import jax.numpy as jnp
 
-from loopformer import loop, measures, plans
-from loopformer.blocks import Stack
-from loopformer.cells import linear
-from loopformer.cells.linear import LabelHead, LinearAttention, Prompt
+from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments, choose
-from loopformer.evaluate import Depths
+from loopformer.inference import measures
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
+from loopformer.papers.linear_icl import attention
+from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.tasks.descent import LinearPrompt, WeightPrompt
 from loopformer.tasks.generated import Generated
 from loopformer.terms.squared import Squared
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import Array, ConfigError
 
 
@@ -106,7 +107,7 @@ def get_config(argument: str = '') -> Experiment:
 
 def constructive(inputs: int, rate: float, preconditioner=None) -> dict:
   """Parameters of the model with which L loops are L steps of gradient descent; see `linear.constructive`."""
-  return _params(linear.constructive(inputs, rate, preconditioner))
+  return _params(attention.constructive(inputs, rate, preconditioner))
 
 
 def constructive_weights(inputs: int, rate: float) -> dict:

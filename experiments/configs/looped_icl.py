@@ -17,15 +17,18 @@ The curriculum of loops is in the plan, those of dimensions and points in the ta
 start. Positions and the final norm are inside the loop, as in the paper. Measured figures (without `grow`):
 experiments/reports/looped_icl/.
 """
-from loopformer import loop, measures, plans
-from loopformer.blocks import Identity, LayerNorm, Stack, gpt2
+from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Vectors
-from loopformer.evaluate import Depths
-from loopformer.inject import Add
+from loopformer.inference import measures
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.blocks import gpt2
+from loopformer.nn.embed import Head, Vectors
+from loopformer.nn.inject import Add
+from loopformer.nn.layers import Identity, LayerNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid, WarmupCosine
 from loopformer.starts import Zeros
@@ -33,7 +36,7 @@ from loopformer.tasks.functions import Linear, Network, Sparse, Tree
 from loopformer.tasks.generated import Generated, Grow, Rise, Same
 from loopformer.tasks.regression import Regression
 from loopformer.terms.squared import Squared, Window
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 FUNCTIONS = {'linear': Linear(), 'sparse': Sparse(), 'tree': Tree(), 'network': Network()}

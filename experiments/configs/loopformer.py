@@ -23,22 +23,25 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm
-from loopformer.attention import Fused
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.condition import LoopIndex, Modulation, Trajectory
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import TokenEmbed
-from loopformer.evaluate import Depths
+from loopformer.data.tokenizer import TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import MLP, RMSNorm, UnitNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.match import Match
-from loopformer.tokenizer import TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 

@@ -20,7 +20,7 @@ Argument: size, then any of
     chunk   tokens that go together; the size's own by default; the sequence's length is the pass without chunks
     gate    elementwise; or scalar, mean (of loops), average (moving), last (loop), as in the paper's ablation
 
-`experiments/melt_stages.py` runs all phases, and decodes. Measured figures: experiments/reports/melt/.
+`experiments/studies/melt_stages.py` runs all phases, and decodes. Measured figures: experiments/reports/melt/.
 
 Departures. The paper does not say: what a latent starts from (the first loop's input, so that one loop is the model as
 it was); whether it takes the layer's input before or after its norm (after); how gates start (nearly open to the new
@@ -30,26 +30,30 @@ besides its learning rates (AdamW as Ouro's, warm-up 2 %). The published size ta
 import dataclasses
 
 from loopformer import loop, plans
-from loopformer.attention import Fused
-from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
-from loopformer.cells.melt import (Apart, Constant, Elementwise, Gated, LatentAttention, Latest, Mean, Scalar,
-                                   Transition)
 from loopformer.cells.plain import Normed
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Tokens
-from loopformer.evaluate import Depths
-from loopformer.frozen import Grouped
+from loopformer.data.tokenizer import Bytes, TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid, WarmupCosine
-from loopformer.peri_normed import PeriNormed
-from loopformer.positions import Rotary
+from loopformer.papers.melt.attention import Constant, Elementwise, LatentAttention, Mean, Scalar
+from loopformer.papers.melt.cell import Gated, Latest
+from loopformer.papers.melt.plans import Apart, Transition
+from loopformer.papers.melt.terms import Aligned
 from loopformer.tasks.text import Text
-from loopformer.terms.distill import Aligned, Distill
+from loopformer.terms.distill import Distill
 from loopformer.terms.expected import Expected
-from loopformer.tokenizer import Bytes, TrainedPieces
-from loopformer.train import Train
+from loopformer.training.frozen import Grouped
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 GATE = 'cell/core/block/attn/latent'

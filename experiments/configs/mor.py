@@ -29,26 +29,29 @@ gradient; at `tiny`, initialisers of 1 / sqrt(width).
 import dataclasses
 import math
 
-from loopformer import loop, memory as memories, plans
-from loopformer.attention import Fused
-from loopformer.blocks import Block, GatedMLP, Normal, RMSNorm, SelfAttention, Stack, repeated
+from loopformer import loop, memories as memories, plans
 from loopformer.cells.plain import Plain
-from loopformer.cells.routed import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore, Routed,
-                                     Sigmoid, TokenChoice)
-from loopformer.compact import Compact
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import TiedHead, Tokens
-from loopformer.evaluate import Depths, Named, Run
+from loopformer.data.tokenizer import Bytes, TrainedPieces
+from loopformer.inference.evaluate import Depths, Named, Run
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import TiedHead, Tokens
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import GatedMLP, Normal, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack, repeated
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid, WarmupCosine
-from loopformer.positions import Rotary
-from loopformer.routing import AsTrained, LossFree
+from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
+                                        Routed, Sigmoid, TokenChoice)
+from loopformer.papers.mor.memory import Compact
+from loopformer.papers.mor.routing import AsTrained, LossFree
+from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.router import Balance, LoadBias, RouterBCE
-from loopformer.tokenizer import Bytes, TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 

@@ -18,7 +18,7 @@ Argument: size, then any of
              prospective  the same by the gain of the step that would follow (see loopformer/terms/expected.py)
     beta     of the entropy; 0.05, in the paper 0.1 before
 
-`experiments/ouro_stages.py` runs both stages and measures exits. Measured figures: experiments/reports/ouro/.
+`experiments/studies/ouro_stages.py` runs both stages and measures exits. Measured figures: experiments/reports/ouro/.
 
 Departures: of the published sizes one stage of five is here, on our text; the paper's learning rate is constant in it,
 as here, but its warm-up is not known. The gate starts at zero, where the paper does not say. Mano has the width and the
@@ -27,27 +27,30 @@ batch of an ablation for one GPU instead of width 1024. Multi-hop questions and 
 import dataclasses
 
 from loopformer import loop, plans
-from loopformer.attention import Fused
-from loopformer.bidirectional import Bidirectional
-from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, Tokens, Vectors
-from loopformer.evaluate import Depths
-from loopformer.frozen import Only
+from loopformer.data.tokenizer import TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.embed import Head, Tokens, Vectors
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid, WarmupCosine
-from loopformer.peri_normed import PeriNormed
-from loopformer.positions import Rotary
+from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.tasks import mano, multi_hop
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.pointers import Pointers
 from loopformer.tasks.text import Text
-from loopformer.terms.expected import Expected, Improvement, Prospective, Retrospective
-from loopformer.tokenizer import TrainedPieces
-from loopformer.train import Train
+from loopformer.terms.expected import Expected
+from loopformer.training.frozen import Only
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 

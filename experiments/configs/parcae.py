@@ -28,25 +28,27 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.blocks import (MLP, Block, Chain, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, Sandwich,
-                               SelfAttention, Stack, UnitNorm, ValueEmbed, gelu, squared_relu)
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, TiedHead, Tokens, TwiceNormedHead
-from loopformer.evaluate import Depths
-from loopformer.inject import Add, Concat, Diagonal
+from loopformer.data.tokenizer import TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention, ValueEmbed
+from loopformer.nn.blocks import Block, Chain, Sandwich
+from loopformer.nn.embed import Head, TiedHead, Tokens, TwiceNormedHead
+from loopformer.nn.inject import Add, Concat, Diagonal
+from loopformer.nn.layers import MLP, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, gelu, squared_relu
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid
-from loopformer.positions import Rotary
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.tokenizer import TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 VOCAB, LENGTH, MEAN, GRADED = 32_768, 2048, 8, 4

@@ -29,24 +29,27 @@ import dataclasses
 import math
 
 from loopformer import loop, plans
-from loopformer.attention import Fused
-from loopformer.blocks import Block, GatedMLP, Identity, RMSNorm, SelfAttention, Stack
 from loopformer.cells.plain import Plain
-from loopformer.cells.shifted import LearnedMix, Mix, Shifted
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import Head, TiedHead, Tokens
-from loopformer.evaluate import Depths
-from loopformer.gated_attention import ConstantGate, GatedAttention, GatedBlock, HiddenGate, QueryGate
-from loopformer.memory import PerLoop
+from loopformer.data.tokenizer import Bytes, TrainedPieces
+from loopformer.inference.evaluate import Depths
+from loopformer.memories import PerLoop
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.kernels import Fused
+from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
-from loopformer.positions import Rotary
-from loopformer.streams import Streams
+from loopformer.papers.plt.attention import ConstantGate, GatedAttention, GatedBlock, HiddenGate, QueryGate
+from loopformer.papers.plt.cell import LearnedMix, Mix, Shifted
+from loopformer.papers.plt.streams import Streams
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.tokenizer import Bytes, TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

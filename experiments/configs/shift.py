@@ -23,11 +23,11 @@ import dataclasses
 from experiments.configs import latent_thoughts, loopformer
 from loopformer import plans
 from loopformer.config import Experiment, arguments, choose
-from loopformer.control import Plateau
-from loopformer.evaluate import Depths
+from loopformer.inference.evaluate import Depths
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import Kept, Reset, Switched
 from loopformer.terms.cross_entropy import CE
+from loopformer.training.control import Plateau
 from loopformer.types import ConfigError
 
 

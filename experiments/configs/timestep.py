@@ -14,7 +14,7 @@ Argument: size, then any of
     loops   r
 
 The paper compares `tmlt` with `legacy`, so that its gain mixes the time code with proper norms (sheet, section 7);
-`lt` is the fair one. Its theorem in miniature, without attention, is experiments/memorise.py. Positions are learned,
+`lt` is the fair one. Its theorem in miniature, without attention, is experiments/studies/memorise.py. Positions are learned,
 not sinusoidal; weight decay, clipping and the schedule are the same at all sizes, where the paper's differ.
 Measured figures: experiments/reports/timestep/.
 """
@@ -24,23 +24,25 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from loopformer import loop, plans
-from loopformer.blocks import (MLP, Block, Linear, RMSNorm, SelfAttention, Stack, UnitNorm, attended, check_layer,
-                               heads_of, layer_flops)
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.condition import LoopIndex, Modulation, StepNumber, Table
 from loopformer.config import Experiment, arguments, choose
-from loopformer.embed import TiedHead, TokenEmbed
-from loopformer.evaluate import Depths
+from loopformer.data.tokenizer import TrainedPieces
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention, attended, heads_of
+from loopformer.nn.blocks import Block, check_layer, layer_flops
+from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table
+from loopformer.nn.embed import TiedHead, TokenEmbed
+from loopformer.nn.layers import MLP, Linear, RMSNorm, UnitNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.edit_distance import EditDistance
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.tokenizer import TrainedPieces
-from loopformer.train import Train
+from loopformer.training.train import Train
 from loopformer.types import KV, Array, Ctx
 
 

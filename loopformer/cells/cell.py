@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import loop
-from loopformer.blocks import Stack
+from loopformer.nn.stack import Stack
 from loopformer.types import Array, ConfigError, Params, Plan
 
 

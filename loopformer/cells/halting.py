@@ -6,8 +6,8 @@ from typing import Any
 from flax import linen as nn
 import jax.numpy as jnp
 
-from loopformer.blocks import Linear, Normal
 from loopformer.cells.cell import Around
+from loopformer.nn.layers import Linear, Normal
 from loopformer.types import Array, Ctx
 
 GATE = Linear(1, std=0.0, bias=Normal(0.0))  # starts with lambda = 1/2 for all

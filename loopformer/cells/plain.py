@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from loopformer.blocks import Stack
 from loopformer.cells.cell import Cell
+from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, Ctx
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from loopformer.blocks import Identity, Stack
 from loopformer.cells.cell import Cell
+from loopformer.nn.layers import Identity
+from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, Ctx, Params
 
 

@@ -1,9 +1,9 @@
 """The timed cell: the stack, modulated by where the step stands (LoopFormer section 2; timestep encoding)."""
 from __future__ import annotations
 
-from loopformer.blocks import Stack
 from loopformer.cells.cell import Cell
-from loopformer.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
+from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
+from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, ConfigError, Ctx, Plan
 
 

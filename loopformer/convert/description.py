@@ -10,28 +10,28 @@ from typing import Any
 
 import jax
 
-from loopformer import attention, blocks, condition, inject, loop, memory, starts
-from loopformer import config as configs
+from loopformer import config as configs, loop, memories, starts
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
-from loopformer.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
 from loopformer.model import Looped
-from loopformer.normed_attention import NormedAttention
-from loopformer.positions import Rotary
+from loopformer.nn import attention, blocks, condition, inject, kernels, layers, stack
+from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
+from loopformer.nn.normed_attention import NormedAttention
+from loopformer.nn.positions import Rotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
             condition.LoopIndex, condition.Modulation, inject.Hold, inject.Add, inject.Concat, inject.Diagonal,
-            starts.Embedded, starts.Zeros, blocks.Stack, blocks.Block, blocks.Sandwich, blocks.Chain,
-            blocks.SelfAttention, NormedAttention, blocks.MLP, blocks.GatedMLP, blocks.Linear, blocks.Dense, blocks.Identity,
-            blocks.UnitNorm, blocks.RMSNorm, blocks.LayerNorm, Rotary)
-FUNCTIONS = (blocks.gelu, blocks.gelu_tanh, blocks.squared_relu, jax.nn.silu)
+            starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.Sandwich, blocks.Chain,
+            attention.SelfAttention, NormedAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
+            layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary)
+FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
-BESIDE = (blocks.Normal, blocks.UniformWithin, blocks.Orthogonal, blocks.Halves, attention.Blockwise, attention.Fused,
-          attention.Cudnn, attention.Splash, loop.KeepAll,
-          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memory.PerLoop)
+BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.Halves, kernels.Blockwise, kernels.Fused,
+          kernels.Cudnn, kernels.Splash, loop.KeepAll,
+          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memories.PerLoop)
 
 
 def _name(thing: Any) -> str:

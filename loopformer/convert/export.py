@@ -22,12 +22,13 @@ import jax
 import numpy as np
 
 import loopformer
-from loopformer import processes, storage
-from loopformer.blocks import DTYPES
+from loopformer import storage
 from loopformer.convert import description, llama, table, tensors
 from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
 from loopformer.model import Looped, init_params
-from loopformer.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
+from loopformer.nn.layers import DTYPES
+from loopformer.training import processes
 from loopformer.types import ConfigError, Params, part
 
 MODELING = 'modeling_loopformer.py'

@@ -19,7 +19,7 @@ import numpy as np
 
 from loopformer.convert.llama import ALL, FAMILIES, Decoder, Naming
 from loopformer.convert.tensors import Shape, Tensor, Tensors, check_end
-from loopformer.tokenizer import JsonTokenizer, byte_level_bpe
+from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe
 from loopformer.types import ConfigError, part
 
 NAMES = {

@@ -23,15 +23,18 @@ from typing import Mapping
 
 import numpy as np
 
-from loopformer.blocks import GatedMLP, RMSNorm, Sandwich, SelfAttention, Stack, check_heads
 from loopformer.cells.recur import Recur
 from loopformer.convert import table
 from loopformer.convert.parcae import SECTIONS, counted
 from loopformer.convert.table import EMBEDDING, Entry, Span, row
-from loopformer.embed import Tokens, TwiceNormedHead
-from loopformer.inject import Concat
 from loopformer.model import Looped
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention, check_heads
+from loopformer.nn.blocks import Sandwich
+from loopformer.nn.embed import Tokens, TwiceNormedHead
+from loopformer.nn.inject import Concat
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
 from loopformer.types import ConfigError, part
 

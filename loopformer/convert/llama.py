@@ -25,13 +25,16 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import config as configs
-from loopformer.blocks import Block, GatedMLP, RMSNorm, SelfAttention, Stack, check_heads
 from loopformer.cells.plain import Plain
 from loopformer.convert.table import HEAD, Entry, Row, Span, check_count, row
-from loopformer.embed import Head, TiedHead, Tokens
 from loopformer.model import Looped
-from loopformer.normed_attention import NormedAttention
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention, check_heads
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.normed_attention import NormedAttention
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, part
 
 
@@ -218,7 +221,7 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
 # What a decoder computes does not depend on these: how weights began, how gradients and attention are computed, and in
 # what precision; the order of layers is unrolled.
 PASSED = ('std', 'up_std', 'out_std', 'init', 'out_init', 'remat', 'dtype', 'order')
-KERNELS = tuple(f'loopformer.attention.{kernel}' for kernel in ('Blockwise', 'Fused', 'Cudnn', 'Splash'))
+KERNELS = tuple(f'loopformer.nn.kernels.{kernel}' for kernel in ('Blockwise', 'Fused', 'Cudnn', 'Splash'))
 
 
 def _essence(model: nn.Module) -> dict[str, str]:

@@ -20,17 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import sharding
-from loopformer.blocks import MLP, Block, RMSNorm, SelfAttention, Stack, UnitNorm, check_heads
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.condition import FEATURES, LoopIndex, Modulation, Trajectory
 from loopformer.convert import files, table
 from loopformer.convert.huginn import Huginn
 from loopformer.convert.ouro import Ouro
 from loopformer.convert.parcae import Parcae
 from loopformer.convert.table import EMBEDDING, HEAD, Entry, Row, row
-from loopformer.embed import TokenEmbed
 from loopformer.model import Looped, init_params, parameter_roles
+from loopformer.nn.attention import SelfAttention, check_heads
+from loopformer.nn.blocks import Block
+from loopformer.nn.condition import FEATURES, LoopIndex, Modulation, Trajectory
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.layers import MLP, RMSNorm, UnitNorm
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, Params, part
 
 DTYPES = ('float32', 'bfloat16', 'float16')

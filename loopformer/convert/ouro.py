@@ -29,15 +29,17 @@ from typing import Any, Mapping
 import numpy as np
 
 from loopformer import storage
-from loopformer.blocks import GatedMLP, Identity, RMSNorm, SelfAttention, Stack, check_heads
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed
 from loopformer.convert import table
 from loopformer.convert.table import HEAD, Entry, Span, row
-from loopformer.embed import Head, Tokens
 from loopformer.model import Looped
-from loopformer.peri_normed import PeriNormed
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention, check_heads
+from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
+from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, part
 
 LENGTH, BASE, WIDTH_OF_HEAD, EPSILON = 65_536, 1e6, 128, 1e-6

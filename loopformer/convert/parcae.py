@@ -34,15 +34,17 @@ from typing import Mapping
 
 import numpy as np
 
-from loopformer.blocks import (MLP, Block, Chain, Linear, Normal, Orthogonal, RMSNorm, SelfAttention, Stack, UnitNorm,
-                               ValueEmbed, check_heads, squared_relu)
 from loopformer.cells.recur import Recur
 from loopformer.convert import table
 from loopformer.convert.table import EMBEDDING, Entry, Span, row
-from loopformer.embed import TiedHead, Tokens
-from loopformer.inject import Diagonal
 from loopformer.model import Looped
-from loopformer.positions import Rotary
+from loopformer.nn.attention import SelfAttention, ValueEmbed, check_heads
+from loopformer.nn.blocks import Block, Chain
+from loopformer.nn.embed import TiedHead, Tokens
+from loopformer.nn.inject import Diagonal
+from loopformer.nn.layers import MLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, squared_relu
+from loopformer.nn.positions import Rotary
+from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
 from loopformer.types import ConfigError, part
 

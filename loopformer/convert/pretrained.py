@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from loopformer import sharding, storage
-from loopformer.blocks import DTYPES
 from loopformer.convert import description, gguf, llama, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
+from loopformer.data.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
 from loopformer.model import Looped, init_params, parameter_roles
-from loopformer.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
+from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'

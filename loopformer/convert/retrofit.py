@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.blocks import Block
 from loopformer.cells.recur import Recur
-from loopformer.inject import Concat
 from loopformer.model import Looped, init_params
+from loopformer.nn.blocks import Block
+from loopformer.nn.inject import Concat
 from loopformer.types import Array, ConfigError, Params
 
 SOURCE = 'cell/core/block/'

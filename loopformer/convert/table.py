@@ -2,7 +2,7 @@
 
 A layout is a list of axes, each a product of letters (a size each), and so 'qHd D' -> 'D Hqd' takes PyTorch's fused
 [3D, D] (q, k, v stacked, heads contiguous in each) to this library's [D, H * 3 * d], where the three of a head lie
-together (see `blocks.SelfAttention`).
+together (see `attention.SelfAttention` of nn).
 """
 from __future__ import annotations
 

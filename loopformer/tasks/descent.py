@@ -1,6 +1,6 @@
 """Data of linear in-context learning: the matrices of linear looped transformers.
 
-After looped in-context learning, sections 2.2, 2.3 and 3.3; chains of thought are in experiments/linear_cot.py.
+After looped in-context learning, sections 2.2, 2.3 and 3.3; chains of thought are in experiments/studies/linear_cot.py.
 x ~ N(0, I_d), w* ~ N(0, I_d), y = x . w*. Columns of the matrices there are tokens here. Computed in float64, from the
 x that the model sees; given in float32.
 """

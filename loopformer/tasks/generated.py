@@ -15,8 +15,9 @@ from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from loopformer import measures, storage
-from loopformer.tokenizer import Tokenizer
+from loopformer import storage
+from loopformer.data.tokenizer import Tokenizer
+from loopformer.inference import measures
 from loopformer.types import ConfigError, part
 
 ENDLESS = 2**40  # examples of a training set that never repeats

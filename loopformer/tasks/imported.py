@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping
 
-from loopformer import measures
+from loopformer.inference import measures
 from loopformer.types import ConfigError, part
 
 

@@ -1,13 +1,15 @@
 """Next-token prediction on text: windows of a corpus that is tokenised once into the work folder."""
 
+from collections.abc import Callable
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
 
-from loopformer import data, measures, prepared, storage
-from loopformer.corpus import Files, StandardLibrary
-from loopformer.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
+from loopformer import storage
+from loopformer.data import batches, prepared
+from loopformer.data.corpus import Files, StandardLibrary
+from loopformer.data.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
+from loopformer.inference import measures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Text:
   corpus: StandardLibrary | Files = StandardLibrary()
   tokenizer: TrainedPieces | GivenPieces | Bytes = TrainedPieces()
   length: int = 128
-  documents: data.Joined | data.Separate = data.Joined()
+  documents: batches.Joined | batches.Separate = batches.Joined()
   folder: str | None = None
   measure: measures.Tokens = measures.Tokens()
 
@@ -63,7 +65,7 @@ class Text:
 
     stream = prepared.open_split(self._folder(workdir), split)
     eos = self.tokenizer_of(workdir).eos
-    windows = grain.MapDataset.source(data.Windows(stream, self.length, eos, self.documents))
+    windows = grain.MapDataset.source(batches.Windows(stream, self.length, eos, self.documents))
     if split == 'train':
       return windows.shuffle(_mixed(seed)).repeat()
     return windows.shuffle(_mixed(0))

@@ -60,8 +60,8 @@ class Distill:
     return (self.roll, self.teacher)
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    own, taught = _pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')
-    _check_alike(self, own.shape[:-1], taught.shape[:-1])
+    own, taught = pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')
+    check_alike(self, own.shape[:-1], taught.shape[:-1])
     theirs = readout.of.get(self.teacher, readout)
     weights_KBT = jnp.broadcast_to(batch['weights'], own.shape[:-1])
     total = kl_sum(readout.read(own), readout.table, theirs.read(taught), theirs.table, weights_KBT, self.chunk,
@@ -69,26 +69,7 @@ class Distill:
     return total / len(own)
 
 
-@part
-class Aligned:
-  """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
-  a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).
-
-  The cell gives it as aux['attention'], [K, N, B, T, D]. roll, teacher: as of `Distill`.
-  """
-  roll: str
-  teacher: str
-  weight, reads = CE.weight, Distill.reads
-
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    own, taught = _pair(self, rolls, lambda trace: trace.aux.get('attention'),
-                        'does not tell what attention gives: use a cell that does, such as cells/melt.py')
-    _check_alike(self, own.shape, taught.shape)
-    apart = jnp.square(own.astype(jnp.float32) - jax.lax.stop_gradient(taught).astype(jnp.float32))
-    return jnp.sum(apart.mean((0, 1, -1)) * batch['weights'])
-
-
-def _pair(term, rolls, pick, remedy):
+def pair(term, rolls, pick, remedy):
   """What `pick` finds of the student's trace and of the teacher's."""
   found = []
   for name in (term.roll, term.teacher):
@@ -99,7 +80,7 @@ def _pair(term, rolls, pick, remedy):
   return found
 
 
-def _check_alike(term, own, taught):
+def check_alike(term, own, taught):
   if own != taught:
     raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {own}, {term.teacher!r} {taught}; give both rollouts '
                       'the same steps')

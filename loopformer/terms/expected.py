@@ -9,14 +9,13 @@ All of it is computed as logarithms. See Ouro (2510.25741), sections 2 and 3; Po
 """
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from loopformer.cells.halting import GATE, halt_logits
-from loopformer.exits import SLACK
-from loopformer.terms.cross_entropy import CE, nll_sum, token_nll
+from loopformer.inference.exits import SLACK
+from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
 
 
@@ -60,55 +59,6 @@ class Expected:
     loss = nll_sum(readout.read(trace.xs), readout.table, targets_KBT, p_KBT * batch['weights'], self.chunk,
                    readout.dtype)
     return loss + self.beta * jnp.sum(p_KBT * log_p_KBT * batch['weights'])
-
-
-@part
-class Retrospective:
-  """lambda_t is taught by what step t has just brought, as the paper prints it; lambda_1 learns nothing, and lambda_K,
-  which p ignores, does."""
-
-  def taught(self, halt: Array) -> Array:
-    """The logits [K, ...] of those that learn, [K - 1, ...]."""
-    return halt[1:]
-
-
-@part
-class Prospective:
-  """lambda_t is taught by what step t + 1 would bring, which is what a token that may leave has to know."""
-
-  def taught(self, halt: Array) -> Array:
-    """The logits [K, ...] of those that learn, [K - 1, ...]."""
-    return halt[:-1]
-
-
-@part
-class Improvement:
-  """The gate learns whether a step pays, the model nothing: Ouro's stage II (section 3).
-
-  Of the gain I_t = max(0, CE_(t-1) - CE_t) of steps t = 2..K, w_t = sigmoid(slope (I_t - least)) says whether to go on;
-  the loss is -sum_t [w_t log(1 - lambda) + (1 - w_t) log lambda] / K, a mean over tokens by their weights.
-
-  States and losses get no gradient, nor does any parameter but those of the gate, `params['cell']['gate']`.
-
-  alignment: which lambda is taught by which gain. gate: the cell's.
-  """
-  roll: str
-  alignment: Retrospective | Prospective = Retrospective()
-  slope: float = 50.0
-  least: float = 0.005
-  gate: Any = GATE
-  chunk: int | None = None
-  reads, weight = CE.reads, CE.weight
-
-  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
-    targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
-    ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk, readout.dtype)
-    goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
-    gate = self.gate.clone(parent=None).bind({'params': params['cell']['gate']})
-    halt = self.alignment.taught(halt_logits(gate, xs_KBTD))
-    loss = -goes_on * jax.nn.log_sigmoid(-halt) - (1 - goes_on) * jax.nn.log_sigmoid(halt)
-    return jnp.sum(loss * batch['weights']) / len(xs_KBTD)
 
 
 def whole(rolls: Mapping[str, Trace], name: str) -> Trace:

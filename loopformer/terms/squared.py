@@ -5,7 +5,7 @@ from typing import Mapping
 
 import jax.numpy as jnp
 
-from loopformer.measures import squared_error
+from loopformer.inference.measures import squared_error
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import Array, Batch, Params, Readout, Trace, part
 

@@ -3,14 +3,14 @@
     model = loopformer.load('SmolLM2-135M', loops=4, prelude=5, coda=5)
     looped, objective = sure(model.model)
 """
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from loopformer import loop, plans
-from loopformer.blocks import Linear, Normal
 from loopformer.cells.cell import Around
 from loopformer.model import Looped
+from loopformer.nn.layers import Linear, Normal
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.terms.cross_entropy import CE, token_nll
 from loopformer.types import Batch, Draw, part

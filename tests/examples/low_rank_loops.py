@@ -3,19 +3,22 @@
     python -m experiments.main --config=tests/examples/low_rank_loops.py --workdir=runs/low_rank
 """
 from loopformer import plans
-from loopformer.blocks import MLP, Block, SelfAttention, Stack
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments
-from loopformer.embed import TokenEmbed
-from loopformer.evaluate import Depths
-from loopformer.low_rank import LowRank
+from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
+from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block
+from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.layers import MLP
+from loopformer.nn.low_rank import LowRank
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
-from loopformer.train import Train
+from loopformer.training.train import Train
 
 
 def get_config(argument: str = '') -> Experiment:

@@ -1,0 +1,1 @@
+"""What a report needs beyond main and compare."""

@@ -1,0 +1,1 @@
+"""Commands and helpers beside main: exports, evaluation data, estimates, plots."""

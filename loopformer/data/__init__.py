@@ -1,0 +1,1 @@
+"""Text, tokenizers, prepared text, and batches."""

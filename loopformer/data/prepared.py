@@ -1,0 +1,530 @@
+"""Prepared text: a corpus tokenised once into array_record shards, and read back as a stream of tokens.
+
+A split is one stream of tokens, every document followed by `eos`, cut into records of RECORD tokens. A folder holds
+`manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards, but
+notes are added in `checked/` (checked.py) of the files whose contents were compared. array_record is imported only where
+it is used.
+
+Until a folder is whole, what is done of it stands in `{folder}.preparing`: the tokenizer, and chunks of tokenised
+documents. All are named by a hash of what they were made from, so whoever finds one may use it: the same preparation
+after it was interrupted, or another that runs at the same time.
+
+A folder in a bucket is made on this machine and uploaded, its manifest last; every machine reads a copy of its own.
+"""
+
+import array
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+import secrets
+import shutil
+import struct
+import time
+
+import numpy as np
+
+from loopformer import storage
+from loopformer.data import checked
+from loopformer.data.tokenizer import Tokenizer, load_tokenizer
+
+VERSION = 1
+RECORD = 4096  # tokens in a record
+BUCKETS = 64  # files through which documents are shuffled: one of them is held in memory at a time
+LISTED = 10_000  # sources listed in the manifest; of more, only one digest is kept
+CHUNK = 4_000_000  # characters that are tokenised and kept together, and the rest of the last document
+EVERY = 5.0  # seconds between two lines of progress
+ENTRY = struct.Struct('<8sBQQ')  # stands before a document's ids: hash of its name, split, bytes of text and of ids
+SPLITS = ('train', 'validation')
+MANIFEST = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """A prepared folder, as it is on this machine, its manifest and its tokenizer."""
+
+  folder: str
+  manifest: dict
+  tokenizer: Tokenizer
+
+
+def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: Callable = print) -> Prepared:
+  """Tokenises a corpus into a folder, or reuses the folder if it was made from the same corpus and part.
+
+  Documents are put in the order of a hash of their names. Holds a few chunks of documents, or 1/BUCKETS of the tokens,
+  in memory. Written beside the folder and renamed, so the folder is whole or absent; what an interrupted or failed call
+  has tokenised is used by the next one, and the result is the same to the byte. Of a folder that is reused, and of what
+  it was made from, names, sizes and times are compared; contents where the times differ, once, and of all by `verify`.
+  ValueError if a split is empty, or if the folder was made from something else (names the first difference).
+  """
+  if storage.remote(folder):
+    return _prepare_shared(corpus, tokenizer_part, storage.path(folder), shard_tokens, log)
+  folder, began = os.path.abspath(folder), time.monotonic()
+  if os.path.isdir(folder) and os.listdir(folder):
+    return _reuse(folder, corpus, tokenizer_part, log)
+  sources = [*corpus.sources(), *tokenizer_part.sources()]
+  inputs = {
+    'corpus': repr(corpus),
+    'tokenizer': repr(tokenizer_part),
+    'sources': _summary(sources, _hashes(sources, log)),
+  }
+  _check_splits(corpus)
+  work = _work(folder)
+  mine = os.path.join(work, f'folder-{secrets.token_hex(4)}')
+  try:
+    tokenizer = _tokenizer(corpus, tokenizer_part, os.path.join(work, f'tokenizer-{_hash(json.dumps(inputs))}'), log)
+    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    stored = np.dtype(dtype).newbyteorder('<')
+    chunks = _tokenise(corpus, tokenizer, work, stored, log)
+    tokenizer.save(os.path.join(mine, 'tokenizer'))
+    manifest = {
+      'version': VERSION,
+      **inputs,
+      'fingerprint': tokenizer.fingerprint(),
+      'dtype': dtype,
+      'record': RECORD,
+      'splits': _sort(chunks, mine, stored, max(1, shard_tokens // RECORD), log),
+    }
+    with open(os.path.join(mine, MANIFEST), 'w', encoding='utf-8') as f:
+      json.dump(manifest, f, indent=1)
+    checked.note(mine, manifest, [*sources, *_shards(mine, manifest, *SPLITS)])
+    os.rename(mine, folder)
+  except Exception:
+    # Another process may have prepared the same folder meanwhile, and removed the chunks.
+    if not os.path.isfile(os.path.join(folder, MANIFEST)):
+      raise
+    return _reuse(folder, corpus, tokenizer_part, log)
+  finally:
+    shutil.rmtree(mine, ignore_errors=True)
+  shutil.rmtree(work, ignore_errors=True)
+  log(f'data: {_counts(manifest)}; written to {folder} in {time.monotonic() - began:.1f} s')
+  return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def _prepare_shared(corpus, tokenizer_part, shared, shard_tokens: int, log) -> Prepared:
+  """`prepare` of a folder in a bucket, which the first process makes and others copy."""
+  if not (shared / MANIFEST).exists():
+    making = storage.cache() / 'data' / f'making-{_hash(str(shared), repr(corpus), repr(tokenizer_part))}'
+    prepare(corpus, tokenizer_part, making, shard_tokens=shard_tokens, log=log)
+    storage.upload(making, shared, last=MANIFEST)
+    log(f'data: uploaded to {shared}')
+    with contextlib.suppress(OSError):  # the copy is there
+      making.rename(_copy(shared))
+    shutil.rmtree(making, ignore_errors=True)
+  return _reuse(local(shared, log), corpus, tokenizer_part, log)
+
+
+def local(folder, log: Callable = lambda text: None) -> str:
+  """The folder on this machine: itself or, of a bucket, a copy in `storage.cache()`, made once."""
+  if not storage.remote(folder):
+    return os.fspath(folder)
+  shared = storage.path(folder)
+  load_manifest(shared)
+  copy = _copy(shared)
+  if not copy.is_dir():
+    top = str(shared).partition('://')[2]
+    storage.downloaded({key: os.path.relpath(key, top) for key in storage.held(shared)}, shared, copy)
+    manifest = load_manifest(copy)
+    if checked.known(copy, manifest) is not None:
+      checked.note(copy, manifest, _shards(copy, manifest, *SPLITS))  # a copy has times of its own
+    log(f'data: copied from {shared} to {copy}')
+  return str(copy)
+
+
+def _copy(shared) -> Path:
+  return storage.cache() / 'data' / _hash(str(shared), (shared / MANIFEST).read_text(encoding='utf-8'))
+
+
+def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
+  """Reads a prepared folder, and all that it was made from, and compares every hash with the manifest.
+
+  FileNotFoundError or ValueError naming the first shard or source that is missing or differs.
+  """
+  folder, began = local(folder), time.monotonic()
+  manifest = load_manifest(folder)
+  _compare(folder, manifest, corpus, tokenizer_part, log, everything=True)
+  log(f'data: {folder} and its sources are as they were prepared; verified in {time.monotonic() - began:.1f} s')
+
+
+def load_manifest(folder) -> dict:
+  """The manifest of a prepared folder; FileNotFoundError if it is none, ValueError if of another version."""
+  path = storage.path(folder) / MANIFEST
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{os.fspath(folder)!r} is not a prepared folder ({MANIFEST} is absent): prepare it, or choose another'
+    )
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged ({e}): delete the folder and prepare the data again') from None
+  if manifest.get('version') != VERSION:
+    raise ValueError(
+      f'{path}: version={manifest.get("version")!r}, this library reads {VERSION}: delete the folder and prepare '
+      'the data again'
+    )
+  return manifest
+
+
+def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
+  manifest = load_manifest(folder)
+  shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
+  _compare(folder, manifest, corpus, tokenizer_part, log)
+  tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
+  if tokenizer.fingerprint() != manifest['fingerprint']:
+    raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
+  log(f'data: {_counts(manifest)}; reused from {folder}')
+  return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+def _compare(folder: str, manifest: dict, corpus, tokenizer_part, log, everything: bool = False) -> None:
+  """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the files
+  that are not known, by their times, to be right; these are noted.
+  """
+  for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
+    if manifest[name] != repr(part):
+      raise _changed(folder, f'{name}={part!r}, it was {manifest[name]}')
+  sources = [*corpus.sources(), *tokenizer_part.sources()]
+  if change := _first_change(manifest['sources'], _summary(sources, {})):
+    raise _changed(folder, change)
+  shards = _shards(folder, manifest, *SPLITS)
+  files, known = [*sources, *shards], checked.known(folder, manifest)
+  # Earlier versions noted nothing, and compared no more than names and sizes.
+  unread = files if everything else [] if known is None else [file for file in files if file[:3] not in known]
+  if manifest['sources']['files'] is None and not set(unread).isdisjoint(sources):
+    unread = [*sources, *set(unread).intersection(shards)]  # which have but one hash together
+  hashes = _hashes(unread, log)
+  if change := _first_change(manifest['sources'], _summary(sources, hashes)):
+    raise _changed(folder, change)
+  for shard in _described(manifest, *SPLITS):
+    if hashes.get(shard['name'], shard['sha256']) != shard['sha256']:
+      raise _damaged(folder, shard, 'sha256', hashes[shard['name']])
+  if unread or known is None:
+    checked.note(folder, manifest, files if known is None else unread)
+
+
+def _changed(folder: str, change: str) -> ValueError:
+  return ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
+
+
+def _hashes(files: list[storage.File], log) -> dict[str, str]:
+  """name -> sha256."""
+  return {file.name: file.sha256() for file in _watched(files, lambda file: file.size, 'files hashed', log)}
+
+
+def _work(folder: str) -> str:
+  return f'{folder}.preparing'
+
+
+def _hash(*parts: str) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  for part in parts:
+    data = part.encode('utf-8', 'surrogatepass')
+    digest.update(struct.pack('<Q', len(data)) + data)
+  return digest.hexdigest()
+
+
+def _summary(sources: list[storage.File], hashes: dict[str, str]) -> dict:
+  """What a manifest says of the sources; hashes: of some, by name."""
+  files = [[source.name, source.size, hashes.get(source.name)] for source in sources]
+  hashed = all(digest is not None for *_, digest in files)
+  return {
+    'count': len(files),
+    'sha256': _digest(files) if hashed else None,
+    'sizes': _digest([file[:2] for file in files]),
+    'files': files if len(files) <= LISTED else None,
+  }
+
+
+def _digest(value) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _first_change(old: dict, new: dict) -> str | None:
+  """What differs between two summaries, as far as both know; None where nothing does."""
+  if old['files'] is None or new['files'] is None:
+    kind = 'sizes' if new['sha256'] is None and 'sizes' in old else 'sha256'
+    if new[kind] in (old[kind], None):
+      return None
+    return f'the {new["count"]} sources have digest {new[kind]}, they were {old["count"]} of {old[kind]}'
+  rows = [[list(row) for row in summary['files']] for summary in (old, new)]
+  for before, after in zip(*rows):
+    if None in (before[2], after[2]):
+      before[2] = after[2] = None
+  if rows[0] == rows[1]:
+    return None
+  was, now = ({name: rest for name, *rest in listed} for listed in rows)
+  for name in sorted(was | now):
+    if name not in now:
+      return f'source {name} is gone'
+    if name not in was:
+      return f'source {name} is new'
+    if was[name] != now[name]:
+      return f'source {name} has changed'
+  return 'the order of the sources has changed'
+
+
+def _counts(manifest: dict) -> str:
+  return ', '.join(
+    f'{split} {n["tokens"]:,} tokens of {n["documents"]:,} documents ({n["bytes"] / n["tokens"]:.2f} bytes a token)'
+    for split, n in manifest['splits'].items()
+  )
+
+
+def _check_splits(corpus) -> None:
+  seen = set()
+  for document in corpus.documents():
+    seen.add(document.split)
+    if len(seen) == len(SPLITS):
+      return
+  if not seen:
+    raise ValueError(f'{corpus!r} is empty: it has no document with text')
+  missing = next(split for split in SPLITS if split not in seen)
+  raise ValueError(f'{corpus!r} has no {missing} document: give two different documents, or files for validation')
+
+
+def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
+  try:
+    return load_tokenizer(saved)
+  except (OSError, ValueError):  # absent or, the machine having stopped, damaged
+    documents = _watched(corpus.documents(), _text_bytes, 'documents read for the tokenizer', log)
+    tokenizer = part.build(d.text for d in documents if d.split == 'train')
+    temporary = f'{saved}.{secrets.token_hex(4)}'
+    tokenizer.save(temporary)
+    with contextlib.suppress(OSError):  # another process was first
+      os.rename(temporary, saved)
+    return tokenizer
+
+
+def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, log) -> list[str]:
+  """The files of all chunks, in order; only those are made that are not there."""
+  os.makedirs(work, exist_ok=True)
+  paths, found, fingerprint = [], 0, tokenizer.fingerprint()
+  for batch in _batched(_watched(corpus.documents(), _text_bytes, 'documents tokenised', log), CHUNK):
+    contents = (part for d in batch for part in (d.name, d.split, d.text))
+    paths.append(os.path.join(work, _hash(fingerprint, *contents)))
+    if _read_chunk(paths[-1]) is not None:
+      found += 1
+      continue
+    entries = []
+    for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+      # By way of an array, which takes less than half the time of NumPy's own reading of a list.
+      data = np.array(array.array('I', [*ids, tokenizer.eos])).astype(stored).tobytes()
+      key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+      entries += [ENTRY.pack(key, SPLITS.index(document.split), _text_bytes(document), len(data)), data]
+    _write_chunk(paths[-1], b''.join(entries))
+  if found:
+    log(f'data: {found:,} of {len(paths):,} chunks had been tokenised before')
+  return paths
+
+
+def _write_chunk(path: str, data: bytes) -> None:
+  temporary = f'{path}.{secrets.token_hex(4)}'
+  with open(temporary, 'wb') as f:
+    f.write(hashlib.blake2b(data).digest())
+    f.write(data)
+  os.replace(temporary, path)
+
+
+def _read_chunk(path: str) -> memoryview | None:
+  """What a chunk holds; None if it is absent or, the machine having stopped, not what was written."""
+  try:
+    with open(path, 'rb') as f:
+      digest, data = f.read(64), f.read()
+  except FileNotFoundError:
+    return None
+  return memoryview(data) if hashlib.blake2b(data).digest() == digest else None
+
+
+def _watched(items: Iterable, size: Callable, what: str, log) -> Iterator:
+  """The items, and every few seconds a line of how many have passed; size: bytes of an item."""
+  count = total = before = 0
+  last = time.monotonic()
+  for item in items:
+    yield item
+    count, total, now = count + 1, total + size(item), time.monotonic()
+    if now - last >= EVERY:
+      log(f'data: {count:,} {what}, {total / 1e6:,.1f} MB, {(total - before) / 1e6 / (now - last):.1f} MB/s')
+      last, before = now, total
+
+
+def _text_bytes(document) -> int:
+  return len(document.text.encode('utf-8', 'replace'))
+
+
+def _batched(documents: Iterator, characters: int):
+  batch, size = [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document.text)
+    if size >= characters:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _sort(chunks: list[str], folder: str, stored: np.dtype, shard_records: int, log) -> dict:
+  """Writes the shards; what the manifest says of the splits."""
+  counts = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
+  with contextlib.ExitStack() as stack:
+    spills = {split: _Spill(folder, split, stored, stack) for split in SPLITS}
+    for path in _watched(chunks, os.path.getsize, 'chunks sorted', log):
+      data = _read_chunk(path)
+      if data is None:
+        raise OSError(f'{path} is not what was written a moment ago: run the same command again')
+      for key, split, size, start, end in _entries(data):
+        n = counts[SPLITS[split]]
+        n['documents'] += 1
+        n['tokens'] += (end - start) // stored.itemsize
+        n['bytes'] += size
+        spills[SPLITS[split]].add(key, data[start - ENTRY.size : end])
+    for split in SPLITS:
+      documents = _watched(spills[split].drain(), lambda ids: ids.nbytes, f'{split} documents written', log)
+      counts[split]['shards'] = _write_shards(documents, folder, split, shard_records)
+  return counts
+
+
+def _entries(data) -> Iterator[tuple[bytes, int, int, int, int]]:
+  """Of each document: hash of its name, split, bytes of its text, and where its ids start and end."""
+  at = 0
+  while at < len(data):
+    key, split, size, volume = ENTRY.unpack_from(data, at)
+    at += ENTRY.size + volume
+    yield key, split, size, at - volume, at
+
+
+class _Spill:
+  """Sorts tokenised documents by a hash of their names, through files of which one at a time is in memory."""
+
+  def __init__(self, folder: str, split: str, stored: np.dtype, stack: contextlib.ExitStack):
+    self._stored = stored
+    self._paths = [os.path.join(folder, f'{split}.bucket-{i:02}') for i in range(BUCKETS)]
+    self._files = [stack.enter_context(open(path, 'w+b')) for path in self._paths]
+
+  def add(self, key: bytes, entry: memoryview) -> None:
+    self._files[key[0] * BUCKETS // 256].write(entry)
+
+  def drain(self) -> Iterator[np.ndarray]:
+    for file, path in zip(self._files, self._paths):
+      file.seek(0)
+      data = file.read()
+      os.remove(path)
+      for _, start, end in sorted((key, start, end) for key, _, _, start, end in _entries(data)):
+        yield np.frombuffer(data, self._stored, (end - start) // self._stored.itemsize, start)
+
+
+def _write_shards(documents: Iterator[np.ndarray], work: str, split: str, shard_records: int) -> list[dict]:
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  shards, records = [], _records(documents)
+  while (head := next(records, None)) is not None:
+    path = os.path.join(work, f'{split}-{len(shards):05}')
+    writer = ArrayRecordWriter(path, 'group_size:1')
+    n = tokens = 0
+    for record in itertools.chain([head], itertools.islice(records, shard_records - 1)):
+      writer.write(record.tobytes())
+      n, tokens = n + 1, tokens + len(record)
+    writer.close()
+    shards.append({'name': path, 'records': n, 'tokens': tokens, **_size(path)})
+  for shard in shards:
+    path = shard['name']
+    shard['name'] = f'{os.path.basename(path)}-of-{len(shards):05}.array_record'
+    os.rename(path, os.path.join(work, shard['name']))
+  return shards
+
+
+def _records(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+  pending, size = [], 0
+  for ids in documents:
+    pending.append(ids)
+    size += len(ids)
+    if size >= RECORD:
+      joined, whole = np.concatenate(pending), size - size % RECORD
+      yield from np.split(joined[:whole], whole // RECORD)
+      pending, size = [joined[whole:]], size - whole
+  if size:
+    yield np.concatenate(pending)
+
+
+def _described(manifest: dict, *splits: str) -> list[dict]:
+  return [shard for split in splits for shard in manifest['splits'][split]['shards']]
+
+
+def _shards(folder: str, manifest: dict, *splits: str) -> list[storage.File]:
+  """The shards of some splits, which are there and have the sizes of the manifest."""
+  files = []
+  for shard in _described(manifest, *splits):
+    path = os.path.join(folder, shard['name'])
+    if not os.path.isfile(path):
+      raise FileNotFoundError(f'shard {path} is missing: {_remedy(folder)}')
+    files.append(storage.described(shard['name'], path))
+    if files[-1].size != shard['size']:
+      raise _damaged(folder, shard, 'size', files[-1].size)
+  return files
+
+
+def _damaged(folder: str, shard: dict, what: str, found: int | str) -> ValueError:
+  path = os.path.join(folder, shard['name'])
+  return ValueError(f'shard {path} is damaged or stale ({what} {found}, not {shard[what]}): {_remedy(folder)}')
+
+
+def _remedy(folder: str) -> str:
+  return f'delete {folder} and prepare the data again'
+
+
+def _size(path: str) -> dict:
+  with open(path, 'rb') as f:
+    digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return {'size': f.tell(), 'sha256': digest}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStream:
+  """The tokens of a split, readable anywhere from any thread."""
+
+  tokens: int
+  dtype: np.dtype
+  readers: tuple = dataclasses.field(repr=False)
+  first_records: tuple[int, ...] = dataclasses.field(repr=False)
+
+  def window(self, start: int, length: int) -> np.ndarray:
+    """Tokens start .. start + length - 1, i32[length]; IndexError if not all of them exist."""
+    if start < 0 or length < 1 or start + length > self.tokens:
+      raise IndexError(f'tokens {start} to {start + length} of a stream of {self.tokens}')
+    first, last = start // RECORD, (start + length - 1) // RECORD
+    parts = []
+    for reader, begin, end in zip(self.readers, self.first_records, self.first_records[1:]):
+      wanted = list(range(max(first, begin) - begin, min(last + 1, end) - begin))
+      if wanted:
+        parts += reader.read(wanted)
+    ids = np.frombuffer(b''.join(parts), self.dtype)
+    return ids[start - first * RECORD :][:length].astype(np.int32)
+
+
+def open_split(folder, split: str) -> TokenStream:
+  """Opens a split, of whose shards the sizes are compared with the manifest; records have checksums of their own.
+
+  FileNotFoundError or ValueError naming the shard that is missing, cut off or not of this manifest.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  folder = local(folder)
+  manifest = load_manifest(folder)
+  if split not in manifest['splits']:
+    raise ValueError(f'split={split!r} is none of {", ".join(manifest["splits"])}')
+  readers = [
+    # No readahead: windows are read in random order.
+    ArrayRecordReader(os.path.join(folder, shard.name), options='readahead_buffer_size:0,max_parallelism:0')
+    for shard in _shards(folder, manifest, split)
+  ]
+  records = (shard['records'] for shard in manifest['splits'][split]['shards'])
+  return TokenStream(
+    tokens=manifest['splits'][split]['tokens'],
+    dtype=np.dtype(manifest['dtype']).newbyteorder('<'),
+    readers=tuple(readers),
+    first_records=tuple(itertools.accumulate(records, initial=0)),
+  )

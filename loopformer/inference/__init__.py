@@ -1,0 +1,1 @@
+"""Generation, exits, and evaluation."""

@@ -1,0 +1,126 @@
+"""Evaluation at chosen depths: what a measure reports of every schedule, from one compiled program."""
+from __future__ import annotations
+
+import functools
+from typing import Any, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer import loop, plans, sharding
+from loopformer.inference import exits, measures
+from loopformer.model import run_batch
+from loopformer.training import processes
+from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part, whole
+
+
+@part
+class Depths:
+  """Budgets to evaluate at; each is a number of equal steps."""
+  budgets: tuple[int, ...] = (1, 2, 4, 8)
+
+  def __post_init__(self):
+    if not self.budgets:
+      raise ConfigError('evals.budgets is empty: give one or more numbers of loops')
+    for budget in self.budgets:
+      whole('evals.budgets', budget, 1)
+
+  def schedules(self) -> dict[str, tuple[float, ...]]:
+    """Name -> step sizes."""
+    return {str(budget): plans.resolve(budget) for budget in self.budgets}
+
+
+@part
+class Run:
+  """A plan that may depend on the sequence, and the exit that says which of its states answers."""
+  plan: Planner
+  exit: exits.Final | exits.Confidence | exits.Adaptive = exits.Final()
+
+
+@part
+class Named:
+  """Besides budgets, runs by name."""
+  runs: Mapping[str, Run]
+  budgets: tuple[int, ...] = ()
+
+  def schedules(self) -> dict[str, Any]:
+    """Name -> step sizes, or a run."""
+    return {**{str(budget): plans.resolve(budget) for budget in self.budgets}, **self.runs}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
+          dial: Array | None = None) -> Any:
+  """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took
+  (a mean over their answers), and of those that ran until the last was ready. dial: the exit's threshold."""
+  trace, readout = leave.run(model, params, batch, plan, dial)
+  asked = (batch['weights'] > 0).astype(jnp.float32)
+  steps = trace.steps
+  if steps.ndim > 1:
+    steps = (steps * asked).sum(-1) / jnp.maximum(asked.sum(-1), 1)
+  rows = measures.counted(batch)
+  return {**measure.sums(readout, trace.z, batch, byte_lengths), 'state norm': (loop.Norms()(trace.x) * rows).sum(),
+          'steps': (steps * rows).sum(), 'ran': trace.aux['ran'] * rows.sum(), 'sequences': rows.sum()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def motion(model: Any, params: Params, batch: Batch, plan: Plan) -> dict[str, Array]:
+  """What the steps of a plan do to the state, means over tokens: its length f32[K], and how far each step but the first
+  moves it, as a part of that, f32[K - 1]."""
+  trace = run_batch(model, params, batch, plan, keep=loop.Every())
+  xs = trace.xs.astype(jnp.float32)
+  norms, moves = (jnp.linalg.norm(x, axis=-1) for x in (xs, xs[1:] - xs[:-1]))
+  return {'state norm': norms.mean((1, 2)), 'state change': (moves / jnp.maximum(norms[1:], 1e-9)).mean((1, 2))}
+
+
+def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
+             byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
+  """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and
+  the mean length of the states at its end.
+
+  Args:
+    schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
+      whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
+    batches: of arrays on the host, whole in every process; or already divided over the parameters' mesh.
+    byte_lengths: i32[V], UTF-8 bytes that each token stands for.
+    params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which the rows are divided then;
+      batches that it does not divide are filled up with rows that do not count. Parameters that are divided over fsdp
+      are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
+
+  Raises:
+    ConfigError: a batch has longer rows than the model has positions.
+  """
+  mesh = sharding.mesh_of(params)
+  rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
+  totals = {name: {} for name in schedules}
+  for batch in batches:
+    batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
+    if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
+      batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
+    draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
+    sums = {}
+    for name, steps in schedules.items():
+      run = steps if isinstance(steps, Run) else Run(plan=None)
+      plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
+      leave, dial = exits.compiled(run.exit)
+      with sharding.on(mesh):
+        sums[name] = score(model, measure, leave, params, batch, plan, byte_lengths, dial)
+    for name, value in processes.fetch(sums).items():
+      totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
+  return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)
+           else len(schedules[name]), 'schedule': name, **measure.row(total), 'ran': total['ran'] / total['sequences'],
+           'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]
+
+
+def _filled(batch, parts):
+  """The batch with copies of its first row at the end, of no weight and not counted, so that `parts` divides it."""
+  count = len(batch['tokens'])
+  missing = -count % parts
+  if not missing:
+    return batch
+  filled = {name: np.concatenate([rows, np.repeat(rows[:1], missing, 0)])
+            for name, rows in ((name, np.asarray(rows)) for name, rows in batch.items())}
+  real = (np.arange(count + missing) < count).astype(np.float32)
+  weights = filled['weights']
+  return {**filled, 'weights': weights * real.reshape(-1, *(1,) * (weights.ndim - 1)), 'counted': real}

@@ -1,0 +1,113 @@
+"""Tokens that are drawn: the distribution, the draw, and the verdict on drafts."""
+from __future__ import annotations
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer.types import Array, ConfigError, whole
+
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
+
+
+@struct.dataclass
+class Controls:
+  """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for
+  all.
+  """
+  temperature: Array
+  top_k: Array
+  top_p: Array
+
+
+def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Controls:
+  """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
+  if not temperature >= 0:
+    raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
+  if top_k is not None:
+    whole('top_k', top_k, 1)
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ConfigError(f'top_p = {top_p}: must be above 0 and at most 1, or None for all tokens')
+  return Controls(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
+                  top_p=np.float32(1.0 if top_p is None else top_p))
+
+
+def law(logits: Array, control: Controls) -> Array:
+  """f32[B, V] -> logits whose softmax is the law of the token, f32[B, V].
+
+  Greedy rows leave one token. top-k first, then the fewest of those whose probability reaches top_p. A branch each,
+  because to sort the vocabulary costs more than a small model's whole step.
+  """
+  greedy = control.temperature == 0
+  filtered = ((control.top_k < logits.shape[-1]) | (control.top_p < 1)) & ~greedy
+  branch = jnp.where(filtered.any(), 2, jnp.where(greedy.all(), 0, 1))
+
+  def hot(logits):
+    likeliest = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+    return jnp.where(likeliest, 0.0, -jnp.inf)
+
+  def scaled(logits):
+    return jnp.where(greedy[:, None], hot(logits), logits / jnp.where(greedy, 1.0, control.temperature)[:, None])
+
+  def cut(logits):
+    warm = scaled(logits)
+    return jnp.where(~filtered[:, None] | (warm >= _threshold(warm, control)), warm, -jnp.inf)
+
+  return jax.lax.switch(branch, [hot, scaled, cut], logits)
+
+
+def _threshold(scaled, control):
+  """f32[B, 1]: the least logit that top-k and top-p leave."""
+  order = jnp.sort(scaled, -1, descending=True)
+  within = jnp.arange(scaled.shape[-1]) < control.top_k[:, None]
+  probability = jax.nn.softmax(jnp.where(within, order, -jnp.inf), -1)
+  before = jnp.cumsum(probability, -1) - probability  # of all likelier tokens; the likeliest is always kept
+  kept = (within & (before < control.top_p[:, None])).sum(-1)
+  return jnp.take_along_axis(order, kept[:, None] - 1, -1)
+
+
+def draw(logits: Array, keys: Array) -> Array:
+  """f32[B, V], keys [B] -> i32[B]: a token of each row's law; the likeliest where there is no other.
+
+  One number a row, looked up in the sums of its probabilities, of blocks first and then within one: a number for every
+  token of the vocabulary would cost more than a loop of a small model.
+  """
+  batch, vocab = logits.shape
+  blocks = jnp.pad(jnp.exp(logits - logits.max(-1, keepdims=True)), ((0, 0), (0, -vocab % BLOCK)))
+  blocks = blocks.reshape(batch, -1, BLOCK)
+  upto = jnp.cumsum(blocks.sum(-1), -1)
+  sought = jax.vmap(jax.random.uniform)(keys) * upto[:, -1]
+  block = (upto <= sought[:, None]).sum(-1)  # the first beyond it, which is never empty
+  own = blocks[jnp.arange(batch), block]
+  before = jnp.where(block > 0, upto[jnp.arange(batch), block - 1], 0)
+  inside = (jnp.cumsum(own, -1) <= jnp.maximum(sought - before, 0)[:, None]).sum(-1)
+  last = BLOCK - 1 - (own[:, ::-1] > 0).argmax(-1)  # the block's sum, formed otherwise, may be a little less
+  return (block * BLOCK + jnp.minimum(inside, last)).astype(jnp.int32)
+
+
+def judge(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Array, Array]:
+  """What of a draft is kept, so that the tokens follow the law of the judge exactly (speculative sampling).
+
+  Args:
+    proposed: i32[B, A], drawn from the laws of the draft, `guess` f32[B, A, V] (logits, as of `law`).
+    truth: f32[B, A + 1, V], the judge's laws at the same places and one more.
+    keys: [B].
+
+  Returns:
+    (kept i32[B], the number of proposed tokens that stand; next i32[B], the token after them).
+  """
+  ahead = proposed.shape[1]
+  p, q = jax.nn.softmax(truth, -1), jax.nn.softmax(guess, -1)
+  p_of = jnp.take_along_axis(p[:, :ahead], proposed[..., None], -1)[..., 0]
+  q_of = jnp.take_along_axis(q, proposed[..., None], -1)[..., 0]
+  two = jax.vmap(jax.random.split)(keys)
+  u = jax.vmap(lambda key: jax.random.uniform(key, (ahead,)))(two[:, 0])
+  stands = u * q_of < p_of
+  kept = jnp.cumprod(stands, -1).sum(-1)
+  at = kept[:, None, None]
+  p_next = jnp.take_along_axis(p, at, 1)[:, 0]
+  q_next = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), at, 1)[:, 0]  # nothing was proposed at the end
+  rest = jnp.maximum(p_next - q_next, 0)
+  rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)
+  return kept, draw(jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), -jnp.inf), two[:, 1])

@@ -1,0 +1,130 @@
+"""Self-attention, and what attentions have in common."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from loopformer import memories, roles
+from loopformer.nn import kernels
+from loopformer.nn.layers import Dense, Normal, UniformWithin
+from loopformer.roles import Role
+from loopformer.types import KV, Array, ConfigError, Ctx
+
+
+def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Ctx) -> tuple[Array, Array, Array]:
+  """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]: the first products of an attention, inside its `__call__`."""
+  outputs = (attn.heads + 2 * groups) * (x.shape[-1] // attn.heads)
+  return attn.linear.copy(name='qkv')(x, outputs, init, ctx, divided=-1, heads=(attn.heads, groups))
+
+
+class ValueEmbed(nn.Module):
+  """v + g * E[tokens], g = 2 sigmoid(W_g x[..., :32]) for every key/value head (Parcae section 2); E ~ N(0, 1)."""
+  vocab: int
+  features: int = 32
+
+  @nn.compact
+  def __call__(self, v: Array, x: Array, tokens: Array) -> Array:
+    """v [B, T, G, d], x [B, T, D] -> [B, T, G, d]."""
+    groups, head = v.shape[2:]
+    table = roles.param(self, 'embedding', Normal(1.0), (self.vocab, groups * head), Role(tensor=-2))
+    bound = 1 / math.sqrt(self.features)
+    weights = self.param('gate', UniformWithin(bound), (self.features, groups))
+    gate_BTG = 2 * jax.nn.sigmoid(x[..., :self.features].astype(jnp.float32) @ weights)
+    return v + (gate_BTG[..., None] * table[tokens].reshape(v.shape)).astype(v.dtype)
+
+
+class SelfAttention(nn.Module):
+  """Causal self-attention with one kernel for queries, keys and values (`QKV`); grouped when `groups` < `heads`.
+
+  position: where queries and keys learn their places (positions.py), if not from the input. norm_qk: of every query and
+  key, after that. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
+  linear: what makes its products.
+  """
+  heads: int
+  groups: int | None = None
+  std: float = 0.02
+  out_std: float = 0.02
+  kernel: kernels.Kernel = kernels.Fused()
+  position: Any = None
+  norm_qk: nn.Module | None = None
+  biased: tuple[str, ...] = ()
+  values: ValueEmbed | None = None
+  init: Any = None
+  out_init: Any = None
+  linear: Any = Dense()
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
+               gate: Array | None = None) -> tuple[Array, KV | None]:
+    width = x.shape[-1]
+    check_attention(self, width, '')
+    groups, _ = heads_of(self, width)
+    q, k, v = qkv(self, x, groups, self.init or Normal(self.std), ctx)
+    q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
+    if self.position is not None:
+      q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+    if self.norm_qk is not None:
+      q, k = self.norm_qk(q), self.norm_qk(k)
+    if self.values is not None:
+      v = self.values(v, x, ctx.tokens)
+    out, kv = attended(self, q, k, v, ctx, kv, layer)
+    bias = Normal(0.0) if 'out' in self.biased else None
+    return self.linear.copy(name='out')(out, width, self.out_init or Normal(self.out_std), ctx, bias=bias, gain=gate,
+                                        divided=-2), kv
+
+  def _biased(self, name, x):
+    if name not in self.biased:
+      return x
+    bias = roles.param(self, f'{name}_bias', nn.initializers.zeros, x.shape[2:], Role(decayed=False))  # [heads, d]
+    return x + bias.astype(x.dtype)
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward."""
+    return attention_flops(self, width, length)
+
+
+def check_heads(heads: int, groups: int, width: int, where: str = ''):
+  """Raises ConfigError where heads do not divide the width, or groups the heads."""
+  if heads < 1 or width % heads:
+    raise ConfigError(f'{where}heads = {heads} does not divide the width {width}; choose a divisor of the width')
+  if groups < 1 or heads % groups:
+    raise ConfigError(f'{where}groups = {groups} does not divide heads = {heads}; choose a divisor of the heads')
+
+
+def heads_of(attn: nn.Module, width: int) -> tuple[int, int]:
+  """(G, d): heads of keys and values, and their width."""
+  return attn.groups or attn.heads, width // attn.heads
+
+
+def check_attention(attn: nn.Module, width: int, where: str):
+  """Raises ConfigError where heads do not divide the width, or groups the heads, or positions do not suit the heads."""
+  check_heads(attn.heads, attn.groups or attn.heads, width, where)
+  if attn.position is not None:
+    attn.position.check(attn.heads, width, where)
+
+
+def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | None,
+             layer: Array | int) -> tuple[Array, KV | None]:
+  """What queries [B, T, H, d] read of keys and values [B, T, G, d], and of those in the cache: ([B, T, H d], kv)."""
+  shape, pos_BS = q.shape, ctx.pos
+  if kv is not None:
+    kernels.check_causal(attn.kernel.causal, 'cache')
+    kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+  if attn.position is not None:
+    q, k, v = attn.position.extend(q, k, v, pos_BS, 2 if kv is None else 1)
+  if kv is None:
+    out = attn.kernel(q, k, v, ctx.seg)
+  else:
+    out = kernels.read(q, k, v, memories.visible(kv, pos_BS, ctx))
+  return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
+
+
+def attention_flops(attn: nn.Module, width: int, length: int) -> float:
+  """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
+  groups, head = heads_of(attn, width)
+  return 2.0 * width * (2 * width + 2 * groups * head) + 4.0 * width * (length + 1) / 2

@@ -1,0 +1,1 @@
+"""What one paper alone uses, a folder a paper."""

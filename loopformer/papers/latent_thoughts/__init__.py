@@ -1,0 +1,1 @@
+"""Reasoning with latent thoughts (2502.17416)."""

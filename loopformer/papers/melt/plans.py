@@ -1,0 +1,55 @@
+"""Plans that lead from rows of every loop to shared ones (MELT, section 4)."""
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from loopformer.types import ConfigError, Draw, Plan, Planner, part
+
+BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
+
+
+# Transitions ---------------------------------------------------------------------------------------------------------
+
+
+@part
+class Transition:
+  """The plan of `of`, blended: the share of shared rows rises linearly from 0 to 1 in `steps` steps of training."""
+  of: Planner
+  steps: int
+
+  def __post_init__(self):
+    if self.steps < 2:
+      raise ConfigError(f'Transition.steps = {self.steps}: the first step is all of the old, the last all of the new; '
+                        'give 2 or more')
+
+  @property
+  def longest(self) -> int:
+    return self.of.longest
+
+  @property
+  def expected(self) -> float:
+    return self.of.expected
+
+  def __call__(self, draw: Draw) -> Plan:
+    return _blending(self.of(draw), jnp.minimum(draw.step / (self.steps - 1), 1.0))
+
+
+@part
+class Apart:
+  """The plan of `of`, every loop with rows of its own: the model as it was before its conversion, such as a teacher."""
+  of: Planner
+
+  @property
+  def longest(self) -> int:
+    return self.of.longest
+
+  @property
+  def expected(self) -> float:
+    return self.of.expected
+
+  def __call__(self, draw: Draw) -> Plan:
+    return _blending(self.of(draw), 0.0)
+
+
+def _blending(plan, share):
+  return plan.replace(rows={**plan.rows, BLEND: jnp.full(plan.steps, share, jnp.float32)})

@@ -1,0 +1,30 @@
+"""The alignment of a student whose loops share rows with its teacher (MELT, section 4)."""
+from __future__ import annotations
+
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from loopformer.terms.cross_entropy import CE
+from loopformer.terms.distill import Distill, check_alike, pair
+from loopformer.types import Array, Batch, Params, Readout, Trace, part
+
+
+@part
+class Aligned:
+  """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
+  a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).
+
+  The cell gives it as aux['attention'], [K, N, B, T, D]. roll, teacher: as of `Distill`.
+  """
+  roll: str
+  teacher: str
+  weight, reads = CE.weight, Distill.reads
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    own, taught = pair(self, rolls, lambda trace: trace.aux.get('attention'),
+                        'does not tell what attention gives: use a cell that does, such as papers/melt/cell.py')
+    check_alike(self, own.shape, taught.shape)
+    apart = jnp.square(own.astype(jnp.float32) - jax.lax.stop_gradient(taught).astype(jnp.float32))
+    return jnp.sum(apart.mean((0, 1, -1)) * batch['weights'])

@@ -1,0 +1,1 @@
+"""Mixture-of-Recursions (2507.10524)."""

@@ -1,0 +1,1 @@
+"""Parallel Loop Transformer (LoopCoder-v2, section 2)."""

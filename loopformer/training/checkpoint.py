@@ -1,0 +1,214 @@
+"""Checkpoints: parameters, optimiser state, and where the data stood, in one Orbax manager a work folder.
+
+`params` is an item of its own, so that evaluation restores weights without an optimiser.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+import jax
+
+from loopformer import storage
+from loopformer.training import processes
+from loopformer.types import ConfigError, part
+
+FOLDER = 'checkpoints'
+RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
+LAYOUT = 2  # raised whenever the meaning of what is stored changes
+
+
+@part
+class Best:
+  """The checkpoint of the largest sign * value, where `name` is that of a number that is given to `save`."""
+  name: str
+  sign: int
+
+
+class Checkpoints:
+  """The checkpoints of a work folder; a context manager that waits for the last save.
+
+  keep: so many last ones stay, and the `best` one besides (None: the last alone).
+  """
+
+  def __init__(self, workdir: str | Path, keep: int = 3, best: Best | None = None):
+    import orbax.checkpoint as ocp
+    workdir = storage.path(workdir)
+    policy = ocp.checkpoint_managers
+    kept, filed = [policy.LatestN(keep)], {}
+    if best is not None:
+      def rank(values):
+        return values[best.name] * best.sign
+
+      kept.append(policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
+      filed = {'best_fn': rank}  # without it the policy works, but the numbers are not written
+    if storage.remote(workdir):  # where renaming is copying, a last file says that a step is complete
+      _serve_buckets()
+      filed['temporary_path_class'] = ocp.path.atomicity.CommitFileTemporaryPath
+    self._ocp, self._best = ocp, best
+    self._folder = (workdir if storage.remote(workdir) else workdir.resolve()) / FOLDER
+    self._good = self._begun = None  # the last step that is known to be complete, and the one that is being saved
+    self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    with self._saving():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self):
+    """Names the last good step where a save fails, of this step or of the one before, which it waits for."""
+    try:
+      yield
+    except Exception as error:  # of Orbax, TensorStore, or the client of a bucket
+      self._begun = None
+      reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+      raise OSError(f'{self._folder}: a checkpoint cannot be written ({reason}); {self.last_good()}') from error
+    self._good, self._begun = self._begun, None
+
+  def last_good(self) -> str:
+    """The last complete step, in words; waits for the one that is being saved."""
+    if self._begun is not None:
+      with contextlib.suppress(Exception):
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._good, self._begun = self._begun, None
+    return 'there is no good checkpoint' if self._good is None else f'the last good checkpoint is step {self._good}'
+
+  def latest(self) -> int | None:
+    """The last complete step, or None."""
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, params: Any, optimizer: Any, data: dict, control: dict,
+           values: Mapping[str, float] | None = None):
+    """Starts to save; returns as soon as the arrays may be overwritten.
+
+    `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of an
+    evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
+    """
+    args = self._ocp.args
+    known = {self._best.name: values[self._best.name]} if self._best and values else None
+    with self._saving():
+      self._manager.save(step, metrics=known, args=args.Composite(
+          params=args.StandardSave(params),
+          **({} if optimizer is None else {'optimizer': args.StandardSave(optimizer)}),
+          meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
+    self._begun = step
+
+  def restore_last(self, params: Any, optimizer: Any, log: Callable[[str], None]) -> tuple[int, Any]:
+    """(step, what `restore` returns) of the last step that can be read; (0, None) where none was saved.
+
+    Steps after it, which are damaged, are put aside as `damaged-<step>`, and named in the log.
+
+    Raises:
+      ConfigError: no step can be read, or the last was written by another layout.
+    """
+    damaged = []
+    for step in reversed(self.steps()):
+      restored = None
+      try:
+        restored = self.restore(step, params, optimizer)
+      except ConfigError:
+        raise
+      except Exception as error:  # whatever a damaged file leads to: Orbax, TensorStore and JSON each have their own
+        damaged.append((step, str(error).splitlines()[0] if str(error) else type(error).__name__))
+      if processes.all_agree(restored is not None):
+        for number, reason in damaged:
+          log(f'warning: checkpoint {self._folder}/{number} is damaged ({reason}); step {step} is used, and the '
+              f'damaged one kept as damaged-{number}')
+        self._put_aside([number for number, _ in damaged])
+        self._good = self._begun = step
+        return step, restored
+    if damaged:
+      told = '; '.join(f'{step}: {reason}' for step, reason in damaged)
+      raise ConfigError(f'{self._folder}: no step can be read ({told}). Give another --workdir, or put the files back')
+    return 0, None
+
+  def _put_aside(self, steps: list[int]):
+    if steps:
+      def move():
+        if processes.is_leader():
+          for step in steps:
+            storage.move(self._folder / str(step), self._folder / f'damaged-{step}')
+
+      processes.leader_first(move, 'damaged checkpoints are put aside')
+      self._manager.reload()
+
+  def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict, dict]:
+    """(params, optimizer, data state, controller's memory) of a step, laid out like the abstract arrays that are given.
+
+    Raises:
+      ConfigError: the step is not there, or was written by another layout.
+    """
+    args = self._ocp.args
+    restored = self._restore(step, params=args.StandardRestore(params), optimizer=args.StandardRestore(optimizer))
+    return restored['params'], restored['optimizer'], restored['meta']['data'], restored['meta']['control']
+
+  def restore_params(self, step: int | None, params: Any) -> tuple[int, Any]:
+    """(step, params), of the latest step if none is named."""
+    step = self.latest() if step is None else step
+    return step, self._restore(step, params=self._ocp.args.StandardRestore(params))['params']
+
+  def _restore(self, step: int | None, **items):
+    if step not in self.steps():
+      wanted = 'no complete checkpoint' if step is None else f'no complete checkpoint of step {step}'
+      raise ConfigError(f'{self._folder}: {wanted} there; complete steps: {self.steps() or "none"}. '
+                        'Train first, or name a step that is there')
+    restored = self._manager.restore(
+        step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore(), **items))
+    layout = restored['meta']['layout']
+    if layout != LAYOUT:
+      raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
+                        'use the version of loopformer that wrote it')
+    return restored
+
+
+def _serve_buckets():
+  """Lets Orbax keep arrays in s3://, as it keeps them in gs://, and bounds how long TensorStore tries.
+
+  Orbax knows of local folders and of gs:// alone where it describes the place of an array.
+  """
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+  describe = tensorstore_utils.build_kvstore_tspec
+  if describe.__module__ == __name__:
+    return
+
+  def described(directory, *rest, **more):
+    kind = storage.scheme(directory)
+    if kind not in storage.WORKDIRS:
+      return describe(directory, *rest, **more)
+    return _placed(describe(str(storage.path(directory)).replace('s3://', 'gs://', 1), *rest, **more), kind)
+
+  tensorstore_utils.build_kvstore_tspec = described
+
+
+def _placed(spec: Any, kind: str) -> Any:
+  """TensorStore's description of a place, in which that of the bucket is one of a kind in storage.WORKDIRS."""
+  if isinstance(spec, list):
+    return [_placed(inner, kind) for inner in spec]
+  if not isinstance(spec, dict):
+    return spec
+  spec = {name: _placed(inner, kind) for name, inner in spec.items()}
+  if not str(spec.get('driver')).startswith('gcs'):
+    return spec
+  if kind == 'gs':
+    return {**spec, 'gcs_request_retries': RETRIES}
+  given = {'endpoint': os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL'),
+           'aws_region': os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')}
+  return {**spec, 'driver': 's3', 's3_request_retries': RETRIES,
+          **{name: value for name, value in given.items() if value}}
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes and dtypes with their shardings: the target of a restore onto this mesh."""
+  return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                      tree, shardings)
