@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -392,20 +391,14 @@ def _decode(value: Any, workdir: Any) -> Any:
     return tuple(_decode(item, workdir) for item in value)
   if not isinstance(value, dict):
     return value
-  inner = {name: field for name, field in value.items() if not name.startswith('$')}
-  if '$part' in value:
-    inner = moved.fields_of(value['$part'], inner)
-  inner = {name: _decode(field, workdir) for name, field in inner.items()}
+  inner = {name: _decode(field, workdir) for name, field in value.items() if not name.startswith('$')}
   if '$name' in value:
     return _find(value['$name'], workdir)
   return _find(value['$part'], workdir)(**inner) if '$part' in value else inner
 
 
 def _find(name: str, workdir: Any) -> Callable:
-  module, _, qualname = moved.name_of(name).partition(':')
+  module = name.partition(':')[0]
   if module.startswith(LOADED) and module not in sys.modules:
     _import_file(workdir / f'{module.removeprefix(LOADED)}.py')
-  found = importlib.import_module(module)
-  for attribute in qualname.split('.'):
-    found = getattr(found, attribute)
-  return found
+  return moved.find(name)

@@ -7,12 +7,12 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator
 
 MODULES = {  # where each module of the first layout went, but for data.py, which held no parts
     'loopformer.attention': 'loopformer.nn.kernels',
     'loopformer.averages': 'loopformer.training.averages',
-    'loopformer.bidirectional': 'loopformer.nn.bidirectional',
+    'loopformer.bidirectional': 'loopformer.nn.kernels',
     'loopformer.blocks': 'loopformer.nn.blocks',
     'loopformer.cells.linear': 'loopformer.papers.linear_icl.attention',
     'loopformer.cells.melt': 'loopformer.papers.melt.cell',
@@ -38,8 +38,8 @@ MODULES = {  # where each module of the first layout went, but for data.py, whic
     'loopformer.memory': 'loopformer.memories',
     'loopformer.metrics': 'loopformer.training.metrics',
     'loopformer.modules': 'loopformer.nn.modules',
-    'loopformer.normed_attention': 'loopformer.nn.normed_attention',
-    'loopformer.peri_normed': 'loopformer.nn.peri_normed',
+    'loopformer.normed_attention': 'loopformer.nn.attention',
+    'loopformer.peri_normed': 'loopformer.nn.blocks',
     'loopformer.positions': 'loopformer.nn.positions',
     'loopformer.prepared': 'loopformer.data.prepared',
     'loopformer.processes': 'loopformer.training.processes',
@@ -124,21 +124,47 @@ def name_of(name: str) -> str:
   return f'{APART.get(f"{module}:{outer}") or MODULES.get(module, module)}:{qualname}'
 
 
-def _halting(fields: Mapping[str, Any]) -> dict[str, Any]:
+def find(name: str) -> Any:
+  """What a name, module:qualname, stands for now: a class, a function, or what makes a part from its old fields."""
+  if name in FACTORIES:
+    return FACTORIES[name]
+  module, _, qualname = name_of(name).partition(':')
+  found = importlib.import_module(module)
+  for attribute in qualname.split('.'):
+    found = getattr(found, attribute)
+  return found
+
+
+def _halting(**fields: Any) -> Any:
   """Halting had a stack and a norm of its own, before it stood around a cell."""
-  if 'core' not in fields:
-    return dict(fields)
-  own = {name: fields[name] for name in ('core', 'norm')}
-  return {'of': {'$part': 'loopformer.cells.plain:Normed', **own},
-          **{name: value for name, value in fields.items() if name not in own}}
+  from loopformer.cells.halting import Halting
+  from loopformer.cells.plain import Normed
+  if 'core' in fields:
+    fields['of'] = Normed(fields.pop('core'), fields.pop('norm'))
+  return Halting(**fields)
 
 
-FIELDS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {'loopformer.cells.halting:Halting': _halting}
+def _placed(placement: str) -> Callable:
+  """Where norms stand in a layer was a class of layers."""
+  def layer(**fields):
+    from loopformer.nn import blocks
+    return blocks.Block(**fields, placement=getattr(blocks, placement)())
+
+  return layer
 
 
-def fields_of(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields that a part of this name, module:qualname, has now, encoded as those that were found."""
-  return FIELDS[name](fields) if name in FIELDS else dict(fields)
+def _normed_attention(**fields: Any) -> Any:
+  """So were norms of queries and of keys one of attentions."""
+  from loopformer.nn.attention import SelfAttention
+  return SelfAttention(**fields)
+
+
+FACTORIES: dict[str, Callable] = {
+    'loopformer.cells.halting:Halting': _halting,
+    'loopformer.blocks:Sandwich': _placed('SandwichNorm'),
+    'loopformer.peri_normed:PeriNormed': _placed('PeriNorm'),
+    'loopformer.normed_attention:NormedAttention': _normed_attention,
+}
 
 
 class _Old(types.ModuleType):
@@ -147,8 +173,7 @@ class _Old(types.ModuleType):
   def __getattr__(self, name):
     if name.startswith('__'):
       raise AttributeError(name)
-    module, _, qualname = name_of(f'{self.__name__}:{name}').partition(':')
-    return getattr(importlib.import_module(module), qualname)
+    return find(f'{self.__name__}:{name}')
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

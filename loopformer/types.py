@@ -326,6 +326,7 @@ class Block(Protocol):
   dtype: str  # of its products
   layers: int  # attentions in it, each with a place in the cache
   modulated: bool  # whether it takes gates and scales from the cell
+  viewed: bool  # whether it takes a view of its own cell in the place of a cache
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width, or the dtype is none that we know; `where` begins it."""

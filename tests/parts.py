@@ -20,14 +20,13 @@ from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.model import Looped, init_params
 from loopformer.nn.attention import SelfAttention, ValueEmbed
-from loopformer.nn.blocks import Block, Chain, Sandwich
+from loopformer.nn.blocks import Block, Chain, PeriNorm, SandwichNorm
 from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import Head, TokenEmbed, Tokens
 from loopformer.nn.inject import Add, Concat, Diagonal, Hold
 from loopformer.nn.kernels import Blockwise, Fused
 from loopformer.nn.layers import (MLP, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm, gelu_tanh,
                                   squared_relu)
-from loopformer.nn.peri_normed import PeriNormed
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import LatentAttention
@@ -96,8 +95,14 @@ def valued() -> Chain:
   return Chain(tuple(layers))
 
 
-def sandwich() -> Sandwich:
-  return Sandwich(attn=SelfAttention(heads=2, position=Rotary(), biased=('q', 'k')), mlp=GatedMLP(hidden=24))
+def sandwich() -> Block:
+  return Block(attn=SelfAttention(heads=2, position=Rotary(), biased=('q', 'k')), mlp=GatedMLP(hidden=24),
+               norm=RMSNorm(1e-6), placement=SandwichNorm())
+
+
+def peri(attn, hidden: int = 24) -> Block:
+  """A layer of Ouro's kind."""
+  return Block(attn=attn, mlp=GatedMLP(hidden=hidden), norm=RMSNorm(1e-6), placement=PeriNorm())
 
 
 def shifted(gate=QueryGate(), window_left: int = 3, mix=Mix(embed=0.7, hidden=0.4), dtype: str = 'float32', **options
@@ -137,8 +142,8 @@ ROWS = {
                   timed=False),
     'huginn': Row(looped(recur(Concat(), core=Stack(sandwich(), N), norm=RMSNorm()), read_in=nowhere(),
                          start=Noise(std=0.6), prelude=Stack(sandwich(), 1), coda=Stack(sandwich(), 1)), timed=False),
-    'ouro': Row(looped(Halting(Normed(Stack(PeriNormed(attn=SelfAttention(heads=2, position=Rotary()),
-                                                       mlp=GatedMLP(hidden=24)), N), RMSNorm(1e-6))), read_in=nowhere(),
+    'ouro': Row(looped(Halting(Normed(Stack(peri(SelfAttention(heads=2, position=Rotary())), N), RMSNorm(1e-6))),
+                       read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),
@@ -146,8 +151,7 @@ ROWS = {
     'plt': Row(looped(**shifted())),
     'plt_hidden': Row(looped(**shifted(HiddenGate(), mix=LearnedMix(), heads=4, groups=2, position=Alibi()),
                              remat=loop.PerLayer())),
-    'melt': Row(looped(Gated(Stack(PeriNormed(attn=LatentAttention(heads=2, position=Rotary()),
-                                              mlp=GatedMLP(hidden=24)), N)), read_in=nowhere(),
+    'melt': Row(looped(Gated(Stack(peri(LatentAttention(heads=2, position=Rotary())), N)), read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity()), memory=Latest(chunk=1)), steps=False),
 }
 assert T % 3, 'the row blocks_of_3 is there for a last block that is not full'

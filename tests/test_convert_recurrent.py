@@ -16,7 +16,7 @@ from loopformer.convert import from_official, retrofit, to_official
 from loopformer.convert.official import KINDS
 from loopformer.model import Looped, init_params
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.blocks import Block, Sandwich
+from loopformer.nn.blocks import Block, PreNorm, SandwichNorm
 from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.inject import Add, Concat, Diagonal
 from loopformer.nn.layers import GatedMLP, RMSNorm, UniformWithin
@@ -414,9 +414,9 @@ def test_bad_arguments_are_named(kind):
 CHOSEN = {'prelude': (0, 1), 'core': (3, 4, 5), 'coda': (7,)}
 
 
-def layer(hidden=40, kind=Block):
-  return kind(attn=SelfAttention(heads=4, groups=2, std=0.3, out_std=0.1, position=Rotary()),
-              mlp=GatedMLP(hidden=hidden, std=0.3, out_std=0.1), norm=RMSNorm(1e-5))
+def layer(hidden=40, placement=PreNorm()):
+  return Block(attn=SelfAttention(heads=4, groups=2, std=0.3, out_std=0.1, position=Rotary()),
+              mlp=GatedMLP(hidden=hidden, std=0.3, out_std=0.1), norm=RMSNorm(1e-5), placement=placement)
 
 
 def plain(depth):
@@ -492,8 +492,8 @@ def test_retrofit_refuses_other_models():
     retrofit(source(), looped(inject=Diagonal()), **CHOSEN)
   with pytest.raises(ConfigError, match='Concat'):
     retrofit(source(), plain(8), prelude=(), core=range(8), coda=())
-  with pytest.raises(ConfigError, match='prelude: a stack of Sandwich.*pre-norm'):
-    retrofit(source(), looped(block=functools.partial(layer, kind=Sandwich)), **CHOSEN)
+  with pytest.raises(ConfigError, match='prelude: a stack of SandwichNorm.*pre-norm'):
+    retrofit(source(), looped(block=functools.partial(layer, placement=SandwichNorm())), **CHOSEN)
   with pytest.raises(ConfigError, match=r'read_in/embedding.*\[50, 32\] from the source, \[51, 32\] in the model'):
     retrofit(source(), looped(read_in=Tokens(vocab=51, width=32, length=16)), **CHOSEN)
   with pytest.raises(ConfigError, match=r'mlp/down/kernel.*\[3, 40, 32\] from the source, \[3, 41, 32\]'):

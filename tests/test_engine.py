@@ -12,10 +12,8 @@ from loopformer.cells.plain import Plain
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, decode, generate, prefill
 from loopformer.inference.sampling import judge
-from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.blocks import Chain
-from loopformer.nn.layers import GatedMLP
-from loopformer.nn.peri_normed import PeriNormed
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest
@@ -317,7 +315,7 @@ def test_what_reads_ahead_is_not_given_keys_one_after_the_other():
   """A cache that was made for another model; recursions that share keys in training; chunks; windows."""
   plan = plans.Uniform(2)(None)
   shared = parts.looped(Routed(Stack(parts.block(kernel=Bidirectional()), 1), TokenChoice(recursions=2)), loops=2)
-  chunks = parts.looped(Gated(Stack(PeriNormed(attn=LatentAttention(**BOTH), mlp=GatedMLP(hidden=24)), 1)),
+  chunks = parts.looped(Gated(Stack(parts.peri(LatentAttention(**BOTH)), 1)),
                         memory=Latest(chunk=3))
   for model, kv in ((AHEAD['block'], MODEL.cache(1, 8)), (shared.clone(memory=memories.First()), None), (chunks, None),
                     (parts.looped(**parts.shifted(kernel=Bidirectional())), None)):

@@ -24,7 +24,6 @@ from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Head, TiedHead, Tokens
 from loopformer.nn.layers import GatedMLP, RMSNorm
-from loopformer.nn.normed_attention import NormedAttention
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.tasks.generated import SymbolTokenizer
@@ -41,7 +40,7 @@ needs_transformers = pytest.mark.skipif(
 
 def stack(depth: int, *, normed=False, biased=(), groups=G, order=None) -> Stack:
   options = dict(heads=H, groups=groups, position=Rotary(base=50.0))
-  attn = NormedAttention(**options, norm=RMSNorm(1e-2)) if normed else SelfAttention(**options, biased=biased)
+  attn = SelfAttention(**options, biased=biased, norm=RMSNorm(1e-2) if normed else None)
   return Stack(Block(attn=attn, mlp=GatedMLP(hidden=F), norm=RMSNorm(1e-2)), depth, order=order)
 
 

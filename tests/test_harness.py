@@ -23,7 +23,7 @@ from loopformer import config as configs, memories
 from loopformer.data.tokenizer import ByteTokenizer, TrainedPieces
 from loopformer.inference import exits, harness
 from loopformer.inference.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
-from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.kernels import Fused
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError

@@ -17,8 +17,7 @@ from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
 from loopformer.model import init_params, parameter_count, parameter_roles
 from loopformer.nn.embed import Head
-from loopformer.nn.layers import GatedMLP, Identity
-from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.layers import Identity
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
@@ -53,7 +52,7 @@ assert T % CHUNK and T > 2 * CHUNK  # a last chunk that is not full, and a chunk
 def melt(chunk: int = CHUNK, latent=Elementwise(), **options):
   """OURO with shared rows."""
   attn = LatentAttention(**{'heads': 2, 'position': Rotary(), 'latent': latent, **options})
-  return parts.looped(Gated(Stack(PeriNormed(attn=attn, mlp=GatedMLP(hidden=24)), N)), read_in=parts.nowhere(),
+  return parts.looped(Gated(Stack(parts.peri(attn), N)), read_in=parts.nowhere(),
                       read_out=Head(outputs=V, norm=Identity()), memory=Latest(chunk=chunk))
 
 

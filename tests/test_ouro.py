@@ -21,9 +21,8 @@ from loopformer.convert import from_official, to_official
 from loopformer.convert.ouro import Settings, settings
 from loopformer.model import init_params, parameter_count, parameter_roles
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.bidirectional import Bidirectional
-from loopformer.nn.layers import GatedMLP, Linear, RMSNorm
-from loopformer.nn.peri_normed import PeriNormed
+from loopformer.nn.kernels import Bidirectional
+from loopformer.nn.layers import Linear, RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
 from loopformer.optim import AdamW, Trapezoid
@@ -554,7 +553,7 @@ def test_models_that_the_published_code_cannot_hold_are_refused():
   model, params = converted()
   with pytest.raises(ConfigError, match='prelude or a coda'):
     to_official('ouro', model.clone(coda=parts.stack(1)), params)
-  block = PeriNormed(attn=SelfAttention(heads=6, groups=3), mlp=GatedMLP(hidden=80))
+  block = parts.peri(SelfAttention(heads=6, groups=3), hidden=80)
   with pytest.raises(ConfigError, match='groups = 3'):
     to_official('ouro', model.clone(cell=Halting(Normed(Stack(block, 2), RMSNorm(1e-6)))), params)
 

@@ -9,8 +9,7 @@ import pytest
 from loopformer import loop, memories, objective, optim, plans, starts, types
 from loopformer.cells import halting, plain, recur, timed
 from loopformer.inference import evaluate, exits, measures
-from loopformer.nn import (attention, bidirectional, blocks, embed, inject, kernels, layers, low_rank, normed_attention,
-                           peri_normed, positions)
+from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest
@@ -40,11 +39,11 @@ PARTS = {
     types.Term: [cross_entropy.CE, match.Match, squared.Squared, expected.Expected, Improvement, ponder.Ponder,
                  distill.Distill, Aligned, RouterBCE, Balance],
     types.Task: [Text, Generated, Imported],
-    types.Block: [blocks.Block, blocks.Sandwich, blocks.Chain, peri_normed.PeriNormed, GatedBlock,
+    types.Block: [blocks.Block, blocks.Chain, GatedBlock,
                   LinearAttention],
-    types.Attention: [attention.SelfAttention, normed_attention.NormedAttention, LatentAttention],
+    types.Attention: [attention.SelfAttention, LatentAttention],
     types.Projection: [layers.Dense, low_rank.LowRank],
-    types.Kernel: [kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, bidirectional.Bidirectional],
+    types.Kernel: [kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, kernels.Bidirectional],
     types.Position: [positions.Rotary, positions.Alibi],
     types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, Prompt],
     types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, LabelHead],

@@ -21,7 +21,7 @@ class Odd(nn.Module):
   """A layer of somebody else's, whose parameters have the names that meant something else before roles were declared."""
   dtype = 'bfloat16'
   layers = 1
-  modulated = False
+  modulated, viewed = False, False
 
   @nn.compact
   def __call__(self, x, ctx, mod, kv, layer=0):

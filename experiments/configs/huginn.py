@@ -26,7 +26,7 @@ from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.blocks import Sandwich
+from loopformer.nn.blocks import Block, SandwichNorm
 from loopformer.nn.embed import Tokens, TwiceNormedHead
 from loopformer.nn.inject import Concat
 from loopformer.nn.layers import GatedMLP, RMSNorm
@@ -85,9 +85,10 @@ def get_config(argument: str = '') -> Experiment:
   std = math.sqrt(2 / (5 * size.width))
   prelude, core, coda = size.layers
   out_std = math.sqrt(1 / (5 * size.width * (prelude + size.mean * core + coda)))
-  block = Sandwich(
+  block = Block(
       attn=SelfAttention(heads=size.heads, std=std, out_std=out_std, position=Rotary(base=50_000.0), biased=('q', 'k')),
-      mlp=GatedMLP(hidden=size.hidden, std=std, up_std=out_std, out_std=out_std), dtype=size.dtype)
+      mlp=GatedMLP(hidden=size.hidden, std=std, up_std=out_std, out_std=out_std),
+      norm=RMSNorm(1e-6), placement=SandwichNorm(), dtype=size.dtype)
   return Experiment(
       name=f'huginn {given["depth"]}',
       model=Looped(

@@ -37,10 +37,10 @@ from loopformer.data.tokenizer import Bytes, TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
+from loopformer.nn.blocks import Block, PeriNorm
 from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
-from loopformer.nn.peri_normed import PeriNormed
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
@@ -113,7 +113,8 @@ def get_config(argument: str = '') -> Experiment:
   plan, evals = plans.Uniform(size.loops), Depths(budgets=tuple(range(1, size.loops + 1)))
 
   def model(cell, attn, **more):
-    core = Stack(PeriNormed(attn=attn, mlp=GatedMLP(hidden=size.hidden), dtype=size.dtype), size.layers)
+    core = Stack(Block(attn=attn, mlp=GatedMLP(hidden=size.hidden), norm=RMSNorm(1e-6), placement=PeriNorm(),
+                       dtype=size.dtype), size.layers)
     return Looped(read_in=Tokens(vocab=size.vocab, width=size.width, length=size.task.length),
                   cell=cell(core, RMSNorm(1e-6)), read_out=Head(outputs=size.vocab, norm=Identity()),
                   loops=size.loops, remat=size.remat, **more)

@@ -34,11 +34,11 @@ from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.kernels import Bidirectional
+from loopformer.nn.blocks import Block, PeriNorm
 from loopformer.nn.embed import Head, Tokens, Vectors
 from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
-from loopformer.nn.peri_normed import PeriNormed
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Roll, Weighted
@@ -131,8 +131,8 @@ def get_config(argument: str = '') -> Experiment:
   if alignment is not None and loops < 2:
     raise ConfigError(f'config argument gate = {given["gate"]}: with loops = {loops} there is nothing to learn about '
                       'leaving; give 2 loops or more')
-  block = PeriNormed(attn=SelfAttention(heads=size.heads, position=size.position, kernel=size.kernel),
-                     mlp=GatedMLP(hidden=size.hidden), dtype=size.dtype)
+  block = Block(attn=SelfAttention(heads=size.heads, position=size.position, kernel=size.kernel),
+                mlp=GatedMLP(hidden=size.hidden), norm=RMSNorm(1e-6), placement=PeriNorm(), dtype=size.dtype)
   if alignment is None:
     terms = {'lm': Weighted(1.0, Expected(roll='all', beta=given['beta']))}
     run, optim = size.train, size.optim

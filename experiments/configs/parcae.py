@@ -35,7 +35,7 @@ from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, ValueEmbed
-from loopformer.nn.blocks import Block, Chain, Sandwich
+from loopformer.nn.blocks import Block, Chain, PreNorm, SandwichNorm
 from loopformer.nn.embed import Head, TiedHead, Tokens, TwiceNormedHead
 from loopformer.nn.inject import Add, Concat, Diagonal
 from loopformer.nn.layers import MLP, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, gelu, squared_relu
@@ -162,9 +162,9 @@ def second(given: dict) -> Experiment:
   """The layers and the training of recurrent depth models (Huginn), pre-normed for Parcae (the paper's RDM setup)."""
   size = SECOND[given['size']]
   width, std, rdm = size.width, math.sqrt(2 / (5 * size.width)), given['kind'] == 'rdm'
-  layer = Sandwich if rdm else Block
-  block = layer(attn=SelfAttention(heads=width // 128, std=std, out_std=std, position=Rotary(base=50_000.0)),
-                mlp=GatedMLP(hidden=size.hidden, std=std, out_std=std), norm=RMSNorm(1e-5), dtype='bfloat16')
+  block = Block(attn=SelfAttention(heads=width // 128, std=std, out_std=std, position=Rotary(base=50_000.0)),
+                mlp=GatedMLP(hidden=size.hidden, std=std, out_std=std), norm=RMSNorm(1e-5), dtype='bfloat16',
+                placement=SandwichNorm() if rdm else PreNorm())
   inject = Concat(std=std) if given['inject'] == 'concat' else INJECT[given['inject']]
   head = TwiceNormedHead if rdm else TiedHead
   return Experiment(

@@ -31,7 +31,7 @@ from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, attended, heads_of
-from loopformer.nn.blocks import Block, check_layer, layer_flops
+from loopformer.nn.blocks import Block, Layer
 from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table
 from loopformer.nn.embed import TiedHead, TokenEmbed
 from loopformer.nn.layers import MLP, Linear, RMSNorm, UnitNorm
@@ -46,7 +46,7 @@ from loopformer.training.train import Train
 from loopformer.types import KV, Array, Ctx
 
 
-class LegacyBlock(nn.Module):
+class LegacyBlock(Layer):
   """A layer of the released loop: q and k of norm(x), but v of x itself; x += Attn(q, k, v); x += MLP(x).
 
   attn: its sizes, spreads and kernel; it is not called itself.
@@ -55,9 +55,6 @@ class LegacyBlock(nn.Module):
   mlp: MLP
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
-  layers = 1
-  modulated = False
-  check, heads_of, flops = check_layer, Block.heads_of, layer_flops
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:

@@ -16,7 +16,7 @@ class Timed(Cell):
 
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
-    if not getattr(self.core.block, 'modulated', False):
+    if not self.core.block.modulated:
       raise ConfigError(f'model.cell.core.block = {type(self.core.block).__name__} takes no gates and scales, so that '
                         'a modulation would train for nothing; use Block, or a cell without modulation, such as Plain')
     if self.modulation.layers != self.core.applications:

@@ -10,22 +10,22 @@ from typing import Any
 
 import jax
 
-from loopformer import config as configs, loop, memories, starts
+from loopformer import config as configs, loop, memories, moved, starts
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.model import Looped
 from loopformer.nn import attention, blocks, condition, inject, kernels, layers, stack
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
-from loopformer.nn.normed_attention import NormedAttention
 from loopformer.nn.positions import Rotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
             condition.LoopIndex, condition.Modulation, inject.Hold, inject.Add, inject.Concat, inject.Diagonal,
-            starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.Sandwich, blocks.Chain,
-            attention.SelfAttention, NormedAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
+            starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
+            blocks.SandwichNorm, blocks.Chain,
+            attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
             layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary)
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
@@ -39,6 +39,8 @@ def _name(thing: Any) -> str:
 
 
 TABLE = {_name(thing): thing for thing in (*COMPUTED, *FUNCTIONS, *BESIDE)}
+OLD = {'loopformer.Sandwich': moved.find('loopformer.blocks:Sandwich'),  # as exports of older versions name them
+       'loopformer.NormedAttention': moved.find('loopformer.normed_attention:NormedAttention')}
 
 
 def encode(value: Any, path: str = 'model') -> Any:
@@ -81,13 +83,14 @@ def _decode(value: Any, where: Any) -> Any:
   if not isinstance(value, dict):
     return value
   name = value.get('part', value.get('function'))
-  if name not in TABLE:
+  known = {**TABLE, **OLD}
+  if name not in known:
     raise ConfigError(f'{where}: description names {name!r}, which this version does not know; use the version of '
                       'loopformer that wrote it')
   if 'function' in value:
-    return TABLE[name]
+    return known[name]
   try:
-    return TABLE[name](**{field: _decode(inner, where) for field, inner in value.items() if field != 'part'})
+    return known[name](**{field: _decode(inner, where) for field, inner in value.items() if field != 'part'})
   except TypeError as error:
     raise ConfigError(f'{where}: description of {name}: {error}; use the version of loopformer that wrote it'
                       ) from error

@@ -29,7 +29,7 @@ from loopformer.convert.parcae import SECTIONS, counted
 from loopformer.convert.table import EMBEDDING, Entry, Span, row
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
-from loopformer.nn.blocks import Sandwich
+from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Tokens, TwiceNormedHead
 from loopformer.nn.inject import Concat
 from loopformer.nn.layers import GatedMLP, RMSNorm
@@ -37,6 +37,7 @@ from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
 from loopformer.types import ConfigError, part
+from loopformer.nn.blocks import SandwichNorm
 
 LENGTH = 4096
 # Letters: b query and key bias, i one, m gate and up, s state and input.
@@ -104,7 +105,7 @@ class Huginn:
       attn = SelfAttention(heads=sizes['H'], std=std, out_std=out_std, position=Rotary(base=50_000.0),
                            biased=('q', 'k'))
       mlp = GatedMLP(hidden=sizes['F'], std=std, up_std=out_std, out_std=out_std)
-      return Stack(Sandwich(attn=attn, mlp=mlp, norm=RMSNorm(1e-6), dtype=dtype), count)
+      return Stack(Block(attn=attn, mlp=mlp, norm=RMSNorm(1e-6), placement=SandwichNorm(), dtype=dtype), count)
 
     return Looped(read_in=Tokens(vocab=sizes['V'], width=width, length=sizes['T'], std=std, scale=math.sqrt(width)),
                   cell=Recur(stack(core), Concat(std=std)), read_out=TwiceNormedHead(RMSNorm(1e-6)),

@@ -32,10 +32,10 @@ from loopformer.nn.attention import SelfAttention, check_heads
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Head, TiedHead, Tokens
 from loopformer.nn.layers import GatedMLP, RMSNorm
-from loopformer.nn.normed_attention import NormedAttention
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, part
+from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
 
 
 @part
@@ -176,8 +176,7 @@ def model_of(decoder: Decoder, *, loops: int = 1, prelude: int = 0, coda: int = 
 
   def stack(depth: int) -> Stack:  # with a block of its own: one instance in two stacks would be one set of weights
     heads = dict(heads=decoder.heads, groups=decoder.groups, out_std=out_std, position=Rotary(base=decoder.base))
-    attn = (NormedAttention(**heads, norm=RMSNorm(decoder.eps)) if decoder.normed else
-            SelfAttention(**heads, biased=decoder.biased))
+    attn = SelfAttention(**heads, biased=decoder.biased, norm=RMSNorm(decoder.eps) if decoder.normed else None)
     mlp = GatedMLP(hidden=decoder.hidden, out_std=out_std)
     return Stack(Block(attn=attn, mlp=mlp, norm=RMSNorm(decoder.eps), dtype=dtype), depth)
 
@@ -197,7 +196,7 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
     block = model.cell.core.block
     attn, stacks = block.attn, model.stacks().values()
     biased = tuple(getattr(attn, 'biased', ()))
-    family = 'qwen3' if hasattr(attn, 'norm') else 'qwen2' if biased == QKV else 'llama'
+    family = 'qwen3' if getattr(attn, 'norm', None) is not None else 'qwen2' if biased == QKV else 'llama'
     # A tied head has no rows of its own to say how many they are.
     decoder = Decoder(family=family, vocab=model.read_in.vocab, width=model.read_in.width, hidden=block.mlp.hidden,
                       layers=sum(stack.depth for stack in stacks), heads=attn.heads, groups=attn.groups or attn.heads,
@@ -221,7 +220,7 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
 # What a decoder computes does not depend on these: how weights began, how gradients and attention are computed, and in
 # what precision; the order of layers is unrolled.
 PASSED = ('std', 'up_std', 'out_std', 'init', 'out_init', 'remat', 'dtype', 'order')
-KERNELS = tuple(f'loopformer.nn.kernels.{kernel}' for kernel in ('Blockwise', 'Fused', 'Cudnn', 'Splash'))
+KERNELS = tuple(f'{kernel.__module__}.{kernel.__qualname__}' for kernel in (Blockwise, Fused, Cudnn, Splash))
 
 
 def _essence(model: nn.Module) -> dict[str, str]:

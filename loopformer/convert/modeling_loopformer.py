@@ -179,7 +179,7 @@ def _block(part, w, x, ctx, mod):
     for i, block in enumerate(part['blocks']):
       x = _block(block, w[f'blocks_{i}'], x, ctx, mod)
     return x
-  if kind == 'Sandwich':
+  if _kind(part['placement']) == 'SandwichNorm':
     norms = [lambda x, n=n: _norm(part['norm'], w.get(n), x) for n in ('n1', 'n2', 'n3', 'n4')]
     x = norms[1](x + _attention(part['attn'], w['attn'], norms[0](x), ctx))
     return norms[3](x + _mlp(part['mlp'], w['mlp'], norms[2](x)))
@@ -196,7 +196,7 @@ def _attention(part, w, x, ctx):
   qkv = _linear(w['qkv'], x).unflatten(-1, (groups, each + 2, head))
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   q, k, v = (t + w[f'{name}_bias'].float() if f'{name}_bias' in w else t for name, t in (('q', q), ('k', k), ('v', v)))
-  if _kind(part) == 'NormedAttention':
+  if part['norm']:
     q, k = _norm(part['norm'], w.get('norm_q'), q), _norm(part['norm'], w.get('norm_k'), k)
   if part['position']:
     q, k = _turn(part['position'], q, pos), _turn(part['position'], k, pos)

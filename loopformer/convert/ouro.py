@@ -37,10 +37,10 @@ from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
 from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
-from loopformer.nn.peri_normed import PeriNormed
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, part
+from loopformer.nn.blocks import Block, PeriNorm
 
 LENGTH, BASE, WIDTH_OF_HEAD, EPSILON = 65_536, 1e6, 128, 1e-6
 EMBEDDING = 'embed_tokens.weight'
@@ -115,8 +115,8 @@ class Ouro:
 
   def model(self, sizes: Mapping[str, int], loops: int, dtype: str) -> Looped:
     """The unbound model."""
-    block = PeriNormed(attn=SelfAttention(heads=sizes['H'], position=Rotary(base=self.base)),
-                       mlp=GatedMLP(hidden=sizes['F']), norm=RMSNorm(EPSILON), dtype=dtype)
+    block = Block(attn=SelfAttention(heads=sizes['H'], position=Rotary(base=self.base)),
+                  mlp=GatedMLP(hidden=sizes['F']), norm=RMSNorm(EPSILON), placement=PeriNorm(), dtype=dtype)
     return Looped(read_in=Tokens(vocab=sizes['V'], width=sizes['D'], length=sizes['T']),
                   cell=Halting(Normed(Stack(block, sizes['N']), RMSNorm(EPSILON))),
                   read_out=Head(outputs=sizes['V'], norm=Identity()), loops=loops)

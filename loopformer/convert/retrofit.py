@@ -18,9 +18,9 @@ import numpy as np
 
 from loopformer.cells.recur import Recur
 from loopformer.model import Looped, init_params
-from loopformer.nn.blocks import Block
 from loopformer.nn.inject import Concat
 from loopformer.types import Array, ConfigError, Params
+from loopformer.nn.blocks import PreNorm
 
 SOURCE = 'cell/core/block/'
 TARGETS = {'prelude': 'prelude/block/', 'core': SOURCE, 'coda': 'coda/block/'}
@@ -90,9 +90,10 @@ def _check_model(model: Looped, chosen: Mapping[str, tuple[int, ...]]):
     raise ConfigError('model.cell: must be Recur with the injection Concat')
   stacks = {'prelude': model.prelude, 'core': model.cell.core, 'coda': model.coda}
   for name, stack in stacks.items():
-    if stack is not None and not isinstance(stack.block, Block):
-      raise ConfigError(f'{name}: a stack of {type(stack.block).__name__}; the layers of a plain decoder fit pre-norm '
-                        'blocks (Block) alone')
+    kind = None if stack is None else getattr(stack.block, 'placement', stack.block)
+    if kind not in (None, PreNorm()):
+      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks '
+                        '(Block) alone')
     depth = 0 if stack is None else stack.depth
     if depth != len(chosen[name]):
       raise ConfigError(f'{name} = {chosen[name]}: {len(chosen[name])} layers, but the model has {depth} there; '

@@ -40,8 +40,9 @@ class ValueEmbed(nn.Module):
 class SelfAttention(nn.Module):
   """Causal self-attention with one kernel for queries, keys and values (`QKV`); grouped when `groups` < `heads`.
 
-  position: where queries and keys learn their places (positions.py), if not from the input. norm_qk: of every query and
-  key, after that. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
+  norm: of queries and of keys, each a clone of it, before they learn their places (Qwen3). position: where they learn
+  these (positions.py), if not from the input. norm_qk: one for both, after that; with a learned scale, which positions
+  would mix within pairs, that is another function. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
   linear: what makes its products.
   """
   heads: int
@@ -56,6 +57,7 @@ class SelfAttention(nn.Module):
   init: Any = None
   out_init: Any = None
   linear: Any = Dense()
+  norm: nn.Module | None = None
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
@@ -65,6 +67,8 @@ class SelfAttention(nn.Module):
     groups, _ = heads_of(self, width)
     q, k, v = qkv(self, x, groups, self.init or Normal(self.std), ctx)
     q, k, v = self._biased('q', q), self._biased('k', k), self._biased('v', v)
+    if self.norm is not None:
+      q, k = self.norm.copy(name='norm_q')(q), self.norm.copy(name='norm_k')(k)
     if self.position is not None:
       q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
     if self.norm_qk is not None:

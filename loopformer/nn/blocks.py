@@ -1,16 +1,18 @@
-"""Layers, and the stack of them that a loop applies.
+"""The layers that stacks are made of.
 
-A block is pre-norm: `x += g_a * Attn(norm(x) * (1 + s_a)); x += g_m * MLP(norm(x) * (1 + s_m))`, where the gates g
-and scales s are the modulation of the step (LoopFormer section 2), or absent. Matrix products run in `dtype`; norms
+A block is pre-norm if nothing else is said: `x += g_a * Attn(norm(x) * (1 + s_a)); x += g_m * MLP(norm(x) * (1 + s_m))`,
+where the gates g and scales s are the modulation of the step (LoopFormer section 2), or absent. Matrix products run in `dtype`; norms
 and softmax in float32; the residual state keeps the dtype that it came with.
 """
 from __future__ import annotations
 
+from typing import Any, Callable
+
 from flax import linen as nn
 
 from loopformer.nn.attention import SelfAttention, check_attention, heads_of
-from loopformer.nn.layers import DTYPES, MLP, GatedMLP, LayerNorm, RMSNorm, gelu_tanh
-from loopformer.types import KV, Array, ConfigError, Ctx
+from loopformer.nn.layers import DTYPES, MLP, LayerNorm, RMSNorm, gelu_tanh
+from loopformer.types import KV, Array, ConfigError, Ctx, part
 
 
 def check_layer(layer: nn.Module, width: int, where: str):
@@ -25,81 +27,88 @@ def layer_flops(layer: nn.Module, width: int, length: int) -> float:
   return layer.attn.flops(width, length) + layer.mlp.flops(width)
 
 
-class Block(nn.Module):
-  """One pre-norm transformer layer; `norm` is cloned for both branches."""
-  attn: SelfAttention
-  mlp: MLP | GatedMLP
+class Layer(nn.Module):
+  """A layer with fields `attn`, `mlp` and `dtype`: what it answers whatever it makes of the two."""
+  layers = 1
+  modulated, viewed = False, False
+
+  def check(self, width: int, where: str):
+    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
+    check_layer(self, width, where)
+
+  def heads_of(self, width: int) -> tuple[int, int]:
+    """(G, d): heads of keys and values, and their width."""
+    return heads_of(self.attn, width)
+
+  def flops(self, width: int, length: int) -> float:
+    """Floating-point operations a token, forward."""
+    return layer_flops(self, width, length)
+
+
+@part
+class PreNorm:
+  """x + branch(n(x)); the branch may have gates and scales."""
+  modulated, norms = True, (('norm_attn',), ('norm_mlp',))
+
+  def join(self, x: Array, branch: Array) -> Array:
+    """The state [B, T, D] after a branch, from the one before and what the branch made of its norm."""
+    return x + branch.astype(x.dtype)
+
+
+@part
+class SandwichNorm:
+  """m(x + branch(n(x))): whatever the branches do, a loop ends on a normed state (Huginn section 2)."""
+  modulated, norms = False, (('n1', 'n2'), ('n3', 'n4'))
+
+  def join(self, x: Array, branch: Array, norm: Callable[[Array], Array]) -> Array:
+    """As PreNorm."""
+    return norm(x + branch.astype(x.dtype))
+
+
+@part
+class PeriNorm:
+  """x + m(branch(n(x))) (Ouro, section 2; known as Peri-LN).
+
+  The sum is not normed: over a loop the state would grow, were it not for the norm at the end of Ouro's step.
+  """
+  modulated, norms = False, (('n1', 'n2'), ('n3', 'n4'))
+
+  def join(self, x: Array, branch: Array, norm: Callable[[Array], Array]) -> Array:
+    """As PreNorm."""
+    return x + norm(branch).astype(x.dtype)
+
+
+class Block(Layer):
+  """One transformer layer; `placement` says where its norms stand, each of which is a clone of `norm`."""
+  attn: Any
+  mlp: Any
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
-  layers = 1
-  modulated = True  # takes gates and scales
+  placement: PreNorm | SandwichNorm | PeriNorm = PreNorm()
 
-  def setup(self):
-    self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
+  @property
+  def modulated(self) -> bool:
+    return self.placement.modulated
 
+  @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mod: Array | None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D], mod None or [4, D] (g_a, g_m, s_a, s_m) -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
-    branch, kv = self.attn(self._normed(self.norm_attn, x, s_a), ctx, kv, layer, g_a)
-    x = x + branch.astype(x.dtype)
-    branch = self.mlp(self._normed(self.norm_mlp, x, s_m), g_m, ctx)
-    return x + branch.astype(x.dtype), kv
+    (norm_a, *after_a), (norm_m, *after_m) = (
+        [self.norm.copy(name=name) for name in names] for names in self.placement.norms)
+    branch, kv = self.attn(self._scaled(norm_a(x), s_a), ctx, kv, layer, g_a)
+    x = self.placement.join(x, branch, *after_a)
+    return self.placement.join(x, self.mlp(self._scaled(norm_m(x), s_m), g_m, ctx), *after_m), kv
 
-  def _normed(self, norm, x, scale):
-    x = norm(x)
+  def _scaled(self, x, scale):
     return (x if scale is None else x * (1 + scale).astype(x.dtype)).astype(self.dtype)
-
-  def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
-    check_layer(self, width, where)
-
-  def heads_of(self, width: int) -> tuple[int, int]:
-    """(G, d): heads of keys and values, and their width."""
-    return heads_of(self.attn, width)
-
-  def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token and layer, forward."""
-    return layer_flops(self, width, length)
-
-
-class Sandwich(nn.Module):
-  """A layer with norms around both branches and on both sums (Huginn section 2); `norm` is cloned four times.
-
-  y = n2(x + attn(n1(x))); x = n4(y + mlp(n3(y))): whatever the branches do, a loop ends on a normed state.
-  """
-  attn: SelfAttention
-  mlp: MLP | GatedMLP
-  norm: nn.Module = RMSNorm(1e-6)
-  dtype: str = 'float32'
-  layers = 1
-  modulated = False
-
-  def setup(self):
-    self.n1, self.n2, self.n3, self.n4 = (self.norm.clone(parent=None) for _ in range(4))
-
-  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
-    """x [B, T, D] -> (x, kv)."""
-    branch, kv = self.attn(self.n1(x).astype(self.dtype), ctx, kv, layer)
-    x = self.n2(x + branch.astype(x.dtype))
-    return self.n4(x + self.mlp(self.n3(x).astype(self.dtype), ctx=ctx).astype(x.dtype)), kv
-
-  def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
-    check_layer(self, width, where)
-
-  def heads_of(self, width: int) -> tuple[int, int]:
-    """(G, d): heads of keys and values, and their width."""
-    return heads_of(self.attn, width)
-
-  def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token and layer, forward."""
-    return layer_flops(self, width, length)
 
 
 class Chain(nn.Module):
   """Unlike layers in a row, as one block: a stack of chains alternates between them."""
   blocks: tuple[nn.Module, ...]
   modulated = False  # a cell makes one set of gates and scales for each of a stack's blocks, not for the layers in them
+  viewed = False
 
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D] -> (x, kv)."""

@@ -161,6 +161,21 @@ def saving(*names: str) -> Callable[..., Any]:
   return policy
 
 
+@part
+class Bidirectional:
+  """Every token reads all tokens of its document, those after it too.
+
+  For the pass without cache alone: what a token reads is not there yet when it is decoded.
+  """
+  causal = False
+
+  def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
+    """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
+    length = q.shape[1]
+    mask = jnp.ones((1, length, length), bool) if seg is None else seg[:, :, None] == seg[:, None]
+    return attend(q, k, v, mask)
+
+
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """q [B, T, H, d], k and v [B, S, G, d], mask bool[B or 1, T, S] -> [B, T, H, d]; H is a multiple of G."""
   return _heads_last(_attend(*_heads_first(q, k, v), mask))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend, roles
-from loopformer.nn.blocks import Block, Chain, Sandwich
 from loopformer.types import KV, Array, ConfigError, Ctx
 
 
@@ -30,7 +29,7 @@ class Stack(nn.Module):
   order: which block runs when, if not each once from the first to the last: (0, 0, 1) applies the first twice. norm: of
   what leaves the stack.
   """
-  block: Block | Sandwich | Chain
+  block: Any
   depth: int
   order: tuple[int, ...] | None = None
   norm: nn.Module | None = None

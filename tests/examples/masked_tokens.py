@@ -11,7 +11,7 @@ from loopformer.config import Experiment, arguments
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.bidirectional import Bidirectional
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import MLP

@@ -40,7 +40,7 @@ class LinearAttention(nn.Module):
   std: float = 0.02
   dtype = 'float32'
   layers = 1
-  modulated = False
+  modulated, viewed = False, False
 
   @nn.compact
   def __call__(self, x: Array, ctx: Ctx, mod: None, kv: None, layer: Array | int = 0) -> tuple[Array, None]:

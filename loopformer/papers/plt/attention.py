@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from loopformer.nn import kernels
 from loopformer.nn.attention import attention_flops, check_attention, heads_of, qkv
-from loopformer.nn.blocks import check_layer, layer_flops
+from loopformer.nn.blocks import Layer
 from loopformer.nn.layers import MLP, Dense, GatedMLP, Linear, Normal, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.types import Array, Ctx
@@ -96,16 +96,14 @@ class GatedAttention(nn.Module):
     return attention_flops(self, width, length)
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(Layer):
   """One pre-norm layer, `Block` with a gate, whose parameters have the names that they have there."""
   attn: GatedAttention
   mlp: MLP | GatedMLP
   gate: QueryGate | HiddenGate | ConstantGate = QueryGate()
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
-  layers = 1
-  modulated = False
-  viewed = True  # takes a view in the place of a cache
+  viewed = True
 
   def setup(self):
     self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
@@ -115,18 +113,6 @@ class GatedBlock(nn.Module):
     branch, left = self.attn(self.norm_attn(x).astype(self.dtype), ctx, view, layer, lambda q: self.gate(q, x))
     x = x + branch.astype(x.dtype)
     return x + self.mlp(self.norm_mlp(x).astype(self.dtype), ctx=ctx).astype(x.dtype), left
-
-  def check(self, width: int, where: str):
-    """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
-    check_layer(self, width, where)
-
-  def heads_of(self, width: int) -> tuple[int, int]:
-    """(G, d): heads of keys and values, and their width."""
-    return heads_of(self.attn, width)
-
-  def flops(self, width: int, length: int) -> float:
-    """Floating-point operations a token and layer, forward, of a first loop."""
-    return layer_flops(self, width, length)
 
   def flops_of_mixing(self, width: int, keys: float) -> float:
     """What a later loop adds to that, where a token reads `keys` tokens of its window."""

@@ -76,7 +76,7 @@ class Shifted(Cell):
   def check(self, width: int):
     """Raises ConfigError where its layers know nothing of views, or run in an order of their own."""
     streams.check_window(self.window_left, 'model.cell.')
-    if not getattr(self.core.block, 'viewed', False):
+    if not self.core.block.viewed:
       raise ConfigError(f'model.cell.core.block = {type(self.core.block).__name__} reads its own keys and values '
                         'alone; use papers.plt.attention.GatedBlock')
     if self.core.order is not None:
