@@ -81,14 +81,14 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
 
 def _imported(source, mesh, kind: str | None = None, **options):
   from loopformer import config as configs, convert
-  from loopformer.objective import Objective, Roll, Weighted
+  from loopformer.objective import Objective, Rollout, Weighted
   from loopformer.tasks.imported import Imported
   from loopformer.terms.cross_entropy import CE
   if kind is None:
     model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
   else:
     (model, params), tokenizer = convert.from_official(kind, source, mesh=mesh, **options), None
-  objective = Objective(rolls={'all': Roll(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
+  objective = Objective(rolls={'all': Rollout(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
   config = configs.Experiment(name=Path(str(source)).stem, model=model, objective=objective,
                               task=Imported(length=model.read_in.length))
   return Loaded(model, params, tokenizer, config)

@@ -32,7 +32,7 @@ from loopformer.optim import AdamW
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
-from loopformer.training.control import Steady
+from loopformer.training.control import NoControl
 from loopformer.training.train import Train, best_of
 from loopformer.types import ConfigError, part
 
@@ -53,7 +53,7 @@ class Experiment:
   task: Any = Text()
   train: Train = Train()
   optim: Any = AdamW()
-  control: Any = Steady()
+  control: Any = NoControl()
   mesh: Mesh = Mesh()
   evals: Any = Depths()
 
@@ -94,7 +94,7 @@ def describe(config: Any) -> str:
 def difference(old: Experiment, new: Experiment) -> Iterator[tuple[str, str, str]]:
   """Paths at which two configurations compute something different, with both texts."""
   before, after = flatten(old), flatten(new)
-  free = FREE if old.control == Steady() else [path for path in FREE if path not in WATCHED]
+  free = FREE if old.control == NoControl() else [path for path in FREE if path not in WATCHED]
   for path in dict.fromkeys([*before, *after]):
     if not path.startswith(tuple(free)) and before.get(path) != after.get(path):
       yield path, before.get(path, '(absent)'), after.get(path, '(absent)')

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from loopformer import memories, sharding
 from loopformer.nn import kernels
-from loopformer.types import Array, ConfigError, Ctx, Plan, Tick, part
+from loopformer.types import Array, ConfigError, Context, Plan, Step, part
 
 
 @part
@@ -181,7 +181,7 @@ class Offload:
         offload_dst='pinned_host')
 
 
-def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any,
+def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any,
         code: Any = None):
   """Applies `cell` once for every row of `plan`; a bound module, inside its parent's method.
 
@@ -200,9 +200,9 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
       raise ConfigError('plan.free: of each sequence, but a cache has one slot a step for all of them; use one number for '
                         'all, i32[], or a plan whose rows say by `live` which steps each sequence takes')
     first, k = plan.free.max(), plan.free + (k[:, None] if plan.free.ndim else k)
-    tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
+    tick = Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
     x, kv = _without_gradient(cell, x, e, lambda k: tick.replace(k=k, live=k < plan.free), first, ctx, kv)
-  rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=k, code=code)
+  rows = Step(t=plan.t, dt=plan.dt, live=plan.live, k=k, code=code)
   ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
   total = (ran + (0 if plan.free is None else plan.free)).max()
   if kv is not None and not cell.is_initializing():
@@ -216,7 +216,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep
   return x, kv, xs, aux, total
 
 
-def scan(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, keep: Any, remat: Any):
+def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any):
   """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries)."""
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
   if cell.is_initializing():  # one step makes all parameters, and a scan would trace it twice more
@@ -228,7 +228,7 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, kee
   return x, kv, xs, aux
 
 
-def walk(cell: nn.Module, x: Array, e: Array, rows: Tick, ctx: Ctx, kv: Any, keep: Any):
+def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any):
   """The rows that live, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into and out
   of every branch that can skip."""
   if keep != Last():
@@ -288,7 +288,7 @@ def _walk(cell, x, e, tick_of, count, ctx, kv):
   return x, kv
 
 
-def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, leave: Any, dial: Array | None,
+def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, leave: Any, dial: Array | None,
           code: Any, see: Callable[..., Any]):
   """Applies `model.cell` until `leave` (exits.Adaptive) lets every token go, or the plan ends; a bound module, no
   reverse mode.
@@ -308,7 +308,7 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, l
     raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
                       'use fill=Recompute()')
   code = model.cell.timetable(plan) if code is None else code
-  tick_of = _live_first(Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
+  tick_of = _live_first(Step(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
   length = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)  # of each sequence, or of all
   length = jnp.broadcast_to(length, ctx.pos.shape[:1])[:, None]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import layouts
-from loopformer.types import KV, Array, ConfigError, Ctx, part
+from loopformer.types import KV, Array, ConfigError, Context, part
 
 Exchanged = tuple[KV, Array, Array, Array]
 
@@ -29,7 +29,7 @@ def make(memory, loops: int, *size, width: int | None = None) -> KV:
   return empty(memory.slots(loops), *size)
 
 
-def room(memory, kv, ctx: Ctx, taken: Array) -> Array:
+def room(memory, kv, ctx: Context, taken: Array) -> Array:
   """All find a place, where there is one for every position."""
   return taken
 
@@ -39,7 +39,7 @@ def map_caches(function, *caches):
   return jax.tree.map(function, *caches, is_leaf=lambda leaf: isinstance(leaf, KV))
 
 
-def visible(caches, pos: Array, ctx: Ctx) -> Array:
+def visible(caches, pos: Array, ctx: Context) -> Array:
   """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read; KVs of a tree are of a kind."""
   return jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV))[0].visible(pos, ctx)
 
@@ -61,7 +61,7 @@ class PerLoop:
   def slots(self, loops: int) -> int:
     return loops
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
     return _exchange(kv, _step(ctx), ctx.pos, layer, k, v)
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
@@ -81,7 +81,7 @@ class First:
   def slots(self, loops: int) -> int:
     return 1
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
     return _exchange(kv, jnp.int32(0), jnp.where(_step(ctx) == 0, ctx.pos, -1), layer, k, v)
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
@@ -107,7 +107,7 @@ class Ring:
   def slots(self, loops: int) -> int:
     return min(self.size, loops)
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
     return _exchange(kv, _step(ctx) % kv.pos.shape[0], ctx.pos, layer, k, v)
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
@@ -126,7 +126,7 @@ class Mean:
   def slots(self, loops: int) -> int:
     return 1
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> Exchanged:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
     step = _step(ctx)
     place = jnp.where(ctx.pos < 0, kv.pos.shape[-1], ctx.pos)
     row = jnp.arange(k.shape[0])[:, None]

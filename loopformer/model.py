@@ -13,7 +13,7 @@ from loopformer.nn import modules
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.nn.layers import Linear, turned
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, Batch, Ctx, Params, Plan, Readout, Seen, Trace
+from loopformer.types import KV, Array, Batch, Context, Params, Plan, Readout, StepView, Trace
 
 
 class Looped(nn.Module):
@@ -91,7 +91,7 @@ class Looped(nn.Module):
         z, caches[0] = model._finish(new, ctx, caches[0])
         return model.logits(z)
 
-      return Seen(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
+      return StepView(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
 
     looped = {name: kv[name] for name in ('loop', 'coda') if kv.get(name) is not None}
     x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, leave, dial, code, see)
@@ -103,7 +103,7 @@ class Looped(nn.Module):
   def _context(self, tokens, pos, seg, noise=None):
     if pos is None:
       pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-    return Ctx(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
+    return Context(pos=pos, seg=seg, tokens=tokens, noise=noise, memory=self.memory, remat=self.remat)
 
   def _finish(self, x, ctx, kv):
     x = self.read_out.before(x)
@@ -128,7 +128,7 @@ class Looped(nn.Module):
     """What the cell computes ahead of the loop."""
     return self.cell.timetable(plan)
 
-  def step(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, Any]:
+  def step(self, x: Array, e: Array, ctx: Context, kv: Any) -> tuple[Array, Any, Any]:
     """One application of the cell, for loops that stop by what they see."""
     return self.cell(x, e, ctx, kv)
 

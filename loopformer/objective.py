@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import make_readout, run_batch
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, Planner, Term, Trace, part
+from loopformer.types import Array, Batch, ConfigError, PlanContext, Params, Planner, Term, Trace, part
 
 
 @part
@@ -45,7 +45,7 @@ class Lent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Roll:
+class Rollout:
   """One run of the model: how its steps are arranged, which states it keeps, and with whose weights it runs.
 
   weights: None for those that learn; or those of a teacher, which do not: `Own`, or a work folder, which is `Lent`.
@@ -71,7 +71,7 @@ class Weighted:
 class AsGiven:
   """Learns from the batch as it is."""
 
-  def __call__(self, draw: Draw) -> Batch:
+  def __call__(self, draw: PlanContext) -> Batch:
     return draw.batch
 
 
@@ -86,9 +86,9 @@ class Objective:
   may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it drew. What
   it draws for a sequence it draws from `draw.keys()`.
   """
-  rolls: Mapping[str, Roll]
+  rolls: Mapping[str, Rollout]
   terms: Mapping[str, Weighted]
-  prepare: Callable[[Draw], Batch] = AsGiven()
+  prepare: Callable[[PlanContext], Batch] = AsGiven()
 
   def __post_init__(self):
     for name, weighted in self.terms.items():
@@ -102,7 +102,7 @@ class Objective:
     """Rows of the longest plan."""
     return max(roll.plan.longest for roll in self.rolls.values())
 
-  def prepared(self, draw: Draw) -> Draw:
+  def prepared(self, draw: PlanContext) -> PlanContext:
     """The same with the batch that is learned from; once in a step, for all microbatches."""
     return draw.replace(batch=self.prepare(draw.named('prepare')))
 
@@ -115,7 +115,7 @@ class Objective:
     """Those whose weights some rollouts run with, by their names."""
     return {roll.teacher.name: roll.teacher for roll in self.rolls.values() if roll.teacher is not None}
 
-  def rollouts(self, model, params: Params, draw: Draw, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
+  def rollouts(self, model, params: Params, draw: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
     missing = [name for name in self.teachers if name not in frozen]
     if missing:
@@ -128,7 +128,7 @@ class Objective:
       traces[name] = run_batch(runs, weights, draw.batch, roll.plan(draw.named(name)), keep=roll.keep, noise=noise)
     return traces
 
-  def __call__(self, model, params: Params, draw: Draw, denominators: Mapping[str, Array],
+  def __call__(self, model, params: Params, draw: PlanContext, denominators: Mapping[str, Array],
                frozen: Mapping[str, Params] = {}) -> tuple[Array, dict[str, Array]]:
     """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}.
 

@@ -37,7 +37,7 @@ class WarmupCosine:
 
 
 @part
-class Trapezoid:
+class WSD:
   """Linear warm-up to `peak`, constant, then linear to `end` at the end of the run.
 
   warmup, cooldown: how long these last; a whole number counts steps, a fraction is of the run. Parcae: cooldown=0.5;
@@ -69,7 +69,7 @@ class Trapezoid:
 @part
 class AdamW:
   """AdamW with global-norm clipping; weight decay on matrices and embeddings alone (LoopFormer section 3; roles.py)."""
-  schedule: WarmupCosine | Trapezoid = WarmupCosine()
+  schedule: WarmupCosine | WSD = WarmupCosine()
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -93,7 +93,7 @@ class AtanAdam:
   The arc tangent of the moments is their quotient where that is small, and bounded where the second moment is zero. The
   decay does not grow with the peak of the learning rate.
   """
-  schedule: WarmupCosine | Trapezoid = Trapezoid(peak=4e-5, warmup=4096)
+  schedule: WarmupCosine | WSD = WSD(peak=4e-5, warmup=4096)
   b1: float = 0.9
   b2: float = 0.95
   decay: float = 4e-5
@@ -162,15 +162,15 @@ class Muon:
   decay: weight decay by step, times the rate, where it agrees with the update (`cautious_decay`).
   others: the optimiser of the rest; its own clipping sees the rest alone, and is idle if it is not below `clip`.
   """
-  schedule: WarmupCosine | Trapezoid = Trapezoid(peak=8e-3, cooldown=0.5)
+  schedule: WarmupCosine | WSD = WSD(peak=8e-3, cooldown=0.5)
   matrices: tuple[str, ...] = ('attn', 'mlp')
   heads: int | None = None
   groups: int | None = None
   momentum: float = 0.95
   second: float | None = 0.95
-  decay: WarmupCosine | Trapezoid = Trapezoid(peak=0.2, cooldown=1.0)
+  decay: WarmupCosine | WSD = WSD(peak=0.2, cooldown=1.0)
   clip: float = 1.0
-  others: Any = AdamW(schedule=Trapezoid(peak=8e-3, cooldown=0.5), b1=0.8, eps=1e-10, decay=0.0)
+  others: Any = AdamW(schedule=WSD(peak=8e-3, cooldown=0.5), b1=0.8, eps=1e-10, decay=0.0)
 
   def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
     """As AdamW.make."""

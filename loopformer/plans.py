@@ -1,6 +1,6 @@
 """Plans: how the steps of a rollout are arranged.
 
-A planner is a frozen part, called with a `Draw` (a key, the step, the batch); it returns a `Plan` whose number of rows
+A planner is a frozen part, called with a `PlanContext` (a key, the step, the batch); it returns a `Plan` whose number of rows
 is static, so that one compiled program serves everything it samples.
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Draw, Plan, part, whole
+from loopformer.types import Array, ConfigError, PlanContext, Plan, part, whole
 
 SUM_TOLERANCE = 1e-6
 
@@ -42,7 +42,7 @@ class Uniform:
   def expected(self) -> float:
     return float(self.loops)
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     return schedule((1.0 / self.loops,) * self.loops)
 
 
@@ -83,7 +83,7 @@ class Partition:
     rows = (jnp.arange(self.longest), jax.random.split(size_key, self.longest))
     return jax.lax.scan(draw, jnp.int32(self.loops), rows)[1]
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     sizes = self.sizes(draw.key)
     start = jnp.cumsum(sizes) - sizes
     return Plan(t=start / jnp.float32(self.loops), dt=sizes / jnp.float32(self.loops), live=sizes > 0)
@@ -105,7 +105,7 @@ class RandomDepth:
   def expected(self) -> float:
     return self.loops / 2
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     count = jax.random.randint(draw.key, (), 1, self.loops)
     index = jnp.arange(self.longest)
     dt = jnp.full(self.longest, 1.0 / self.loops, jnp.float32)
@@ -242,19 +242,19 @@ class Stairs:
 
 
 @part
-class Together:
+class Shared:
   """One depth for a whole microbatch: steps beyond it are skipped, and cost nothing."""
 
-  def draw(self, depth: Any, draw: Draw, mean: Array) -> Array:
+  def draw(self, depth: Any, draw: PlanContext, mean: Array) -> Array:
     """i32[]."""
     return depth.draw(draw.key, mean)
 
 
 @part
-class Each:
+class PerSequence:
   """A depth for every sequence: the batch runs as many steps as its deepest, a sequence that is done stands still."""
 
-  def draw(self, depth: Any, draw: Draw, mean: Array) -> Array:
+  def draw(self, depth: Any, draw: PlanContext, mean: Array) -> Array:
     """i32[B]."""
     return jax.vmap(lambda key: depth.draw(key, mean))(draw.keys())
 
@@ -268,7 +268,7 @@ class Truncated:
   """
   depth: Constant | Poisson | LogNormalPoisson | Ramp | Stairs
   graded: int
-  over: Together | Each = Together()
+  over: Shared | PerSequence = Shared()
 
   def __post_init__(self):
     _at_least('Truncated.graded', self.graded, 1, 'without a graded step nothing in the loop is learned')
@@ -289,7 +289,7 @@ class Truncated:
     """Mean number of steps with a backward pass; for counting arithmetic."""
     return min(self.depth.last_mean, self.graded)
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     mean = self.depth.mean(draw.step)
     total = self.over.draw(self.depth, draw, mean)
     graded = jnp.minimum(total, jnp.minimum(self.graded, jnp.ceil(mean).astype(jnp.int32)))
@@ -314,7 +314,7 @@ class Given:
   def expected(self) -> float:
     return float(self.most)
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     loops = draw.batch['loops']
     return Plan(t=jnp.zeros(self.most), dt=jnp.ones(self.most), live=jnp.arange(self.most)[:, None] < loops)
 
@@ -343,7 +343,7 @@ class Staged:
   def expected(self) -> float:
     return float(self.loops[-1])
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     index = jnp.arange(self.longest)
     loops = jnp.asarray(self.loops)[draw.stage]
     return Plan(t=index / jnp.maximum(loops, 1), dt=jnp.broadcast_to(1.0 / loops, index.shape), live=index < loops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, ConfigError, Ctx, part
+from loopformer.types import Array, ConfigError, Context, part
 
 
 @part
@@ -12,7 +12,7 @@ class Embedded:
   """x = e: the loop goes on from the prelude's output."""
   heard = True  # the state knows the input
 
-  def __call__(self, e: Array, ctx: Ctx) -> Array:
+  def __call__(self, e: Array, ctx: Context) -> Array:
     return e
 
 
@@ -21,7 +21,7 @@ class Zeros:
   """x = 0: what the loop knows, its injection tells it."""
   heard = False
 
-  def __call__(self, e: Array, ctx: Ctx) -> Array:
+  def __call__(self, e: Array, ctx: Context) -> Array:
     return jnp.zeros_like(e)
 
 
@@ -39,7 +39,7 @@ class Noise:
     if self.std < 0:
       raise ConfigError(f'start.std = {self.std}: must be 0 or more')
 
-  def __call__(self, e: Array, ctx: Ctx) -> Array:
+  def __call__(self, e: Array, ctx: Context) -> Array:
     keys = ctx.noise
     if keys is None:
       keys = jnp.broadcast_to(jax.random.key(0), e.shape[:1])

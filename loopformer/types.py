@@ -47,7 +47,7 @@ class Plan:
 
 
 @struct.dataclass
-class Draw:
+class PlanContext:
   """What a plan may depend on.
 
   key: of what is drawn once for all sequences of the batch, the same on all devices; step: i32[], training steps taken;
@@ -70,19 +70,19 @@ class Draw:
     row = self.batch['row'] if 'row' in self.batch else jnp.arange(len(self.batch['tokens']))
     return jax.vmap(lambda row: jax.random.fold_in(base, row))(row)
 
-  def named(self, name: str) -> Draw:
+  def named(self, name: str) -> PlanContext:
     """The same with keys of their own for what bears a name."""
     number = zlib.crc32(name.encode())
     sequences = None if self.sequences is None else jax.random.fold_in(self.sequences, number)
     return self.replace(key=jax.random.fold_in(self.key, number), sequences=sequences)
 
-  def microbatch(self, number: Array, batch: Batch) -> Draw:
+  def microbatch(self, number: Array, batch: Batch) -> PlanContext:
     """That of a part of the batch, which draws a plan of its own."""
     return self.replace(key=jax.random.fold_in(self.key, number), batch=batch, sequences=self.key)
 
 
 @struct.dataclass
-class Tick:
+class Step:
   """Row k of a plan: all that a step knows of the schedule.
 
   t, dt: f32[]; live: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
@@ -97,7 +97,7 @@ class Tick:
 
 
 @struct.dataclass
-class Ctx:
+class Context:
   """What a block knows besides its input.
 
   pos: i32[B, T], position of each token in its document; -1 marks padding (with a cache only).
@@ -115,7 +115,7 @@ class Ctx:
   tokens: Array | None = None
   noise: Array | None = None
   keys: Array | None = None
-  tick: Tick | None = None
+  tick: Step | None = None
   own: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
@@ -144,7 +144,7 @@ class KV:
     """S, the places of a row."""
     return self.pos.shape[-1]
 
-  def visible(self, pos: Array, ctx: Ctx) -> Array:
+  def visible(self, pos: Array, ctx: Context) -> Array:
     """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read."""
     return (pos[:, None] >= 0) & (pos[:, None] <= ctx.pos[..., None])
 
@@ -187,7 +187,7 @@ class Readout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class StepView:
   """What a rule sees of a step.
 
   k: i32[], its number, from 0; last: bool[], whether the plan ends with it; old, new: [B, T, D], the states before and
@@ -217,7 +217,7 @@ class Planner(Protocol):
   def expected(self) -> float:
     """Mean number of steps that run; for counting arithmetic."""
 
-  def __call__(self, draw: Draw) -> Plan: ...
+  def __call__(self, draw: PlanContext) -> Plan: ...
 
 
 class Cell(Protocol):
@@ -241,7 +241,7 @@ class Cell(Protocol):
   def diagnose(self, params: Params) -> dict[str, float]:
     """Numbers worth logging, from the cell's parameters."""
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any, code: Any = None):
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, code: Any = None):
     """The steps of a plan: `loop.run`, where one comes after the other for all tokens; a cell whose steps are of
     different shapes, or of several tokens' at a time, has a way of its own to the same results."""
 
@@ -251,7 +251,7 @@ class Cell(Protocol):
   def output(self, state: Any) -> Array:
     """What is read out of a state, [B, T, D]."""
 
-  def __call__(self, x: Any, e: Array, ctx: Ctx, kv: Any) -> tuple[Any, Any, dict]:
+  def __call__(self, x: Any, e: Array, ctx: Context, kv: Any) -> tuple[Any, Any, dict]:
     """One step: (state, input, context, cache) -> (state, cache, auxiliaries)."""
 
 
@@ -273,10 +273,10 @@ class Memory(Protocol):
            width: int) -> Any:
     """An empty cache for plans of up to `loops` steps: a KV, or a tree of them; width: that of the states."""
 
-  def room(self, kv: Any, ctx: Ctx, taken: Array) -> Array:
+  def room(self, kv: Any, ctx: Context, taken: Array) -> Array:
     """Which of the tokens that a router takes, bool[B, T], find a place in the cache of the step."""
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
     """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, G, S, d] twice, positions [B, S]."""
 
   def fill(self, kv: KV, pos: Array, last: Array) -> KV:
@@ -337,7 +337,7 @@ class Block(Protocol):
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward."""
 
-  def __call__(self, x: Array, ctx: Ctx, mod: Any, kv: Any, layer: Array | int = 0) -> tuple[Array, Any]:
+  def __call__(self, x: Array, ctx: Context, mod: Any, kv: Any, layer: Array | int = 0) -> tuple[Array, Any]:
     """x [B, T, D], what the cell gives this layer, the cache, the layer's number -> (x, cache)."""
 
 
@@ -352,14 +352,14 @@ class Attention(Protocol):
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward."""
 
-  def __call__(self, x: Array, ctx: Ctx, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array, Any]:
+  def __call__(self, x: Array, ctx: Context, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array, Any]:
     """x [B, T, D] in the layer's dtype, the gate of its last product f32[D] or None -> ([B, T, D], cache)."""
 
 
 class Projection(Protocol):
   """What makes a product of attention or MLP; a Linen module."""
 
-  def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
+  def __call__(self, x: Array, features: int, init: Any, ctx: Context | None = None, *, bias: Any = None,
                gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
     """x [..., I] -> [..., features], or queries, keys and values; see layers.Dense."""
 
@@ -425,7 +425,7 @@ class Start(Protocol):
 
   heard: bool  # whether it knows the input
 
-  def __call__(self, e: Array, ctx: Ctx) -> Array:
+  def __call__(self, e: Array, ctx: Context) -> Array:
     """The input [B, T, D] -> a state [B, T, D]."""
 
 
@@ -475,10 +475,10 @@ class Rule(Protocol):
 
   threshold: float | None
 
-  def init(self, model: Any, x: Array, ctx: Ctx) -> Any:
+  def init(self, model: Any, x: Array, ctx: Context) -> Any:
     """Its state before the first step, of tokens whose states are x [B, T, D]."""
 
-  def update(self, state: Any, seen: Seen, dial: Array | None) -> tuple[Any, Array, Array]:
+  def update(self, state: Any, seen: StepView, dial: Array | None) -> tuple[Any, Array, Array]:
     """After a step: (its state, done bool[B, T], the state that answers if the token leaves now [B, T, D])."""
 
 
@@ -503,7 +503,7 @@ class Control(Protocol):
     """The memory after a step's values, or an evaluation's."""
 
   def stage(self, memory: dict[str, Any]) -> int:
-    """The number that plans may read (`Draw.stage`)."""
+    """The number that plans may read (`PlanContext.stage`)."""
 
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
     """Raises ConfigError where plans or evaluations do not suit it."""

@@ -21,7 +21,7 @@ from loopformer.nn.inject import Diagonal
 from loopformer.nn.kernels import Blockwise, Fused
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import CE
@@ -34,7 +34,7 @@ MODEL = parts.looped(parts.timed(heads=8), loops=LOOPS)
 FREE = parts.looped(parts.recur(Diagonal(), Stack(parts.block(RMSNorm(), heads=8), parts.N)), loops=LOOPS)
 ROWS = 16
 SETUPS = {'loopformer': (MODEL, full_objective), 'free': (FREE, lambda loops: Objective(
-    rolls={'r': Roll(plans.Truncated(depth=plans.Poisson(average=loops), graded=2, over=plans.Each()))},
+    rolls={'r': Rollout(plans.Truncated(depth=plans.Poisson(average=loops), graded=2, over=plans.PerSequence()))},
     terms={'lm': Weighted(1.0, CE(roll='r', chunk=8))}))}
 RUNS = [('loopformer', 1, 1, 1, 1), ('loopformer', 1, 1, 1, 2), ('loopformer', 8, 1, 1, 1), ('loopformer', 8, 1, 1, 2),
         ('loopformer', 1, 8, 1, 1), ('loopformer', 2, 4, 1, 2), ('loopformer', 2, 2, 2, 1), ('loopformer', 2, 2, 2, 2),
@@ -213,7 +213,7 @@ def uneven(devices) -> dict[str, Any]:
   model = parts.looped(parts.plain(heads=2), loops=3)
   model = model.clone(read_in=model.read_in.clone(width=12))
   objective = SETUPS['free'][1](3)
-  objective = Objective(rolls={'r': Roll(plans.Uniform(3))}, terms=objective.terms)
+  objective = Objective(rolls={'r': Rollout(plans.Uniform(3))}, terms=objective.terms)
   found, params = {}, jax.jit(lambda: init_params(model, jax.random.key(0)))()
   with mock.patch.object(sharding, 'LARGE', 100):
     for name, mesh in (('one', Mesh(data=1).make(devices[:1])), ('eight', Mesh(fsdp=8).make(devices))):

@@ -21,7 +21,7 @@ from loopformer.inference.engine import Engine, decode, prefill
 from loopformer.inference.evaluate import Run, evaluate, score
 from loopformer.inference.harness import Scorer
 from loopformer.model import parameter_roles
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
@@ -64,7 +64,7 @@ def expected_share(tree, mesh) -> float:
 
 def loaded(folder, params, mesh):
   """A work folder's weights restored, exported and imported, each in shards; nothing is fetched whole meanwhile."""
-  objective = Objective(rolls={'r': Roll(plans.Uniform(LOOPS))}, terms={'lm': Weighted(1.0, CE(roll='r'))})
+  objective = Objective(rolls={'r': Rollout(plans.Uniform(LOOPS))}, terms={'lm': Weighted(1.0, CE(roll='r'))})
   config = Experiment(name='small', model=MODEL, objective=objective, task=Generated(of=PHop(length=8)))
   configs.save(config, folder)
   with Checkpoints(folder) as checkpoints:

@@ -23,7 +23,7 @@ from loopformer.nn.attention import SelfAttention, ValueEmbed
 from loopformer.nn.blocks import Block, Chain, PeriNorm, SandwichNorm
 from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import Head, TokenEmbed, Tokens
-from loopformer.nn.inject import Add, Concat, Diagonal, Hold
+from loopformer.nn.inject import Add, Concat, Diagonal, NoInjection
 from loopformer.nn.kernels import Blockwise, Fused
 from loopformer.nn.layers import (MLP, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm, gelu_tanh,
                                   squared_relu)
@@ -37,7 +37,7 @@ from loopformer.papers.plt.cell import LearnedMix, Mix, Shifted
 from loopformer.papers.plt.streams import Streams
 from loopformer.roles import Role, Roles
 from loopformer.starts import Noise, Zeros
-from loopformer.types import Ctx, Draw
+from loopformer.types import Context, PlanContext
 from tests import quick
 
 V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
@@ -136,7 +136,7 @@ ROWS = {
     'ordered': Row(looped(Plain(stack(3, order=(0, 0, 1, 2, 2))), loops=1), timed=False),
     'added': Row(looped(recur(Add(), norm=LayerNorm(), core=Stack(gpt2(), N)), start=Zeros(),
                         read_out=Head(outputs=V, norm=Identity())), timed=False),
-    'held': Row(looped(recur(Hold()), prelude=stack(1), coda=stack(1)), timed=False),
+    'held': Row(looped(recur(NoInjection()), prelude=stack(1), coda=stack(1)), timed=False),
     'parcae': Row(looped(recur(Diagonal(), core=Stack(valued(), 1)), read_in=nowhere(), start=Noise(std=0.3),
                          prelude=Stack(valued(), 1, norm=RMSNorm()), coda=Stack(valued(), 1), bridge=Linear(D)),
                   timed=False),
@@ -201,9 +201,9 @@ def extend(model, params, tokens, plan, pos, kv):
   return model.apply({'params': params}, trace.z, method='logits'), trace.kv
 
 
-def context(x) -> Ctx:
+def context(x) -> Context:
   """Of states x, [B, T, D], of the texts `tokens(B)`."""
-  return Ctx(pos=jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), tokens=tokens(len(x)))
+  return Context(pos=jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), tokens=tokens(len(x)))
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -254,12 +254,12 @@ def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[s
           'positions': jnp.asarray(positions), 'segments': jnp.asarray(segments)}
 
 
-def draw(key, batch=None, step: int = 0, stage: int = 0) -> Draw:
+def draw(key, batch=None, step: int = 0, stage: int = 0) -> PlanContext:
   """What a plan may depend on; rows are numbered as they stand in the batch."""
   batch = batch or {}
   if batch:
     batch = {'row': jnp.arange(len(batch['tokens'])), **batch}
-  return Draw(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch)
+  return PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Fixed:
 
   expected = longest
 
-  def __call__(self, draw: Draw):
+  def __call__(self, draw: PlanContext):
     return plans.schedule(self.steps)
 
 

@@ -11,17 +11,17 @@ import pytest
 import loopformer
 from loopformer import config as configs
 from loopformer.model import parameter_roles
-from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.training import averages
 from loopformer.training.averages import Averaged, AveragedState
-from loopformer.training.frozen import Only
+from loopformer.training.frozen import Freeze
 from loopformer.training.train import train
 from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, params
 from tests.test_train import CONFIG
 
-PART = Averaged(of=AdamW(schedule=Trapezoid(peak=0.1), decay=0.1), decay=0.7)
+PART = Averaged(of=AdamW(schedule=WSD(peak=0.1), decay=0.1), decay=0.7)
 
 
 def test_an_average_is_its_formula_and_training_is_not_touched():
@@ -48,7 +48,7 @@ def test_an_average_is_its_formula_and_training_is_not_touched():
 def test_a_part_of_the_parameters_cannot_be_averaged():
   model = ROWS['ouro'].model
   with pytest.raises(ConfigError, match='put it around the other'):
-    Only(of=PART, paths=('cell/gate',)).make(10, parameter_roles(model)).init(params(model))
+    Freeze(of=PART, paths=('cell/gate',)).make(10, parameter_roles(model)).init(params(model))
   with pytest.raises(ConfigError, match=r'optim\.decay = 1\.0'):
     Averaged(of=PART.of, decay=1.0)
 

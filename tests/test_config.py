@@ -17,7 +17,7 @@ from loopformer.nn.blocks import Chain
 from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import Normal
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
@@ -161,7 +161,7 @@ def test_saved_and_read_is_the_same(variant, tmp_path):
 def test_unusual_parts_are_saved(tmp_path):
   config = dataclasses.replace(
       TINY, model=TINY.model.clone(prelude=parts.stack(1), cell=parts.timed(init=0.5, groups=1, heads=4)),
-      objective=Objective(rolls={'a': Roll(plans.Staged(loops=(1, 4)), Every())},
+      objective=Objective(rolls={'a': Rollout(plans.Staged(loops=(1, 4)), Every())},
                           terms={'x': Weighted(np.float64(0.5), CE(roll='a'))}))
   configs.save(config, tmp_path)
   assert configs.read(tmp_path) == config
@@ -225,7 +225,7 @@ import dataclasses
 
 from experiments.configs import loopformer as paper
 from loopformer import plans
-from loopformer.objective import Objective, Roll
+from loopformer.objective import Objective, Rollout
 from loopformer.types import part
 
 
@@ -248,7 +248,7 @@ class Halved:
 
 def get_config(first: str = ''):
   config = paper.get_config('tiny')
-  rolls = {{**config.objective.rolls, 'short': Roll(Halved(first=float(first)) if first else Halved())}}
+  rolls = {{**config.objective.rolls, 'short': Rollout(Halved(first=float(first)) if first else Halved())}}
   return dataclasses.replace(config, objective=Objective(rolls=rolls, terms=config.objective.terms))
 '''
 

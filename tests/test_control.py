@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loopformer.training.control import Plateau, Steady
+from loopformer.training.control import Plateau, NoControl
 from loopformer.types import ConfigError
 
 EVERY = 50
@@ -73,7 +73,7 @@ def test_several_stages_in_order():
 
 
 def test_steady_is_always_in_its_only_stage():
-  assert Steady().stage(Steady().watch(Steady().start(), 1, {'loss': 0.0})) == 0
+  assert NoControl().stage(NoControl().watch(NoControl().start(), 1, {'loss': 0.0})) == 0
 
 
 @pytest.mark.parametrize('options, message', [

@@ -7,10 +7,10 @@ import pytest
 
 from experiments.studies import cosines
 from loopformer import plans
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.papers.latent_thoughts.cosine import Cosine, block_cosines
 from loopformer.terms.cross_entropy import CE
-from loopformer.types import ConfigError, Ctx
+from loopformer.types import ConfigError, Context
 from tests import parts
 from tests.parts import close
 
@@ -76,7 +76,7 @@ def test_queries_keys_and_values_are_what_attention_reads():
     masks[name] = grads['attn']['qkv']['kernel'] != 0
     weights = {'qkv': {'kernel': jnp.where(masks[name], 0, block['attn']['qkv']['kernel'])[0]},
                'out': {'kernel': block['attn']['out']['kernel'][0]}}
-    outs[name] = attn.apply({'params': weights}, x, Ctx(pos=jnp.arange(5)[None]), None, 0)[0]
+    outs[name] = attn.apply({'params': weights}, x, Context(pos=jnp.arange(5)[None]), None, 0)[0]
   assert (sum(mask.astype(int) for mask in masks.values()) == 1).all()
   assert [int(mask[0].sum()) for mask in masks.values()] == [16 * 16, 16 * 8, 16 * 8]
   assert not outs['attn.v'].any() and outs['attn.q'].any()
@@ -141,7 +141,7 @@ def test_a_stack_of_chains():
 
 def test_shares_of_a_batch_add_up_to_one_mean():
   """Devices and microbatches divide rows; the value does not depend on how, or on the weights of tokens."""
-  objective = Objective(rolls={'end': Roll(plans.Uniform(1))},
+  objective = Objective(rolls={'end': Rollout(plans.Uniform(1))},
                         terms={'lm': Weighted(1.0, CE(roll='end')), 'cosine': Weighted(10.0, term())})
   params, batch = parts.params(MODEL), parts.batch(6)
   total = objective.denominators(batch)

@@ -11,7 +11,7 @@ from loopformer import loop, plans
 from loopformer.cells.halting import Halting
 from loopformer.inference import exits, measures
 from loopformer.inference.evaluate import Run, evaluate
-from loopformer.types import ConfigError, Ctx, Seen
+from loopformer.types import ConfigError, Context, StepView
 from tests import parts
 from tests.parts import ROWS, L, T, batch, close, params, tokens
 
@@ -53,7 +53,7 @@ def one_by_one(name, threshold):
   log_p, best, same = np.full((*shape, model.outputs), -np.log(model.outputs)), np.full(shape, -1), np.zeros(shape, int)
   stay, total, mixed, answer = np.ones(shape), np.zeros(shape), np.zeros(x.shape), np.asarray(x, np.float64)
   for k in range(L):
-    tick = loop.Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=jnp.int32(k),
+    tick = loop.Step(t=plan.t[k], dt=plan.dt[k], live=None, k=jnp.int32(k),
                      code=jax.tree.map(lambda leaf: leaf[k], code))
     new, _, aux = bound.step(x, e, ctx.replace(tick=tick), None)
     new = np.where(active[..., None], new, x)
@@ -130,7 +130,7 @@ def test_act_weights_sum_to_one():
   for logit in (-50.0, -1.0, 0.3, 50.0):
     state, k, done = rule.init(None, 0 * x, None), 0, jnp.zeros(())
     while not done.all():
-      seen = Seen(k=k, last=jnp.array(k == 3), old=x, new=x, aux={'halt': jnp.full((2, 3), logit)}, logits=None)
+      seen = StepView(k=k, last=jnp.array(k == 3), old=x, new=x, aux={'halt': jnp.full((2, 3), logit)}, logits=None)
       state, done, answer = rule.update(state, seen, 0.0)
       k += 1
     assert k <= 4
@@ -140,12 +140,12 @@ def test_act_weights_sum_to_one():
 def test_sampled_leaves_with_the_probability_of_the_gate():
   rule, shape = exits.Sampled(seed=1), (64, 512)
   pos = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-  ctx = Ctx(pos=pos, keys=jax.random.split(jax.random.key(3), shape[0]))
+  ctx = Context(pos=pos, keys=jax.random.split(jax.random.key(3), shape[0]))
   x = jnp.zeros((*shape, 1))
   state, left = rule.init(None, x, ctx), np.zeros(shape, bool)
   for k, lam in enumerate((0.2, 0.5, 0.9)):
     aux = {'halt': jnp.full(shape, np.log(lam / (1 - lam)))}
-    state, done, _ = rule.update(state, Seen(k=k, last=jnp.array(False), old=x, new=x, aux=aux, logits=None), None)
+    state, done, _ = rule.update(state, StepView(k=k, last=jnp.array(False), old=x, new=x, aux=aux, logits=None), None)
     newly = np.asarray(done)[~left].mean()
     assert newly == pytest.approx(lam, abs=0.02)
     left |= np.asarray(done)

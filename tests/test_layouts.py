@@ -7,7 +7,7 @@ import pytest
 from experiments.benchmark.decode import Ids
 from loopformer import backend, layouts, memories
 from loopformer.inference.engine import Engine
-from loopformer.types import Ctx, Tick
+from loopformer.types import Context, Step
 from tests import parts
 from tests.parts import ROWS, V, close, params, tokens
 
@@ -60,7 +60,7 @@ def test_slots_of_steps_that_were_not_taken():
   def filled(layout):
     kv = memories.empty(3, 1, 2, 6, 4, 8, jnp.float32, layout)
     for k in range(3):
-      ctx = Ctx(pos=jnp.array([[2 if k == 0 else -1], [3]]), tick=Tick(t=0.0, dt=0.0, live=None, k=jnp.int32(k)))
+      ctx = Context(pos=jnp.array([[2 if k == 0 else -1], [3]]), tick=Step(t=0.0, dt=0.0, live=None, k=jnp.int32(k)))
       kv, *_ = memories.PerLoop().exchange(kv, ctx, 0, keys[k], -keys[k])
     kv = memories.PerLoop().fill(kv, jnp.array([[2], [3]]), jnp.array([0, 2]))
     return [layout.of_heads(kv.k), layout.of_heads(kv.v), kv.pos]

@@ -15,7 +15,7 @@ from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.nn.stack import Stack
 from loopformer.papers.linear_icl import attention
 from loopformer.tasks import descent
-from loopformer.types import ConfigError, Ctx, Readout
+from loopformer.types import ConfigError, Context, Readout
 from tests import parts
 
 D, N, B = 4, 12, 3
@@ -486,7 +486,7 @@ def test_it_refuses_caches_gates_and_prompts_without_examples():
   params = parts.params(model)['cell']['core']
   core = Stack(block, 1)
   x = jnp.zeros((1, N + 1, D + 1))
-  ctx = Ctx(pos=jnp.zeros((1, N + 1), jnp.int32))
+  ctx = Context(pos=jnp.zeros((1, N + 1), jnp.int32))
   with pytest.raises(ConfigError, match='not causal'):
     core.apply({'params': params}, x, ctx, None, jnp.zeros(1))
   with pytest.raises(ConfigError, match='plain cell'):

@@ -15,7 +15,7 @@ from loopformer.model import make_readout
 from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Own, Roll, Weighted
+from loopformer.objective import Objective, Own, Rollout, Weighted
 from loopformer.sharding import Mesh
 from loopformer.terms.distill import Distill
 from loopformer.training.train import train
@@ -128,7 +128,7 @@ def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
   folder = str(tmp_path / 'teacher')
   loopformer.Loaded(teacher, theirs, None, dataclasses.replace(CONFIG, model=teacher)).save(folder)
   plan = plans.Uniform(2)
-  objective = Objective(rolls={'own': Roll(plan, keep=loop.Every()), 'there': Roll(plan, loop.Every(), Own(folder=folder))},
+  objective = Objective(rolls={'own': Rollout(plan, keep=loop.Every()), 'there': Rollout(plan, loop.Every(), Own(folder=folder))},
                         terms={'kd': Weighted(1.0, Distill(roll='own', teacher='there'))})
   config = dataclasses.replace(CONFIG, model=student, objective=objective, train=dataclasses.replace(
       CONFIG.train, steps=2, eval_every=2, save_every=2))
@@ -158,4 +158,4 @@ def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
     configs.check(dataclasses.replace(config, model=fewer))
   with pytest.raises(ConfigError, match='no config.json in it'):
     configs.check(dataclasses.replace(config, objective=dataclasses.replace(objective, rolls={
-        **objective.rolls, 'there': Roll(plan, loop.Every(), Own(folder=str(tmp_path / 'nobody')))})))
+        **objective.rolls, 'there': Rollout(plan, loop.Every(), Own(folder=str(tmp_path / 'nobody')))})))

@@ -19,7 +19,7 @@ from loopformer.nn.condition import Modulation, Trajectory, sinusoid
 from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash, attend
 from loopformer.nn.layers import Normal, UnitNorm, dense, gelu, turned
 from loopformer.nn.stack import Stack
-from loopformer.types import ConfigError, Plan, Tick
+from loopformer.types import ConfigError, Plan, Step
 from tests import parts
 from tests.parts import ROWS, D, L, N, T, V, all_rows, close, forward, padded, params, poked, time_free, tokens
 
@@ -132,7 +132,7 @@ def by_while_loop(model, weights, e, plan):
 
   def body(carry):
     k, x = carry
-    tick = Tick(t=plan.t[k], dt=plan.dt[k], live=None, k=k, code=jax.tree.map(lambda leaf: leaf[k], code))
+    tick = Step(t=plan.t[k], dt=plan.dt[k], live=None, k=k, code=jax.tree.map(lambda leaf: leaf[k], code))
     return k + 1, model.apply(variables, x, e, ctx.replace(tick=tick), None, method='step')[0]
 
   return jax.lax.while_loop(lambda carry: carry[0] < plan.steps, body, (jnp.int32(0), model.start(e, ctx)))[1]

@@ -20,8 +20,8 @@ from loopformer.nn.embed import Head
 from loopformer.nn.layers import Identity
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD
 from loopformer.papers.melt import cell as cells
 from loopformer.papers.melt.attention import Constant, Elementwise, Flight, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest
@@ -30,10 +30,10 @@ from loopformer.papers.melt.terms import Aligned
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.distill import Distill, kl_sum
-from loopformer.training.frozen import Grouped
+from loopformer.training.frozen import ParamGroups
 from loopformer.training.step import State, make_step
 from loopformer.training.train import train
-from loopformer.types import ConfigError, Ctx, Readout, Tick, Trace
+from loopformer.types import ConfigError, Context, Readout, Step, Trace
 from tests import parts
 from tests.parts import ROWS, D, L, N, T, V, close, forward, over, padded, poked, tokens
 from tests.test_data import write_corpus
@@ -310,8 +310,8 @@ def latents(latent, xs, weights=None):
   k, batch, length, width = xs.shape
   empty = jnp.zeros((1, batch, length, 2, width // 2))
   flight = Flight(h=jnp.zeros((1, batch, length, width)), taken=jnp.zeros(batch, jnp.int32), rows=(empty, empty))
-  ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)),
-            tick=Tick(t=jnp.float32(0), dt=jnp.float32(1), live=None, k=jnp.int32(0)))
+  ctx = Context(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)),
+                tick=Step(t=jnp.float32(0), dt=jnp.float32(1), live=None, k=jnp.int32(0)))
   shapes = attn.init(jax.random.key(0), xs[0], ctx, flight, 0)['params']
   params = {**shapes, **({} if weights is None else {'latent': weights})}
   found = []
@@ -361,8 +361,8 @@ def test_plans_of_the_phases():
 
 
 def phases(plan, **terms) -> Objective:
-  rolls = {'all': Roll(plan, keep=loop.Every()),
-           'teacher': Roll(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights='there')}
+  rolls = {'all': Rollout(plan, keep=loop.Every()),
+           'teacher': Rollout(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights='there')}
   every = {'kd': Distill(roll='all', teacher='teacher', chunk=5), 'aligned': Aligned(roll='all', teacher='teacher')}
   return Objective(rolls=rolls, terms={name: Weighted(weight, every[name]) for name, weight in terms.items()})
 
@@ -422,14 +422,14 @@ def test_terms_are_their_formulas():
 
 
 def adam(rate: float) -> AdamW:
-  return AdamW(schedule=Trapezoid(peak=rate, end=rate), decay=0.0)
+  return AdamW(schedule=WSD(peak=rate, end=rate), decay=0.0)
 
 
 def test_a_step_of_training_leaves_the_teacher_and_gives_gates_their_own_rate():
   model, rates = melt(), {'base': 1e-4, 'gate': 1e-2}
   weights, teacher = converted(model), jax.tree.map(lambda leaf: 1.2 * leaf, converted(model))
   kept = jax.tree.map(np.array, (weights, teacher))
-  optimizer = Grouped(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10, parameter_roles(model))
+  optimizer = ParamGroups(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10, parameter_roles(model))
   step = make_step(model, phases(Transition(of=plans.Uniform(L), steps=2), **BOTH), optimizer,
                    Mesh().make(jax.devices()[:1]))
   start = jax.tree.map(jnp.copy, weights)
@@ -446,7 +446,7 @@ def test_a_step_of_training_leaves_the_teacher_and_gives_gates_their_own_rate():
 
 
 def test_groups():
-  part = Grouped(of=adam(1.0), named=adam(2.0), paths=('a/b', 'c'))
+  part = ParamGroups(of=adam(1.0), named=adam(2.0), paths=('a/b', 'c'))
   tree = {'a': {'b': 0.0, 'd': 0.0}, 'c': {'e': 0.0}, 'f': 0.0}
   assert part.routes(tree) == {'a': {'b': 'named', 'd': 'others'}, 'c': {'e': 'named'}, 'f': 'others'}
   with pytest.raises(ConfigError, match="optim.paths names 'a/x'"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from loopformer import memories
-from loopformer.types import ConfigError, Ctx, Tick
+from loopformer.types import ConfigError, Context, Step
 from tests import parts
 from tests.parts import ROWS, D, L, T, close, params, tokens
 
@@ -60,7 +60,7 @@ def test_one_pass_is_the_loop_without_memory_but_for_first(row, name):
 
 
 def tick(k):
-  return Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=jnp.int32(k))
+  return Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=jnp.int32(k))
 
 
 def steps_of(part, loops, pos):
@@ -70,7 +70,7 @@ def steps_of(part, loops, pos):
   for p in pos:
     for k in range(loops):
       entry = jnp.full((1, 1, 1, 1), 100.0 * p + k + 1)
-      kv, keys, values, places = part.exchange(kv, Ctx(pos=jnp.array([[p]]), tick=tick(k)), jnp.int32(0), entry, -entry)
+      kv, keys, values, places = part.exchange(kv, Context(pos=jnp.array([[p]]), tick=tick(k)), jnp.int32(0), entry, -entry)
       np.testing.assert_array_equal(keys, -values)
       reads.append((p, k, np.asarray(keys)[0, 0, :, 0], np.asarray(places)[0]))
   return reads, kv
@@ -133,7 +133,7 @@ def test_padding_is_not_written(name):
   kv = part.make(L, 1, 1, 4, 1, 1, jnp.float32)
   ones = jnp.ones((1, 2, 1, 1))
   for k in range(L):
-    kv, *_ = part.exchange(kv, Ctx(pos=jnp.array([[2, -1]]), tick=tick(k)), jnp.int32(0), ones, ones)
+    kv, *_ = part.exchange(kv, Context(pos=jnp.array([[2, -1]]), tick=tick(k)), jnp.int32(0), ones, ones)
   assert np.asarray(kv.pos)[:, 0].tolist() == [[-1, -1, 2, -1]] * len(kv.pos)
   assert float(jnp.abs(kv.k).sum()) == pytest.approx(len(kv.pos))
 

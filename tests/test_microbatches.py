@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from loopformer import loop, plans
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.sharding import Mesh
 from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE
@@ -42,7 +42,7 @@ class EachDepth:
 def test_parts_of_a_model_add_up_to_the_batch():
   """What is drawn for a sequence, here its depth and its start, is the same in one part and in four."""
   model = parts.looped(parts.plain(1), start=Noise(std=1.0), remat=loop.KeepAll())
-  objective = Objective(rolls={'r': Roll(EachDepth())}, terms={'lm': Weighted(1.0, CE(roll='r', chunk=8))})
+  objective = Objective(rolls={'r': Rollout(EachDepth())}, terms={'lm': Weighted(1.0, CE(roll='r', chunk=8))})
   (whole, values), (summed, in_parts) = (after(model, parts.params(model), objective, count) for count in (1, 4))
   parts.close(summed, whole, 1e-6)
   assert in_parts['lm'] == pytest.approx(values['lm'], rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from loopformer import optim, sharding
 from loopformer.model import parameter_roles
-from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, Trapezoid, WarmupCosine, routes
+from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, WSD, WarmupCosine, routes
 from loopformer.roles import Roles
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
@@ -96,16 +96,16 @@ def test_published_values_are_the_defaults():
   assert part.schedule == WarmupCosine(peak=6e-4, end=6e-5, warmup=2000)
 
 
-# Trapezoid -----------------------------------------------------------------------------------------------------------
+# WSD -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('part, steps, marks', [
-    (Trapezoid(peak=8e-3, cooldown=0.5), 1000, {0: 8e-3, 500: 8e-3, 750: 4e-3, 999: 1.6e-5, 1000: 0, 1100: 0}),
-    (Trapezoid(peak=4e-5, warmup=4096), 47_000, {0: 4e-5 / 4097, 2048: 4e-5 * 2049 / 4097, 4096: 4e-5, 47_000: 4e-5}),
-    (Trapezoid(peak=1e-3, warmup=0.1, cooldown=0.9, end=1e-4), 100, {0: 1e-3 / 11, 10: 1e-3, 55: 5.5e-4, 100: 1e-4}),
-    (Trapezoid(peak=0.2, cooldown=1.0), 50, {0: 0.2, 25: 0.1, 49: 0.004, 50: 0}),
-    (Trapezoid(peak=1.0, cooldown=1), 50, {0: 1, 49: 1, 50: 0}),
-    (Trapezoid(peak=1.0), 50, {0: 1, 50: 1, 60: 1}),
+    (WSD(peak=8e-3, cooldown=0.5), 1000, {0: 8e-3, 500: 8e-3, 750: 4e-3, 999: 1.6e-5, 1000: 0, 1100: 0}),
+    (WSD(peak=4e-5, warmup=4096), 47_000, {0: 4e-5 / 4097, 2048: 4e-5 * 2049 / 4097, 4096: 4e-5, 47_000: 4e-5}),
+    (WSD(peak=1e-3, warmup=0.1, cooldown=0.9, end=1e-4), 100, {0: 1e-3 / 11, 10: 1e-3, 55: 5.5e-4, 100: 1e-4}),
+    (WSD(peak=0.2, cooldown=1.0), 50, {0: 0.2, 25: 0.1, 49: 0.004, 50: 0}),
+    (WSD(peak=1.0, cooldown=1), 50, {0: 1, 49: 1, 50: 0}),
+    (WSD(peak=1.0), 50, {0: 1, 50: 1, 60: 1}),
 ], ids=['parcae', 'huginn', 'retrofit', 'decay', 'one_step', 'flat'])
 def test_trapezoid(part, steps, marks):
   rate = part.make(steps)
@@ -121,7 +121,7 @@ def test_trapezoid(part, steps, marks):
 ])
 def test_a_trapezoid_that_does_not_fit_the_run_is_refused(options, steps, match):
   with pytest.raises(ConfigError, match=match):
-    Trapezoid(peak=1.0, **options).make(steps)
+    WSD(peak=1.0, **options).make(steps)
 
 
 # Adam by the arc tangent ---------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_atan_adam_is_the_table():
   grads[:3] = [optax.tree.scale(0.01, step) for step in grads[:3]]
   for t in range(2):
     grads[t]['core']['block']['kernel'] = grads[t]['core']['block']['kernel'].at[1].set(0)
-  part = AtanAdam(schedule=Trapezoid(peak=0.1, warmup=3), decay=0.3)
+  part = AtanAdam(schedule=WSD(peak=0.1, warmup=3), decay=0.3)
   optimizer, weights = part.make(10, parts.roles_of(tree)), tree
   state = optimizer.init(weights)
   update = jax.jit(optimizer.update)
@@ -179,7 +179,7 @@ def test_atan_adam_is_the_table():
 
 
 def test_the_first_atan_update_is_2_2_rates_long_whatever_the_gradient():
-  optimizer = AtanAdam(schedule=Trapezoid(peak=0.1), clip=1e9).make(10, Roles())
+  optimizer = AtanAdam(schedule=WSD(peak=0.1), clip=1e9).make(10, Roles())
   for scale in (1e-6, 1.0, 1e4):
     weights = {'scale': jnp.zeros(4)}
     updates, _ = optimizer.update({'scale': jnp.full(4, scale)}, optimizer.init(weights), weights)
@@ -245,8 +245,8 @@ def singular(matrices):
   return values.min(-1), values.max(-1)
 
 
-FLAT = Trapezoid(peak=1.0)
-BARE = Muon(schedule=FLAT, second=None, decay=Trapezoid(peak=0.0),
+FLAT = WSD(peak=1.0)
+BARE = Muon(schedule=FLAT, second=None, decay=WSD(peak=0.0),
             others=AdamW(schedule=FLAT, b1=0.8, eps=1e-10, decay=0.0))
 
 
@@ -334,7 +334,7 @@ def test_polar_express_is_scaled_by_its_margin():
 def test_cautious_decay_never_works_against_the_update():
   weights = {'kernel': jnp.array([[1.0, -2.0], [3.0, -4.0]])}
   updates = {'kernel': jnp.array([[0.5, 0.5], [-0.5, -0.5]])}
-  decay = optim.cautious_decay(Trapezoid(peak=0.2, cooldown=1.0).make(4))
+  decay = optim.cautious_decay(WSD(peak=0.2, cooldown=1.0).make(4))
   state = decay.init(weights)
   for rate in (0.2, 0.15, 0.1, 0.05, 0.0):
     new, state = decay.update(updates, state, weights)
@@ -344,7 +344,7 @@ def test_cautious_decay_never_works_against_the_update():
 def test_muon_decays_its_matrices_alone():
   """A step without gradient: the update is zero, so it agrees with every sign."""
   weights = params(ROWS['huginn'].model)
-  part = Muon(schedule=Trapezoid(peak=0.1), decay=Trapezoid(peak=0.5))
+  part = Muon(schedule=WSD(peak=0.1), decay=WSD(peak=0.5))
   updates, labels = (paths(tree) for tree in (first_updates(part, weights, jax.tree.map(jnp.zeros_like, weights)),
                                               routes(weights, parts.roles_of(weights))))
   for path, old in paths(weights).items():
@@ -383,19 +383,19 @@ def test_muon_and_the_rest_are_clipped_together():
 
 def test_muon_s_published_values_are_the_defaults():
   part = Muon()
-  assert part.schedule == part.others.schedule == Trapezoid(peak=8e-3, warmup=0, cooldown=0.5, end=0.0)
+  assert part.schedule == part.others.schedule == WSD(peak=8e-3, warmup=0, cooldown=0.5, end=0.0)
   assert (part.momentum, part.second, part.clip, part.matrices) == (0.95, 0.95, 1.0, ('attn', 'mlp'))
-  assert part.decay == Trapezoid(peak=0.2, cooldown=1.0)
+  assert part.decay == WSD(peak=0.2, cooldown=1.0)
   assert (part.others.b1, part.others.b2, part.others.eps, part.others.decay) == (0.8, 0.95, 1e-10, 0.0)
-  assert AtanAdam() == AtanAdam(schedule=Trapezoid(peak=4e-5, warmup=4096), b1=0.9, b2=0.95, decay=4e-5, clip=1.0)
+  assert AtanAdam() == AtanAdam(schedule=WSD(peak=4e-5, warmup=4096), b1=0.9, b2=0.95, decay=4e-5, clip=1.0)
 
 
 # States --------------------------------------------------------------------------------------------------------------
 
 
-OPTIMIZERS = {'adamw': AdamW(schedule=WarmupCosine(warmup=1)), 'atan': AtanAdam(schedule=Trapezoid(peak=1e-3)),
+OPTIMIZERS = {'adamw': AdamW(schedule=WarmupCosine(warmup=1)), 'atan': AtanAdam(schedule=WSD(peak=1e-3)),
               'muon': Muon(), 'muon_apart': Muon(heads=2), 'muon_atan': Muon(second=None, others=AtanAdam(
-                  schedule=Trapezoid(peak=1e-3)))}
+                  schedule=WSD(peak=1e-3)))}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -448,10 +448,10 @@ def test_a_quadratic_falls(name):
 STAGES = [0, 0, 0, 1, 1, 1, 1, 1]
 SWITCH = STAGES.index(1)
 OPTIMISERS = {
-    'adamw': AdamW(schedule=Trapezoid(peak=1e-2, cooldown=1.0)),
-    'atan': AtanAdam(schedule=Trapezoid(peak=1e-2, cooldown=1.0)),
-    'muon': Muon(schedule=Trapezoid(peak=1e-2, cooldown=1.0), heads=2,
-                 others=AdamW(schedule=Trapezoid(peak=1e-2, cooldown=1.0)))}
+    'adamw': AdamW(schedule=WSD(peak=1e-2, cooldown=1.0)),
+    'atan': AtanAdam(schedule=WSD(peak=1e-2, cooldown=1.0)),
+    'muon': Muon(schedule=WSD(peak=1e-2, cooldown=1.0), heads=2,
+                 others=AdamW(schedule=WSD(peak=1e-2, cooldown=1.0)))}
 every_optimiser = pytest.mark.parametrize('name', OPTIMISERS)
 
 

@@ -24,14 +24,14 @@ from loopformer.nn.attention import SelfAttention
 from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import Linear, RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD
 from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import nll_sum, token_nll
 from loopformer.terms.expected import Expected, exit_step, log_exit
-from loopformer.training.frozen import Only
+from loopformer.training.frozen import Freeze
 from loopformer.training.step import State, make_step
 from loopformer.types import ConfigError, Plan, Readout, Trace
 from tests import parts
@@ -43,7 +43,7 @@ KEEP = loop.Every()
 
 
 def objective(term, loops: int = L) -> Objective:
-  return Objective(rolls={'all': Roll(plans.Uniform(loops), keep=KEEP)}, terms={'term': Weighted(1.0, term)})
+  return Objective(rolls={'all': Rollout(plans.Uniform(loops), keep=KEEP)}, terms={'term': Weighted(1.0, term)})
 
 
 def gradient(term, batch, weights, model=MODEL):
@@ -326,13 +326,13 @@ def test_a_rollout_that_does_not_serve_is_refused(change, message, term):
 
 # Training a part of the parameters -----------------------------------------------------------------------------------
 
-DECAYING = AdamW(schedule=Trapezoid(peak=0.1, end=0.1), decay=0.5)
+DECAYING = AdamW(schedule=WSD(peak=0.1, end=0.1), decay=0.5)
 
 
 @pytest.mark.parametrize('term', [Improvement(roll='all'), Expected(roll='all')], ids=['stage II', 'stage I'])
 def test_only_the_gate_moves_bit_for_bit(term):
   """Whatever the gradient and the decay of the others."""
-  optimizer = Only(of=DECAYING, paths=('cell/gate',)).make(3, parameter_roles(MODEL))
+  optimizer = Freeze(of=DECAYING, paths=('cell/gate',)).make(3, parameter_roles(MODEL))
   weights = parts.params(MODEL)
   step = make_step(MODEL, objective(term), optimizer, Mesh().make(jax.devices()[:1]))
   state = State(step=jnp.int32(0), params=jax.tree.map(jnp.copy, weights), optimizer=optimizer.init(weights))
@@ -346,7 +346,7 @@ def test_only_clips_by_what_it_trains_and_keeps_no_state_of_the_rest():
   weights = {'a': {'kernel': jnp.ones(2)}, 'ab': {'kernel': jnp.ones(2)}}
   grads = {'a': {'kernel': jnp.ones(2)}, 'ab': {'kernel': jnp.full(2, 1e6)}}
   of = dataclasses.replace(DECAYING, decay=0.0)
-  optimizer = Only(of=of, paths=('a',)).make(5, Roles())
+  optimizer = Freeze(of=of, paths=('a',)).make(5, Roles())
   state = optimizer.init(weights)
   updates, _ = optimizer.update(grads, state, weights)
   alone = of.make(5, Roles())
@@ -358,7 +358,7 @@ def test_only_clips_by_what_it_trains_and_keeps_no_state_of_the_rest():
 
 def test_only_refuses_paths_of_nothing():
   with pytest.raises(ConfigError, match=r"optim\.paths names 'cell/gat', where no parameter is; there are .*cell/gate"):
-    Only(of=AdamW(), paths=('cell/gat',)).routes(parts.shapes(MODEL))
+    Freeze(of=AdamW(), paths=('cell/gat',)).routes(parts.shapes(MODEL))
 
 
 # Configurations ------------------------------------------------------------------------------------------------------

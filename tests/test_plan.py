@@ -16,7 +16,7 @@ from experiments.tools import estimate
 from loopformer import loop, plans, sharding
 from loopformer.config import Experiment
 from loopformer.model import parameter_roles
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
@@ -36,7 +36,7 @@ def small(loops: int, remat=loop.KeepAll(), accumulate: int = 1, rows: int = ROW
   """Two layers looped; every sum over tensor is one of [rows, T, D] after attention or MLP."""
   return Experiment(
       name='small', model=parts.looped(parts.plain(heads=8), loops=loops, remat=remat),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
       task=Text(length=parts.T), train=Train(batch=rows, accumulate=accumulate, steps=10),
       optim=AdamW(schedule=WarmupCosine(warmup=2)))
 
@@ -273,14 +273,14 @@ def test_traffic_of_products():
     (plans.Truncated(depth=plans.Poisson(average=8), graded=4), 4.0, 1.0),
 ], ids=str)
 def test_steps_of_plans(planner, free, live):
-  objective = Objective(rolls={'r': Roll(planner)}, terms={})
+  objective = Objective(rolls={'r': Rollout(planner)}, terms={})
   drawn = estimate.expected(objective, estimate.rows_of(Text(length=4)), 2, 100)
   assert drawn.free == pytest.approx(free, abs=0.4) and drawn.live == pytest.approx(live, abs=0.03)
 
 
 def test_a_batch_runs_as_far_as_its_deepest_row():
-  each = plans.Truncated(depth=plans.Poisson(average=8), graded=4, over=plans.Each())
-  one, many = (estimate.expected(Objective(rolls={'r': Roll(each)}, terms={}), {}, rows, 0).free for rows in (1, 16))
+  each = plans.Truncated(depth=plans.Poisson(average=8), graded=4, over=plans.PerSequence())
+  one, many = (estimate.expected(Objective(rolls={'r': Rollout(each)}, terms={}), {}, rows, 0).free for rows in (1, 16))
   assert many > one + 3
 
 

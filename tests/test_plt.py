@@ -21,7 +21,7 @@ from loopformer.nn.stack import Stack
 from loopformer.papers.plt.attention import ConstantGate, HiddenGate, QueryGate
 from loopformer.papers.plt.cell import LearnedMix, Mix
 from loopformer.papers.plt.streams import Streams, banded
-from loopformer.types import ConfigError, Ctx, Plan
+from loopformer.types import ConfigError, Context, Plan
 from tests import parts
 from tests.parts import D, N, V, close, forward, params, tokens
 from tests.test_generate import LETTERS, TOKENIZER
@@ -188,7 +188,7 @@ def test_gradients_are_those_of_the_definition(remat):
 
 def test_keys_of_the_first_loop_are_told_of_the_losses_of_the_second():
   model = model_of()
-  ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(S), (2, S)), remat=loop.KeepAll())
+  ctx = Context(pos=jnp.broadcast_to(jnp.arange(S), (2, S)), remat=loop.KeepAll())
 
   def second(model, text, nudge):
     e = model.read_in(text, ctx.pos)
@@ -261,7 +261,7 @@ def test_a_shut_gate_with_a_window_over_all_is_a_loop_with_keys_of_its_own():
   close(z, without_gate(weights, 0.0, S - 1), 1e-6)
   block = Block(attn=SelfAttention(heads=2, position=Rotary()), mlp=GatedMLP(hidden=24))
   core = {name: tree for name, tree in weights['cell']['core']['block'].items() if name != 'gate'}
-  ctx = Ctx(pos=jnp.broadcast_to(jnp.arange(S), (2, S)))
+  ctx = Context(pos=jnp.broadcast_to(jnp.arange(S), (2, S)))
   e = weights['read_in']['embedding'][tokens(2, S)]
   x = e
   for r in range(2):

@@ -36,7 +36,7 @@ PARTS = {
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Routed, Shifted,
                  Gated],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
-    types.Term: [cross_entropy.CE, match.Match, squared.Squared, expected.Expected, Improvement, ponder.Ponder,
+    types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement, ponder.Ponder,
                  distill.Distill, Aligned, RouterBCE, Balance],
     types.Task: [Text, Generated, Imported],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock,
@@ -48,14 +48,14 @@ PARTS = {
     types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, Prompt],
     types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, LabelHead],
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
-    types.Injection: [inject.Hold, inject.Add, inject.Concat, inject.Diagonal],
+    types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
-    types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Only, frozen.Grouped, Averaged,
+    types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Freeze, frozen.ParamGroups, Averaged,
                       LossFree],
-    types.Control: [control.Steady, control.Plateau],
+    types.Control: [control.NoControl, control.Plateau],
     types.Measure: [measures.Tokens, measures.Answers, measures.Errors],
 }
 CASES = [(socket, part) for socket, parts in PARTS.items() for part in parts]
@@ -91,4 +91,4 @@ def test_parts_are_described_whole():
 
 def test_evaluations_and_objectives_name_their_sockets():
   assert evaluate.Run.__dataclass_fields__['plan'].type == 'Planner'
-  assert objective.Roll.__dataclass_fields__['plan'].type == 'Planner'
+  assert objective.Rollout.__dataclass_fields__['plan'].type == 'Planner'

@@ -14,11 +14,11 @@ from loopformer.cells.cell import Cell
 from loopformer.loop import Every
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Chain
-from loopformer.nn.inject import Add, Concat, Diagonal, Hold, decay
+from loopformer.nn.inject import Add, Concat, Diagonal, NoInjection, decay
 from loopformer.nn.layers import Linear, RMSNorm, unfused
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack, repeated
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.starts import Embedded, Noise, Zeros
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, Plan
@@ -117,7 +117,7 @@ def test_moments_of_the_depth(name):
   assert depth.last_mean == pytest.approx(mean(None))
 
 
-@pytest.mark.parametrize('over', [plans.Each(), plans.Together()], ids=repr)
+@pytest.mark.parametrize('over', [plans.PerSequence(), plans.Shared()], ids=repr)
 def test_truncated_splits_what_was_drawn(over):
   plan = plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=over)
   batch = {'tokens': jnp.zeros((64, T))}
@@ -127,8 +127,8 @@ def test_truncated_splits_what_was_drawn(over):
   total = free + graded
   assert live.shape[1] == 2 and total.min() >= 1 and graded.min() >= 1 and graded.max() == 2 and free.min() == 0
   np.testing.assert_array_equal(graded, np.minimum(total, 2))
-  assert live.ndim == (3 if over == plans.Each() else 2)
-  if over == plans.Each():
+  assert live.ndim == (3 if over == plans.PerSequence() else 2)
+  if over == plans.PerSequence():
     assert (free.max(1) > free.min(1)).mean() > 0.9  # sequences differ
     part = parts.draw(jax.random.split(jax.random.key(0), 50)[0], {'tokens': batch['tokens'][:8],
                                                                    'row': jnp.arange(8, 16)})
@@ -137,7 +137,7 @@ def test_truncated_splits_what_was_drawn(over):
 
 @pytest.mark.parametrize('average, graded', [(0.5, 1), (2.5, 3)])
 def test_a_mean_between_two_numbers_lets_the_larger_one_be_differentiated(average, graded):
-  plan = plans.Truncated(depth=plans.Poisson(average=average), graded=graded, over=plans.Each())
+  plan = plans.Truncated(depth=plans.Poisson(average=average), graded=graded, over=plans.PerSequence())
   drawn = plan(parts.draw(jax.random.key(0), {'tokens': jnp.zeros((64, T))}))
   total = np.asarray(drawn.free + drawn.live.sum(0))
   assert total.max() > graded
@@ -294,7 +294,7 @@ def test_training_runs_one_program_for_all_depths_and_accumulates_exactly():
   """The whole objective, with a depth and a noise for every sequence: halves of a batch add up to it."""
   model = ROWS['parcae'].model
   objective = Objective(
-      rolls={'drawn': Roll(plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=plans.Each()))},
+      rolls={'drawn': Rollout(plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=plans.PerSequence()))},
       terms={'lm': Weighted(1.0, CE(roll='drawn'))})
 
   @jax.jit
@@ -399,7 +399,7 @@ def test_bridge_and_heads():
 
 @pytest.mark.parametrize('file, changes, message', [
     ('parcae', {'cell': parts.plain()}, r'model\.start = .*Noise: the loop would never see its input'),
-    ('looped_icl', {'cell': parts.recur(Hold()), 'start': Embedded()}, r'rolls\.window\.plan: steps without gradient'),
+    ('looped_icl', {'cell': parts.recur(NoInjection()), 'start': Embedded()}, r'rolls\.window\.plan: steps without gradient'),
 ])
 def test_a_loop_that_cannot_learn_is_refused(file, changes, message):
   config = configs.load(f'experiments/configs/{file}.py:cpu')

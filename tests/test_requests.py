@@ -11,7 +11,7 @@ from loopformer import memories, plans
 from loopformer.cells.halting import Halting
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
-from loopformer.inference.sampling import Controls, law
+from loopformer.inference.sampling import SamplingParams, law
 from loopformer.papers.mor.cell import ExpertChoice, Routed
 from loopformer.papers.mor.memory import Compact
 from tests import parts
@@ -108,7 +108,7 @@ def test_sequences_of_an_evaluation_may_come_in_any_order_and_number(leave):
 def test_no_token_is_cut_because_a_neighbour_cuts():
   """Sums of probabilities round to more than one before the last tokens of a long tail."""
   logits = jnp.concatenate([jnp.zeros(2 ** 14), jnp.full(2 ** 14, -30.0)])[None].repeat(2, 0)
-  control = Controls(temperature=jnp.ones(2), top_k=jnp.full(2, logits.shape[1]), top_p=jnp.array([1.0, 0.5]))
+  control = SamplingParams(temperature=jnp.ones(2), top_k=jnp.full(2, logits.shape[1]), top_p=jnp.array([1.0, 0.5]))
   alone = law(logits[:1], jax.tree.map(lambda leaf: leaf[:1], control))
   np.testing.assert_array_equal(law(logits, control)[0], alone[0])
   assert np.isinf(law(logits, control)[1]).any()

@@ -12,7 +12,7 @@ from loopformer.inference.flat import flattened
 from loopformer.model import parameter_roles
 from loopformer.nn.layers import Dense, Linear, Normal, RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid
+from loopformer.optim import AdamW, AtanAdam, Muon, WSD
 from loopformer.roles import Role
 from tests import parts
 
@@ -62,8 +62,8 @@ def test_matrices_decay_and_what_is_declared_does_as_it_says():
   assert all(role.layered == ('block' in path) for path, role in found.items())
 
 
-@pytest.mark.parametrize('part', [AdamW(schedule=Trapezoid(peak=0.1), decay=0.5),
-                                  AtanAdam(schedule=Trapezoid(peak=0.1), decay=0.05)], ids=['adamw', 'atan'])
+@pytest.mark.parametrize('part', [AdamW(schedule=WSD(peak=0.1), decay=0.5),
+                                  AtanAdam(schedule=WSD(peak=0.1), decay=0.05)], ids=['adamw', 'atan'])
 def test_a_step_without_gradient_shrinks_what_decays_alone(part):
   weights = parts.params(MODEL)
   optimizer = part.make(10, parameter_roles(MODEL))
@@ -77,7 +77,7 @@ def test_muon_takes_projections_whatever_they_are_called():
   assert {path for path, role in labels.items() if role.dtype is not None} == {
       ('cell', 'core', 'block', name, 'kernel') for name in ('anything', 'up')}
   weights = parts.params(MODEL)
-  optimizer = Muon(schedule=Trapezoid(peak=1.0), matrices=('block',)).make(10, labels)
+  optimizer = Muon(schedule=WSD(peak=1.0), matrices=('block',)).make(10, labels)
   state = jax.eval_shape(optimizer.init, weights)
   taken = {path for path, _ in jax.tree_util.tree_leaves_with_path(state[1].inner_states['muon'])
            if 'mu' in str(path)}
@@ -87,7 +87,7 @@ def test_muon_takes_projections_whatever_they_are_called():
 
 def test_a_tensor_group_divides_the_axis_that_is_declared_of_states_too():
   found, sizes = parameter_roles(MODEL), {'fsdp': 1, 'tensor': 2}
-  state = jax.eval_shape(AdamW(schedule=Trapezoid(peak=0.1)).make(10, found).init, parts.shapes(MODEL))
+  state = jax.eval_shape(AdamW(schedule=WSD(peak=0.1)).make(10, found).init, parts.shapes(MODEL))
   split = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     partition = tuple(sharding.spec(found.at(path), leaf.shape, sizes))

@@ -17,7 +17,7 @@ from loopformer.loop import Every
 from loopformer.model import make_readout, parameter_count
 from loopformer.nn.layers import Normal
 from loopformer.nn.positions import Rotary
-from loopformer.optim import AdamW, Trapezoid
+from loopformer.optim import AdamW, WSD
 from loopformer.papers.mor import routing
 from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
                                         Moved, Open, Routed, Sigmoid, Softmax, Threshold, TokenChoice, TopK)
@@ -471,7 +471,7 @@ def test_the_bias_moves_against_the_load_and_stays_out_of_the_gate():
   others = {**grads['cell'], 'router': grads['cell']['router']['scores']}
   assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(others))
 
-  optimizer = routing.LossFree(of=AdamW(schedule=Trapezoid(peak=0.1)), rate=0.01).make(3, Roles())
+  optimizer = routing.LossFree(of=AdamW(schedule=WSD(peak=0.1)), rate=0.01).make(3, Roles())
   weights = params(model)
   updates, _ = optimizer.update(grads, optimizer.init(weights), weights)
   np.testing.assert_allclose(updates['cell']['router']['bias'], 0.01 * np.sign(load.mean() - load), atol=1e-8)

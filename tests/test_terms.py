@@ -13,14 +13,14 @@ import pytest
 from experiments.configs.loopformer import get_config
 from loopformer import loop, plans
 from loopformer.model import init_params
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.papers.mor.terms import RouterBCE
 from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
-from loopformer.terms.match import Match
+from loopformer.terms.match import ShortcutConsistency
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
-from loopformer.types import ConfigError, Draw, Plan, Readout, Trace
+from loopformer.types import ConfigError, PlanContext, Plan, Readout, Trace
 from tests import parts
 from tests.parts import ROWS, D, L, T, V, close, over, params
 
@@ -130,7 +130,7 @@ def test_match_is_the_formula():
   other = inputs(scale=0.5)[0] + 0.1
   rolls = {name: Trace(x=None, z=value, xs=None, aux=None, kv=None, steps=None)
            for name, value in (('short', z), ('long', other))}
-  term, batch = Match(roll='short', target='long'), {'targets': targets, 'weights': weights}
+  term, batch = ShortcutConsistency(roll='short', target='long'), {'targets': targets, 'weights': weights}
   squares = np.mean((np.asarray(other, np.float64) - np.asarray(z, np.float64)) ** 2, -1)
   np.testing.assert_allclose(term(rolls, batch, None, None), np.sum(squares * np.asarray(weights)), rtol=1e-5)
   ones = {**batch, 'weights': jnp.ones_like(weights)}
@@ -145,15 +145,15 @@ def test_match_is_the_formula():
 
 MODEL = ROWS['loopformer'].model
 SHORTCUT = Objective(
-    rolls={'long': Roll(plans.Uniform(L)), 'short': Roll(plans.Partition(L))},
-    terms={'shortcut': Weighted(0.5, Match(roll='short', target='long'))})
+    rolls={'long': Rollout(plans.Uniform(L)), 'short': Rollout(plans.Partition(L))},
+    terms={'shortcut': Weighted(0.5, ShortcutConsistency(roll='short', target='long'))})
 
 
 def full_objective(loops: int = L) -> Objective:
   return Objective(
-      rolls={'long': Roll(plans.Uniform(loops)), 'short': Roll(plans.Partition(loops))},
+      rolls={'long': Rollout(plans.Uniform(loops)), 'short': Rollout(plans.Partition(loops))},
       terms={'lm': Weighted(1.0, CE(roll='long', chunk=8)), 'lm_short': Weighted(0.1, CE(roll='short', chunk=8)),
-             'shortcut': Weighted(0.3, Match(roll='short', target='long'))})
+             'shortcut': Weighted(0.3, ShortcutConsistency(roll='short', target='long'))})
 
 
 def short_plan(key) -> Plan:
@@ -187,7 +187,7 @@ def test_what_the_long_pass_alone_sees_gets_no_gradient():
     return lambda key: plan.replace(t=times)
 
   def loss(times):
-    objective = Objective(rolls={name: Roll(moved(plan, times[name])) for name, plan in base.items()},
+    objective = Objective(rolls={name: Rollout(moved(plan, times[name])) for name, plan in base.items()},
                           terms=SHORTCUT.terms)
     return objective(MODEL, params(MODEL), parts.draw(KEY, batch), objective.denominators(batch))[0]
 
@@ -201,7 +201,7 @@ def test_what_the_long_pass_alone_sees_gets_no_gradient():
 
 
 OBJECTIVE = full_objective()
-GATED = {'all': Roll(plans.Uniform(L), keep=loop.Every())}
+GATED = {'all': Rollout(plans.Uniform(L), keep=loop.Every())}
 # Model, and an objective of terms that it has what to read for.
 OBJECTIVES = {
     'loopformer': (MODEL, OBJECTIVE),
@@ -239,7 +239,7 @@ def test_loss_is_the_sum_assembled_by_hand():
 def test_every_rollout_draws_its_own_noise_for_every_sequence():
   """From the key, the rollout's name and the sequence's number: which other sequences are there does not matter."""
   model = parts.looped(parts.plain(1), start=Noise(std=0.5))
-  objective = Objective(rolls={'a': Roll(plans.Uniform(1)), 'b': Roll(plans.Uniform(1))}, terms={})
+  objective = Objective(rolls={'a': Rollout(plans.Uniform(1)), 'b': Rollout(plans.Uniform(1))}, terms={})
 
   @jax.jit
   def ends(draw):
@@ -276,7 +276,7 @@ def test_a_batch_without_targets_costs_nothing(name):
 
 
 @pytest.mark.parametrize('term', [
-    CE(roll='lnog'), Match(roll='short', target='lnog'), Expected(roll='lnog'), Geometric(roll='lnog', rate=0.5),
+    CE(roll='lnog'), ShortcutConsistency(roll='short', target='lnog'), Expected(roll='lnog'), Geometric(roll='lnog', rate=0.5),
     Averaged(roll='lnog'), Ponder(roll='lnog')], ids=lambda term: type(term).__name__)
 def test_an_unknown_rollout_is_refused(term):
   with pytest.raises(ConfigError, match=r"objective\.terms\['broken'\] reads the rollout 'lnog'.*long, short"):
@@ -286,7 +286,7 @@ def test_an_unknown_rollout_is_refused(term):
 def test_teachers_and_free_steps_are_not_differentiated():
   model = ROWS['base_loop'].model
   drawn = plans.Truncated(depth=plans.Constant(loops=3), graded=2)
-  objective = Objective(rolls={'a': Roll(drawn), 'b': Roll(plans.Uniform(2), weights='there')}, terms={})
+  objective = Objective(rolls={'a': Rollout(drawn), 'b': Rollout(plans.Uniform(2), weights='there')}, terms={})
   assert list(objective.teachers) == ['there'] and objective.longest == 2
   assert objective.flops(model, T) == pytest.approx(model.flops(T, 3) + 3 * model.flops(T, 2))
 
@@ -304,11 +304,11 @@ def test_longest_plan_and_arithmetic():
 CROSS = {'lm': Weighted(1.0, CE(roll='all'))}
 OWN = {
     'loopformer': get_config(f'tiny,loops={L}').objective,  # paths that are drawn, one for all
-    'parcae': Objective(rolls={'all': Roll(plans.Truncated(depth=plans.Poisson(average=3), graded=2, over=plans.Each()))},
+    'parcae': Objective(rolls={'all': Rollout(plans.Truncated(depth=plans.Poisson(average=3), graded=2, over=plans.PerSequence()))},
                         terms=CROSS),  # a depth and a noise for every sequence
-    'ouro': Objective(rolls={'all': Roll(plans.Uniform(L), keep=loop.Every())},
+    'ouro': Objective(rolls={'all': Rollout(plans.Uniform(L), keep=loop.Every())},
                       terms={'expected': Weighted(1.0, Expected(roll='all'))}),
-    'mor': Objective(rolls={'all': Roll(plans.Uniform(L))},
+    'mor': Objective(rolls={'all': Rollout(plans.Uniform(L))},
                      terms={**CROSS, 'router': Weighted(0.01, RouterBCE(roll='all'))}),
 }
 
@@ -323,7 +323,7 @@ def test_an_objective_learns_in_a_loop_of_ones_own(name):
 
   @jax.jit
   def step(weights, state, number):
-    draw = Draw(key=jax.random.fold_in(KEY, number), step=number, stage=jnp.int32(0), batch=batch)
+    draw = PlanContext(key=jax.random.fold_in(KEY, number), step=number, stage=jnp.int32(0), batch=batch)
     (loss, terms), grads = jax.value_and_grad(
         lambda w: objective(model, w, draw, objective.denominators(batch)), has_aux=True)(weights)
     updates, state = optimizer.update(grads, state, weights)
@@ -338,14 +338,14 @@ def test_an_objective_learns_in_a_loop_of_ones_own(name):
 
 def test_sequences_without_numbers_are_numbered_as_they_stand():
   bare = {'tokens': parts.tokens(3)}
-  keys = [jax.random.key_data(Draw(key=KEY, step=0, stage=0, batch=batch).keys())
+  keys = [jax.random.key_data(PlanContext(key=KEY, step=0, stage=0, batch=batch).keys())
           for batch in (bare, {**bare, 'row': jnp.arange(3)}, {**bare, 'row': jnp.arange(3, 6)})]
   np.testing.assert_array_equal(keys[0], keys[1])
   assert (keys[0] != keys[2]).any(-1).all()
 
 
 def test_a_teacher_whose_weights_are_missing_is_named():
-  taught = Objective(rolls={'all': Roll(plans.Uniform(2), weights='runs/base')}, terms=CROSS)
+  taught = Objective(rolls={'all': Rollout(plans.Uniform(2), weights='runs/base')}, terms=CROSS)
   batch = parts.batch(2)
   with pytest.raises(ConfigError, match="frozen: no weights of 'runs/base'"):
     taught(ROWS['base_loop'].model, parts.shapes(ROWS['base_loop'].model), parts.draw(KEY, batch), {})

@@ -12,7 +12,7 @@ import pytest
 from loopformer import config as configs, plans, sharding
 from loopformer.data import batches as data
 from loopformer.inference.evaluate import Depths
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated, sequence
@@ -40,7 +40,7 @@ class Noises:
 # States start from noise, and steps are as many as is drawn.
 CONFIG = configs.Experiment(
     name='tiny', model=parts.looped(parts.plain(1), start=Noise(std=0.3)), task=Generated(of=Noises(), held_out=8),
-    objective=Objective(rolls={'all': Roll(plans.RandomDepth(4))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
+    objective=Objective(rolls={'all': Rollout(plans.RandomDepth(4))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
     optim=AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=1)), evals=Depths(budgets=(1,)),
     train=training.Train(steps=6, batch=4, log_every=1, eval_every=3, eval_batches=1, save_every=3))
 

@@ -16,7 +16,7 @@ from loopformer.model import Looped, parameter_roles
 from loopformer.objective import Objective
 from loopformer.training.checkpoint import abstract
 from loopformer.training.step import State, init_state, make_step
-from loopformer.types import Draw
+from loopformer.types import PlanContext
 
 
 def comms_suite(size: Size, depths: Iterable[int] = (2, 8, 16), data: int = 2, fsdp: int = 4) -> dict[str, list[dict]]:
@@ -49,8 +49,8 @@ def automatic(model: Looped, objective: Objective, optimizer: Any, mesh: jax.sha
   """A training step on the same shardings that leaves all communication to the partitioner."""
 
   def step(state, batch):
-    draw = Draw(key=jax.random.key(0), step=state.step, stage=jax.numpy.int32(0),
-                batch={**batch, 'row': jax.numpy.arange(batch['tokens'].shape[0])})
+    draw = PlanContext(key=jax.random.key(0), step=state.step, stage=jax.numpy.int32(0),
+                       batch={**batch, 'row': jax.numpy.arange(batch['tokens'].shape[0])})
     weights = objective.denominators(draw.batch)
     (loss, _), grads = jax.value_and_grad(lambda params: objective(model, params, draw, weights), has_aux=True)(
         state.params)

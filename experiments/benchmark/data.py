@@ -36,7 +36,7 @@ def pipeline_rows(size: Size, repeats: int, work: Path, corpus: Any, part: Any, 
   for documents in (batches.Joined(), batches.Separate()):
     task = Text(corpus=corpus, tokenizer=part, length=size.length, documents=documents)
     task.prepare(work, log=quiet)
-    draw = Draw(iter(batches.batches(task.examples(work, 'train', 0), batch=size.batch)), count)
+    draw = PlanContext(iter(batches.batches(task.examples(work, 'train', 0), batch=size.batch)), count)
     draw()  # fills the buffers
     contestants[repr(documents)] = draw
   seconds, busy = take_turns(contestants, repeats)
@@ -45,7 +45,7 @@ def pipeline_rows(size: Size, repeats: int, work: Path, corpus: Any, part: Any, 
           for name in contestants]
 
 
-class Draw:
+class PlanContext:
   """Takes the next `count` batches."""
 
   def __init__(self, batches: Any, count: int):

@@ -20,10 +20,10 @@ from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import MLP, Normal, UnitNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.match import Match
+from loopformer.terms.match import ShortcutConsistency
 from loopformer.training.step import init_state, make_step
 from loopformer.types import Plan, part
 
@@ -111,15 +111,15 @@ def make_looped(size: Size, cell: Any, loops: int, remat: Any) -> Looped:
 
 def long_alone(loops: int) -> Objective:
   """One rollout of so many loops."""
-  return Objective(rolls={'long': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
+  return Objective(rolls={'long': Rollout(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
 
 
 def with_short(size: Size, short: Any) -> Objective:
   """LoopFormer's objective with the short trajectories of the planner `short`."""
   return Objective(
-      rolls={'long': Roll(plans.Uniform(size.loops)), 'short': Roll(short)},
+      rolls={'long': Rollout(plans.Uniform(size.loops)), 'short': Rollout(short)},
       terms={'lm': Weighted(1.0, CE(roll='long')), 'lm_short': Weighted(0.1, CE(roll='short')),
-             'shortcut': Weighted(0.1, Match(roll='short', target='long'))})
+             'shortcut': Weighted(0.1, ShortcutConsistency(roll='short', target='long'))})
 
 
 def short_of(size: Size) -> Padded:

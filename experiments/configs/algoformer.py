@@ -28,17 +28,17 @@ from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.blocks import gpt2
 from loopformer.nn.embed import Head, Vectors
-from loopformer.nn.inject import Add, Hold
+from loopformer.nn.inject import Add, NoInjection
 from loopformer.nn.layers import Identity, LayerNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
 from loopformer.tasks.chains import Autoregression, ChainOfThought
 from loopformer.tasks.functions import Representation, Represented
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.regression import Regression
-from loopformer.terms.squared import Squared, Window
+from loopformer.terms.squared import MSE, Window
 from loopformer.training.train import Train
 
 
@@ -62,16 +62,16 @@ def get_config(argument: str = '') -> Experiment:
   if kind == 'stacked':
     model = Looped(cell=Plain(Stack(gpt2(heads, 4 * width, out_std), 3)), loops=1,
                    read_out=Head(outputs=outputs, norm=LayerNorm()), **parts)
-    objective = Objective(rolls={'all': Roll(plans.Uniform(1))}, terms={'error': Weighted(1.0, Squared(roll='all'))})
+    objective = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'error': Weighted(1.0, MSE(roll='all'))})
   else:
     loops += 2 * (kind == 'looped')
     whole = kind == 'algoformer'
     block = Stack(gpt2(heads, 4 * width, out_std), given['layers'])
-    model = Looped(cell=Recur(block, Add() if pre else Hold(), norm=LayerNorm()), start=Zeros() if pre else Embedded(),
+    model = Looped(cell=Recur(block, Add() if pre else NoInjection(), norm=LayerNorm()), start=Zeros() if pre else Embedded(),
                    prelude=one if whole else None, coda=one if whole else None, loops=loops,
                    read_out=Head(outputs=outputs, norm=LayerNorm() if whole else Identity()), **parts)
     plan = plans.Truncated(depth=plans.Constant(loops=loops), graded=window if pre else loops)
-    objective = Objective(rolls={'window': Roll(plan, keep=loop.Every())},
+    objective = Objective(rolls={'window': Rollout(plan, keep=loop.Every())},
                           terms={'error': Weighted(1.0, Window(roll='window'))})
   return Experiment(
       name=kind if given['task'] == 'regression' else f'{kind} {given["task"]}', model=model, objective=objective,

@@ -32,8 +32,8 @@ from loopformer.nn.inject import Concat
 from loopformer.nn.layers import GatedMLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, AtanAdam, Trapezoid, WarmupCosine
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, AtanAdam, WSD, WarmupCosine
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
@@ -66,11 +66,11 @@ SIZES = {
     'small': Size(layers=(1, 4, 1), width=1024, heads=32, hidden=3520, vocab=32_768, mean=20, graded=4,
                   task=Text(tokenizer=TrainedPieces(vocab=32_768), length=1024),
                   train=Train(steps=20_000, batch=64, log_every=50, eval_every=1000, save_every=1000),
-                  optim=AtanAdam(schedule=Trapezoid(peak=4e-4, warmup=1000, cooldown=0.0))),
+                  optim=AtanAdam(schedule=WSD(peak=4e-4, warmup=1000, cooldown=0.0))),
     'paper': Size(layers=(2, 4, 2), width=5280, heads=55, hidden=17_920, vocab=65_536, mean=32, graded=8,
                   task=Text(tokenizer=TrainedPieces(vocab=65_536), length=4096),
                   train=Train(steps=47_000, batch=4096, accumulate=8, log_every=100, eval_every=1000, save_every=1000),
-                  optim=AtanAdam(schedule=Trapezoid(peak=4e-5, warmup=4096, cooldown=0.0))),
+                  optim=AtanAdam(schedule=WSD(peak=4e-5, warmup=4096, cooldown=0.0))),
 }
 
 
@@ -97,7 +97,7 @@ def get_config(argument: str = '') -> Experiment:
           cell=Recur(Stack(block, core), Concat(std=std)), read_out=TwiceNormedHead(RMSNorm(1e-6)),
           loops=int(size.mean), prelude=Stack(block, prelude), coda=Stack(block, coda),
           start=Noise(std=math.sqrt(2 / 5)), remat=loop.PerStep()),
-      objective=Objective(rolls={'drawn': Roll(plans.Truncated(depth=depth, graded=size.graded))},
+      objective=Objective(rolls={'drawn': Rollout(plans.Truncated(depth=depth, graded=size.graded))},
                           terms={'lm': Weighted(1.0, CE(roll='drawn'))}),
       task=size.task, train=size.train, optim=size.optim,
       evals=Depths(budgets=(1, 2, 3, 4, 6, 8, 16, 32) if given['size'] == 'cpu' else (1, 4, 8, 16, 32, 64)))

@@ -30,7 +30,7 @@ from loopformer.nn.inject import Add
 from loopformer.nn.layers import GatedMLP, RMSNorm
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack, repeated
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Zeros
 from loopformer.tasks.text import Text
@@ -93,7 +93,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(read_in=embed(vocab=size.vocab, width=size.width, length=size.task.length, std=std),
                    cell=Recur(core, Add()) if given['inject'] else Plain(core), read_out=TiedHead(RMSNorm(1e-6)),
                    loops=loops, remat=loop.PerLayer(), **({'start': Zeros()} if given['inject'] else {})),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
       task=size.task, train=size.train,
       optim=AdamW(schedule=size.schedule, b2=0.999, decay=0.01),
       evals=Depths(budgets=(loops,)))

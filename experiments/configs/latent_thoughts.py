@@ -30,7 +30,7 @@ from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.layers import MLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.papers.latent_thoughts.cosine import Cosine
 from loopformer.tasks.addition import Addition
@@ -113,7 +113,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(read_in=Tokens(vocab=vocab, width=width, length=setting.task.length, std=std),
                    cell=Plain(Stack(block, layers)), read_out=Head(outputs=vocab, std=std), loops=loops, prelude=end,
                    coda=end, remat=loop.PerLayer()),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms=terms),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms=terms),
       task=setting.task,
       train=setting.train,
       optim=AdamW(schedule=setting.schedule, decay=0.01),

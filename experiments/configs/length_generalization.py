@@ -24,10 +24,10 @@ from loopformer.inference.evaluate import Named, Run
 from loopformer.model import Looped
 from loopformer.nn.blocks import gpt2
 from loopformer.nn.embed import Head, Tokens
-from loopformer.nn.inject import Add, Hold
+from loopformer.nn.inject import Add, NoInjection
 from loopformer.nn.layers import Identity, LayerNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
 from loopformer.tasks import algorithms
@@ -85,10 +85,10 @@ def get_config(argument: str = '') -> Experiment:
       name=f'{given["task"]} {given["loops"]}' + ('' if given['inject'] else ' without injection'),
       model=Looped(read_in=Tokens(vocab=vocab, width=width, length=make(shortest=1, longest=rooms, room=rooms).length,
                                   std=(3 * vocab) ** -0.5),  # as the paper's Linear of one-hot tokens starts
-                   cell=Recur(core, Add() if given['inject'] else Hold(), norm=LayerNorm()),
+                   cell=Recur(core, Add() if given['inject'] else NoInjection(), norm=LayerNorm()),
                    start=Zeros() if given['inject'] else Embedded(),
                    read_out=Head(outputs=vocab, norm=Identity()), loops=most, remat=loop.PerLayer()),
-      objective=Objective(rolls={'given': Roll(plan)}, terms={'answer': Weighted(1.0, CE(roll='given'))}),
+      objective=Objective(rolls={'given': Rollout(plan)}, terms={'answer': Weighted(1.0, CE(roll='given'))}),
       task=Generated(of=of, tests=tests, held_out=512,
                      grow=Grow(fields={'longest': Rise(first=1, every=setting.interval * train.batch)})),
       train=train,

@@ -27,13 +27,13 @@ from loopformer.inference import measures
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.papers.linear_icl import attention
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.tasks.descent import LinearPrompt, WeightPrompt
 from loopformer.tasks.generated import Generated
-from loopformer.terms.squared import Squared
+from loopformer.terms.squared import MSE
 from loopformer.training.train import Train
 from loopformer.types import Array, ConfigError
 
@@ -97,7 +97,7 @@ def get_config(argument: str = '') -> Experiment:
     plan = plans.Truncated(depth=plans.Stairs(first=1, last=loops, add=1, every=every), graded=loops)
   return Experiment(
       name=f'linear looped {loops}' + ('' if label else ' weights'),
-      model=model, objective=Objective(rolls={'all': Roll(plan)}, terms={'error': Weighted(1.0, Squared(roll='all'))}),
+      model=model, objective=Objective(rolls={'all': Rollout(plan)}, terms={'error': Weighted(1.0, MSE(roll='all'))}),
       task=Generated(of=of, held_out=4096, measure=measures.Errors(scale=of.scale)),
       train=Train(steps=steps, batch=256, log_every=100, eval_every=500, eval_batches=16, save_every=500),
       optim=AdamW(schedule=WarmupCosine(peak=rate, end=rate / 100, warmup=min(50, steps // 2)), b2=0.999, decay=0.0,

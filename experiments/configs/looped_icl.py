@@ -29,13 +29,13 @@ from loopformer.nn.embed import Head, Vectors
 from loopformer.nn.inject import Add
 from loopformer.nn.layers import Identity, LayerNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.starts import Zeros
 from loopformer.tasks.functions import Linear, Network, Sparse, Tree
 from loopformer.tasks.generated import Generated, Grow, Rise, Same
 from loopformer.tasks.regression import Regression
-from loopformer.terms.squared import Squared, Window
+from loopformer.terms.squared import MSE, Window
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
@@ -70,12 +70,12 @@ def get_config(argument: str = '') -> Experiment:
     depth = plans.Stairs(first=window, last=last, add=2, every=100 if small else 500)
     model = Looped(read_in=read_in, cell=Recur(core, Add(), norm=LayerNorm()), start=Zeros(), loops=last,
                    read_out=Head(outputs=1, norm=Identity()), remat=loop.PerLayer())
-    objective = Objective(rolls={'window': Roll(plans.Truncated(depth=depth, graded=window), keep=loop.Every())},
+    objective = Objective(rolls={'window': Rollout(plans.Truncated(depth=depth, graded=window), keep=loop.Every())},
                           terms={'error': Weighted(1.0, Window(roll='window'))})
   else:
     model = Looped(read_in=read_in, cell=Plain(core), loops=1, read_out=Head(outputs=1, norm=LayerNorm()),
                    remat=loop.PerLayer())
-    objective = Objective(rolls={'all': Roll(plans.Uniform(1))}, terms={'error': Weighted(1.0, Squared(roll='all'))})
+    objective = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'error': Weighted(1.0, MSE(roll='all'))})
   return Experiment(
       name=f'{given["function"]} {given["kind"]} {given["layers"]}',
       model=model, objective=objective,
@@ -83,7 +83,7 @@ def get_config(argument: str = '') -> Experiment:
                      measure=measures.Errors(scale=of.scale)),
       train=train,
       optim=AdamW(schedule=WarmupCosine(peak=1e-3, end=1e-5, warmup=100) if small else
-                  Trapezoid(peak=1e-4, warmup=0, cooldown=0.0), b2=0.999, decay=0.0, clip=1.0 if small else 1e9),
+                  WSD(peak=1e-4, warmup=0, cooldown=0.0), b2=0.999, decay=0.0, clip=1.0 if small else 1e9),
       evals=Depths(budgets=(1, 2, 4, 6, 8, 12, 20, 50, 100) if kind else (1,)))
 
 

@@ -36,11 +36,11 @@ from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import MLP, RMSNorm, UnitNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.terms.match import Match
+from loopformer.terms.match import ShortcutConsistency
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
@@ -123,11 +123,11 @@ def cell(kind: str, size: Size, layers: int, dtype: str):
 def objective(kind: str, early_exit: bool, loops: int) -> Objective:
   """The long rollout alone, or with a short one and the consistency of the two (section 3)."""
   if kind == 'base':
-    return Objective(rolls={'long': Roll(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
-  rolls = {'long': Roll(plans.Uniform(loops))}
+    return Objective(rolls={'long': Rollout(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='long'))})
+  rolls = {'long': Rollout(plans.Uniform(loops))}
   terms = {'lm': Weighted(1.0, CE(roll='long'))}
   if kind == 'loopformer' or early_exit:
-    rolls['short'] = Roll(plans.Partition(loops) if kind == 'loopformer' else plans.RandomDepth(loops))
+    rolls['short'] = Rollout(plans.Partition(loops) if kind == 'loopformer' else plans.RandomDepth(loops))
     terms['lm_short'] = Weighted(0.1, CE(roll='short'))
-    terms['shortcut'] = Weighted(0.1, Match(roll='short', target='long'))
+    terms['shortcut'] = Weighted(0.1, ShortcutConsistency(roll='short', target='long'))
   return Objective(rolls=rolls, terms=terms)

@@ -43,8 +43,8 @@ from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.papers.melt.attention import Constant, Elementwise, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.melt.plans import Apart, Transition
@@ -52,7 +52,7 @@ from loopformer.papers.melt.terms import Aligned
 from loopformer.tasks.text import Text
 from loopformer.terms.distill import Distill
 from loopformer.terms.expected import Expected
-from loopformer.training.frozen import Grouped
+from loopformer.training.frozen import ParamGroups
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
@@ -123,7 +123,7 @@ def get_config(argument: str = '') -> Experiment:
     peak = size.peak
     return Experiment(
         name='MELT base', model=model(lambda core, norm: Halting(Normed(core, norm)), SelfAttention(**options)),
-        objective=Objective(rolls={'all': Roll(plan, keep=loop.Every())},
+        objective=Objective(rolls={'all': Rollout(plan, keep=loop.Every())},
                             terms={'lm': Weighted(1.0, Expected(roll='all'))}),
         task=size.task, train=size.base, evals=evals,
         optim=AdamW(schedule=WarmupCosine(peak=peak, end=0.1 * peak, warmup=size.warmup), decay=0.1))
@@ -134,11 +134,11 @@ def get_config(argument: str = '') -> Experiment:
     plan = Transition(of=plan, steps=run.steps)
   else:
     terms['aligned'] = Weighted(0.1, Aligned(roll='all', teacher='teacher'))
-  teacher = Roll(Apart(of=plans.Uniform(size.loops)), keep=loop.Every(), weights=given['base'])
-  base, gates = (AdamW(schedule=Trapezoid(peak=peak, end=peak, warmup=0.02), decay=0.1) for peak in size.rates)
+  teacher = Rollout(Apart(of=plans.Uniform(size.loops)), keep=loop.Every(), weights=given['base'])
+  base, gates = (AdamW(schedule=WSD(peak=peak, end=peak, warmup=0.02), decay=0.1) for peak in size.rates)
   learned = given['gate'] in ('elementwise', 'scalar')
   return Experiment(
       name=f'MELT {phase}',
       model=model(Gated, LatentAttention(**options, latent=gate), memory=Latest(chunk=given['chunk'] or size.chunk)),
-      objective=Objective(rolls={'all': Roll(plan, keep=loop.Every()), 'teacher': teacher}, terms=terms),
-      task=size.task, train=run, evals=evals, optim=Grouped(of=base, named=gates, paths=(GATE,)) if learned else base)
+      objective=Objective(rolls={'all': Rollout(plan, keep=loop.Every()), 'teacher': teacher}, terms=terms),
+      task=size.task, train=run, evals=evals, optim=ParamGroups(of=base, named=gates, paths=(GATE,)) if learned else base)

@@ -42,8 +42,8 @@ from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Normal, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack, repeated
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
                                         Routed, Sigmoid, TokenChoice)
 from loopformer.papers.mor.memory import Compact
@@ -66,7 +66,7 @@ class Size:
   vocab: int
   task: Text
   train: Train
-  schedule: WarmupCosine | Trapezoid
+  schedule: WarmupCosine | WSD
   std: float = 0.02
   dtype: str = 'bfloat16'
   block: int = 128
@@ -78,7 +78,7 @@ def published(layers: int, width: int, heads: int, groups: int, hidden: int) -> 
   return Size(layers=layers, width=width, heads=heads, groups=groups, hidden=hidden, vocab=vocab,
               task=Text(tokenizer=TrainedPieces(vocab=vocab), length=2048),
               train=Train(steps=14_161, batch=1024, accumulate=64, log_every=100, eval_every=1000, save_every=1000),
-              schedule=Trapezoid(peak=3e-3, warmup=86, cooldown=2832))
+              schedule=WSD(peak=3e-3, warmup=86, cooldown=2832))
 
 
 SIZES = {
@@ -158,7 +158,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(read_in=Tokens(vocab=size.vocab, width=size.width, length=size.task.length, std=size.std), cell=cell,
                    read_out=TiedHead(RMSNorm(1e-5)), loops=loops, prelude=end, coda=end, memory=memory(given),
                    remat=loop.PerLayer()),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms=terms),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms=terms),
       task=size.task, train=train, optim=optim, evals=evals)
 
 

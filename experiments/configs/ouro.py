@@ -41,15 +41,15 @@ from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, Trapezoid, WarmupCosine
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.tasks import mano, multi_hop
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.pointers import Pointers
 from loopformer.tasks.text import Text
 from loopformer.terms.expected import Expected
-from loopformer.training.frozen import Only
+from loopformer.training.frozen import Freeze
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
@@ -86,7 +86,7 @@ def published(layers: int) -> Size:
   return Size(layers=layers, loops=4, width=width, heads=16, hidden=5632, outputs=vocab,
               read_in=Tokens(vocab=vocab, width=width, length=4096),
               task=Text(tokenizer=TrainedPieces(vocab=vocab), length=4096), train=run,
-              optim=AdamW(schedule=Trapezoid(peak=3e-4, end=3e-4, warmup=2000), decay=0.1),
+              optim=AdamW(schedule=WSD(peak=3e-4, end=3e-4, warmup=2000), decay=0.1),
               gate=dataclasses.replace(run, steps=10_000), kernel=Fused(size=128), dtype='bfloat16')
 
 
@@ -139,11 +139,11 @@ def get_config(argument: str = '') -> Experiment:
   else:
     terms = {'gate': Weighted(1.0, Improvement(roll='all', alignment=alignment))}
     run = size.gate
-    optim = Only(of=AdamW(schedule=Trapezoid(peak=1e-2, end=1e-2), decay=0.0), paths=('cell/gate',))
+    optim = Freeze(of=AdamW(schedule=WSD(peak=1e-2, end=1e-2), decay=0.0), paths=('cell/gate',))
   return Experiment(
       name='ouro' + ('' if alignment is None else f' gate {given["gate"]}'),
       model=Looped(read_in=size.read_in, cell=Halting(Normed(Stack(block, layers), RMSNorm(1e-6))),
                    read_out=Head(outputs=size.outputs, norm=Identity()), loops=loops, remat=size.remat),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops), keep=loop.Every())}, terms=terms),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops), keep=loop.Every())}, terms=terms),
       task=size.task, train=run, optim=optim,
       evals=Depths(budgets=tuple(b for b in (1, 2, 3, 4, 6, 8, 12) if b <= 2 * loops) if loops > 1 else (1,)))

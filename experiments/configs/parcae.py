@@ -41,8 +41,8 @@ from loopformer.nn.inject import Add, Concat, Diagonal
 from loopformer.nn.layers import MLP, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, gelu, squared_relu
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
-from loopformer.optim import AdamW, AtanAdam, Muon, Trapezoid
+from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.optim import AdamW, AtanAdam, Muon, WSD
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
@@ -97,9 +97,9 @@ def objective(mean: float, graded: int, given: dict) -> Objective:
   depth = plans.Poisson(average=mean)
   if given['ramp']:
     depth = plans.Ramp(of=depth, steps=given['ramp'], curve=CURVES[given['curve']])
-  over = plans.Each() if given['each'] else plans.Together()
+  over = plans.PerSequence() if given['each'] else plans.Shared()
   plan = plans.Truncated(depth=depth, graded=graded, over=over)
-  return Objective(rolls={'drawn': Roll(plan)}, terms={'lm': Weighted(1.0, CE(roll='drawn'))})
+  return Objective(rolls={'drawn': Rollout(plan)}, terms={'lm': Weighted(1.0, CE(roll='drawn'))})
 
 
 def small(given: dict) -> Experiment:
@@ -119,7 +119,7 @@ def small(given: dict) -> Experiment:
       objective=objective(4, 2, given),
       task=task,
       train=Train(steps=400, batch=32, log_every=20, eval_every=100, eval_batches=16, save_every=400),
-      optim=AdamW(schedule=Trapezoid(peak=given['rate'] or 3e-3, warmup=0, cooldown=1.0), decay=0.0),
+      optim=AdamW(schedule=WSD(peak=given['rate'] or 3e-3, warmup=0, cooldown=1.0), decay=0.0),
       evals=Depths(budgets=(1, 2, 4, 8, 16, 64)))
 
 
@@ -145,8 +145,8 @@ def published(given: dict) -> Experiment:
   else:
     model = Looped(read_in=Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std),
                    cell=Plain(Stack(pair, 3 * layers // 2)), read_out=TiedHead(RMSNorm(1e-5)), loops=1)
-  schedule = Trapezoid(peak=given['rate'] or rate, warmup=0, cooldown=0.5)
-  once = Objective(rolls={'all': Roll(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
+  schedule = WSD(peak=given['rate'] or rate, warmup=0, cooldown=0.5)
+  once = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
   return Experiment(
       name=f'{given["kind"]} {given["size"]}',
       model=model,
@@ -176,5 +176,5 @@ def second(given: dict) -> Experiment:
       objective=objective(size.mean, size.graded, given),
       task=Text(tokenizer=TrainedPieces(vocab=SECOND_VOCAB), length=LENGTH),
       train=Train(steps=size.steps, batch=256, accumulate=8, log_every=100, eval_every=1000, save_every=1000),
-      optim=AtanAdam(schedule=Trapezoid(peak=given['rate'] or size.rate, warmup=4096, cooldown=4096)),
+      optim=AtanAdam(schedule=WSD(peak=given['rate'] or size.rate, warmup=4096, cooldown=4096)),
       evals=Depths(budgets=(1, 4, 8, 16)))

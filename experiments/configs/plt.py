@@ -42,7 +42,7 @@ from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.papers.plt.attention import ConstantGate, GatedAttention, GatedBlock, HiddenGate, QueryGate
 from loopformer.papers.plt.cell import LearnedMix, Mix, Shifted
@@ -105,7 +105,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(read_in=Tokens(vocab=size.vocab, width=size.width, length=size.task.length), cell=cell,
                    read_out=Head(outputs=size.vocab, norm=outer) if size.untied else TiedHead(norm=outer), loops=loops,
                    memory=memory, remat=loop.PerLayer()),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
       task=size.task, train=size.train, optim=size.optim, evals=Depths(budgets=tuple(range(1, loops + 1))))
 
 

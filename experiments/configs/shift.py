@@ -24,7 +24,7 @@ from experiments.configs import latent_thoughts, loopformer
 from loopformer import plans
 from loopformer.config import Experiment, arguments, choose
 from loopformer.inference.evaluate import Depths
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import Kept, Reset, Switched
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.control import Plateau
@@ -47,7 +47,7 @@ def get_config(argument: str = '') -> Experiment:
   unchanged = moments == Kept() and not given['rewarm']
   return dataclasses.replace(
       base, name=f'shift {given["task"]}',
-      objective=Objective(rolls={'staged': Roll(plans.Staged(loops=stages))},
+      objective=Objective(rolls={'staged': Rollout(plans.Staged(loops=stages))},
                           terms={'lm': Weighted(1.0, CE(roll='staged'))}),
       optim=base.optim if unchanged else Switched(of=base.optim, moments=moments, rewarm=given['rewarm']),
       control=Plateau(loops=stages, patience=given['patience'], longest=first),

@@ -36,14 +36,14 @@ from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table
 from loopformer.nn.embed import TiedHead, TokenEmbed
 from loopformer.nn.layers import MLP, Linear, RMSNorm, UnitNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.edit_distance import EditDistance
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
-from loopformer.types import KV, Array, Ctx
+from loopformer.types import KV, Array, Context
 
 
 class LegacyBlock(Layer):
@@ -57,7 +57,7 @@ class LegacyBlock(Layer):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Context, mod: None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:
     """x [B, T, D] -> (x, kv)."""
     batch, length, width = x.shape
     groups, head = heads_of(self.attn, width)
@@ -115,6 +115,6 @@ def get_config(argument: str = '') -> Experiment:
       name=f'{kind} r={loops}',
       model=Looped(read_in=TokenEmbed(vocab=size.vocab, width=width, length=size.task.length), cell=cell,
                    read_out=TiedHead(), loops=loops, remat=loop.PerLayer()),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))}),
       task=size.task, train=size.train, optim=AdamW(schedule=size.schedule, decay=0.01),
       evals=Depths(budgets=tuple(sorted({1, max(1, loops // 2), loops}))))

@@ -32,7 +32,7 @@ from loopformer.nn.embed import Head, Vectors
 from loopformer.nn.layers import MLP, Identity, UnitNorm
 from loopformer.nn.stack import Stack
 from loopformer.training import metrics
-from loopformer.types import KV, Array, Batch, ConfigError, Ctx, Params, part
+from loopformer.types import KV, Array, Batch, ConfigError, Context, Params, part
 
 FLAGS = flags.FLAGS
 KINDS = ('lt', 'tmlt', 'wide', 'table')
@@ -41,7 +41,7 @@ KINDS = ('lt', 'tmlt', 'wide', 'table')
 class NoAttention(nn.Module):
   """Nothing is read of other tokens; no parameters."""
 
-  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
+  def __call__(self, x: Array, ctx: Context, kv: KV | None, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, KV | None]:
     """x [B, T, D] -> zeros like it."""
     return jnp.zeros_like(x), kv

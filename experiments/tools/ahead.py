@@ -131,7 +131,7 @@ def reading(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   """Prompts of half the model's positions, of `rows` requests at once."""
   model, params, state = _serving(config, mesh, rows)
   count, width = state.place.shape[0], max(config.model.read_in.length // 2, 1)
-  new = jax.eval_shape(lambda: engine.Arrivals(
+  new = jax.eval_shape(lambda: engine.PrefillBatch(
       row=jnp.zeros(count, jnp.int32), tokens=jnp.zeros((count, width), jnp.int32), lengths=jnp.ones(count, jnp.int32),
       source=jnp.zeros(count, jnp.int32), shared=jnp.zeros(count, jnp.int32), plan=_all_loops(model, count),
       seed=jnp.zeros(count, jnp.uint32), number=jnp.zeros(count, jnp.uint32), control=_controls(count),
@@ -205,7 +205,7 @@ def _all_loops(model: Any, rows: int) -> Any:
 
 
 def _controls(rows):
-  return sampling.Controls(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows))
+  return sampling.SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows))
 
 
 def _integer():

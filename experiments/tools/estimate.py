@@ -37,7 +37,7 @@ from loopformer.roles import Roles
 from loopformer.training import metrics
 from loopformer.training.checkpoint import abstract
 from loopformer.training.step import init_state, make_step
-from loopformer.types import ConfigError, Draw, part
+from loopformer.types import ConfigError, PlanContext, part
 
 DRAWS = 1024  # plans that are drawn to see how many steps they take
 BLOCKS = 8  # of queries, at most: attention in more of them takes minutes to trace, and plans nothing else
@@ -145,7 +145,7 @@ def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step:
     stage = len(getattr(roll.plan, 'stages', (0,))) - 1
 
     def draw(key, plan=roll.plan, stage=stage):
-      drawn = plan(Draw(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))
+      drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))
       live = None if drawn.live is None else drawn.live.reshape(drawn.steps, -1).any(-1).sum()
       return live, None if drawn.free is None else drawn.free.max()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from loopformer.cells.cell import Around
 from loopformer.nn.layers import Linear, Normal
-from loopformer.types import Array, Ctx
+from loopformer.types import Array, Context
 
 GATE = Linear(1, std=0.0, bias=Normal(0.0))  # starts with lambda = 1/2 for all
 
@@ -25,7 +25,7 @@ class Halting(Around):
     """Floating-point operations a token, forward, of `steps` steps over `length` tokens, gates included."""
     return self.inner.flops(width, length, steps) + steps * 2.0 * width
 
-  def __call__(self, x: Any, e: Array, ctx: Ctx, kv: Any) -> tuple[Any, Any, dict]:
+  def __call__(self, x: Any, e: Array, ctx: Context, kv: Any) -> tuple[Any, Any, dict]:
     x, kv, aux = self.inner(x, e, ctx, kv)
     return x, kv, {**aux, 'halt': halt_logits(self.gate, self.output(x))}
 

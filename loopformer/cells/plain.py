@@ -5,14 +5,14 @@ from flax import linen as nn
 
 from loopformer.cells.cell import Cell
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, Ctx
+from loopformer.types import KV, Array, Context
 
 
 class Plain(Cell):
   """x = core(x)."""
   core: Stack
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, None, kv)
     return x, kv, {}
 
@@ -22,6 +22,6 @@ class Normed(Cell):
   core: Stack
   norm: nn.Module
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, None, kv)
     return self.norm(x), kv, {}

@@ -6,7 +6,7 @@ from flax import linen as nn
 from loopformer.cells.cell import Cell
 from loopformer.nn.layers import Identity
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, Ctx, Params
+from loopformer.types import KV, Array, Context, Params
 
 
 class Recur(Cell):
@@ -28,6 +28,6 @@ class Recur(Cell):
     """Numbers worth logging, from the cell's parameters."""
     return {'radius': self.inject.radius(params.get('inject', {}))}
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(self.inject(x, e), ctx, None, kv)
     return self.norm(x), kv, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 from loopformer.cells.cell import Cell
 from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, ConfigError, Ctx, Plan
+from loopformer.types import KV, Array, ConfigError, Context, Plan
 
 
 class Timed(Cell):
@@ -30,6 +30,6 @@ class Timed(Cell):
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
     return self.modulation(self.condition(plan))
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: KV | None) -> tuple[Array, KV | None, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
     x, kv = self.core(x, ctx, ctx.tick.code, kv)
     return x, kv, {}

@@ -22,7 +22,7 @@ from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
-            condition.LoopIndex, condition.Modulation, inject.Hold, inject.Add, inject.Concat, inject.Diagonal,
+            condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
             starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
             blocks.SandwichNorm, blocks.Chain,
             attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,

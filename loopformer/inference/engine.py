@@ -27,7 +27,7 @@ import numpy as np
 from loopformer import backend, plans, sharding
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import Controls, controls, draw, judge, law
+from loopformer.inference.sampling import SamplingParams, controls, draw, judge, law
 from loopformer.memories import map_caches
 from loopformer.nn.layers import turned
 from loopformer.training import processes
@@ -43,7 +43,7 @@ SHARED = 16  # a prompt's beginning is taken from another row if it is at least 
 
 
 @struct.dataclass
-class Rows:
+class DecodeState:
   """B rows in generation, all on the device.
 
   plan: t, dt f32[K, B], live bool[K, B], a schedule a row; code: what the cell computed of it (`Cell.timetable`).
@@ -63,10 +63,10 @@ class Rows:
   drawn: Array
   keys: Array
   exits: Array
-  control: Controls
+  control: SamplingParams
 
 
-def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, draft: int = 0) -> Rows:
+def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, draft: int = 0) -> DecodeState:
   """Idle rows with caches for `length` positions and schedules of up to `loops` steps, drafts of `draft` (0: none)."""
   plan = Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)),
               live=jnp.zeros((loops, rows), bool))
@@ -75,14 +75,14 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
   def numbers():
     return jnp.zeros(rows, jnp.int32)
 
-  return Rows(plan=plan, code=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), code),
-              kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
-              last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
-              keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
-              control=Controls(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
+  return DecodeState(plan=plan, code=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), code),
+                     kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
+                     last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
+                     keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
+                     control=SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
 
 
-def partitions(model: Any, params: Params, rows: Rows, sizes: Mapping[str, int]) -> Rows:
+def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str, int]) -> DecodeState:
   """Partitions of the rows' arrays over a mesh of these sizes: rows over data and fsdp, heads of caches over tensor."""
   def code(count):
     plan = jax.tree.map(lambda leaf: jnp.zeros((len(leaf), count), leaf.dtype), rows.plan)
@@ -93,9 +93,9 @@ def partitions(model: Any, params: Params, rows: Rows, sizes: Mapping[str, int])
 
   each, caches = P(sharding.BATCH), (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree)
                                      for tree in (rows.kv, rows.draft))
-  return Rows(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
-              code=jax.tree.map(differing, code(1), code(2)), kv=next(caches), draft=next(caches), last=each, place=each,
-              left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
+  return DecodeState(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
+                     code=jax.tree.map(differing, code(1), code(2)), kv=next(caches), draft=next(caches), last=each, place=each,
+                     left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
 
 
 def _by_rows(function, mesh, model, params, rows, others, other_specs, out_specs):
@@ -114,12 +114,12 @@ def _on(specs, mesh):
 
 
 @struct.dataclass
-class Arrivals:
+class PrefillBatch:
   """R requests that take their places, on a mesh as many for every device, whose rows are numbered by themselves.
 
   row: i32[R], where to; a number beyond the rows is nobody. tokens: i32[R, W], what is to be read, padded; lengths:
   i32[R], without padding. source: i32[R], a row that has read the same before; shared: i32[R], how many tokens of it.
-  seed, number: u32[R], what the randomness of a request comes from. plan, control, left: as of `Rows`, with
+  seed, number: u32[R], what the randomness of a request comes from. plan, control, left: as of `DecodeState`, with
   columns R.
   """
   row: Array
@@ -130,20 +130,20 @@ class Arrivals:
   plan: Plan
   seed: Array
   number: Array
-  control: Controls
+  control: SamplingParams
   left: Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnames='rows')
-def prefill(model: Any, params: Params, rows: Rows, new: Arrivals, draft_plan: Plan | None, eos: Array,
-            mesh: jax.sharding.Mesh | None = None) -> tuple[Rows, Array]:
+def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, draft_plan: Plan | None, eos: Array,
+            mesh: jax.sharding.Mesh | None = None) -> tuple[DecodeState, Array]:
   """Reads prompts into their rows, and draws the first token of each, i32[R].
 
   mesh: of several devices that divide the rows; None for one.
   """
   each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
-  arriving = Arrivals(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each, number=each,
-                      control=each, left=each)
+  arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each, number=each,
+                          control=each, left=each)
   return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, eos),
                   (arriving, P(), P()), (each,))
 
@@ -171,11 +171,11 @@ def _prefill(model, params, rows, new, draft_plan, eos):
     return old.at[new.row].set(value, mode='drop')
 
   plan = jax.tree.map(lambda old, own: old.at[:, new.row].set(own, mode='drop'), rows.plan, new.plan)
-  return Rows(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
-              last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
-              left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
-              drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
-              exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
+  return DecodeState(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
+                     last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
+                     left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
+                     drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
+                     exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
 
 
 def _each(caches) -> list[KV]:
@@ -200,7 +200,7 @@ def _fold(keys, numbers):
 
 
 @struct.dataclass
-class Tally:
+class Stats:
   """What decoding cost. tokens: i32[], drawn; passes: i32[], of all loops over a row; loops: i32[], steps that rows
   took in these; ran: i32[], steps that ran for the whole batch; kept: i32[], drafted tokens that stood."""
   tokens: Array
@@ -211,9 +211,9 @@ class Tally:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
-def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: Rows, draft_plan: Plan | None,
+def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: DecodeState, draft_plan: Plan | None,
            dial: Array | None, eos: Array, hurry: Array, mesh: jax.sharding.Mesh | None = None
-           ) -> tuple[Rows, Array, Array, Tally]:
+           ) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
@@ -310,7 +310,7 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
     last = jnp.take_along_axis(both, jnp.maximum(new, 1)[:, None] - 1 + jnp.arange(2), 1)
     rows = rows.replace(kv=trace.kv, last=jnp.where(active[:, None], last, rows.last), place=rows.place + new,
                         left=jnp.where(ends.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
-    tally = Tally(tokens=tally.tokens + new.sum(), passes=tally.passes + active.sum(), loops=tally.loops + loops,
+    tally = Stats(tokens=tally.tokens + new.sum(), passes=tally.passes + active.sum(), loops=tally.loops + loops,
                   ran=tally.ran + ran, kept=tally.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
     return index + 1, rows, out, count + new, tally
 
@@ -321,7 +321,7 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
 
   zero = jnp.int32(0)
   out = jnp.full((batch, rounds * (ahead + 1)), eos, jnp.int32)
-  carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Tally(zero, zero, zero, zero, zero))
+  carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Stats(zero, zero, zero, zero, zero))
   _, rows, out, count, tally = jax.lax.while_loop(going, round_, carry)
   return rows, out, count, tally
 
@@ -330,7 +330,7 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TextChunk:
   """New text of a request; `done` with its last piece."""
   request: int
   text: str
@@ -343,7 +343,7 @@ class _Request:
   prompt: list[int]
   steps: tuple[float, ...]
   most: int
-  control: Controls
+  control: SamplingParams
   seed: int
   draw_number: int
   stop: tuple[str, ...]
@@ -473,7 +473,7 @@ class Engine:
     self._requests += 1
     return self._requests - 1
 
-  def stream(self) -> Iterator[Piece]:
+  def stream(self) -> Iterator[TextChunk]:
     """Pieces of text as they come, until no request is left; more may be submitted meanwhile."""
     while self._waiting or any(request and not request.done for request in self._of):
       yield from self._admit()
@@ -511,7 +511,7 @@ class Engine:
       def columns_of(trees, axis):
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *[trees[i] for i in columns])
 
-      new = Arrivals(
+      new = PrefillBatch(
           row=np.asarray([self._per if i is None else batch[i][0] % self._per for i in places], np.int32),
           tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
           source=column([row % self._per for row, _ in origin]), shared=column([n for _, n in origin]),
@@ -563,7 +563,7 @@ class Engine:
       goes_on = np.isin(np.arange(len(self._of)), stopped, invert=True).astype(np.int32)
       self._rows = self._rows.replace(left=jax.device_put(self._rows.left * goes_on, self._rows.left.sharding))
 
-  def _told(self, request, tokens: list[int]) -> Piece:
+  def _told(self, request, tokens: list[int]) -> TextChunk:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
     request.drawn += tokens
     request.done = len(request.drawn) >= request.most or self.tokenizer.eos in tokens
@@ -574,7 +574,7 @@ class Engine:
     certain = text if request.done else text[:len(text) - _pending(text, request.stop)]
     piece = certain[len(request.told):]
     request.told = certain
-    return Piece(request.number, piece, request.done)
+    return TextChunk(request.number, piece, request.done)
 
 
 def _pending(text: str, stops: Sequence[str]) -> int:

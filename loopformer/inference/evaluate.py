@@ -12,7 +12,7 @@ from loopformer import loop, plans, sharding
 from loopformer.inference import exits, measures
 from loopformer.model import run_batch
 from loopformer.training import processes
-from loopformer.types import Array, Batch, ConfigError, Draw, Params, Plan, Planner, part, whole
+from loopformer.types import Array, Batch, ConfigError, PlanContext, Params, Plan, Planner, part, whole
 
 
 @part
@@ -98,7 +98,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
     if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
-    draw = Draw(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
+    draw = PlanContext(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)

@@ -7,7 +7,7 @@ depend on the batch:
     init(model, x, ctx) -> state                   of tokens whose states are x [B, T, D]
     update(state, seen, dial) -> (state, done bool[B, T], answer [B, T, D])
 
-after every step that was `Seen` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state from
+after every step that was `StepView` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state from
 which a token that leaves now is read out. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal
 Transformers).
 """
@@ -260,7 +260,7 @@ class Sampled:
   """PonderNet's exit: after every step a token leaves with probability lambda = sigmoid(aux['halt']).
 
   Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same law.
-  u comes from the sequence's key (`Ctx.keys`; of a request, its seed) and the position alone. So a request is answered
+  u comes from the sequence's key (`Context.keys`; of a request, its seed) and the position alone. So a request is answered
   alike whatever shares its batch, and requests of one seed draw the same numbers at the same positions: where that
   matters, give them seeds of their own.
   """

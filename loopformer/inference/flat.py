@@ -12,7 +12,7 @@ from loopformer.model import parameter_roles
 from loopformer.nn.modules import fields, unshared
 from loopformer.nn.stack import Stack, layer_of
 from loopformer.roles import Roles
-from loopformer.types import KV, Array, Ctx
+from loopformer.types import KV, Array, Context
 
 
 class Flat(nn.Module):
@@ -24,7 +24,7 @@ class Flat(nn.Module):
   order: tuple[int, ...]
   norm: nn.Module | None = None
 
-  def __call__(self, x: Array, ctx: Ctx, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Context, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
     """As Stack."""
     for index, which in enumerate(self.order):
       x, kv = self.blocks[which](x, ctx, layer_of(index, mods), kv, index)

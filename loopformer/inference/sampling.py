@@ -12,7 +12,7 @@ BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 
 
 @struct.dataclass
-class Controls:
+class SamplingParams:
   """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for
   all.
   """
@@ -21,7 +21,7 @@ class Controls:
   top_p: Array
 
 
-def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Controls:
+def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> SamplingParams:
   """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
   if not temperature >= 0:
     raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
@@ -29,11 +29,11 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top
     whole('top_k', top_k, 1)
   if top_p is not None and not 0 < top_p <= 1:
     raise ConfigError(f'top_p = {top_p}: must be above 0 and at most 1, or None for all tokens')
-  return Controls(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
-                  top_p=np.float32(1.0 if top_p is None else top_p))
+  return SamplingParams(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
+                        top_p=np.float32(1.0 if top_p is None else top_p))
 
 
-def law(logits: Array, control: Controls) -> Array:
+def law(logits: Array, control: SamplingParams) -> Array:
   """f32[B, V] -> logits whose softmax is the law of the token, f32[B, V].
 
   Greedy rows leave one token. top-k first, then the fewest of those whose probability reaches top_p. A branch each,

@@ -12,10 +12,10 @@ from loopformer import memories, roles
 from loopformer.nn import kernels
 from loopformer.nn.layers import Dense, Normal, UniformWithin
 from loopformer.roles import Role
-from loopformer.types import KV, Array, ConfigError, Ctx
+from loopformer.types import KV, Array, ConfigError, Context
 
 
-def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Ctx) -> tuple[Array, Array, Array]:
+def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Context) -> tuple[Array, Array, Array]:
   """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]: the first products of an attention, inside its `__call__`."""
   outputs = (attn.heads + 2 * groups) * (x.shape[-1] // attn.heads)
   return attn.linear.copy(name='qkv')(x, outputs, init, ctx, divided=-1, heads=(attn.heads, groups))
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
   norm: nn.Module | None = None
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, kv: KV | None, layer: Array | int,
+  def __call__(self, x: Array, ctx: Context, kv: KV | None, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, KV | None]:
     width = x.shape[-1]
     check_attention(self, width, '')
@@ -111,7 +111,7 @@ def check_attention(attn: nn.Module, width: int, where: str):
     attn.position.check(attn.heads, width, where)
 
 
-def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Ctx, kv: KV | None,
+def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV | None,
              layer: Array | int) -> tuple[Array, KV | None]:
   """What queries [B, T, H, d] read of keys and values [B, T, G, d], and of those in the cache: ([B, T, H d], kv)."""
   shape, pos_BS = q.shape, ctx.pos

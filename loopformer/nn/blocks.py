@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from loopformer.nn.attention import SelfAttention, check_attention, heads_of
 from loopformer.nn.layers import DTYPES, MLP, LayerNorm, RMSNorm, gelu_tanh
-from loopformer.types import KV, Array, ConfigError, Ctx, part
+from loopformer.types import KV, Array, ConfigError, Context, part
 
 
 def check_layer(layer: nn.Module, width: int, where: str):
@@ -91,7 +91,7 @@ class Block(Layer):
     return self.placement.modulated
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, mod: Array | None, kv: KV | None, layer: Array | int = 0):
+  def __call__(self, x: Array, ctx: Context, mod: Array | None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D], mod None or [4, D] (g_a, g_m, s_a, s_m) -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
     (norm_a, *after_a), (norm_m, *after_m) = (
@@ -110,7 +110,7 @@ class Chain(nn.Module):
   modulated = False  # a cell makes one set of gates and scales for each of a stack's blocks, not for the layers in them
   viewed = False
 
-  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: KV | None, layer: Array | int = 0):
+  def __call__(self, x: Array, ctx: Context, mod: None, kv: KV | None, layer: Array | int = 0):
     """x [B, T, D] -> (x, kv)."""
     for i, block in enumerate(self.blocks):
       x, kv = block(x, ctx, mod, kv, layer * len(self.blocks) + i)

@@ -18,7 +18,7 @@ from loopformer.types import Array, Params
 STABLE = math.sqrt(1 / 5)  # the decay that Parcae starts from
 
 
-class Hold(nn.Module):
+class NoInjection(nn.Module):
   """x: the input is not injected."""
   injects = False
 

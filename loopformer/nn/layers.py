@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from loopformer import backend, roles
 from loopformer.nn import kernels
 from loopformer.roles import Role
-from loopformer.types import Array, ConfigError, Ctx
+from loopformer.types import Array, ConfigError, Context
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -182,7 +182,7 @@ class Dense(nn.Module):
   """
 
   @nn.compact
-  def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
+  def __call__(self, x: Array, features: int, init: Any, ctx: Context | None = None, *, bias: Any = None,
                gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
     """x [..., I] -> gain * (x W + b) [..., features].
 
@@ -263,7 +263,7 @@ class MLP(nn.Module):
   linear: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, gate: Array | None = None, ctx: Ctx | None = None) -> Array:
+  def __call__(self, x: Array, gate: Array | None = None, ctx: Context | None = None) -> Array:
     up, down = (Normal(0.0) if name in self.biased else None for name in ('up', 'down'))
     hidden = self.activation(self.linear.copy(name='up')(
         x, self.hidden, self.init or Normal(self.std), ctx, bias=up, divided=-1))
@@ -285,7 +285,7 @@ class GatedMLP(nn.Module):
   linear: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, gate: Array | None = None, ctx: Ctx | None = None) -> Array:
+  def __call__(self, x: Array, gate: Array | None = None, ctx: Context | None = None) -> Array:
     init = Halves(self.std, self.std if self.up_std is None else self.up_std)
     both = self.linear.copy(name='up')(x, 2 * self.hidden, init, ctx, divided=-1)
     hidden = self.activation(both[..., :self.hidden]) * both[..., self.hidden:]

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from loopformer import roles
 from loopformer.nn.layers import Dense, Normal, by_heads
 from loopformer.roles import Role
-from loopformer.types import Array, ConfigError, Ctx
+from loopformer.types import Array, ConfigError, Context
 
 
 class LowRank(nn.Module):
   """of(x) + (x A) B, A [I, rank] ~ N(0, std^2), B [rank, O] zero at first (LoRA; relaxed recursive transformers).
 
   loops: None, one A and B for all loops; or a number of sets, of which loop k uses number k, and those after the last use
-  the last. It stands as `linear` in attention and MLP. Give `frozen.Only` the paths `a` and `b` to train these alone.
+  the last. It stands as `linear` in attention and MLP. Give `frozen.Freeze` the paths `a` and `b` to train these alone.
   """
   rank: int
   loops: int | None = None
@@ -24,7 +24,7 @@ class LowRank(nn.Module):
   of: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, features: int, init: Any, ctx: Ctx | None = None, *, bias: Any = None,
+  def __call__(self, x: Array, features: int, init: Any, ctx: Context | None = None, *, bias: Any = None,
                gain: Array | None = None, divided: int | None = None, heads: tuple[int, int] | None = None) -> Any:
     """As Dense; the update has no gain."""
     if self.rank < 1 or self.loops is not None and self.loops < 1:

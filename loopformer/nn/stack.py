@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend, roles
-from loopformer.types import KV, Array, ConfigError, Ctx
+from loopformer.types import KV, Array, ConfigError, Context
 
 
 def unrolls(layers: int) -> bool:
@@ -35,7 +35,7 @@ class Stack(nn.Module):
   norm: nn.Module | None = None
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Context, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
     """x [B, T, D] -> (x, kv). mods: what each application is given, a tree of arrays [applications, ...] or None."""
 
     def layer(block, carry, row):

@@ -1,4 +1,4 @@
-"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Roll.weights`).
+"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Rollout.weights`).
 """
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
 @part
-class Match:
+class ShortcutConsistency:
   """mean((stop_gradient(z_target) - z_roll)^2) over positions and width, after the final norm (LoopFormer section 3).
 
   The rollout `target` gets no gradient from this term.

@@ -11,7 +11,7 @@ from loopformer.types import Array, Batch, Params, Readout, Trace, part
 
 
 @part
-class Squared:
+class MSE:
   """Mean squared error at the end of the rollout `roll`."""
   roll: str
   reads, weight = CE.reads, CE.weight

@@ -1,7 +1,7 @@
 """Controllers: what a run decides from what it sees. Their memory is part of every checkpoint.
 
 A controller is a frozen part. `start` gives its memory (numbers and lists, saved as JSON), `watch` a new memory after a
-step's values or an evaluation, `stage` the number that plans may read (`Draw.stage`). All processes see the same values
+step's values or an evaluation, `stage` the number that plans may read (`PlanContext.stage`). All processes see the same values
 and so decide the same.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ Memory = dict[str, Any]
 
 
 @part
-class Steady:
+class NoControl:
   """Nothing is decided."""
 
   def start(self) -> Memory:
@@ -31,7 +31,7 @@ class Steady:
     """Raises ConfigError where a plan waits for stages."""
     for name, plan in plans.items():
       if getattr(plan, 'stages', None):
-        raise ConfigError(f'objective.rolls.{name}.plan has stages, but control = Steady never leaves the first; '
+        raise ConfigError(f'objective.rolls.{name}.plan has stages, but control = NoControl never leaves the first; '
                           'use a controller with the same stages, such as Plateau')
 
 

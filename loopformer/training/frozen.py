@@ -11,7 +11,7 @@ from loopformer.types import ConfigError, part
 
 
 @part
-class Only:
+class Freeze:
   """`of` acts on the parameters at `paths` and below, such as 'cell/gate'; the others keep their values exactly.
 
   No gradient, weight decay or state of the optimiser touches the others, and what `of` clips by is the norm of its own
@@ -30,7 +30,7 @@ class Only:
 
 
 @part
-class Grouped:
+class ParamGroups:
   """`named` acts on the parameters at `paths` and below, `of` on the others, with learning rates of their own.
 
   Each clips by the norm of its own gradients. MELT's gates learn so.

@@ -13,7 +13,7 @@ import optax
 from loopformer import sharding
 from loopformer.model import init_params, parameter_roles
 from loopformer.roles import Roles
-from loopformer.types import Array, Draw, Params
+from loopformer.types import Array, PlanContext, Params
 
 
 @struct.dataclass
@@ -94,14 +94,14 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   def step(state, batch, stage=0, frozen={}):
     stop = {name: batch[name].max() for name in ('stop',) if name in batch}
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
-    draw = Draw(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
-                batch={name: leaf for name, leaf in rows.items() if name not in stop})
+    draw = PlanContext(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
+                       batch={name: leaf for name, leaf in rows.items() if name not in stop})
     specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, teachers)
     by_rows, frozen_by_rows = (
         jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
     mapped = jax.shard_map(
         functools.partial(gradient, specs, frozen_specs), mesh=mesh,
-        in_specs=(by_rows, frozen_by_rows, Draw(P(), P(), P(), P(sharding.BATCH))),
+        in_specs=(by_rows, frozen_by_rows, PlanContext(P(), P(), P(), P(sharding.BATCH))),
         out_specs=(P(), by_rows), axis_names=set(sharding.BATCH), check_vma=False)
     values, grads = mapped(state.params, frozen, draw)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)

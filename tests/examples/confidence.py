@@ -11,9 +11,9 @@ from loopformer import loop, plans
 from loopformer.cells.cell import Around
 from loopformer.model import Looped
 from loopformer.nn.layers import Linear, Normal
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.terms.cross_entropy import CE, token_nll
-from loopformer.types import Batch, Draw, part
+from loopformer.types import Batch, PlanContext, part
 
 
 class Confident(Around):
@@ -30,7 +30,7 @@ class RandomLoops:
   """Says of each sequence which loop is supervised: batch['loop'] i32[B]."""
   loops: int
 
-  def __call__(self, draw: Draw) -> Batch:
+  def __call__(self, draw: PlanContext) -> Batch:
     return {**draw.batch, 'loop': jax.vmap(lambda key: jax.random.randint(key, (), 0, self.loops))(draw.keys())}
 
 
@@ -54,6 +54,6 @@ class Calibrated:
 def sure(model: Looped) -> tuple[Looped, Objective]:
   """The model with a head at the end of every loop, and what it learns from."""
   terms = {'lm': Weighted(1.0, CE(roll='all')), 'sure': Weighted(1.0, Calibrated(roll='all'))}
-  rolls = {'all': Roll(plans.Uniform(model.loops), keep=loop.Every())}
+  rolls = {'all': Rollout(plans.Uniform(model.loops), keep=loop.Every())}
   return (model.clone(cell=Confident(model.cell)),
           Objective(rolls=rolls, terms=terms, prepare=RandomLoops(loops=model.loops)))

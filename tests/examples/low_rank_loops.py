@@ -13,7 +13,7 @@ from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import MLP
 from loopformer.nn.low_rank import LowRank
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
@@ -31,7 +31,7 @@ def get_config(argument: str = '') -> Experiment:
                  cell=Plain(Stack(block, 1)), loops=given['loops'])
   return Experiment(
       name='low rank', model=model, task=task, evals=Depths(budgets=(1, given['loops'])),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(given['loops']))},
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(given['loops']))},
                           terms={'lm': Weighted(1.0, CE(roll='all'))}),
       train=Train(steps=40, batch=16, eval_every=40, save_every=40, eval_batches=1),
       optim=AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=4)))

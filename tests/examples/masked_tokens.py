@@ -16,13 +16,13 @@ from loopformer.nn.blocks import Block
 from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import MLP
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Roll, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
-from loopformer.types import Batch, Draw, part
+from loopformer.types import Batch, PlanContext, part
 
 
 @part
@@ -30,7 +30,7 @@ class Masked:
   """Every token is hidden with a chance of its sequence's own, uniform in (0, 1), and asked for."""
   mask: int
 
-  def __call__(self, draw: Draw) -> Batch:
+  def __call__(self, draw: PlanContext) -> Batch:
     tokens = draw.batch['tokens']
 
     def hide(key):
@@ -52,7 +52,7 @@ def get_config(argument: str = '') -> Experiment:
                  cell=Plain(Stack(block, 1)), loops=given['loops'])
   return Experiment(
       name='masked', model=model, task=task, evals=Depths(budgets=(given['loops'],)),
-      objective=Objective(rolls={'all': Roll(plans.Uniform(given['loops']))}, prepare=Masked(mask=symbols),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(given['loops']))}, prepare=Masked(mask=symbols),
                           terms={'masked': Weighted(1.0, CE(roll='all'))}),
       train=Train(steps=40, batch=16, eval_every=40, save_every=40, eval_batches=1),
       optim=AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=4)))

@@ -13,7 +13,7 @@ import numpy as np
 from loopformer import roles
 from loopformer.nn.layers import Normal
 from loopformer.roles import Role
-from loopformer.types import Array, ConfigError, Ctx
+from loopformer.types import Array, ConfigError, Context
 
 EXACT = jax.lax.Precision.HIGHEST  # errors of 1e-4 are measured
 
@@ -43,7 +43,7 @@ class LinearAttention(nn.Module):
   modulated, viewed = False, False
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, mod: None, kv: None, layer: Array | int = 0) -> tuple[Array, None]:
+  def __call__(self, x: Array, ctx: Context, mod: None, kv: None, layer: Array | int = 0) -> tuple[Array, None]:
     """x [B, n + 1, D] -> (x, None)."""
     if kv is not None:
       raise ConfigError('LinearAttention is not causal and has no cache: give it whole prompts, without kv')

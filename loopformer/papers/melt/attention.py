@@ -13,7 +13,7 @@ from loopformer.nn import kernels
 from loopformer.nn.attention import attended, attention_flops, check_attention, heads_of
 from loopformer.nn.layers import Dense, Normal, dense, unfused
 from loopformer.roles import Role
-from loopformer.types import KV, Array, ConfigError, Ctx
+from loopformer.types import KV, Array, ConfigError, Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ class LatentAttention(nn.Module):
   latent: nn.Module = Elementwise()
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, kv: Flight, layer: Array | int,
+  def __call__(self, x: Array, ctx: Context, kv: Flight, layer: Array | int,
                gate: Array | None = None) -> tuple[Array, Flight]:
     batch, length, width = x.shape
     check_attention(self, width, '')

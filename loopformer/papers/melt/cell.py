@@ -27,7 +27,7 @@ from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import Flight, Past, blended
 from loopformer.papers.melt.plans import BLEND
-from loopformer.types import KV, Array, ConfigError, Ctx, Plan, Tick, part
+from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, part
 
 LAST = memories.Ring(size=1)
 
@@ -79,7 +79,7 @@ class Gated(Cell):
     """f32[K]: the share of the shared rows against those of every loop's own; None for all of it."""
     return plan.rows.get(BLEND)
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: KV | None, keep: Any, remat: Any, code: Any = None):
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: KV | None, keep: Any, remat: Any, code: Any = None):
     """As `loop.run`. Raises ConfigError for another memory than `Latest`, free steps, and a blend with a cache."""
     chunk = getattr(ctx.memory, 'chunk', None)
     if chunk is None:
@@ -91,7 +91,7 @@ class Gated(Cell):
     code = self.timetable(plan) if code is None else code
     if code is not None and kv is not None:
       raise ConfigError('plan: rows of loops and shared rows are blended in training alone; decode without')
-    rows = Tick(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code)
+    rows = Step(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code)
     steps = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
     length = x.shape[1]
     size = min(chunk, length)
@@ -156,7 +156,7 @@ class Gated(Cell):
       new = jax.tree.map(lambda new, base: blended(rows.code, new, base), new, aux['base'])
     return (x, xs, aux['attention']), new
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: Flight) -> tuple[Array, Flight, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: Flight) -> tuple[Array, Flight, dict]:
     if not isinstance(kv, Flight):
       raise ConfigError('model.cell = Gated: its loops need the latents of those before, and are run as whole plans; '
                         'single steps and exits by token are not defined')

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from loopformer.types import ConfigError, Draw, Plan, Planner, part
+from loopformer.types import ConfigError, PlanContext, Plan, Planner, part
 
 BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
 
@@ -30,7 +30,7 @@ class Transition:
   def expected(self) -> float:
     return self.of.expected
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     return _blending(self.of(draw), jnp.minimum(draw.step / (self.steps - 1), 1.0))
 
 
@@ -47,7 +47,7 @@ class Apart:
   def expected(self) -> float:
     return self.of.expected
 
-  def __call__(self, draw: Draw) -> Plan:
+  def __call__(self, draw: PlanContext) -> Plan:
     return _blending(self.of(draw), 0.0)
 
 

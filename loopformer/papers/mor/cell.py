@@ -22,7 +22,7 @@ from loopformer.cells.cell import Cell
 from loopformer.memories import map_caches, slots_of
 from loopformer.nn.layers import Linear, Normal, gelu
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, ConfigError, Ctx, Plan, Tick, part
+from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, part
 
 EXACT = jax.lax.Precision.HIGHEST  # scores are compared with each other and with a threshold
 
@@ -113,7 +113,7 @@ class TopK:
   """The k highest scores of a sequence, the earlier of equals; it looks at later tokens, and is for training alone."""
   ranks, causal, asks = True, False, False
 
-  def order(self, score: Array, ctx: Ctx, r: int) -> Array:
+  def order(self, score: Array, ctx: Context, r: int) -> Array:
     """f32[B, k] -> what is ranked, the same shape."""
     return score
 
@@ -128,7 +128,7 @@ class Threshold:
     if not 0 < self.at < 1:
       raise ConfigError(f'router.answer.at = {self.at}: a probability above 0 and below 1')
 
-  def takes(self, score: Array, other: Array | None, ctx: Ctx, r: int, share: float) -> Array:
+  def takes(self, score: Array, other: Array | None, ctx: Context, r: int, share: float) -> Array:
     """bool[B, T]; share: the part of its candidates that the recursion is to take."""
     return jax.nn.sigmoid(score) > self.at
 
@@ -139,7 +139,7 @@ class Auxiliary:
   at: float = 0.5
   ranks, causal, asks, __post_init__ = False, True, True, Threshold.__post_init__
 
-  def takes(self, score: Array, other: Array | None, ctx: Ctx, r: int, share: float) -> Array:
+  def takes(self, score: Array, other: Array | None, ctx: Context, r: int, share: float) -> Array:
     """As Threshold.takes."""
     return jax.nn.sigmoid(other) > self.at
 
@@ -150,11 +150,11 @@ class Chance:
   seed: int = 0
   ranks, causal, asks = True, True, False
 
-  def order(self, score: Array, ctx: Ctx, r: int) -> Array:
+  def order(self, score: Array, ctx: Context, r: int) -> Array:
     """As TopK.order."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, r), score.shape[1:]))(ctx.noise)
 
-  def takes(self, score: Array, other: Array | None, ctx: Ctx, r: int, share: float) -> Array:
+  def takes(self, score: Array, other: Array | None, ctx: Context, r: int, share: float) -> Array:
     """As Threshold.takes."""
     key = jax.random.fold_in(jax.random.key(self.seed), r)
     draw = jax.vmap(jax.vmap(lambda pos: jax.random.uniform(jax.random.fold_in(key, pos))))
@@ -219,14 +219,14 @@ class ExpertChoice(nn.Module):
       raise ConfigError(f'model.cell.router.answer = {self.answer}: there is no auxiliary router to ask; give it by '
                         'auxiliary=LinearScore(), and RouterBCE(of=\'auxiliary\') to learn from')
 
-  def begin(self, x: Array, plan: Plan, ctx: Ctx) -> Pick:
+  def begin(self, x: Array, plan: Plan, ctx: Context) -> Pick:
     """Before the first recursion all tokens are candidates, but for padding."""
     if self.is_initializing():
       for router in (*self.scores, *self.others):
         router(x, 1)
     return Pick(index=None, taken=ctx.pos >= 0)
 
-  def choose(self, x: Array, among: Pick, r: int, ctx: Ctx, room: Any) -> tuple[Pick, Pick, dict]:
+  def choose(self, x: Array, among: Pick, r: int, ctx: Context, room: Any) -> tuple[Pick, Pick, dict]:
     """Recursion r, from 0: (its tokens, the candidates of the next, auxiliaries [B, T]).
 
     room: bool[B, T] -> bool[B, T], those who find a place in the cache.
@@ -326,7 +326,7 @@ class TokenChoice(nn.Module):
     if self.recursions < 1:
       raise ConfigError(f'model.cell.router.recursions = {self.recursions}: must be 1 or more')
 
-  def begin(self, x: Array, plan: Plan, ctx: Ctx) -> Fate:
+  def begin(self, x: Array, plan: Plan, ctx: Context) -> Fate:
     """Decides for all recursions."""
     score = self.scores(x, self.recursions)
     share = self.gate(score)
@@ -335,7 +335,7 @@ class TokenChoice(nn.Module):
     depth = jnp.minimum(compared.argmax(-1).astype(jnp.int32), steps.reshape(-1, 1) - 1)
     return Fate(depth=jnp.where(ctx.pos >= 0, depth, -1), score=score, share=share, first=x)
 
-  def choose(self, x: Array, fate: Fate, r: int, ctx: Ctx, room: Any) -> tuple[Pick, Fate, dict]:
+  def choose(self, x: Array, fate: Fate, r: int, ctx: Context, room: Any) -> tuple[Pick, Fate, dict]:
     """As ExpertChoice.choose."""
     taken = room(fate.depth >= r)
     fate = fate.replace(depth=jnp.where(taken, fate.depth, jnp.minimum(fate.depth, r - 1)))
@@ -360,7 +360,7 @@ class Segmented(KV):
   """A cache of whole sequences in which several documents lie: seg i32[B, S], that of each position."""
   seg: Array = None
 
-  def visible(self, pos: Array, ctx: Ctx) -> Array:
+  def visible(self, pos: Array, ctx: Context) -> Array:
     """As of KV, within a document."""
     return super().visible(pos, ctx) & (self.seg[:, None] == ctx.seg[..., None])
 
@@ -389,12 +389,12 @@ class Routed(Cell):
       total += runs * (c * self.core.flops(width, c * length) + self.router.flops(width, r))
     return total
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: Any) -> tuple[Array, Any, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: Any) -> tuple[Array, Any, dict]:
     """Raises ConfigError: a recursion's candidates are those of the one before, which a step alone does not know."""
     raise ConfigError('model.cell = Routed: its router decides how many recursions each token takes, and its steps do '
                       'not run one by one; leave the exit out, or use a cell without a router')
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: Any, keep: Any, remat: Any, code: Any = None):
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, code: Any = None):
     """As loop.run. Row k of the plan is recursion k; one that does not run passes all tokens through."""
     self.router.check()
     cached, most = kv is not None, len(self.router.capacities)
@@ -417,7 +417,7 @@ class Routed(Cell):
     route, kept, auxes = begun, [], []
     for r in range(plan.steps):
       live = None if plan.live is None or self.is_initializing() else plan.live[r]
-      own = ctx.replace(tick=Tick(t=plan.t[r], dt=plan.dt[r], live=live, k=np.int32(r)))
+      own = ctx.replace(tick=Step(t=plan.t[r], dt=plan.dt[r], live=live, k=np.int32(r)))
 
       def room(taken, own=own, kv=kv):
         return taken if kv is None else own.memory.room(kv, own, taken)

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from loopformer import memories
-from loopformer.types import KV, Array, ConfigError, Ctx, part
+from loopformer.types import KV, Array, ConfigError, Context, part
 
 
 @part
@@ -42,13 +42,13 @@ class Compact:
     return tuple(memories.empty(1, layers, batch, math.ceil(share * length - 1e-6), groups, head, dtype)
                  for share in self.share[:loops])
 
-  def room(self, kv: tuple[KV, ...], ctx: Ctx, taken: Array) -> Array:
+  def room(self, kv: tuple[KV, ...], ctx: Context, taken: Array) -> Array:
     """Which of the tokens find a place, the first ones first."""
     own = kv[_step(ctx)]
     used = (own.pos[0] >= 0).sum(-1, keepdims=True)
     return taken & (used + jnp.cumsum(taken, -1) <= own.length)
 
-  def exchange(self, kv: tuple[KV, ...], ctx: Ctx, layer: Array, k: Array, v: Array):
+  def exchange(self, kv: tuple[KV, ...], ctx: Context, layer: Array, k: Array, v: Array):
     """As memory.PerLoop.exchange, which serves outside the loop; tokens without room have a position of -1 by now."""
     if ctx.tick is None:
       return memories.PerLoop().exchange(kv, ctx, layer, k, v)

@@ -18,7 +18,7 @@ import optax
 from loopformer.model import make_readout, run_batch
 from loopformer.papers.mor.terms import loads
 from loopformer.roles import Roles
-from loopformer.training.frozen import Only
+from loopformer.training.frozen import Freeze
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
 
 
@@ -100,4 +100,4 @@ class LossFree:
     """As optim.AdamW.make."""
     signs = optax.stateless(lambda updates, _: jax.tree.map(lambda g: -self.rate * jnp.sign(g), updates))
     return optax.partition({'keep': self.of.make(steps, roles), 'learn': signs},
-                           Only(of=None, paths=(self.path,)).routes)
+                           Freeze(of=None, paths=(self.path,)).routes)

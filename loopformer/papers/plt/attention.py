@@ -17,7 +17,7 @@ from loopformer.nn.attention import attention_flops, check_attention, heads_of, 
 from loopformer.nn.blocks import Layer
 from loopformer.nn.layers import MLP, Dense, GatedMLP, Linear, Normal, RMSNorm
 from loopformer.nn.positions import Rotary
-from loopformer.types import Array, Ctx
+from loopformer.types import Array, Context
 
 
 class QueryGate(nn.Module):
@@ -73,7 +73,7 @@ class GatedAttention(nn.Module):
   linear: Any = Dense()
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Ctx, view: Any, layer: Array | int,
+  def __call__(self, x: Array, ctx: Context, view: Any, layer: Array | int,
                gate: Callable[[Array], Array]) -> tuple[Array, Any]:
     """x [B, T, D], gate: queries [B, T, H, d] -> f32[B, T, H] -> ([B, T, D], what the view leaves)."""
     batch, length, width = x.shape
@@ -108,7 +108,7 @@ class GatedBlock(Layer):
   def setup(self):
     self.norm_attn, self.norm_mlp = self.norm.clone(parent=None), self.norm.clone(parent=None)
 
-  def __call__(self, x: Array, ctx: Ctx, mod: None, view: Any, layer: Array | int = 0) -> tuple[Array, Any]:
+  def __call__(self, x: Array, ctx: Context, mod: None, view: Any, layer: Array | int = 0) -> tuple[Array, Any]:
     """x [B, T, D] -> (x, what the view leaves)."""
     branch, left = self.attn(self.norm_attn(x).astype(self.dtype), ctx, view, layer, lambda q: self.gate(q, x))
     x = x + branch.astype(x.dtype)

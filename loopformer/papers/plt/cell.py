@@ -20,7 +20,7 @@ from loopformer.cells.cell import Cell
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.papers.plt import streams
-from loopformer.types import Array, ConfigError, Ctx, Params, Plan, Tick
+from loopformer.types import Array, ConfigError, Context, Params, Plan, Step
 
 
 class Mix(nn.Module):
@@ -94,7 +94,7 @@ class Shifted(Cell):
     """Numbers worth logging, from the cell's parameters."""
     return self.mix.diagnose(params.get('mix', {}))
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Ctx, kv: streams.Cache | None, keep: Any, remat: Any,
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: streams.Cache | None, keep: Any, remat: Any,
           code: Any = None):
     """The steps of a plan; see `loop.run`. Without a cache loop by loop; with one too for several tokens, all loops at
     once for one.
@@ -115,7 +115,7 @@ class Shifted(Cell):
     x, kv = (self._together if x.shape[1] == 1 else self._chunk)(x, e, plan.steps, depth_B, ctx, kv)
     return x, kv, None, {}, depth.max()
 
-  def __call__(self, x: Array, e: Array, ctx: Ctx, kv: None) -> tuple[Array, None, dict]:
+  def __call__(self, x: Array, e: Array, ctx: Context, kv: None) -> tuple[Array, None, dict]:
     """One step alone, number ctx.tick.k; the first loop's keys and values are computed anew, so it costs two.
 
     Raises:
@@ -205,7 +205,7 @@ class Shifted(Cell):
 
     def of_loop(k):
       runs = k < depth_B
-      tick = Tick(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=k)
+      tick = Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=k)
       return runs, ctx.replace(tick=tick, pos=jnp.where(runs[:, None], ctx.pos, -1))
 
     def finish(cell, h, x, runs, own, cache, k):
@@ -231,7 +231,7 @@ class Shifted(Cell):
     return carry[:2]
 
 
-def _layers(core: Stack, x: Array, ctx: Ctx, view: Any) -> tuple[Array, Any]:
+def _layers(core: Stack, x: Array, ctx: Context, view: Any) -> tuple[Array, Any]:
   """The layers without a cache: each takes its row of the view's arrays [N, ...], and leaves a row: (x, [N, ...]).
 
   Scanned over, not carried: the gradient of what all loops read would else be formed whole in every layer.
@@ -247,7 +247,7 @@ def _layers(core: Stack, x: Array, ctx: Ctx, view: Any) -> tuple[Array, Any]:
   return (x if core.norm is None else core.norm(x)), left
 
 
-def _follows(ctx: Ctx) -> Array:
+def _follows(ctx: Context) -> Array:
   """bool[B, T], whether a token's document has the token before it; no for the first."""
   follows = ctx.pos[:, 1:] == ctx.pos[:, :-1] + 1
   if ctx.seg is not None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from loopformer import layouts, memories
 from loopformer.nn.kernels import attend, check_causal, read
-from loopformer.types import KV, Array, ConfigError, Ctx, part
+from loopformer.types import KV, Array, ConfigError, Context, part
 
 SMALLEST = 32  # queries of a block of local attention: smaller ones are slower than what they save
 
@@ -78,7 +78,7 @@ class Streams:
                  rings=memories.empty(loops - 1, layers, batch, places, groups, head, dtype),
                  carried=carried.replace(v=carried.v[..., :0]))
 
-  def exchange(self, kv: KV, ctx: Ctx, layer: Array, k: Array, v: Array) -> memories.Exchanged:
+  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
     """Of prelude, coda and the first loop: a place for every position."""
     return memories.First().exchange(kv, ctx, layer, k, v)
 
