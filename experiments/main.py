@@ -236,20 +236,20 @@ def run_generate(workdir: Path):
   budget, draft = (given and loops_or_sizes(given, flag)
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
-  leave = None if FLAGS.exit is None else only_exit(model)
+  exit_policy = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory)
   warn_beyond(model, steps)
   room = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts) + FLAGS.max_new_tokens
-  engine = Engine(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=leave, draft=draft,
+  engine = Engine(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
                   length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
   for number, prompt in enumerate(prompts):
     engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, engine.run()):
     say(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
-  if leave is not None:
-    tally = engine.tally
-    say(f'--- mean loops a token: {tally["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {tally["passes"]} '
+  if exit_policy is not None:
+    stats = engine.stats
+    say(f'--- mean loops a token: {stats["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {stats["passes"]} '
         'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
 
 
@@ -326,15 +326,15 @@ def given_memory():
 
 def rules(text: str, model) -> dict[str, Run]:
   """A run of the model's loops for every exit that --exits names."""
-  return {name: Run(plan=plans.Uniform(model.loops), exit=leave)
-          for name, leave in served(text, model, '--exits').items()}
+  return {name: Run(plan=plans.Uniform(model.loops), exit=exit_policy)
+          for name, exit_policy in served(text, model, '--exits').items()}
 
 
 def served(text: str, model, flag: str) -> dict[str, exits.Adaptive]:
   """As `leaves`. Raises ConfigError where the model cannot be run with one of them."""
   found = leaves(text, flag)
-  for name, leave in found.items():
-    exits.check(model, leave, f'{flag}={name}')
+  for name, exit_policy in found.items():
+    exits.check(model, exit_policy, f'{flag}={name}')
   return found
 
 

@@ -15,12 +15,12 @@ from typing import Any, ContextManager
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 _CHOSEN = jax.make_user_context(None)
 
 
-@part
+@config_dataclass
 class Backend:
   """What programs of one kind of device look like.
 

@@ -34,7 +34,7 @@ from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
 from loopformer.training.control import NoControl
 from loopformer.training.train import Train, best_of
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
@@ -44,7 +44,7 @@ FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
 
-@part
+@config_dataclass
 class Experiment:
   """All there is to know of a run."""
   name: str

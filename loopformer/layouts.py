@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from loopformer import backend
-from loopformer.types import Array, part
+from loopformer.types import Array, config_dataclass
 
 
-@part
+@config_dataclass
 class HeadsFirst:
   """[slots, N, B, G, S, d]: what a row's query reads of a head lies in one piece, so that products copy nothing."""
   heads = 3
@@ -36,7 +36,7 @@ class HeadsFirst:
     return cache.shape[self.heads]
 
 
-@part
+@config_dataclass
 class Merged:
   """[slots, N, B, S, G d]: a token's entries lie in one piece, which a TPU writes in place, where it copies the whole
   cache to and fro for the other; and its registers' 128 lanes are full, whatever the width of a head."""

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from loopformer import memories, sharding
 from loopformer.nn import kernels
-from loopformer.types import Array, ConfigError, Context, Plan, Step, part
+from loopformer.types import Array, ConfigError, Context, Plan, Step, config_dataclass
 
 
-@part
+@config_dataclass
 class Last:
   """Keep the last state alone."""
 
@@ -22,7 +22,7 @@ class Last:
     return None
 
 
-@part
+@config_dataclass
 class Every:
   """Keep the state after every step."""
 
@@ -30,7 +30,7 @@ class Every:
     return x
 
 
-@part
+@config_dataclass
 class Norms:
   """Keep the mean length of the states of a sequence's tokens, f32[B], after every step."""
 
@@ -86,7 +86,7 @@ def _recomputed_backward(function, saved, gradient):
 _recomputed.defvjp(lambda function, *given: (function(*given), given), _recomputed_backward)
 
 
-@part
+@config_dataclass
 class KeepAll:
   """Save every activation of every step for the backward pass: the least arithmetic, memory of L * N layers."""
 
@@ -100,7 +100,7 @@ class KeepAll:
     return layer
 
 
-@part
+@config_dataclass
 class PerStep:
   """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop. Prelude and coda save
   every activation."""
@@ -130,7 +130,7 @@ class PerStep:
     return layer
 
 
-@part
+@config_dataclass
 class PerLayer:
   """Save every layer's input and what its attention gave: memory grows by 2 N [B, T, D] a loop.
 
@@ -147,7 +147,7 @@ class PerLayer:
     return _named(nn.remat(layer, prevent_cse=False, policy=kernels.saving(kernels.SAVED)))
 
 
-@part
+@config_dataclass
 class Products:
   """Save every layer's input and what attention and projections gave, and recompute norms and activations alone."""
 
@@ -161,7 +161,7 @@ class Products:
     return _named(nn.remat(layer, prevent_cse=False, policy=kernels.saving(kernels.SAVED, kernels.PRODUCT)))
 
 
-@part
+@config_dataclass
 class Offload:
   """As PerLayer, with what attention gave kept in the host's memory until the backward pass wants it; cuDNN's, whose
   results cannot be named, is run again."""
@@ -182,32 +182,32 @@ class Offload:
 
 
 def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any,
-        code: Any = None):
+        precomputed: Any = None):
   """Applies `cell` once for every row of `plan`; a bound module, inside its parent's method.
 
-  `code` is the plan's `cell.timetable` where the caller has it already. With a cache, sequences may have plans of their
-  own, t and dt f32[K, B]; live = bool[K, B] must then be True in the first rows of each.
+  `precomputed` is the plan's `cell.precompute` where the caller has it already. With a cache, sequences may have plans of their
+  own, t and dt f32[K, B]; active = bool[K, B] must then be True in the first rows of each.
   Returns (x, kv, kept states [K, ...] or None, auxiliaries [K, ...], steps that ran i32[]).
   """
   first, k = jnp.int32(0), jnp.arange(plan.steps)
-  if code is None:
-    code = cell.timetable(plan)
-  if plan.free is not None and not cell.is_initializing():
-    if code is not None:
-      raise ConfigError('plan.free: free steps have no row in the plan, so a cell that depends on the schedule cannot '
-                        'run them; use a plan without free steps')
-    if kv is not None and plan.free.ndim:
-      raise ConfigError('plan.free: of each sequence, but a cache has one slot a step for all of them; use one number for '
-                        'all, i32[], or a plan whose rows say by `live` which steps each sequence takes')
-    first, k = plan.free.max(), plan.free + (k[:, None] if plan.free.ndim else k)
-    tick = Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=first, code=None)
-    x, kv = _without_gradient(cell, x, e, lambda k: tick.replace(k=k, live=k < plan.free), first, ctx, kv)
-  rows = Step(t=plan.t, dt=plan.dt, live=plan.live, k=k, code=code)
-  ran = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
-  total = (ran + (0 if plan.free is None else plan.free)).max()
+  if precomputed is None:
+    precomputed = cell.precompute(plan)
+  if plan.no_grad_steps is not None and not cell.is_initializing():
+    if precomputed is not None:
+      raise ConfigError('plan.no_grad_steps: these have no row in the plan, so a cell that depends on the schedule cannot '
+                        'run them; use a plan without them')
+    if kv is not None and plan.no_grad_steps.ndim:
+      raise ConfigError('plan.no_grad_steps: of each sequence, but a cache has one slot a step for all of them; use one number for '
+                        'all, i32[], or a plan whose rows say by `active` which steps each sequence takes')
+    first, k = plan.no_grad_steps.max(), plan.no_grad_steps + (k[:, None] if plan.no_grad_steps.ndim else k)
+    row = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=first, precomputed=None)
+    x, kv = _without_gradient(cell, x, e, lambda k: row.replace(k=k, active=k < plan.no_grad_steps), first, ctx, kv)
+  rows = Step(t=plan.t, dt=plan.dt, active=plan.active, k=k, precomputed=precomputed)
+  ran = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
+  total = (ran + (0 if plan.no_grad_steps is None else plan.no_grad_steps)).max()
   if kv is not None and not cell.is_initializing():
     slots = memories.slots_of(kv)
-    if ctx.memory.slots(plan.steps) > slots:  # free steps, whose number is not known here, come on top
+    if ctx.memory.slots(plan.steps) > slots:  # steps without gradient, whose number is not known here, come on top
       raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {slots}; make it with '
                         'cache(..., loops=...) of all steps')
     x, kv = walk(cell, x, e, rows, ctx, kv, keep)
@@ -222,30 +222,30 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
   if cell.is_initializing():  # one step makes all parameters, and a scan would trace it twice more
     (x, kv), (xs, aux) = step(cell, (x, kv), jax.tree.map(lambda leaf: leaf[0], rows))
     return x, kv, jax.tree.map(lambda leaf: leaf[None], xs), jax.tree.map(lambda leaf: leaf[None], aux)
-  over = nn.scan(remat.step(lambda cell, carry, tick: step(cell, carry, tick)),
+  over = nn.scan(remat.step(lambda cell, carry, row: step(cell, carry, row)),
                  variable_broadcast='params', split_rngs={'params': False}, length=rows.dt.shape[0])
   (x, kv), (xs, aux) = over(cell, (x, kv), rows)
   return x, kv, xs, aux
 
 
 def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any):
-  """The rows that live, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into and out
+  """The rows that are active, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into and out
   of every branch that can skip."""
   if keep != Last():
     raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
-  count = jnp.int32(rows.dt.shape[0]) if rows.live is None else rows.live.sum(0).max()
-  return _walk(cell, x, e, _live_first(rows), sharding.agreed(count), ctx, kv)
+  count = jnp.int32(rows.dt.shape[0]) if rows.active is None else rows.active.sum(0).max()
+  return _walk(cell, x, e, _active_first(rows), sharding.agreed(count), ctx, kv)
 
 
-def _step(cell, carry, tick, *, e, ctx, keep):
+def _step(cell, carry, row, *, e, ctx, keep):
   x, kv = carry
-  ctx = ctx.replace(tick=tick)
+  ctx = ctx.replace(step=row)
 
   def apply(cell, x, kv):
     new, kv, aux = cell(x, e, ctx, kv)
-    return new if tick.live is None or tick.live.ndim == 0 else _of_live(tick.live, new, x), kv, aux
+    return new if row.active is None or row.active.ndim == 0 else _of_active(row.active, new, x), kv, aux
 
-  if tick.live is None or cell.is_initializing():
+  if row.active is None or cell.is_initializing():
     x, kv, aux = apply(cell, x, kv)
   else:
     module, variables = cell.unbind()
@@ -254,76 +254,76 @@ def _step(cell, carry, tick, *, e, ctx, keep):
     def skip(cell, x, kv):
       return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    x, kv, aux = nn.cond(tick.live.any(), apply, skip, cell, x, kv)
+    x, kv, aux = nn.cond(row.active.any(), apply, skip, cell, x, kv)
   return (x, kv), (keep(cell.output(x)), aux)
 
 
-def _of_live(live, new, old):
-  """The new state of the sequences that live, the old one of the others."""
-  return jax.tree.map(lambda n, o: jnp.where(live.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
+def _of_active(active, new, old):
+  """The new state of the sequences that are active, the old one of the others."""
+  return jax.tree.map(lambda n, o: jnp.where(active.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
 
 
-def _live_first(rows):
-  """k -> row k of those that live, all of which come before the others where every sequence has rows of its own."""
-  if rows.live is not None and rows.live.ndim == 1:
-    order = jnp.argsort(~rows.live, stable=True)
-    rows = jax.tree.map(lambda leaf: leaf[order], rows).replace(live=None)
+def _active_first(rows):
+  """k -> row k of those that are active, all of which come before the others where every sequence has rows of its own."""
+  if rows.active is not None and rows.active.ndim == 1:
+    order = jnp.argsort(~rows.active, stable=True)
+    rows = jax.tree.map(lambda leaf: leaf[order], rows).replace(active=None)
   return lambda k: jax.tree.map(lambda leaf: leaf[k], rows)
 
 
-def _walk(cell, x, e, tick_of, count, ctx, kv):
+def _walk(cell, x, e, row_of, count, ctx, kv):
   """The first `count` steps, as many as the number says at run time; no reverse mode."""
 
   def body(cell, carry):
     x, kv, k = carry
-    tick = tick_of(k)
-    own, each = ctx.replace(tick=tick), tick.live is not None and tick.live.ndim > 0
+    row = row_of(k)
+    own, each = ctx.replace(step=row), row.active is not None and row.active.ndim > 0
     if each and kv is not None:  # a sequence that has no such step writes nothing
-      own = own.replace(pos=jnp.where(tick.live[:, None], ctx.pos, -1))
+      own = own.replace(pos=jnp.where(row.active[:, None], ctx.pos, -1))
     new, kv, _ = cell(x, e, own, kv)
-    return _of_live(tick.live, new, x) if each else new, kv, k + 1
+    return _of_active(row.active, new, x) if each else new, kv, k + 1
 
   x, kv, _ = nn.while_loop(lambda cell, carry: carry[2] < count, body, cell, (x, kv, jnp.int32(0)),
                            carry_variables=(), broadcast_variables='params')
   return x, kv
 
 
-def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, leave: Any, dial: Array | None,
-          code: Any, see: Callable[..., Any]):
-  """Applies `model.cell` until `leave` (exits.Adaptive) lets every token go, or the plan ends; a bound module, no
+def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, exit_policy: Any, threshold: Array | None,
+          precomputed: Any, observe: Callable[..., Any]):
+  """Applies `model.cell` until `exit_policy` (exits.Adaptive) lets every token go, or the plan ends; a bound module, no
   reverse mode.
 
   A token that was let go keeps its state, and the others go on reading the keys that this state gives, or with a cache
-  what `leave.fill` leaves there. What becomes of a token does not depend on how long others stay.
+  what `exit_policy.fill` leaves there. What becomes of a token does not depend on how long others stay.
 
   kv: the caches by name, {} without. see: (k, last, old, new, aux, the coda's cache) -> what the rule sees, and a
   function that gives the coda's cache thereafter.
   Returns (states to be read out, kv, steps that each token took i32[B, T], steps that ran i32[]).
   """
-  cached, through = 'loop' in kv, 'loop' in kv and leave.fill.runs
-  if plan.free is not None or (plan.live is not None and plan.live.ndim > 1 and not cached):
-    raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without free steps, '
+  cached, through = 'loop' in kv, 'loop' in kv and exit_policy.fill.runs
+  if plan.no_grad_steps is not None or (plan.active is not None and plan.active.ndim > 1 and not cached):
+    raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without no_grad_steps, '
                       'such as Uniform')
   if cached and not through and ctx.pos.shape[1] > 1:
     raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
                       'use fill=Recompute()')
-  code = model.cell.timetable(plan) if code is None else code
-  tick_of = _live_first(Step(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code))
-  length = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)  # of each sequence, or of all
+  precomputed = model.cell.precompute(plan) if precomputed is None else precomputed
+  row_of = _active_first(Step(t=plan.t, dt=plan.dt, active=plan.active, k=jnp.arange(plan.steps), precomputed=precomputed))
+  length = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)  # of each sequence, or of all
   length = jnp.broadcast_to(length, ctx.pos.shape[:1])[:, None]
 
   def body(model, carry):
     x, answer, kv, k, active, taken, state = carry
     runs = (active | through) & (k < length)
-    own = ctx.replace(tick=tick_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
+    own = ctx.replace(step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
     new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
     new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old), new, x)
     old, shown = model.cell.output(x), model.cell.output(new)
-    seen, coda_kv = see(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
-    state, done, found = leave.rule.update(state, seen, dial)
+    seen, coda_kv = observe(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
+    state, done, found = exit_policy.rule.update(state, seen, threshold)
     kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
     taken += active
-    stays = active & ~(done & (k + 1 >= leave.least)) & (k + 1 < length)
+    stays = active & ~(done & (k + 1 >= exit_policy.least)) & (k + 1 < length)
     return new, jnp.where(active[..., None], found, answer), kv, k + 1, stays, taken, state
 
   def going(model, carry):
@@ -332,16 +332,16 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
 
   active = (ctx.pos >= 0) if cached else jnp.ones(ctx.pos.shape, bool)
   shown = model.cell.output(x)
-  carry = (x, shown, kv, jnp.int32(0), active, jnp.zeros(active.shape, jnp.int32), leave.rule.init(model, shown, ctx))
+  carry = (x, shown, kv, jnp.int32(0), active, jnp.zeros(active.shape, jnp.int32), exit_policy.rule.init(model, shown, ctx))
   _, answer, kv, ran, _, taken, _ = nn.while_loop(going, body, model, carry, carry_variables=(),
                                                   broadcast_variables='params')
   if cached and not through:
-    kv = {**kv, 'loop': ctx.memory.fill(kv['loop'], ctx.pos, taken[:, 0] - 1)}
+    kv = {**kv, 'loop': ctx.memory.fill_skipped(kv['loop'], ctx.pos, taken[:, 0] - 1)}
   return answer, kv, taken, ran
 
 
-def _without_gradient(cell, x, e, tick_of, count, ctx, kv):
+def _without_gradient(cell, x, e, row_of, count, ctx, kv):
   """As `_walk`; reverse mode passes it because every input with a tangent is stopped, parameters included."""
   stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-  walk = nn.map_variables(lambda cell, x, e, kv: _walk(cell, x, e, tick_of, count, ctx, kv), 'params', trans_in_fn=stop)
+  walk = nn.map_variables(lambda cell, x, e, kv: _walk(cell, x, e, row_of, count, ctx, kv), 'params', trans_in_fn=stop)
   return walk(cell, stop(x), stop(e), stop(kv))

@@ -1,6 +1,6 @@
 """Memories: what the steps of a loop keep of keys and values while tokens are decoded. Frozen parts.
 
-All store a place for every position: `exchange` writes the keys and values of a step's tokens and returns what they may
+All store a place for every position: `update` writes the keys and values of a step's tokens and returns what they may
 read, heads first. Positions of -1 (padding, rows that do not run this step) are not written. Which of them decode what
 the parallel pass computes, and how far off the others are, is in docs/memories.md.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import layouts
-from loopformer.types import KV, Array, ConfigError, Context, part
+from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 
 Exchanged = tuple[KV, Array, Array, Array]
 
@@ -29,7 +29,7 @@ def make(memory, loops: int, *size, width: int | None = None) -> KV:
   return empty(memory.slots(loops), *size)
 
 
-def room(memory, kv, ctx: Context, taken: Array) -> Array:
+def has_capacity(memory, kv, ctx: Context, taken: Array) -> Array:
   """All find a place, where there is one for every position."""
   return taken
 
@@ -49,47 +49,47 @@ def slots_of(caches) -> int:
   return sum(kv.pos.shape[0] for kv in jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV)))
 
 
-@part
+@config_dataclass
 class PerLoop:
   """One slot for every (loop, layer): decodes exactly what the parallel pass computes, for every schedule.
 
   Bytes a sequence: 2 * loops * N * S * G * d * bytes of an element (LoopFormer section 4; Ouro section 4), and
   4 * loops * S for positions.
   """
-  make, room, exact, rewinds = make, room, True, True
+  make, has_capacity, exact, rewinds = make, has_capacity, True, True
 
   def slots(self, loops: int) -> int:
     return loops
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
-    return _exchange(kv, _step(ctx), ctx.pos, layer, k, v)
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _update(kv, _step(ctx), ctx.pos, layer, k, v)
 
-  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """Slots of steps that were not taken get the entries of the last one that was."""
     return _copy_down(kv, pos, last)
 
 
-@part
+@config_dataclass
 class First:
   """All loops read the keys and values of the first (recursive sharing): one slot.
 
   Decodes exactly what a pass over all tokens with this memory computes, which is another function than the loop without
   it: a model must be trained for it. Bytes: PerLoop's with one loop.
   """
-  make, room, exact, rewinds = make, room, True, True
+  make, has_capacity, exact, rewinds = make, has_capacity, True, True
 
   def slots(self, loops: int) -> int:
     return 1
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
-    return _exchange(kv, jnp.int32(0), jnp.where(_step(ctx) == 0, ctx.pos, -1), layer, k, v)
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _update(kv, jnp.int32(0), jnp.where(_step(ctx) == 0, ctx.pos, -1), layer, k, v)
 
-  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """Nothing: the first step is always taken."""
     return kv
 
 
-@part
+@config_dataclass
 class Ring:
   """Loop k keeps its entries in slot k mod `size`, over those of loop k - size (Huginn section 4).
 
@@ -98,7 +98,7 @@ class Ring:
   Ouro's sharing in decode. Bytes: PerLoop's with `size` loops.
   """
   size: int
-  make, room, exact, rewinds = make, room, False, True
+  make, has_capacity, exact, rewinds = make, has_capacity, False, True
 
   def __post_init__(self):
     if self.size < 1:
@@ -107,26 +107,26 @@ class Ring:
   def slots(self, loops: int) -> int:
     return min(self.size, loops)
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
-    return _exchange(kv, _step(ctx) % kv.pos.shape[0], ctx.pos, layer, k, v)
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
+    return _update(kv, _step(ctx) % kv.pos.shape[0], ctx.pos, layer, k, v)
 
-  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """Slots that no step reached get the entries of the last step."""
     return _copy_down(kv, pos, last)
 
 
-@part
+@config_dataclass
 class Mean:
   """One slot with the mean over the loops taken; a step reads its own tokens as they are now (Ouro section 4).
 
   One pass over a prompt is exact, decoding is not. Bytes: PerLoop's with one loop.
   """
-  make, room, exact, rewinds = make, room, False, True
+  make, has_capacity, exact, rewinds = make, has_capacity, False, True
 
   def slots(self, loops: int) -> int:
     return 1
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> Exchanged:
     step = _step(ctx)
     place = jnp.where(ctx.pos < 0, kv.pos.shape[-1], ctx.pos)
     row = jnp.arange(k.shape[0])[:, None]
@@ -135,24 +135,24 @@ class Mean:
       old = kv.layout.get(cache, (0, layer, row, place), mode='fill', fill_value=0).astype(jnp.float32)
       return (jnp.where(step == 0, 0, old) * step + new.astype(jnp.float32)) / (step + 1)
 
-    kept, *_ = _exchange(kv, jnp.int32(0), ctx.pos, layer, mean(kv.k, k), mean(kv.v, v))
+    kept, *_ = _update(kv, jnp.int32(0), ctx.pos, layer, mean(kv.k, k), mean(kv.v, v))
 
     def read(cache, own):
       return kv.layout.of_heads(kv.layout.put(_layer(cache, 0, layer), (row, place), own, mode='drop'))
 
     return kept, read(kept.k, k), read(kept.v, v), kept.pos[0]
 
-  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """Nothing: the mean is that of the steps that were taken."""
     return kv
 
 
 def _step(ctx):
   """Number of the step, 0 outside the loop."""
-  return jnp.int32(0) if ctx.tick is None else ctx.tick.k
+  return jnp.int32(0) if ctx.step is None else ctx.step.k
 
 
-def _exchange(kv, slot, pos, layer, k, v):
+def _update(kv, slot, pos, layer, k, v):
   beyond = kv.pos.shape[-1] + jnp.arange(pos.shape[1])  # out of range, each by itself, and dropped
   return put(kv, slot, pos, jnp.where(pos < 0, beyond, pos), layer, k, v)
 

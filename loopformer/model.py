@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from loopformer import loop, memories as memories, roles, starts
 from loopformer.nn import modules
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
-from loopformer.nn.layers import Linear, turned
+from loopformer.nn.layers import Linear, transposed
 from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, Batch, Context, Params, Plan, Readout, StepView, Trace
 
@@ -41,7 +41,7 @@ class Looped(nn.Module):
     super().__post_init__()
 
   def __call__(self, tokens: Array, plan: Plan, pos: Array | None = None, seg: Array | None = None,
-               kv: dict[str, KV] | None = None, keep: Any = loop.Last(), code: Any = None,
+               kv: dict[str, KV] | None = None, keep: Any = loop.Last(), precomputed: Any = None,
                noise: Array | None = None) -> Trace:
     """Runs a plan.
 
@@ -52,7 +52,7 @@ class Looped(nn.Module):
       seg: None or i32[B, T]; tokens attend within equal numbers only.
       kv: None (the parallel pass), or the caches of `cache`, which are read and extended.
       keep: which states the trace keeps besides the last.
-      code: `timetable(plan)`, where it was computed before (once for many tokens).
+      precomputed: `precompute(plan)`, where it was computed before (once for many tokens).
       noise: keys [B] of a pass that learns, where starts are drawn and routers may look ahead; None where it answers.
     """
     kv = dict(kv or {})
@@ -61,18 +61,18 @@ class Looped(nn.Module):
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
     x, kv['loop'], xs, aux, steps = self.cell.run(self.cell.enter(self.start(e, ctx)), e, plan, ctx, kv.get('loop'),
-                                                 keep, self.remat, code)
+                                                 keep, self.remat, precomputed)
     x = self.cell.output(x)
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
 
-  def adapt(self, tokens: Array, plan: Plan, leave: Any, dial: Array | None, pos: Array | None = None,
-            seg: Array | None = None, kv: dict[str, KV] | None = None, code: Any = None,
+  def adapt(self, tokens: Array, plan: Plan, exit_policy: Any, threshold: Array | None, pos: Array | None = None,
+            seg: Array | None = None, kv: dict[str, KV] | None = None, precomputed: Any = None,
             keys: Array | None = None) -> Trace:
-    """Runs the steps of a plan until `leave` (exits.Adaptive) lets go; arguments as for the model itself.
+    """Runs the steps of a plan until `exit_policy` (exits.Adaptive) lets go; arguments as for the model itself.
 
-    dial: the rule's threshold, f32[] or f32[B, 1] (`leave.dial`). keys: [B], of a rule that draws; None: one fixed key
+    threshold: the rule's, f32[] or f32[B, 1] (`exit_policy.threshold`). keys: [B], of a rule that draws; None: one fixed key
     for all sequences.
 
     Returns:
@@ -84,7 +84,7 @@ class Looped(nn.Module):
     if self.prelude is not None:
       e, kv['prelude'] = self.prelude(e, ctx, None, kv.get('prelude'))
 
-    def see(model, k, last, old, new, aux, coda):
+    def observe(model, k, last, old, new, aux, coda):
       caches = [coda]
 
       def logits():
@@ -94,7 +94,7 @@ class Looped(nn.Module):
       return StepView(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
 
     looped = {name: kv[name] for name in ('loop', 'coda') if kv.get(name) is not None}
-    x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, leave, dial, code, see)
+    x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, exit_policy, threshold, precomputed, observe)
     kv |= looped
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}
@@ -122,11 +122,11 @@ class Looped(nn.Module):
 
   def logits(self, z: Array) -> Array:
     """[..., D] -> f32[..., V]: the head alone."""
-    return turned(z.astype(self.dtype), self.table())
+    return transposed(z.astype(self.dtype), self.table())
 
-  def timetable(self, plan: Plan) -> Any:
+  def precompute(self, plan: Plan) -> Any:
     """What the cell computes ahead of the loop."""
-    return self.cell.timetable(plan)
+    return self.cell.precompute(plan)
 
   def step(self, x: Array, e: Array, ctx: Context, kv: Any) -> tuple[Array, Any, Any]:
     """One application of the cell, for loops that stop by what they see."""

@@ -50,78 +50,86 @@ MODULES = {  # where each module of the first layout went, but for data.py, whic
     'loopformer.tokenizer': 'loopformer.data.tokenizer',
     'loopformer.train': 'loopformer.training.train',
 }
-APART = {  # and what went elsewhere than the rest of its module
-    'loopformer.data:Separate': 'loopformer.data.batches',
-    'loopformer.data:Joined': 'loopformer.data.batches',
-    'loopformer.blocks:DTYPES': 'loopformer.nn.layers',
-    'loopformer.blocks:EPSILON': 'loopformer.nn.layers',
-    'loopformer.blocks:Normal': 'loopformer.nn.layers',
-    'loopformer.blocks:UniformWithin': 'loopformer.nn.layers',
-    'loopformer.blocks:Orthogonal': 'loopformer.nn.layers',
-    'loopformer.blocks:dense': 'loopformer.nn.layers',
-    'loopformer.blocks:turned': 'loopformer.nn.layers',
-    'loopformer.blocks:dense_heads': 'loopformer.nn.layers',
-    'loopformer.blocks:gelu': 'loopformer.nn.layers',
-    'loopformer.blocks:squared_relu': 'loopformer.nn.layers',
-    'loopformer.blocks:gelu_tanh': 'loopformer.nn.layers',
-    'loopformer.blocks:Identity': 'loopformer.nn.layers',
-    'loopformer.blocks:UnitNorm': 'loopformer.nn.layers',
-    'loopformer.blocks:RMSNorm': 'loopformer.nn.layers',
-    'loopformer.blocks:LayerNorm': 'loopformer.nn.layers',
-    'loopformer.blocks:Dense': 'loopformer.nn.layers',
-    'loopformer.blocks:Linear': 'loopformer.nn.layers',
-    'loopformer.blocks:MLP': 'loopformer.nn.layers',
-    'loopformer.blocks:GatedMLP': 'loopformer.nn.layers',
-    'loopformer.blocks:Halves': 'loopformer.nn.layers',
-    'loopformer.blocks:unfused': 'loopformer.nn.layers',
-    'loopformer.blocks:by_heads': 'loopformer.nn.layers',
-    'loopformer.blocks:unfused_kernel': 'loopformer.nn.layers',
-    'loopformer.blocks:qkv': 'loopformer.nn.attention',
-    'loopformer.blocks:ValueEmbed': 'loopformer.nn.attention',
-    'loopformer.blocks:SelfAttention': 'loopformer.nn.attention',
-    'loopformer.blocks:check_heads': 'loopformer.nn.attention',
-    'loopformer.blocks:heads_of': 'loopformer.nn.attention',
-    'loopformer.blocks:check_attention': 'loopformer.nn.attention',
-    'loopformer.blocks:attended': 'loopformer.nn.attention',
-    'loopformer.blocks:attention_flops': 'loopformer.nn.attention',
-    'loopformer.blocks:unrolls': 'loopformer.nn.stack',
-    'loopformer.blocks:layer_of': 'loopformer.nn.stack',
-    'loopformer.blocks:Stack': 'loopformer.nn.stack',
-    'loopformer.blocks:repeated': 'loopformer.nn.stack',
-    'loopformer.cells.melt:Elementwise': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Scalar': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Mean': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Constant': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:LatentAttention': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Flight': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Past': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:blended': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Filled': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Matrix': 'loopformer.papers.melt.attention',
-    'loopformer.cells.melt:Transition': 'loopformer.papers.melt.plans',
-    'loopformer.cells.melt:Apart': 'loopformer.papers.melt.plans',
-    'loopformer.cells.melt:BLEND': 'loopformer.papers.melt.plans',
-    'loopformer.generation:BLOCK': 'loopformer.inference.sampling',
-    'loopformer.generation:Controls': 'loopformer.inference.sampling',
-    'loopformer.generation:controls': 'loopformer.inference.sampling',
-    'loopformer.generation:law': 'loopformer.inference.sampling',
-    'loopformer.generation:draw': 'loopformer.inference.sampling',
-    'loopformer.generation:judge': 'loopformer.inference.sampling',
-    'loopformer.terms.distill:Aligned': 'loopformer.papers.melt.terms',
-    'loopformer.terms.expected:Improvement': 'loopformer.papers.ouro.terms',
-    'loopformer.terms.expected:Retrospective': 'loopformer.papers.ouro.terms',
-    'loopformer.terms.expected:Prospective': 'loopformer.papers.ouro.terms',
-    'loopformer.train:State': 'loopformer.training.step',
-    'loopformer.train:init_state': 'loopformer.training.step',
-    'loopformer.train:make_step': 'loopformer.training.step',
+NAMES = {  # and what went elsewhere than the rest of its module, or is called otherwise
+    'loopformer.blocks:DTYPES': 'loopformer.nn.layers:DTYPES',
+    'loopformer.blocks:Dense': 'loopformer.nn.layers:Dense',
+    'loopformer.blocks:EPSILON': 'loopformer.nn.layers:EPSILON',
+    'loopformer.blocks:GatedMLP': 'loopformer.nn.layers:GatedMLP',
+    'loopformer.blocks:Halves': 'loopformer.nn.layers:Halves',
+    'loopformer.blocks:Identity': 'loopformer.nn.layers:Identity',
+    'loopformer.blocks:LayerNorm': 'loopformer.nn.layers:LayerNorm',
+    'loopformer.blocks:Linear': 'loopformer.nn.layers:Linear',
+    'loopformer.blocks:MLP': 'loopformer.nn.layers:MLP',
+    'loopformer.blocks:Normal': 'loopformer.nn.layers:Normal',
+    'loopformer.blocks:Orthogonal': 'loopformer.nn.layers:Orthogonal',
+    'loopformer.blocks:RMSNorm': 'loopformer.nn.layers:RMSNorm',
+    'loopformer.blocks:SelfAttention': 'loopformer.nn.attention:SelfAttention',
+    'loopformer.blocks:Stack': 'loopformer.nn.stack:Stack',
+    'loopformer.blocks:UniformWithin': 'loopformer.nn.layers:UniformWithin',
+    'loopformer.blocks:UnitNorm': 'loopformer.nn.layers:UnitNorm',
+    'loopformer.blocks:ValueEmbed': 'loopformer.nn.attention:ValueEmbed',
+    'loopformer.blocks:attended': 'loopformer.nn.attention:attended',
+    'loopformer.blocks:attention_flops': 'loopformer.nn.attention:attention_flops',
+    'loopformer.blocks:by_heads': 'loopformer.nn.layers:by_heads',
+    'loopformer.blocks:check_attention': 'loopformer.nn.attention:check_attention',
+    'loopformer.blocks:check_heads': 'loopformer.nn.attention:check_heads',
+    'loopformer.blocks:dense': 'loopformer.nn.layers:dense',
+    'loopformer.blocks:dense_heads': 'loopformer.nn.layers:dense_heads',
+    'loopformer.blocks:gelu': 'loopformer.nn.layers:gelu',
+    'loopformer.blocks:gelu_tanh': 'loopformer.nn.layers:gelu_tanh',
+    'loopformer.blocks:heads_of': 'loopformer.nn.attention:heads_of',
+    'loopformer.blocks:layer_of': 'loopformer.nn.stack:layer_of',
+    'loopformer.blocks:qkv': 'loopformer.nn.attention:qkv',
+    'loopformer.blocks:repeated': 'loopformer.nn.stack:repeated',
+    'loopformer.blocks:squared_relu': 'loopformer.nn.layers:squared_relu',
+    'loopformer.blocks:turned': 'loopformer.nn.layers:transposed',
+    'loopformer.blocks:unfused': 'loopformer.nn.layers:unfused',
+    'loopformer.blocks:unfused_kernel': 'loopformer.nn.layers:unfused_kernel',
+    'loopformer.blocks:unrolls': 'loopformer.nn.stack:unrolls',
+    'loopformer.cells.melt:Apart': 'loopformer.papers.melt.plans:Apart',
+    'loopformer.cells.melt:BLEND': 'loopformer.papers.melt.plans:BLEND',
+    'loopformer.cells.melt:Constant': 'loopformer.papers.melt.attention:Constant',
+    'loopformer.cells.melt:Elementwise': 'loopformer.papers.melt.attention:Elementwise',
+    'loopformer.cells.melt:Filled': 'loopformer.papers.melt.attention:Filled',
+    'loopformer.cells.melt:Flight': 'loopformer.papers.melt.attention:Flight',
+    'loopformer.cells.melt:LatentAttention': 'loopformer.papers.melt.attention:LatentAttention',
+    'loopformer.cells.melt:Matrix': 'loopformer.papers.melt.attention:Matrix',
+    'loopformer.cells.melt:Mean': 'loopformer.papers.melt.attention:Mean',
+    'loopformer.cells.melt:Past': 'loopformer.papers.melt.attention:Past',
+    'loopformer.cells.melt:Scalar': 'loopformer.papers.melt.attention:Scalar',
+    'loopformer.cells.melt:Transition': 'loopformer.papers.melt.plans:Transition',
+    'loopformer.cells.melt:blended': 'loopformer.papers.melt.attention:blended',
+    'loopformer.control:Steady': 'loopformer.training.control:NoControl',
+    'loopformer.data:Joined': 'loopformer.data.batches:Joined',
+    'loopformer.data:Separate': 'loopformer.data.batches:Separate',
+    'loopformer.frozen:Grouped': 'loopformer.training.frozen:ParamGroups',
+    'loopformer.frozen:Only': 'loopformer.training.frozen:Freeze',
+    'loopformer.inject:Hold': 'loopformer.nn.inject:NoInjection',
+    'loopformer.objective:Roll': 'loopformer.objective:Rollout',
+    'loopformer.optim:Trapezoid': 'loopformer.optim:WSD',
+    'loopformer.plans:Each': 'loopformer.plans:PerSequence',
+    'loopformer.plans:Together': 'loopformer.plans:Shared',
+    'loopformer.terms.distill:Aligned': 'loopformer.papers.melt.terms:Aligned',
+    'loopformer.terms.expected:Improvement': 'loopformer.papers.ouro.terms:Improvement',
+    'loopformer.terms.expected:Prospective': 'loopformer.papers.ouro.terms:Prospective',
+    'loopformer.terms.expected:Retrospective': 'loopformer.papers.ouro.terms:Retrospective',
+    'loopformer.terms.match:Match': 'loopformer.terms.match:ShortcutConsistency',
+    'loopformer.terms.squared:Squared': 'loopformer.terms.squared:MSE',
+    'loopformer.train:State': 'loopformer.training.step:State',
+    'loopformer.train:init_state': 'loopformer.training.step:init_state',
+    'loopformer.types:Ctx': 'loopformer.types:Context',
+    'loopformer.types:Draw': 'loopformer.types:PlanContext',
+    'loopformer.types:Seen': 'loopformer.types:StepView',
+    'loopformer.types:part': 'loopformer.types:config_dataclass',
+    'loopformer.types:Tick': 'loopformer.types:Step',
 }
 
 
 def name_of(name: str) -> str:
   """The name, module:qualname, that a part of this name has now."""
   module, _, qualname = name.partition(':')
-  outer = qualname.partition('.')[0]
-  return f'{APART.get(f"{module}:{outer}") or MODULES.get(module, module)}:{qualname}'
+  outer, dot, inner = qualname.partition('.')
+  return NAMES.get(f'{module}:{outer}', f'{MODULES.get(module, module)}:{outer}') + dot + inner
 
 
 def find(name: str) -> Any:
@@ -153,6 +161,12 @@ def _placed(placement: str) -> Callable:
   return layer
 
 
+def _rollout(**fields: Any) -> Any:
+  """A rollout called the folder of its teacher `weights`."""
+  from loopformer.objective import Rollout
+  return Rollout(**{'weights_of' if name == 'weights' else name: value for name, value in fields.items()})
+
+
 def _normed_attention(**fields: Any) -> Any:
   """So were norms of queries and of keys one of attentions."""
   from loopformer.nn.attention import SelfAttention
@@ -163,6 +177,7 @@ FACTORIES: dict[str, Callable] = {
     'loopformer.cells.halting:Halting': _halting,
     'loopformer.blocks:Sandwich': _placed('SandwichNorm'),
     'loopformer.peri_normed:PeriNormed': _placed('PeriNorm'),
+    'loopformer.objective:Roll': _rollout,
     'loopformer.normed_attention:NormedAttention': _normed_attention,
 }
 
@@ -190,13 +205,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
-  """Inside it modules can be imported under their old names, for files that were copied into a work folder long ago."""
+  """Inside it modules and names can be imported as they were, for files that were copied into a work folder long ago."""
   finder, before = _Finder(), set(sys.modules)
+  aliases = [(importlib.import_module(module), name, find(f'{module}:{name}'))
+             for module, _, name in (old.partition(':') for old in NAMES) if module not in MODULES]
   sys.meta_path.insert(0, finder)
+  for module, name, now in aliases:
+    setattr(module, name, now)
   try:
     yield
   finally:
     sys.meta_path.remove(finder)
+    for module, name, _ in aliases:
+      delattr(module, name)
     for name in MODULES.keys() & (sys.modules.keys() - before):
       parent, _, own = name.rpartition('.')
       if isinstance(sys.modules[name], _Old):

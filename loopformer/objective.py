@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import make_readout, run_batch
-from loopformer.types import Array, Batch, ConfigError, PlanContext, Params, Planner, Term, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, Planner, Term, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class Own:
   """A teacher of its own make: the model of a work folder, as it is described there, with its last weights."""
   folder: str
@@ -28,7 +28,7 @@ class Own:
     return configs.read(self.folder).model
 
 
-@part
+@config_dataclass
 class Lent:
   """A teacher of the same make as the model that learns, with the weights of a work folder's last checkpoint; what that
   does not hold is as the model starts."""
@@ -48,16 +48,16 @@ class Lent:
 class Rollout:
   """One run of the model: how its steps are arranged, which states it keeps, and with whose weights it runs.
 
-  weights: None for those that learn; or those of a teacher, which do not: `Own`, or a work folder, which is `Lent`.
+  weights_of: None: those that learn; or a teacher, whose weights do not: `Own`, or a work folder, which is `Lent`.
   """
   plan: Planner
   keep: Any = loop.Last()
-  weights: str | Own | None = None
+  weights_of: str | Own | None = None
 
   @property
   def teacher(self) -> Own | Lent | None:
     """Whose weights it runs with, if not with those that learn."""
-    return Lent(folder=self.weights) if isinstance(self.weights, str) else self.weights
+    return Lent(folder=self.weights_of) if isinstance(self.weights_of, str) else self.weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +67,24 @@ class Weighted:
   term: Term
 
 
-@part
+@config_dataclass
 class AsGiven:
   """Learns from the batch as it is."""
 
-  def __call__(self, draw: PlanContext) -> Batch:
-    return draw.batch
+  def __call__(self, context: PlanContext) -> Batch:
+    return context.batch
 
 
-@part
+@config_dataclass
 class Objective:
   """loss = sum over terms of weight * sum / weight-sum, over the rollouts in `rolls`.
 
   Every mean is one sum over the whole global batch divided once by a weight that depends on the batch alone, so that
   microbatches, devices and hosts agree whatever the padding.
 
-  prepare: what becomes of a batch in every step, before anything is summed or divided: draw -> batch, leaves [B, ...]. It
+  prepare: what becomes of a batch in every step, before anything is summed or divided: context -> batch, leaves [B, ...]. It
   may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it drew. What
-  it draws for a sequence it draws from `draw.keys()`.
+  it draws for a sequence it draws from `context.keys()`.
   """
   rolls: Mapping[str, Rollout]
   terms: Mapping[str, Weighted]
@@ -102,9 +102,9 @@ class Objective:
     """Rows of the longest plan."""
     return max(roll.plan.longest for roll in self.rolls.values())
 
-  def prepared(self, draw: PlanContext) -> PlanContext:
+  def prepared(self, context: PlanContext) -> PlanContext:
     """The same with the batch that is learned from; once in a step, for all microbatches."""
-    return draw.replace(batch=self.prepare(draw.named('prepare')))
+    return context.replace(batch=self.prepare(context.named('prepare')))
 
   def denominators(self, batch: Batch) -> dict[str, Array]:
     """f32[] for every term: what its sum over this batch is divided by."""
@@ -115,7 +115,7 @@ class Objective:
     """Those whose weights some rollouts run with, by their names."""
     return {roll.teacher.name: roll.teacher for roll in self.rolls.values() if roll.teacher is not None}
 
-  def rollouts(self, model, params: Params, draw: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
+  def rollouts(self, model, params: Params, context: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
     missing = [name for name in self.teachers if name not in frozen]
     if missing:
@@ -123,12 +123,12 @@ class Objective:
                         'objective.teachers, by their names')
     traces = {}
     for name, roll in self.rolls.items():
-      noise = draw.named(f'{name} noise').keys()
+      noise = context.named(f'{name} noise').keys()
       runs, weights = self._of(roll, model, params, frozen)
-      traces[name] = run_batch(runs, weights, draw.batch, roll.plan(draw.named(name)), keep=roll.keep, noise=noise)
+      traces[name] = run_batch(runs, weights, context.batch, roll.plan(context.named(name)), keep=roll.keep, noise=noise)
     return traces
 
-  def __call__(self, model, params: Params, draw: PlanContext, denominators: Mapping[str, Array],
+  def __call__(self, model, params: Params, context: PlanContext, denominators: Mapping[str, Array],
                frozen: Mapping[str, Params] = {}) -> tuple[Array, dict[str, Array]]:
     """This batch's share of the loss, f32[], and of every term's mean, {name: f32[]}.
 
@@ -137,11 +137,11 @@ class Objective:
     Raises:
       ConfigError: a teacher's weights are missing.
     """
-    rolls = self.rollouts(model, params, draw, frozen)
-    of = {name: make_readout(*self._of(roll, model, params, frozen), draw.batch)
+    rolls = self.rollouts(model, params, context, frozen)
+    of = {name: make_readout(*self._of(roll, model, params, frozen), context.batch)
           for name, roll in self.rolls.items() if roll.teacher is not None}
-    readout = dataclasses.replace(make_readout(model, params, draw.batch), of=of)
-    shares = {name: weighted.term(rolls, draw.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
+    readout = dataclasses.replace(make_readout(model, params, context.batch), of=of)
+    shares = {name: weighted.term(rolls, context.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
               for name, weighted in self.terms.items()}
     return sum(self.terms[name].weight * share for name, share in shares.items()), shares
 

@@ -10,7 +10,7 @@ from optax import contrib
 
 from loopformer.nn.layers import unfused_kernel
 from loopformer.roles import Roles
-from loopformer.types import Array, ConfigError, part
+from loopformer.types import Array, ConfigError, config_dataclass
 
 # Polar Express: (a, b, c) of five steps x <- (a + b x x^T + c (x x^T)^2) x (Parcae section 3).
 POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -21,7 +21,7 @@ POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
 MARGIN = 1.02  # by which a matrix is made smaller than its Frobenius norm would before the first step
 
 
-@part
+@config_dataclass
 class WarmupCosine:
   """Linear warm-up to `peak` in `warmup` steps, then a cosine to `end` at the last step of the run."""
   peak: float = 6e-4
@@ -36,7 +36,7 @@ class WarmupCosine:
     return optax.warmup_cosine_decay_schedule(self.peak / (self.warmup + 1), self.peak, self.warmup, steps, self.end)
 
 
-@part
+@config_dataclass
 class WSD:
   """Linear warm-up to `peak`, constant, then linear to `end` at the end of the run.
 
@@ -66,7 +66,7 @@ class WSD:
     return value if whole else round(value * steps)
 
 
-@part
+@config_dataclass
 class AdamW:
   """AdamW with global-norm clipping; weight decay on matrices and embeddings alone (LoopFormer section 3; roles.py)."""
   schedule: WarmupCosine | WSD = WarmupCosine()
@@ -86,7 +86,7 @@ class AdamW:
 # Adam by the arc tangent ---------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class AtanAdam:
   """Adam without eps, with update clipping (Huginn section 3); p *= 1 - rate / peak * decay on what AdamW decays too.
 
@@ -145,7 +145,7 @@ def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> o
 # Muon ----------------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Muon:
   """Muon for the matrices of attention and MLP, another optimiser for the rest, clipped together (Parcae section 3).
 
@@ -307,7 +307,7 @@ def on_unfused(inner: optax.GradientTransformation, heads: int, groups: int) -> 
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Kept:
   """Moments go on as they are."""
 
@@ -316,7 +316,7 @@ class Kept:
     return state
 
 
-@part
+@config_dataclass
 class Reset:
   """Moments begin anew; schedules, which count the steps of the whole run, go on."""
 
@@ -337,7 +337,7 @@ class SwitchedState(NamedTuple):
   inner: Any
 
 
-@part
+@config_dataclass
 class Switched:
   """The optimiser `of`, and what becomes of it where the run's controller begins a new stage (SHIFT, section 3).
 

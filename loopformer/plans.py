@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, PlanContext, Plan, part, whole
+from loopformer.types import Array, ConfigError, Plan, PlanContext, config_dataclass, whole
 
 SUM_TOLERANCE = 1e-6
 
@@ -42,7 +42,7 @@ class Uniform:
   def expected(self) -> float:
     return float(self.loops)
 
-  def __call__(self, draw: PlanContext) -> Plan:
+  def __call__(self, context: PlanContext) -> Plan:
     return schedule((1.0 / self.loops,) * self.loops)
 
 
@@ -83,10 +83,10 @@ class Partition:
     rows = (jnp.arange(self.longest), jax.random.split(size_key, self.longest))
     return jax.lax.scan(draw, jnp.int32(self.loops), rows)[1]
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    sizes = self.sizes(draw.key)
+  def __call__(self, context: PlanContext) -> Plan:
+    sizes = self.sizes(context.key)
     start = jnp.cumsum(sizes) - sizes
-    return Plan(t=start / jnp.float32(self.loops), dt=sizes / jnp.float32(self.loops), live=sizes > 0)
+    return Plan(t=start / jnp.float32(self.loops), dt=sizes / jnp.float32(self.loops), active=sizes > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +105,17 @@ class RandomDepth:
   def expected(self) -> float:
     return self.loops / 2
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    count = jax.random.randint(draw.key, (), 1, self.loops)
+  def __call__(self, context: PlanContext) -> Plan:
+    count = jax.random.randint(context.key, (), 1, self.loops)
     index = jnp.arange(self.longest)
     dt = jnp.full(self.longest, 1.0 / self.loops, jnp.float32)
-    return Plan(t=index * dt, dt=dt, live=index < count)
+    return Plan(t=index * dt, dt=dt, active=index < count)
 
 
 # Depths that are drawn -----------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Constant:
   """`loops`, always."""
   loops: int
@@ -137,7 +137,7 @@ class Constant:
     return jnp.int32(mean)
 
 
-@part
+@config_dataclass
 class Poisson:
   """max(1, Poisson(average)) (Parcae section 3)."""
   average: float
@@ -157,7 +157,7 @@ class Poisson:
     return jnp.maximum(jax.random.poisson(key, mean), 1).astype(jnp.int32)
 
 
-@part
+@config_dataclass
 class LogNormalPoisson:
   """Poisson(exp(tau)) + 1, tau ~ Normal(log(average) - sigma^2 / 2, sigma): heavy-tailed, mean average + 1 (Huginn 3).
   """
@@ -181,7 +181,7 @@ class LogNormalPoisson:
     return (jax.random.poisson(count_key, rate) + 1).astype(jnp.int32)
 
 
-@part
+@config_dataclass
 class Ramp:
   """A curriculum: the mean of `of` grows to its value over the first `steps` steps, max(1, ceil(mean * f(step/steps))).
 
@@ -216,7 +216,7 @@ def one_minus_sqrt(share: Array) -> Array:
   return 1.0 - jnp.sqrt(1.0 - share)
 
 
-@part
+@config_dataclass
 class Stairs:
   """first, then `add` more every `every` steps, up to `last` (looped in-context learning, 3.1)."""
   first: int
@@ -241,25 +241,25 @@ class Stairs:
     return jnp.int32(mean)
 
 
-@part
+@config_dataclass
 class Shared:
   """One depth for a whole microbatch: steps beyond it are skipped, and cost nothing."""
 
-  def draw(self, depth: Any, draw: PlanContext, mean: Array) -> Array:
+  def draw(self, depth: Any, context: PlanContext, mean: Array) -> Array:
     """i32[]."""
-    return depth.draw(draw.key, mean)
+    return depth.draw(context.key, mean)
 
 
-@part
+@config_dataclass
 class PerSequence:
   """A depth for every sequence: the batch runs as many steps as its deepest, a sequence that is done stands still."""
 
-  def draw(self, depth: Any, draw: PlanContext, mean: Array) -> Array:
+  def draw(self, depth: Any, context: PlanContext, mean: Array) -> Array:
     """i32[B]."""
-    return jax.vmap(lambda key: depth.draw(key, mean))(draw.keys())
+    return jax.vmap(lambda key: depth.draw(key, mean))(context.keys())
 
 
-@part
+@config_dataclass
 class Truncated:
   """T steps, T drawn from `depth`, of which the last min(T, graded) are differentiated (Parcae, Huginn section 3).
 
@@ -289,16 +289,16 @@ class Truncated:
     """Mean number of steps with a backward pass; for counting arithmetic."""
     return min(self.depth.last_mean, self.graded)
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    mean = self.depth.mean(draw.step)
-    total = self.over.draw(self.depth, draw, mean)
+  def __call__(self, context: PlanContext) -> Plan:
+    mean = self.depth.mean(context.step)
+    total = self.over.draw(self.depth, context, mean)
     graded = jnp.minimum(total, jnp.minimum(self.graded, jnp.ceil(mean).astype(jnp.int32)))
     rows = jnp.arange(self.graded)
-    return Plan(t=jnp.zeros(self.graded), dt=jnp.ones(self.graded), live=(rows < graded[..., None]).T,
-                free=total - graded)
+    return Plan(t=jnp.zeros(self.graded), dt=jnp.ones(self.graded), active=(rows < graded[..., None]).T,
+                no_grad_steps=total - graded)
 
 
-@part
+@config_dataclass
 class Given:
   """As many steps as each sequence asks for in `batch['loops']`, up to `most` (length generalisation, section 3)."""
   most: int
@@ -314,12 +314,12 @@ class Given:
   def expected(self) -> float:
     return float(self.most)
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    loops = draw.batch['loops']
-    return Plan(t=jnp.zeros(self.most), dt=jnp.ones(self.most), live=jnp.arange(self.most)[:, None] < loops)
+  def __call__(self, context: PlanContext) -> Plan:
+    loops = context.batch['loops']
+    return Plan(t=jnp.zeros(self.most), dt=jnp.ones(self.most), active=jnp.arange(self.most)[:, None] < loops)
 
 
-@part
+@config_dataclass
 class Staged:
   """`loops[stage]` steps, the stage being what the run's controller has decided (SHIFT): one program for all stages."""
   loops: tuple[int, ...]
@@ -343,10 +343,10 @@ class Staged:
   def expected(self) -> float:
     return float(self.loops[-1])
 
-  def __call__(self, draw: PlanContext) -> Plan:
+  def __call__(self, context: PlanContext) -> Plan:
     index = jnp.arange(self.longest)
-    loops = jnp.asarray(self.loops)[draw.stage]
-    return Plan(t=index / jnp.maximum(loops, 1), dt=jnp.broadcast_to(1.0 / loops, index.shape), live=index < loops)
+    loops = jnp.asarray(self.loops)[context.stage]
+    return Plan(t=index / jnp.maximum(loops, 1), dt=jnp.broadcast_to(1.0 / loops, index.shape), active=index < loops)
 
 
 def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'steps') -> tuple[float, ...]:
@@ -383,7 +383,7 @@ def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
   if rows is None:
     return Plan(t=t, dt=dt)
   pad = (0, rows - len(dt))
-  return Plan(t=np.pad(t, pad), dt=np.pad(dt, pad), live=np.arange(rows) < len(dt))
+  return Plan(t=np.pad(t, pad), dt=np.pad(dt, pad), active=np.arange(rows) < len(dt))
 
 
 def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, ...]:

@@ -20,13 +20,13 @@ import numpy as np
 from loopformer import backend
 from loopformer.roles import Role, Roles
 from loopformer.training import processes
-from loopformer.types import KV, Array, Batch, ConfigError, Params, part
+from loopformer.types import KV, Array, Batch, ConfigError, Params, config_dataclass
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # what rows are divided over, and what a training step is manual over
 
 
-@part
+@config_dataclass
 class Mesh:
   """Sizes of the mesh axes; one of them may be -1, all devices that are left.
 

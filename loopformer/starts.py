@@ -4,10 +4,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, ConfigError, Context, part
+from loopformer.types import Array, ConfigError, Context, config_dataclass
 
 
-@part
+@config_dataclass
 class Embedded:
   """x = e: the loop goes on from the prelude's output."""
   heard = True  # the state knows the input
@@ -16,7 +16,7 @@ class Embedded:
     return e
 
 
-@part
+@config_dataclass
 class Zeros:
   """x = 0: what the loop knows, its injection tells it."""
   heard = False
@@ -25,7 +25,7 @@ class Zeros:
     return jnp.zeros_like(e)
 
 
-@part
+@config_dataclass
 class Noise:
   """x ~ N(0, std^2), cut at three std (Parcae section 2, Huginn section 2); the cut itself lowers the spread by 1.3 %.
 

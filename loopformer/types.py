@@ -29,15 +29,15 @@ class Plan:
   """Timetable of one rollout. Arrays, so that it can be sampled inside a compiled program.
 
   t, dt: f32[K], time at, and size of, each step; a whole trajectory has length one.
-  live: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
+  active: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
-  free: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
-  rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in `Cell.timetable`.
+  no_grad_steps: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
+  rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in `Cell.precompute`.
   """
   t: Array
   dt: Array
-  live: Array | None = None
-  free: Array | None = None
+  active: Array | None = None
+  no_grad_steps: Array | None = None
   rows: Mapping[str, Array] = struct.field(default_factory=dict)
 
   @property
@@ -85,15 +85,15 @@ class PlanContext:
 class Step:
   """Row k of a plan: all that a step knows of the schedule.
 
-  t, dt: f32[]; live: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
-  have had different numbers of free steps, in passes without a cache;
-  code: what the cell computed for this row ahead of the loop (`Cell.timetable`), any pytree.
+  t, dt: f32[]; active: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
+  have had different numbers of `no_grad_steps`, in passes without a cache;
+  precomputed: what the cell made of this row ahead of the loop (`Cell.precompute`), any pytree.
   """
   t: Array
   dt: Array
-  live: Array | None
+  active: Array | None
   k: Array
-  code: Any = None
+  precomputed: Any = None
 
 
 @struct.dataclass
@@ -105,7 +105,7 @@ class Context:
   tokens: i32[B, T] or f32[B, T, width], the input.
   noise: keys [B] of what a pass that learns draws at random; None where it answers.
   keys: keys [B] of what exits draw at random; None: one fixed key serves all sequences.
-  tick: the row of the plan that is running; None in prelude and coda.
+  step: the row of the plan that is running; None in prelude and coda.
   own: what the cell tells its own layers, of a type that both know; None elsewhere.
   memory: how steps share the cache (a frozen part, static).
   remat: what the backward pass saves (a frozen part, static); None saves everything.
@@ -115,7 +115,7 @@ class Context:
   tokens: Array | None = None
   noise: Array | None = None
   keys: Array | None = None
-  tick: Step | None = None
+  step: Step | None = None
   own: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
@@ -217,7 +217,7 @@ class Planner(Protocol):
   def expected(self) -> float:
     """Mean number of steps that run; for counting arithmetic."""
 
-  def __call__(self, draw: PlanContext) -> Plan: ...
+  def __call__(self, context: PlanContext) -> Plan: ...
 
 
 class Cell(Protocol):
@@ -232,7 +232,7 @@ class Cell(Protocol):
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
-  def timetable(self, plan: Plan) -> Any:
+  def precompute(self, plan: Plan) -> Any:
     """What it computes ahead of the loop, from the plan alone: leaves [K, ...]; None where there is nothing."""
 
   def flops(self, width: int, length: int, steps: float) -> float:
@@ -241,7 +241,7 @@ class Cell(Protocol):
   def diagnose(self, params: Params) -> dict[str, float]:
     """Numbers worth logging, from the cell's parameters."""
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, code: Any = None):
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, precomputed: Any = None):
     """The steps of a plan: `loop.run`, where one comes after the other for all tokens; a cell whose steps are of
     different shapes, or of several tokens' at a time, has a way of its own to the same results."""
 
@@ -273,13 +273,13 @@ class Memory(Protocol):
            width: int) -> Any:
     """An empty cache for plans of up to `loops` steps: a KV, or a tree of them; width: that of the states."""
 
-  def room(self, kv: Any, ctx: Context, taken: Array) -> Array:
+  def has_capacity(self, kv: Any, ctx: Context, taken: Array) -> Array:
     """Which of the tokens that a router takes, bool[B, T], find a place in the cache of the step."""
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> tuple[KV, Array, Array, Array]:
     """Writes k, v [B, T, G, d]; returns the cache and what may be read: [B, G, S, d] twice, positions [B, S]."""
 
-  def fill(self, kv: KV, pos: Array, last: Array) -> KV:
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """What slots of steps that were not taken hold: pos i32[B, 1] the token's, last i32[B] its last step (-1: none)."""
 
 
@@ -379,10 +379,10 @@ class Position(Protocol):
   def check(self, heads: int, width: int, where: str):
     """Raises ConfigError where heads cannot be served."""
 
-  def turn(self, x: Array, pos: Array) -> Array:
+  def rotate(self, x: Array, pos: Array) -> Array:
     """Queries or keys [B, T, H, d] at positions i32[B, T] -> the same shape."""
 
-  def extend(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+  def augment_qk(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Adds channels that tell places; pos i32[B, S] of the keys, whose heads stand at the axis `heads`."""
 
 
@@ -463,10 +463,10 @@ class Exit(Protocol):
   decides: bool  # whether token by token while the model runs, so that it serves where tokens are decoded
 
   @property
-  def dial(self) -> float | None:
+  def threshold(self) -> float | None:
     """A threshold, which is an argument of the compiled program; None where it has none."""
 
-  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T] and whose z answers."""
 
 
@@ -478,7 +478,7 @@ class Rule(Protocol):
   def init(self, model: Any, x: Array, ctx: Context) -> Any:
     """Its state before the first step, of tokens whose states are x [B, T, D]."""
 
-  def update(self, state: Any, seen: StepView, dial: Array | None) -> tuple[Any, Array, Array]:
+  def update(self, state: Any, seen: StepView, threshold: Array | None) -> tuple[Any, Array, Array]:
     """After a step: (its state, done bool[B, T], the state that answers if the token leaves now [B, T, D])."""
 
 
@@ -494,15 +494,15 @@ class Optimiser(Protocol):
 
 
 class Control(Protocol):
-  """What a run decides from what it sees; its memory is numbers and lists, saved in every checkpoint."""
+  """What a run decides from what it sees; its state is numbers and lists, saved in every checkpoint."""
 
   def start(self) -> dict[str, Any]:
-    """The memory of a new run."""
+    """The state of a new run."""
 
-  def watch(self, memory: dict[str, Any], step: int, values: Mapping[str, float]) -> dict[str, Any]:
-    """The memory after a step's values, or an evaluation's."""
+  def watch(self, state: dict[str, Any], step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """The state after a step's values, or an evaluation's."""
 
-  def stage(self, memory: dict[str, Any]) -> int:
+  def stage(self, state: dict[str, Any]) -> int:
     """The number that plans may read (`PlanContext.stage`)."""
 
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
@@ -536,6 +536,6 @@ def whole(name: str, value: Any, least: int) -> int:
   return number
 
 
-def part(cls):
-  """Class decorator of configuration parts: a frozen, keyword-only dataclass."""
+def config_dataclass(cls):
+  """Class decorator of the parts of a configuration: a frozen, keyword-only dataclass."""
   return dataclasses.dataclass(frozen=True, kw_only=True)(cls)

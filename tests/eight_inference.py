@@ -95,16 +95,16 @@ def differences(ours, theirs) -> dict[str, float]:
 def score_program(params, mesh) -> dict:
   """Collectives of an evaluation whose loss has chunks that cut across rows."""
   batch = sharding.spread({name: np.asarray(rows) for name, rows in parts.batch(16).items()}, mesh)
-  leave, dial = exits.compiled(exits.Final())
+  exit_policy, threshold = exits.compiled(exits.Final())
   with sharding.on(mesh), mock.patch.object(cross_entropy, 'at_once', lambda chunk, tokens: min(12, tokens)):
-    text = score.lower(MODEL, measures.Tokens(), leave, params, batch, plans.schedule(plans.resolve(LOOPS)),
-                       np.ones(parts.V, np.int32), dial).compile().as_text()
+    text = score.lower(MODEL, measures.Tokens(), exit_policy, params, batch, plans.schedule(plans.resolve(LOOPS)),
+                       np.ones(parts.V, np.int32), threshold).compile().as_text()
   return collectives(text, mesh)
 
 
 def served(params):
   """(texts of all prompts, the engine)."""
-  engine = Engine(MODEL, params, Ids(), rows=5, rounds=4)
+  engine = Engine(MODEL, params, Ids(), rows=5, max_steps=4)
   for number, prompt in enumerate(PROMPTS):
     engine.submit(prompt, budget=(1, 3, 4)[number % 3], max_new_tokens=4 + number % 5, temperature=0.0)
   texts = engine.run()
@@ -150,7 +150,7 @@ def report(devices) -> dict:
         'cache': list(own._rows.kv['loop'].k.addressable_shards[0].data.shape), 'bytes': own.bytes / engine.bytes,
         'kernels': [share(own.params['cell']['core']['blocks_0'][branch]) for branch in ('mlp', 'attn')],
         'programs': programs,
-        'tally': [own.tally[count] == engine.tally[count] for count in ('tokens', 'passes')]}
+        'tally': [own.stats[count] == engine.stats[count] for count in ('tokens', 'passes')]}
   divided = sharding.place(params, Mesh(**MESHES['rows']).make(devices), ROLES)
   found['answers'] = differences(evaluated(divided, measures.Answers()), answers)
   mesh = Mesh(**MESHES['all']).make(devices)

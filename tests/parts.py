@@ -254,7 +254,7 @@ def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[s
           'positions': jnp.asarray(positions), 'segments': jnp.asarray(segments)}
 
 
-def draw(key, batch=None, step: int = 0, stage: int = 0) -> PlanContext:
+def plan_context(key, batch=None, step: int = 0, stage: int = 0) -> PlanContext:
   """What a plan may depend on; rows are numbered as they stand in the batch."""
   batch = batch or {}
   if batch:
@@ -273,7 +273,7 @@ class Fixed:
 
   expected = longest
 
-  def __call__(self, draw: PlanContext):
+  def __call__(self, context: PlanContext):
     return plans.schedule(self.steps)
 
 

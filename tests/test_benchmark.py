@@ -72,7 +72,7 @@ def test_logits_are_seen_where_they_are():
 
 def test_padded_plan_runs_its_steps_and_skips_the_rest():
   plan = sizes.Padded(count=2, rows=3)(jax.random.key(0))
-  assert plan.live.tolist() == [True, True, False]
+  assert plan.active.tolist() == [True, True, False]
   assert plan.dt.tolist() == [0.5, 0.5, 0.0]
 
 
@@ -135,7 +135,7 @@ def test_the_plain_peer_has_our_gradient():
   objective = sizes.long_alone(TINY.loops)
 
   def ours(params):
-    return objective(model, params, parts.draw(jax.random.key(0), batch), objective.denominators(batch))[0]
+    return objective(model, params, parts.plan_context(jax.random.key(0), batch), objective.denominators(batch))[0]
 
   def theirs(params):
     return plain.loss(plain.from_params(model, params), batch['tokens'], batch['targets'], TINY.heads, TINY.loops,
@@ -254,7 +254,7 @@ def test_peer_computes_the_same_loss_and_gradient(short):
   objective = sizes.with_short(TINY, parts.Fixed(short))
 
   def loss(params):
-    return objective(model, params, parts.draw(jax.random.key(0), batch), objective.denominators(batch))[0]
+    return objective(model, params, parts.plan_context(jax.random.key(0), batch), objective.denominators(batch))[0]
 
   ours, grads = jax.jit(jax.value_and_grad(loss))(params)
   theirs = peer.from_params(model, params)

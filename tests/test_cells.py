@@ -59,7 +59,7 @@ def test_a_gate_around_a_cell_changes_nothing_but_what_it_tells(name):
   assert outer.cell.core == inner.cell.core and outer.cell.injects == inner.cell.injects
   if name == 'recur':
     assert outer.cell.diagnose(weights['cell']) == inner.cell.diagnose(weights['cell'])
-    later = plans.schedule((0.5, 0.5)).replace(free=jnp.int32(2))
+    later = plans.schedule((0.5, 0.5)).replace(no_grad_steps=jnp.int32(2))
     close(forward(outer, own, tokens(3), later).z, forward(inner, weights, tokens(3), later).z, 1e-6)
 
 
@@ -147,9 +147,9 @@ def test_steps_that_are_skipped_or_not_taken_keep_the_whole_tree():
   """Skipped for all, and for each sequence its own."""
   weights, kept = params(PAIR), by_hand(params(PAIR), tokens(3), L)
   some = plans.Uniform(L)(None)
-  skipped = some.replace(live=jnp.array([True, False, True, True]))
+  skipped = some.replace(active=jnp.array([True, False, True, True]))
   close(forward(PAIR, weights, tokens(3), skipped).x, kept[2], 1e-5)
-  each = some.replace(live=jnp.arange(L)[:, None] < jnp.array([1, 4, 2]))
+  each = some.replace(active=jnp.arange(L)[:, None] < jnp.array([1, 4, 2]))
   close(forward(PAIR, weights, tokens(3), each).x, jnp.stack([kept[0, 0], kept[3, 1], kept[1, 2]]), 1e-5)
   trace = PAIR.apply({'params': weights}, tokens(3), some, exits.Adaptive(rule=exits.KL(threshold=0.5)), jnp.float32(0.5),
                      method='adapt')

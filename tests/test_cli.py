@@ -28,9 +28,9 @@ from experiments.configs import loopformer as paper
 from loopformer import config as configs
 from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import Bytes
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
-@part
+@config_dataclass
 class Here(Files):
   """A part that is defined in a configuration file."""
 

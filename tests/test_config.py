@@ -24,7 +24,7 @@ from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.checkpoint import Best
 from loopformer.training.train import Train, best_of, train
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 from tests import parts
 
 TINY = paper.get_config('tiny')
@@ -226,10 +226,10 @@ import dataclasses
 from experiments.configs import loopformer as paper
 from loopformer import plans
 from loopformer.objective import Objective, Rollout
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
-@part
+@config_dataclass
 class Halved:
   """One plan of two steps."""
   first: float = {first}
@@ -369,15 +369,15 @@ def test_a_split_that_is_longer_than_the_positions_is_refused():
   assert of(far=129).task.splits == {'validation': 16, 'far': 129} and TINY.task.splits == {'validation': 128}
 
 
-@part
+@config_dataclass
 class Late:
   """Examples of another generator that stand at later positions of their document."""
   of: PHop = PHop(length=16)
   by: int = 128
   length, symbols = property(lambda self: self.of.length), property(lambda self: self.of.symbols)
 
-  def floors(self, examples):
-    return self.of.floors(examples)
+  def baselines(self, examples):
+    return self.of.baselines(examples)
 
   def __call__(self, rng):
     example = self.of(rng)

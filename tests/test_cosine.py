@@ -149,7 +149,7 @@ def test_shares_of_a_batch_add_up_to_one_mean():
 
   def share(rows):
     part = {name: leaf[rows] for name, leaf in batch.items()}
-    return objective(MODEL, params, parts.draw(jax.random.key(0), part), total)[1]['cosine']
+    return objective(MODEL, params, parts.plan_context(jax.random.key(0), part), total)[1]['cosine']
 
   expected = value(term(), params)
   np.testing.assert_allclose(share(slice(0, 6)), expected, rtol=1e-6)

@@ -11,7 +11,7 @@ from loopformer import memories, plans
 from loopformer.cells.plain import Plain
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, decode, generate, prefill
-from loopformer.inference.sampling import judge
+from loopformer.inference.sampling import verify_draft
 from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.blocks import Chain
 from loopformer.nn.stack import Stack
@@ -27,7 +27,7 @@ END = Letters(eos=LETTERS.index(generate(MODEL, PARAMS, TOKENIZER, ['abc'], max_
 
 
 def engine(**options):
-  options = {'rows': 3, 'length': 64, 'rounds': 5, **options}
+  options = {'rows': 3, 'length': 64, 'max_steps': 5, **options}
   return Engine(MODEL, PARAMS, options.pop('tokenizer', TOKENIZER), **options)
 
 
@@ -143,7 +143,7 @@ def test_streams_tell_nothing_that_a_stop_takes_back():
   texts = {seed: alone('abc', temperature=1.5, seed=seed) for seed in range(5)}
   seed, whole, stop = next((seed, text, text[i:i + 2]) for seed, text in texts.items() for i in range(9, 3, -1)
                            if text.find(text[i:i + 2]) == i < len(text) - 1)  # it ends late
-  made = engine(rows=1, rounds=1)
+  made = engine(rows=1, max_steps=1)
   made.submit('abc', temperature=1.5, seed=seed, max_new_tokens=12, stop=(stop,))
   pieces = list(made.stream())
   told = [''.join(p.text for p in pieces[:i + 1]) for i in range(len(pieces))]
@@ -156,7 +156,7 @@ def test_letters_of_several_bytes_are_told_whole():
     def decode(self, ids):
       return bytes([0xC3, 0xA9][i % 2] for i in range(len(ids))).decode('utf-8', 'replace')
 
-  made = engine(rows=1, rounds=1, tokenizer=Bytes())
+  made = engine(rows=1, max_steps=1, tokenizer=Bytes())
   made.submit('abc', temperature=0.0, max_new_tokens=7)
   pieces = [piece.text for piece in made.stream()]
   assert '\ufffd' not in ''.join(pieces[:-1]) and ''.join(pieces) == 'é' * 3 + '\ufffd'
@@ -170,16 +170,16 @@ def test_exits_shorten_passes_and_the_tally_says_so():
     made = engine(rows=rows, exit=exits.Adaptive(rule=exits.KL(threshold=threshold)))
     for prompt in PROMPTS:
       made.submit(prompt, temperature=0.0, max_new_tokens=10)
-    return made.run(), made.tally
+    return made.run(), made.stats
 
   before = decode._cache_size()
-  never, tally = serve(0.0)
-  assert never == [alone(p, temperature=0.0, max_new_tokens=10) for p in PROMPTS] and tally['loops'] == L
-  some, tally = serve(0.3)
-  assert 1 < tally['loops'] < L
+  never, stats = serve(0.0)
+  assert never == [alone(p, temperature=0.0, max_new_tokens=10) for p in PROMPTS] and stats['loops'] == L
+  some, stats = serve(0.3)
+  assert 1 < stats['loops'] < L
   assert some == serve(0.3, rows=1)[0]  # what a row does is its own affair
-  at_once, tally = serve(1e9)
-  assert tally['loops'] == 1 and at_once != never
+  at_once, stats = serve(1e9)
+  assert stats['loops'] == 1 and at_once != never
   assert decode._cache_size() <= before + 3  # rows 2 and 1, and alone
 
 
@@ -194,22 +194,22 @@ def test_a_draft_gives_the_text_of_all_loops_greedily_for_200_prompts():
   shares = {letter: np.mean([letter in text for text in texts]) for letter in LETTERS[1:]}
   end = Letters(eos=LETTERS.index(min(shares, key=lambda letter: abs(shares[letter] - 0.4))))
   plain = generate(MODEL, PARAMS, end, prompts, **options)
-  made = Engine(MODEL, PARAMS, end, rows=50, length=64, draft=2, ahead=3)
+  made = Engine(MODEL, PARAMS, end, rows=50, length=64, draft=2, num_draft=3)
   for prompt in prompts:
     made.submit(prompt, max_new_tokens=16, temperature=0.0)
   assert made.run() == plain
-  assert 0.02 < made.tally['accepted'] < 0.98 and made.tally['tokens a pass'] > 1.05
+  assert 0.02 < made.stats['accepted'] < 0.98 and made.stats['tokens a pass'] > 1.05
   assert len({len(text) for text in plain}) > 3  # some ended early, in the middle of what was accepted
 
 
-@pytest.mark.parametrize('draft, ahead', [(1, 1), (L, 4), (UNEVEN, 2)], ids=str)
-def test_drafts_of_all_kinds(draft, ahead):
-  made = engine(draft=draft, ahead=ahead)
+@pytest.mark.parametrize('draft, num_draft', [(1, 1), (L, 4), (UNEVEN, 2)], ids=str)
+def test_drafts_of_all_kinds(draft, num_draft):
+  made = engine(draft=draft, num_draft=num_draft)
   for request in REQUESTS[:3]:
     made.submit(**{'temperature': 0.0, 'max_new_tokens': 12, **request})
   assert made.run() == [alone(**{'temperature': 0.0, **request}) for request in REQUESTS[:3]]
   if draft == L:  # judged by itself, all stands, but where a row's budget is another one
-    assert made.tally['accepted'] > 0.5
+    assert made.stats['accepted'] > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,7 +217,7 @@ def judged(rows, p, q, key):
   keys = jax.random.split(key, 2 * rows)
   proposed = jax.vmap(lambda key: jax.random.categorical(key, q).astype(jnp.int32))(keys[:rows])  # [rows, A]
   repeat = functools.partial(jnp.repeat, repeats=rows, axis=0)
-  kept, final = judge(proposed, repeat(q[None]), repeat(p[None]), keys[rows:])
+  kept, final = verify_draft(proposed, repeat(q[None]), repeat(p[None]), keys[rows:])
   return jnp.where(kept > 0, proposed[:, 0], final), kept, final
 
 
@@ -244,12 +244,12 @@ def test_what_is_kept_follows_the_law_of_the_judge():
 def test_drawn_with_a_draft_the_text_has_the_same_law():
   """Two tokens after one prompt, drawn many times with and without a draft."""
   def drawn(**options):
-    made = Engine(MODEL, PARAMS, TOKENIZER, rows=200, length=16, rounds=2, **options)
+    made = Engine(MODEL, PARAMS, TOKENIZER, rows=200, length=16, max_steps=2, **options)
     for number in range(2000):
       made.submit('abc', max_new_tokens=3, temperature=0.8, top_k=4, seed=1 if options else 2, number=number)
     return made.run()
 
-  texts = [drawn(), drawn(draft=1, ahead=2)]
+  texts = [drawn(), drawn(draft=1, num_draft=2)]
   names = sorted({text[1:] for text in texts[0]} | {text[1:] for text in texts[1]})
   table = np.array([[sum(text[1:] == name for text in side) for name in names] for side in texts])
   table = table[:, table.sum(0) >= 10]
@@ -278,8 +278,8 @@ def test_bytes_are_those_of_all_caches():
   assert parts.N == 2
 
 
-@pytest.mark.parametrize('name, value', [('rows', 2.5), ('length', 10.5), ('loops', 2.5), ('loops', 0), ('ahead', 1.5),
-                                         ('rounds', 2.5)])
+@pytest.mark.parametrize('name, value', [('rows', 2.5), ('length', 10.5), ('loops', 2.5), ('loops', 0), ('num_draft', 1.5),
+                                         ('max_steps', 2.5)])
 def test_an_engine_takes_whole_numbers(name, value):
   with pytest.raises(ConfigError, match=f'{name} = {value}: must be '):
     engine(**{name: value})

@@ -78,9 +78,9 @@ def test_motion_is_relative_to_the_state_that_was_reached():
   np.testing.assert_allclose(moved['state change'], change, rtol=1e-5)
 
 
-def pick(leave, steps: int, made):
+def pick(exit_policy, steps: int, made):
   trace = over(MODEL, params(MODEL), made, plans.Uniform(steps)(None), keep=loop.Every())
-  return leave.pick(make_readout(MODEL, params(MODEL), made), trace, made), trace
+  return exit_policy.pick(make_readout(MODEL, params(MODEL), made), trace, made), trace
 
 
 @pytest.mark.parametrize('least', [1, 3])

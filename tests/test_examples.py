@@ -59,7 +59,7 @@ def test_every_loop_has_an_update_of_its_own():
 
   def answers(params, used):
     plan = plans.schedule((1 / loops,) * loops)
-    return loopformer.run_batch(model, params, batch, plan.replace(live=jnp.arange(loops) < used)).z.sum()
+    return loopformer.run_batch(model, params, batch, plan.replace(active=jnp.arange(loops) < used)).z.sum()
 
   for used in range(1, loops + 1):
     grads = jax.jit(jax.grad(answers), static_argnums=1)(params, used)['cell']['core']['block']
@@ -73,13 +73,13 @@ def test_tokens_are_masked_once_a_step_whatever_the_microbatches():
   config = masked_tokens.get_config()
   objective, model = config.objective, config.model
   batch = {**parts.batch(4), 'tokens': parts.batch(4)['tokens'] % len(config.task.of.symbols)}
-  draw = parts.draw(jax.random.key(3), batch)
-  made = objective.prepared(draw).batch
+  context = parts.plan_context(jax.random.key(3), batch)
+  made = objective.prepared(context).batch
   hidden = np.asarray(made['weights']) > 0
   assert 0 < hidden.mean() < 1 and len({row.tobytes() for row in hidden}) > 1
   np.testing.assert_array_equal(made['tokens'], np.where(hidden, len(config.task.of.symbols), batch['tokens']))
   np.testing.assert_array_equal(made['targets'], batch['tokens'])
-  other = objective.prepared(parts.draw(jax.random.key(4), batch)).batch
+  other = objective.prepared(parts.plan_context(jax.random.key(4), batch)).batch
   assert (other['tokens'] != made['tokens']).any()
   optimizer = optax.sgd(1.0)
   results = []
@@ -114,9 +114,9 @@ def test_a_head_on_an_imported_llama_learns_at_random_loops(llama):
   optimizer = AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=1)).make(40, roles)
 
   def loss(params, step):
-    draw = objective.prepared(parts.draw(jax.random.fold_in(jax.random.key(1), step), batch))
-    total, terms = objective(model, params, draw, objective.denominators(draw.batch))
-    return total, (terms, draw.batch['loop'])
+    context = objective.prepared(parts.plan_context(jax.random.fold_in(jax.random.key(1), step), batch))
+    total, terms = objective(model, params, context, objective.denominators(context.batch))
+    return total, (terms, context.batch['loop'])
 
   @jax.jit
   def update(params, state, step):
@@ -125,8 +125,8 @@ def test_a_head_on_an_imported_llama_learns_at_random_loops(llama):
     return optax.apply_updates(params, updates), state, terms, loops
 
   only = dataclasses.replace(objective, terms={'sure': objective.terms['sure']})
-  draw = only.prepared(parts.draw(jax.random.key(1), batch))
-  grads = jax.jit(jax.grad(lambda p: only(model, p, draw, only.denominators(draw.batch))[0]))(params)
+  context = only.prepared(parts.plan_context(jax.random.key(1), batch))
+  grads = jax.jit(jax.grad(lambda p: only(model, p, context, only.denominators(context.batch))[0]))(params)
   moved = {path[1].key for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if np.abs(leaf).max() > 0}
   assert moved == {'head'}
   state, told, seen = optimizer.init(params), [], set()

@@ -27,15 +27,15 @@ rules = pytest.mark.parametrize('name', list(RULES))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def adapt(model, weights, text, leave, dial, plan, seg=None):
-  return model.apply({'params': weights}, text, plan, leave, dial, None, seg, method='adapt')
+def adapt(model, weights, text, exit_policy, threshold, plan, seg=None):
+  return model.apply({'params': weights}, text, plan, exit_policy, threshold, None, seg, method='adapt')
 
 
 def run(name, threshold=None, text=None, **options):
   make, model, middle = RULES[name]
-  leave = exits.Adaptive(rule=make(threshold=middle if threshold is None else threshold), **options)
+  exit_policy = exits.Adaptive(rule=make(threshold=middle if threshold is None else threshold), **options)
   text = tokens() if text is None else text
-  return adapt(model, params(model), text, leave.static, jnp.float32(leave.dial), plans.Uniform(L)(None))
+  return adapt(model, params(model), text, exit_policy.static, jnp.float32(exit_policy.threshold), plans.Uniform(L)(None))
 
 
 def one_by_one(name, threshold):
@@ -47,15 +47,15 @@ def one_by_one(name, threshold):
   ctx = ctx.replace(tokens=text)
   e = bound.read_in(text, ctx.pos)
   x = bound.start(e, ctx)
-  code = bound.timetable(plan)
+  precomputed = bound.precompute(plan)
   shape = text.shape
   active, steps = np.ones(shape, bool), np.zeros(shape, int)
   log_p, best, same = np.full((*shape, model.outputs), -np.log(model.outputs)), np.full(shape, -1), np.zeros(shape, int)
   stay, total, mixed, answer = np.ones(shape), np.zeros(shape), np.zeros(x.shape), np.asarray(x, np.float64)
   for k in range(L):
-    tick = loop.Step(t=plan.t[k], dt=plan.dt[k], live=None, k=jnp.int32(k),
-                     code=jax.tree.map(lambda leaf: leaf[k], code))
-    new, _, aux = bound.step(x, e, ctx.replace(tick=tick), None)
+    row = loop.Step(t=plan.t[k], dt=plan.dt[k], active=None, k=jnp.int32(k),
+                    precomputed=jax.tree.map(lambda leaf: leaf[k], precomputed))
+    new, _, aux = bound.step(x, e, ctx.replace(step=row), None)
     new = np.where(active[..., None], new, x)
     after = np.asarray(jax.nn.log_softmax(bound.logits(bound.read(jnp.asarray(new), text))), np.float64)
     halt = 1 / (1 + np.exp(-np.asarray(aux.get('halt', np.zeros(shape)), np.float64)))
@@ -119,7 +119,7 @@ def test_a_looser_dial_never_takes_longer_at_the_first_token(name):
   dials = {'cumulative': np.linspace(1, 0, 9), 'stable': np.arange(L + 1, 0, -1)}.get(name, np.geomspace(1e-3, 10, 9))
   run(name)
   before = adapt._cache_size()
-  steps = np.stack([np.asarray(run(name, float(dial)).steps)[:, 0] for dial in dials])
+  steps = np.stack([np.asarray(run(name, float(threshold)).steps)[:, 0] for threshold in dials])
   assert (np.diff(steps, axis=0) <= 0).all() and steps[0].mean() > steps[-1].mean()
   assert adapt._cache_size() == before
 
@@ -155,21 +155,21 @@ def test_sampled_leaves_with_the_probability_of_the_gate():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def extend(model, weights, text, leave, dial, plan, pos, kv):
-  return model.apply({'params': weights}, text, plan, leave, dial, pos, kv=kv, method='adapt')
+def extend(model, weights, text, exit_policy, threshold, plan, pos, kv):
+  return model.apply({'params': weights}, text, plan, exit_policy, threshold, pos, kv=kv, method='adapt')
 
 
 @pytest.mark.parametrize('prompt', [1, 4])
 @pytest.mark.parametrize('name', ['kl', 'state', 'cumulative', 'act', 'stable'])
 def test_recompute_decodes_what_the_pass_without_cache_computes(name, prompt):
   make, model, middle = RULES[name]
-  leave = exits.Adaptive(rule=make(threshold=middle), fill=exits.Recompute())
-  text, plan, dial = tokens(), plans.Uniform(L)(None), jnp.float32(middle)
+  exit_policy = exits.Adaptive(rule=make(threshold=middle), fill=exits.Recompute())
+  text, plan, threshold = tokens(), plans.Uniform(L)(None), jnp.float32(middle)
   whole = run(name)
   kv, zs, steps = model.cache(len(text), T + 2), [], []
   for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
     pos = jnp.broadcast_to(jnp.arange(start, stop), (len(text), stop - start))
-    trace = extend(model, params(model), text[:, start:stop], leave.static, dial, plan, pos, kv)
+    trace = extend(model, params(model), text[:, start:stop], exit_policy.static, threshold, plan, pos, kv)
     kv = trace.kv
     zs.append(trace.z), steps.append(trace.steps)
   np.testing.assert_array_equal(jnp.concatenate(steps, 1), whole.steps)
@@ -179,10 +179,10 @@ def test_recompute_decodes_what_the_pass_without_cache_computes(name, prompt):
 def copied(name, threshold):
   """z [B, T, D] and steps by decoding token by token; slots of steps not taken are copies."""
   make, model, _ = RULES[name]
-  leave, text = exits.Adaptive(rule=make(threshold=threshold)), tokens()
+  exit_policy, text = exits.Adaptive(rule=make(threshold=threshold)), tokens()
   kv, zs, steps = model.cache(len(text), T + 2), [], []
   for i in range(T):
-    trace = extend(model, params(model), text[:, i:i + 1], leave.static, jnp.float32(threshold), plans.Uniform(L)(None),
+    trace = extend(model, params(model), text[:, i:i + 1], exit_policy.static, jnp.float32(threshold), plans.Uniform(L)(None),
                    jnp.full((len(text), 1), i), kv)
     kv = trace.kv
     zs.append(trace.z), steps.append(trace.steps)
@@ -210,8 +210,8 @@ def test_copy_of_all_steps_is_exact():
 
 def test_the_last_state_answers_after_the_free_steps_and_those_of_the_plan():
   model, made = ROWS['base_loop'].model, batch(3)
-  plan = plans.Uniform(2)(None).replace(live=jnp.array([[True, True, True], [True, False, True]]))
-  plan = plan.replace(free=jnp.array([0, 1, 2]))
+  plan = plans.Uniform(2)(None).replace(active=jnp.array([[True, True, True], [True, False, True]]))
+  plan = plan.replace(no_grad_steps=jnp.array([0, 1, 2]))
   run_ = jax.jit(lambda weights: exits.Final().run(model, weights, made, plan, None)[0])
   trace = run_(params(model))
   np.testing.assert_array_equal(trace.steps, [2, 2, 4])
@@ -237,13 +237,13 @@ NUMBER = parts.looped(parts.plain(), read_out=parts.Head(outputs=1))
 @pytest.mark.parametrize('model, message', [(GATED, None), (PLAIN, 'gate'), (NUMBER, 'gate|1 output')],
                          ids=['gated', 'plain', 'number'])
 def test_rules_are_refused_where_a_model_lacks_what_they_read(name, model, message):
-  leave = exits.Adaptive(rule=RULES[name][0](threshold=RULES[name][2]))
+  exit_policy = exits.Adaptive(rule=RULES[name][0](threshold=RULES[name][2]))
   gated, laws = name in ('cumulative', 'confident', 'act'), name in ('kl', 'entropy_change', 'entropy', 'stable')
   if (gated and model is not GATED) or (laws and model is NUMBER):
     with pytest.raises(ConfigError, match=rf'--exits={name}: exit\.rule: .*({message}).*take a rule'):
-      exits.check(model, leave, f'--exits={name}')
+      exits.check(model, exit_policy, f'--exits={name}')
   else:
-    exits.check(model, leave, f'--exits={name}')
+    exits.check(model, exit_policy, f'--exits={name}')
 
 
 def test_a_check_computes_nothing():
@@ -254,10 +254,10 @@ def test_a_check_computes_nothing():
     exits.check(model, exits.Adaptive(rule=exits.Sampled()), '')
 
 
-@pytest.mark.parametrize('leave', [exits.Final(), exits.Confidence(least=2)], ids=repr)
-def test_exits_of_whole_plans_do_not_decide_token_by_token(leave):
-  with pytest.raises(ConfigError, match=rf"exit = {re.escape(str(leave))}: .*whole plan.*use exits\.Adaptive"):
-    exits.check(PLAIN, leave, 'exit')
+@pytest.mark.parametrize('exit_policy', [exits.Final(), exits.Confidence(least=2)], ids=repr)
+def test_exits_of_whole_plans_do_not_decide_token_by_token(exit_policy):
+  with pytest.raises(ConfigError, match=rf"exit = {re.escape(str(exit_policy))}: .*whole plan.*use exits\.Adaptive"):
+    exits.check(PLAIN, exit_policy, 'exit')
 
 
 @pytest.mark.parametrize('make, message', [

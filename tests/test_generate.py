@@ -12,7 +12,7 @@ from loopformer import backend, plans
 from loopformer.cells.plain import Plain
 from loopformer.inference.engine import ROUND, decode, generate, prefill
 from loopformer.inference.flat import Flat, flattened
-from loopformer.inference.sampling import controls, draw, law
+from loopformer.inference.sampling import controls, sample, sampling_logits
 from loopformer.nn.blocks import Chain
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
@@ -187,10 +187,10 @@ def reference(temperature: float, top_k: int | None, top_p: float | None) -> np.
 
 
 @jax.jit
-def sample(logits, key, control):
+def drawn_under(logits, key, control):
   """A token a row, all rows under one control."""
   control = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, logits.shape[:1]), control)
-  return draw(law(logits, control), jax.random.split(key, len(logits)))
+  return sample(sampling_logits(logits, control), jax.random.split(key, len(logits)))
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.5, 2.0])
@@ -221,7 +221,7 @@ def test_laws_of_many_blocks_are_drawn_from():
   p[possible] = rng.dirichlet(np.full(60, 0.5))
   with np.errstate(divide='ignore'):
     logits = jnp.asarray(np.log(p), jnp.float32)
-  drawn = jax.jit(draw)(jnp.broadcast_to(logits, (DRAWS, 1000)), jax.random.split(jax.random.key(1), DRAWS))
+  drawn = jax.jit(sample)(jnp.broadcast_to(logits, (DRAWS, 1000)), jax.random.split(jax.random.key(1), DRAWS))
   counts = np.bincount(drawn, minlength=1000)
   assert not counts[p == 0].any()
   often = p * DRAWS > 5
@@ -233,7 +233,7 @@ def test_laws_of_many_blocks_are_drawn_from():
 def test_a_certain_token_is_drawn(vocab):
   for token in {0, vocab // 2, vocab - 1}:
     logits = jnp.where(jnp.arange(vocab) == token, 0.0, -jnp.inf)
-    assert (draw(jnp.broadcast_to(logits, (64, vocab)), jax.random.split(jax.random.key(0), 64)) == token).all()
+    assert (sample(jnp.broadcast_to(logits, (64, vocab)), jax.random.split(jax.random.key(0), 64)) == token).all()
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -244,7 +244,7 @@ def test_temperature_zero_takes_the_likeliest():
 def test_every_row_has_its_own_law():
   given = [(0.0, None, None), (1.0, 3, None), (0.5, None, 0.7), (1.0, None, None)]
   control = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[controls(len(LOGITS), *row) for row in given])
-  laws = jax.nn.softmax(law(jnp.broadcast_to(LOGITS, (4, len(LOGITS))), control))
+  laws = jax.nn.softmax(sampling_logits(jnp.broadcast_to(LOGITS, (4, len(LOGITS))), control))
   for row, (temperature, top_k, top_p) in enumerate(given):
     expected = reference(temperature, top_k, top_p) if temperature else np.eye(len(LOGITS))[LOGITS.argmax()]
     np.testing.assert_allclose(laws[row], expected, atol=1e-6)
@@ -285,7 +285,7 @@ def test_deep_stacks_are_written_out_on_a_cpu_alone():
   weights, answers = parts.params(model), []
   for name, kind in (('cpu', Flat), ('gpu', Stack)):
     with backend.compiling_for(name):
-      flat, own = flattened(model, weights, turn=True)
+      flat, own = flattened(model, weights, transpose=True)
     assert isinstance(flat.cell.core, kind) and flat.cell.core.applications == 9
     plan = plans.Uniform(1)(None)
     answers.append(jax.jit(lambda p, flat=flat: flat.apply({'params': p}, parts.tokens(2), plan).z)(own))

@@ -284,7 +284,7 @@ def test_an_exit_that_never_leaves_changes_nothing():
 def test_an_exit_after_one_step_scores_its_state():
   at_once = scorer(exit=exits.Adaptive(rule=exits.Stable(threshold=1)))
   (score, _), = at_once.loglikelihood([('abc', 'de')])
-  plan = parts.padded(L).replace(live=jnp.arange(L) < 1)
+  plan = parts.padded(L).replace(active=jnp.arange(L) < 1)
   ids = TOKENIZER.encode('abcde')
   z = parts.forward(MODEL, PARAMS, jnp.asarray([ids[:-1]]), plan).z
   log_p = np.asarray(parts.logits(MODEL, PARAMS, z), np.float64)[0]
@@ -295,13 +295,13 @@ def test_an_exit_after_one_step_scores_its_state():
 
 def test_mean_loops_are_those_of_the_scored_tokens():
   """Between one and all; counted by hand from the steps of `adapt`."""
-  leave = exits.Adaptive(rule=exits.Stable(threshold=2))
-  one = scorer(exit=leave)
+  exit_policy = exits.Adaptive(rule=exits.Stable(threshold=2))
+  one = scorer(exit=exit_policy)
   one.loglikelihood([('abc', 'defgh'), ('x', 'yz')])
   taken = []
   for context, continuation in (('abc', 'defgh'), ('x', 'yz')):
     ids = TOKENIZER.encode(context + continuation)
-    trace = MODEL.apply({'params': PARAMS}, jnp.asarray([ids[:-1]]), parts.padded(L), leave, jnp.float32(2),
+    trace = MODEL.apply({'params': PARAMS}, jnp.asarray([ids[:-1]]), parts.padded(L), exit_policy, jnp.float32(2),
                         method='adapt')
     taken += trace.steps[0, len(context) - 1:].tolist()
   assert len(taken) == 7 and one.mean_loops == np.mean(taken) and 1 < np.mean(taken) <= L

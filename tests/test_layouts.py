@@ -60,9 +60,9 @@ def test_slots_of_steps_that_were_not_taken():
   def filled(layout):
     kv = memories.empty(3, 1, 2, 6, 4, 8, jnp.float32, layout)
     for k in range(3):
-      ctx = Context(pos=jnp.array([[2 if k == 0 else -1], [3]]), tick=Step(t=0.0, dt=0.0, live=None, k=jnp.int32(k)))
-      kv, *_ = memories.PerLoop().exchange(kv, ctx, 0, keys[k], -keys[k])
-    kv = memories.PerLoop().fill(kv, jnp.array([[2], [3]]), jnp.array([0, 2]))
+      ctx = Context(pos=jnp.array([[2 if k == 0 else -1], [3]]), step=Step(t=0.0, dt=0.0, active=None, k=jnp.int32(k)))
+      kv, *_ = memories.PerLoop().update(kv, ctx, 0, keys[k], -keys[k])
+    kv = memories.PerLoop().fill_skipped(kv, jnp.array([[2], [3]]), jnp.array([0, 2]))
     return [layout.of_heads(kv.k), layout.of_heads(kv.v), kv.pos]
 
   ours = filled(layouts.HeadsFirst())
@@ -74,7 +74,7 @@ def test_the_engine_in_both():
   """Rows that are refilled from others, and drafts that are taken back."""
   def texts():
     model = ROWS['grouped'].model
-    engine = Engine(model, params(model), Ids(V), rows=2, length=32, rounds=4, draft=1, ahead=2)
+    engine = Engine(model, params(model), Ids(V), rows=2, length=32, max_steps=4, draft=1, num_draft=2)
     for start in (0, 3, 3):
       engine.submit([(start + i) % V for i in range(18)], max_new_tokens=5, temperature=0)
     return engine.run()

@@ -246,8 +246,8 @@ def learn(config, steps: int, rate: float, inputs: int, examples: int):
 
   def loss(params, key, step):
     batch = prompts(key, 128, inputs, examples)
-    draw = parts.draw(key, batch).replace(step=step)
-    return config.objective(config.model, params, draw, config.objective.denominators(batch))[0]
+    context = parts.plan_context(key, batch).replace(step=step)
+    return config.objective(config.model, params, context, config.objective.denominators(batch))[0]
 
   def step(carry, index):
     params, state = carry
@@ -297,8 +297,8 @@ def test_loops_that_grow_are_those_of_the_schedule():
   config = linear_icl.get_config(f'3,inputs={D},examples={N},steps=40')
   params, batch = parts.params(config.model), prompts(jax.random.key(0), 8, D, N)
   for step, loops in ((0, 1), (9, 1), (10, 2), (20, 3), (500, 3)):
-    draw = parts.draw(jax.random.key(0), batch, step)
-    loss = config.objective(config.model, params, draw, config.objective.denominators(batch))[0]
+    context = parts.plan_context(jax.random.key(0), batch, step)
+    loss = config.objective(config.model, params, context, config.objective.denominators(batch))[0]
     got = answers(config.model, params, batch['tokens'], parts.padded(loops, 8))
     assert float(loss) == pytest.approx(float(jnp.square(got[:, -1] - batch['targets'][:, -1]).mean()), rel=1e-4)
 
@@ -354,7 +354,7 @@ def test_a_chain_over_columns_is_a_loop_over_a_state():
 
 
 def test_data_are_those_of_the_tasks():
-  """Chains descend as the tasks' floors do, start as WeightPrompt, and their loss is the squared error of thoughts."""
+  """Chains descend as the tasks' baselines do, start as WeightPrompt, and their loss is the squared error of thoughts."""
   k = 4
   x, y, _, best = (jnp.float32(value) for value in problem())
   iterates = descent.gradient_descent(x, y, RATE, k).transpose(1, 0, 2)
@@ -434,7 +434,7 @@ def test_weights_that_are_predicted_are_learned():
       params, state = carry
       batch = thoughts(jax.random.fold_in(key, index), 128, D, 16)
       loss, grads = jax.value_and_grad(lambda p: config.objective(
-          config.model, p, parts.draw(key, batch), config.objective.denominators(batch))[0])(params)
+          config.model, p, parts.plan_context(key, batch), config.objective.denominators(batch))[0])(params)
       updates, state = optimizer.update(grads, state, params)
       return (optax.apply_updates(params, updates), state), loss
     return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(300))[1]

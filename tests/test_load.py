@@ -136,8 +136,8 @@ def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
   batch, (name,) = parts.batch(), objective.teachers
 
   def loss(weights, theirs):
-    draw = parts.draw(jax.random.key(0), batch)
-    return objective(student, weights, draw, objective.denominators(batch), {name: theirs})[0]
+    context = parts.plan_context(jax.random.key(0), batch)
+    return objective(student, weights, context, objective.denominators(batch), {name: theirs})[0]
 
   value, (own, taught) = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, theirs)
   laws = []

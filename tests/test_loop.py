@@ -17,7 +17,7 @@ from loopformer.model import init_params, parameter_count
 from loopformer.nn import kernels, stack as stacks
 from loopformer.nn.condition import Modulation, Trajectory, sinusoid
 from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash, attend
-from loopformer.nn.layers import Normal, UnitNorm, dense, gelu, turned
+from loopformer.nn.layers import Normal, UnitNorm, dense, gelu, transposed
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, Plan, Step
 from tests import parts
@@ -127,13 +127,13 @@ def test_twice_the_depth_is_the_loop_twice(name):
 def by_while_loop(model, weights, e, plan):
   """The steps of a plan by `lax.while_loop` over `model.step`."""
   variables = {'params': weights}
-  code = model.apply(variables, plan, method='timetable')
+  code = model.apply(variables, plan, method='precompute')
   ctx = parts.context(e)
 
   def body(carry):
     k, x = carry
-    tick = Step(t=plan.t[k], dt=plan.dt[k], live=None, k=k, code=jax.tree.map(lambda leaf: leaf[k], code))
-    return k + 1, model.apply(variables, x, e, ctx.replace(tick=tick), None, method='step')[0]
+    row = Step(t=plan.t[k], dt=plan.dt[k], active=None, k=k, precomputed=jax.tree.map(lambda leaf: leaf[k], code))
+    return k + 1, model.apply(variables, x, e, ctx.replace(step=row), None, method='step')[0]
 
   return jax.lax.while_loop(lambda carry: carry[0] < plan.steps, body, (jnp.int32(0), model.start(e, ctx)))[1]
 
@@ -166,13 +166,13 @@ def test_every_sequence_may_have_its_own_depth():
   depth = np.array([1, 4, 2, 0, 3])
   text = tokens(len(depth))
   full = plans.Uniform(L)(jax.random.key(0))
-  together = forward(model, params(model), text, full.replace(live=jnp.arange(L)[:, None] < depth))
+  together = forward(model, params(model), text, full.replace(active=jnp.arange(L)[:, None] < depth))
   assert int(together.steps) == depth.max()
   for row, own in enumerate(depth):
-    alone = forward(model, params(model), text[row:row + 1], full.replace(live=jnp.arange(L) < own))
+    alone = forward(model, params(model), text[row:row + 1], full.replace(active=jnp.arange(L) < own))
     close(together.z[row], alone.z[0], 1e-6)
   assert np.abs(np.asarray(together.x[1] - forward(model, params(model), text, full.replace(
-      live=jnp.arange(L) < 1)).x[1])).max() > 1e-3
+      active=jnp.arange(L) < 1)).x[1])).max() > 1e-3
 
 
 def loss(model, weights, plan, rows: int = 3, keep=loop.Last()):
@@ -360,7 +360,7 @@ def test_attention_of_cudnn_is_not_run_again(remat, runs):
 
 
 def freed(steps: int, free: int) -> Plan:
-  return plans.Uniform(steps)(jax.random.key(0)).replace(free=jnp.int32(free))
+  return plans.Uniform(steps)(jax.random.key(0)).replace(no_grad_steps=jnp.int32(free))
 
 
 @plain_rows
@@ -533,7 +533,7 @@ def test_sequences_with_schedules_of_their_own(name):
 
 def test_a_cache_serves_a_plan_whose_skipped_rows_are_not_the_last():
   model, text = ROWS['loopformer'].model, tokens(len(LENGTHS))
-  plan = plans.Uniform(L)(jax.random.key(0)).replace(live=jnp.array([True, False, True, False]))
+  plan = plans.Uniform(L)(jax.random.key(0)).replace(active=jnp.array([True, False, True, False]))
   z = forward(model, params(model), text, plan).z
   close(cached_by_token(model, params(model), text, plan), parts.logits(model, params(model), z), 1e-5)
 
@@ -567,7 +567,7 @@ def test_cache_bytes(name, loops):
 def test_turned_products(rows):
   x = jax.random.normal(jax.random.key(0), (*rows, 24))
   kernel = jax.random.normal(jax.random.key(1), (40, 24))
-  np.testing.assert_allclose(jax.jit(turned)(x, kernel), x @ kernel.T, atol=1e-4)
+  np.testing.assert_allclose(jax.jit(transposed)(x, kernel), x @ kernel.T, atol=1e-4)
 
 
 def test_cache_bytes_of_the_published_size():
@@ -586,10 +586,10 @@ def test_sequences_without_positions_are_refused(row, refused):
   """In every pass; where positions are attention's, any length is read."""
   model, text = ROWS[row].model, jnp.zeros((1, FAR), jnp.int32)
   variables, plan = {'params': parts.shapes(model)}, plans.Uniform(2)(None)
-  leave = exits.Adaptive(rule=exits.StateChange())
+  exit_policy = exits.Adaptive(rule=exits.StateChange())
   for run in (lambda v: model.apply(v, text, plan).z, lambda v: model.apply(v, text, plan, text).z,
               lambda v: model.apply(v, text, plan, kv=model.cache(1, FAR)).z,
-              lambda v: model.apply(v, text, plan, leave, leave.dial, method='adapt').z):
+              lambda v: model.apply(v, text, plan, exit_policy, exit_policy.threshold, method='adapt').z):
     if refused:
       with pytest.raises(ConfigError, match=r'33 a row, more than the 32 positions of the model \(read_in\.length\)'):
         jax.eval_shape(run, variables)

@@ -183,11 +183,11 @@ def test_sequences_with_depths_of_their_own():
   """In the parallel pass, and cached with schedules of their own."""
   model, depth = melt(), np.array([1, 4, 2, 3])
   weights, text = converted(model), tokens(4)
-  live = jnp.arange(L)[:, None] < depth
-  together = logits(model, weights, UNIFORM.replace(live=live), text)
-  cached, _ = prefill(model, weights, text, UNIFORM.replace(live=live))
+  active = jnp.arange(L)[:, None] < depth
+  together = logits(model, weights, UNIFORM.replace(active=active), text)
+  cached, _ = prefill(model, weights, text, UNIFORM.replace(active=active))
   for row, own in enumerate(depth):
-    alone = logits(model, weights, UNIFORM.replace(live=jnp.arange(L) < own), text)[row]
+    alone = logits(model, weights, UNIFORM.replace(active=jnp.arange(L) < own), text)[row]
     close((together[row], cached[row]), (alone, alone), 1e-5)
 
 
@@ -311,7 +311,7 @@ def latents(latent, xs, weights=None):
   empty = jnp.zeros((1, batch, length, 2, width // 2))
   flight = Flight(h=jnp.zeros((1, batch, length, width)), taken=jnp.zeros(batch, jnp.int32), rows=(empty, empty))
   ctx = Context(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)),
-                tick=Step(t=jnp.float32(0), dt=jnp.float32(1), live=None, k=jnp.int32(0)))
+                step=Step(t=jnp.float32(0), dt=jnp.float32(1), active=None, k=jnp.int32(0)))
   shapes = attn.init(jax.random.key(0), xs[0], ctx, flight, 0)['params']
   params = {**shapes, **({} if weights is None else {'latent': weights})}
   found = []
@@ -353,16 +353,16 @@ def test_gates_are_their_formulas():
 
 def test_plans_of_the_phases():
   plan = Transition(of=plans.Uniform(L), steps=5)
-  shares = [np.asarray(plan(parts.draw(jax.random.key(0), step=step)).rows[BLEND]) for step in range(7)]
+  shares = [np.asarray(plan(parts.plan_context(jax.random.key(0), step=step)).rows[BLEND]) for step in range(7)]
   np.testing.assert_allclose([share[0] for share in shares], [0, 0.25, 0.5, 0.75, 1, 1, 1])
   assert all((share == share[0]).all() and share.shape == (L,) for share in shares)
   assert (plan.longest, plan.expected) == (L, L) == (Apart(of=plans.Uniform(L)).longest, L)
-  assert not Apart(of=plans.Uniform(L))(parts.draw(jax.random.key(0), step=9)).rows[BLEND].any()
+  assert not Apart(of=plans.Uniform(L))(parts.plan_context(jax.random.key(0), step=9)).rows[BLEND].any()
 
 
 def phases(plan, **terms) -> Objective:
   rolls = {'all': Rollout(plan, keep=loop.Every()),
-           'teacher': Rollout(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights='there')}
+           'teacher': Rollout(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights_of='there')}
   every = {'kd': Distill(roll='all', teacher='teacher', chunk=5), 'aligned': Aligned(roll='all', teacher='teacher')}
   return Objective(rolls=rolls, terms={name: Weighted(weight, every[name]) for name, weight in terms.items()})
 
@@ -376,8 +376,8 @@ def shares(blended: bool, weights, teacher):
   objective = phases(Apart(of=plans.Uniform(L)) if blended else plans.Uniform(L), **BOTH)
   batch = parts.batch()
   total = objective.denominators(batch)
-  draw = parts.draw(jax.random.key(0), batch)
-  return jax.value_and_grad(lambda w, t: objective(melt(), w, draw, total, {'there': t}), (0, 1), has_aux=True)(
+  context = parts.plan_context(jax.random.key(0), batch)
+  return jax.value_and_grad(lambda w, t: objective(melt(), w, context, total, {'there': t}), (0, 1), has_aux=True)(
       weights, teacher)
 
 
@@ -502,8 +502,8 @@ def test_what_is_not_defined_is_refused():
 
   with pytest.raises(ConfigError, match=r'model\.memory = PerLoop.*use cells\.melt\.Latest'):
     run(model.clone(memory=memories.PerLoop()))
-  with pytest.raises(ConfigError, match='plan.free'):
-    run(plan=UNIFORM.replace(free=jnp.int32(2)))
+  with pytest.raises(ConfigError, match='plan.no_grad_steps'):
+    run(plan=UNIFORM.replace(no_grad_steps=jnp.int32(2)))
   with pytest.raises(ConfigError, match='plan: rows of loops.*decode without'):
     run(plan=UNIFORM.replace(rows={BLEND: jnp.zeros(L)}), kv=model.cache(2, T))
   with pytest.raises(ConfigError, match='with a cache no states'):

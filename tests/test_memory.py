@@ -59,8 +59,8 @@ def test_one_pass_is_the_loop_without_memory_but_for_first(row, name):
     assert difference > 1e-2 if name == 'first' and steps > 1 else difference < 1e-4
 
 
-def tick(k):
-  return Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=jnp.int32(k))
+def step(k):
+  return Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=jnp.int32(k))
 
 
 def steps_of(part, loops, pos):
@@ -70,7 +70,7 @@ def steps_of(part, loops, pos):
   for p in pos:
     for k in range(loops):
       entry = jnp.full((1, 1, 1, 1), 100.0 * p + k + 1)
-      kv, keys, values, places = part.exchange(kv, Context(pos=jnp.array([[p]]), tick=tick(k)), jnp.int32(0), entry, -entry)
+      kv, keys, values, places = part.update(kv, Context(pos=jnp.array([[p]]), step=step(k)), jnp.int32(0), entry, -entry)
       np.testing.assert_array_equal(keys, -values)
       reads.append((p, k, np.asarray(keys)[0, 0, :, 0], np.asarray(places)[0]))
   return reads, kv
@@ -117,7 +117,7 @@ def test_slots_that_no_step_reached_get_what_the_last_step_left(name):
   slots = len(kv.pos)
   kv = kv.replace(**{field: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) + 7
                      for field, leaf in (('k', kv.k), ('v', kv.v), ('pos', kv.pos))})
-  filled = MEMORIES[name].fill(kv, jnp.array([[1], [1], [1], [-1]]), jnp.array([-1, 0, slots - 1, 0]))
+  filled = MEMORIES[name].fill_skipped(kv, jnp.array([[1], [1], [1], [-1]]), jnp.array([-1, 0, slots - 1, 0]))
   for field in ('k', 'v'):
     expected = np.array(getattr(kv, field))  # [slots, N, B, G, S, d]
     expected[:, :, 1, :, 1] = expected[:1, :, 1, :, 1]
@@ -133,7 +133,7 @@ def test_padding_is_not_written(name):
   kv = part.make(L, 1, 1, 4, 1, 1, jnp.float32)
   ones = jnp.ones((1, 2, 1, 1))
   for k in range(L):
-    kv, *_ = part.exchange(kv, Context(pos=jnp.array([[2, -1]]), tick=tick(k)), jnp.int32(0), ones, ones)
+    kv, *_ = part.update(kv, Context(pos=jnp.array([[2, -1]]), step=step(k)), jnp.int32(0), ones, ones)
   assert np.asarray(kv.pos)[:, 0].tolist() == [[-1, -1, 2, -1]] * len(kv.pos)
   assert float(jnp.abs(kv.k).sum()) == pytest.approx(len(kv.pos))
 

@@ -33,9 +33,9 @@ class EachDepth:
   """One step or two, drawn for every sequence."""
   longest, expected = 2, 1.5
 
-  def __call__(self, draw):
-    deep = jax.vmap(jax.random.bernoulli)(draw.keys())
-    return Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.stack([jnp.ones_like(deep), deep]))
+  def __call__(self, context):
+    deep = jax.vmap(jax.random.bernoulli)(context.keys())
+    return Plan(t=jnp.zeros(2), dt=jnp.ones(2), active=jnp.stack([jnp.ones_like(deep), deep]))
 
 
 @pytest.mark.slow
@@ -53,15 +53,15 @@ class Weighed:
   """Stands for an objective: a mean over tokens of what each sequence and its draw make of the parameters."""
   teachers = {}
 
-  def prepared(self, draw):
-    return draw
+  def prepared(self, context):
+    return context
 
   def denominators(self, batch):
     return {'lm': batch['weights'].sum()}
 
-  def __call__(self, model, params, draw, denominators, frozen):
-    drawn = jax.vmap(jax.random.normal)(draw.named('r').keys()) + draw.batch['tokens'].sum(1)
-    loss = (draw.batch['weights'].sum(1) * jnp.sin(params['w'] * drawn)).sum() / denominators['lm']
+  def __call__(self, model, params, context, denominators, frozen):
+    drawn = jax.vmap(jax.random.normal)(context.named('r').keys()) + context.batch['tokens'].sum(1)
+    loss = (context.batch['weights'].sum(1) * jnp.sin(params['w'] * drawn)).sum() / denominators['lm']
     return loss, {'lm': loss}
 
 
@@ -79,22 +79,22 @@ class Counted:
   teachers = {}
   plan = plans.RandomDepth(20)
 
-  def prepared(self, draw):
-    return draw
+  def prepared(self, context):
+    return context
 
   def denominators(self, batch):
     return {}
 
-  def __call__(self, model, params, draw, denominators, frozen):
-    loss = 2.0 ** self.plan(draw.named('r')).live.sum() + 0 * params['w']
+  def __call__(self, model, params, context, denominators, frozen):
+    loss = 2.0 ** self.plan(context.named('r')).active.sum() + 0 * params['w']
     return loss, {}
 
 
 def drawn(number: int | None, taken: int) -> int:
   """The steps of the plan that a microbatch draws for all its sequences, or the whole batch does."""
-  draw = parts.draw(jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 1), taken))
-  draw = draw if number is None else draw.microbatch(jnp.int32(number), {})
-  return int(Counted.plan(draw.named('r')).live.sum())
+  context = parts.plan_context(jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 1), taken))
+  context = context if number is None else context.microbatch(jnp.int32(number), {})
+  return int(Counted.plan(context.named('r')).active.sum())
 
 
 def test_every_microbatch_draws_a_plan_of_its_own():
@@ -107,9 +107,9 @@ def test_every_microbatch_draws_a_plan_of_its_own():
 
 
 def test_names_give_keys_of_their_own():
-  draw = parts.draw(jax.random.key(0), parts.batch())
-  part, data = draw.microbatch(jnp.int32(1), draw.batch), jax.random.key_data
-  np.testing.assert_array_equal(data(draw.named('a').keys()), data(part.named('a').keys()))
-  assert not np.array_equal(data(draw.named('a').keys()), data(draw.named('b').keys()))
+  context = parts.plan_context(jax.random.key(0), parts.batch())
+  part, data = context.microbatch(jnp.int32(1), context.batch), jax.random.key_data
+  np.testing.assert_array_equal(data(context.named('a').keys()), data(part.named('a').keys()))
+  assert not np.array_equal(data(context.named('a').keys()), data(context.named('b').keys()))
   assert not np.array_equal(data(part.named('a').key), data(part.named('b').key))
-  assert not np.array_equal(data(draw.named('a').key), data(part.named('a').key))
+  assert not np.array_equal(data(context.named('a').key), data(part.named('a').key))

@@ -84,8 +84,8 @@ def test_copies_of_a_model_stay_apart():
   apart = parts.shapes(plain(cell=Recur(stack(), Concat()), prelude=stack(), coda=stack()))
   for copy in (model, model.bind({}).unbind()[0], model.copy()):
     assert copy == model and jax.tree.structure(parts.shapes(copy)) == jax.tree.structure(apart)
-  leave = exits.Adaptive(rule=exits.KL())
-  jax.eval_shape(lambda weights: model.apply({'params': weights}, tokens(2), plans.Uniform(2)(None), leave,
+  exit_policy = exits.Adaptive(rule=exits.KL())
+  jax.eval_shape(lambda weights: model.apply({'params': weights}, tokens(2), plans.Uniform(2)(None), exit_policy,
                                              jnp.float32(0.1), method='adapt'), shapes)
   deep = plain(Stack(layer(), 3))
   kept = []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import config as configs, moved, plans
+from loopformer import config as configs, moved, plans, types
 from loopformer.training.checkpoint import Checkpoints, abstract
 from loopformer.convert import from_pretrained
 from loopformer.model import parameter_roles, run_batch
@@ -88,6 +88,11 @@ def test_a_folder_from_before_the_layout_answers_as_it_did(later, name):
 def test_every_old_name_leads_somewhere():
   for name in moved.MODULES.values():
     importlib.import_module(name)
-  for name in moved.APART:
+  for name in moved.NAMES:
     module, _, qualname = moved.name_of(name).partition(':')
     assert hasattr(importlib.import_module(module), qualname), name
+  before = set(vars(types))
+  with moved.importable():
+    from loopformer.types import Ctx
+    assert Ctx is types.Context
+  assert set(vars(types)) == before

@@ -49,7 +49,7 @@ def objective(term, loops: int = L) -> Objective:
 def gradient(term, batch, weights, model=MODEL):
   """(loss, gradient) of one term."""
   of = objective(term, model.loops)
-  loss = jax.jit(jax.value_and_grad(lambda w: of(model, w, parts.draw(jax.random.key(0), batch),
+  loss = jax.jit(jax.value_and_grad(lambda w: of(model, w, parts.plan_context(jax.random.key(0), batch),
                                                  of.denominators(batch))[0]))
   return loss(weights)
 
@@ -313,8 +313,8 @@ def test_logits_of_all_steps_are_never_held():
 
 @pytest.mark.parametrize('change, message', [
     ({'aux': {}}, "'all' has no gate to learn"), ({'xs': None}, 'keep every step'),
-    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), live=jnp.ones(4, bool))}, 'plans.Uniform'),
-    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), free=jnp.int32(1))}, 'plans.Uniform')])
+    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), active=jnp.ones(4, bool))}, 'plans.Uniform'),
+    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), no_grad_steps=jnp.int32(1))}, 'plans.Uniform')])
 @pytest.mark.parametrize('term', [Expected(roll='all'), Improvement(roll='all')], ids=['I', 'II'])
 def test_a_rollout_that_does_not_serve_is_refused(change, message, term):
   xs, table, halt, batch = made()

@@ -222,7 +222,7 @@ TRIPS = 'backend_config={"known_trip_count":{"n":"6"}}'
     ('replica_groups=[2,4]<=[4,2]T(1,0)', ('all-reduce', 4, 7)),
     ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ('all-reduce', 4, 7)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", ('all-reduce', 2, 2)),
-], ids=['named', 'short', 'turned', 'mesh', 'mesh, turned'])
+], ids=['named', 'short', 'transposed', 'mesh', 'mesh, turned'])
 def test_a_program_is_read(groups, key):
   text = PROGRAM.replace('GROUPS', groups).replace('TRIPS', TRIPS)
   read = estimate.Program(text, estimate.Steps(free=0.0, live=0.5))

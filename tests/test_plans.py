@@ -49,17 +49,17 @@ def probability(sizes: tuple[int, ...], loops: int) -> Fraction:
 @hypothesis.given(loops=st.integers(2, 24), seed=st.integers(0, 2 ** 31 - 1))
 def test_partition_is_a_trajectory(loops, seed):
   part = plans.Partition(loops)
-  draw = jax.jit(jax.vmap(lambda key: (part.sizes(key), part(parts.draw(key)))))
+  draw = jax.jit(jax.vmap(lambda key: (part.sizes(key), part(parts.plan_context(key)))))
   sizes, plan = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(seed), 100)))
   count = (sizes > 0).sum(1, keepdims=True)
-  live = np.arange(loops - 1) < count
+  active = np.arange(loops - 1) < count
   assert sizes.shape == (100, loops - 1) and part.longest == loops - 1 and sizes.dtype == np.int32
   assert (sizes.sum(1) == loops).all()  # exactly, in integers
   assert 1 <= count.min() and count.max() <= loops - 1
-  assert (sizes[live] >= 1).all() and not sizes[~live].any()
-  np.testing.assert_array_equal(plan.live, live)
+  assert (sizes[active] >= 1).all() and not sizes[~active].any()
+  np.testing.assert_array_equal(plan.active, active)
   np.testing.assert_allclose(plan.dt, sizes / loops, rtol=1e-6)
-  np.testing.assert_allclose(plan.t[live], ((np.cumsum(sizes, 1) - sizes) / loops)[live], rtol=1e-6)
+  np.testing.assert_allclose(plan.t[active], ((np.cumsum(sizes, 1) - sizes) / loops)[active], rtol=1e-6)
 
 
 @pytest.mark.parametrize('loops', [2, 5, 8, 16])
@@ -99,17 +99,17 @@ def test_partition_draws_as_the_official_sampler():
 
 def test_random_depth_is_uniform():
   part = plans.RandomDepth(6)
-  drawn = jax.jit(jax.vmap(lambda key: part(parts.draw(key))))(jax.random.split(jax.random.key(0), 5000))
-  counts = np.bincount(drawn.live.sum(1), minlength=6)
-  assert drawn.live.shape == (5000, 5) and counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > LIKELY
-  assert (np.diff(drawn.live.astype(int), axis=1) <= 0).all()  # the first steps, without gaps
+  drawn = jax.jit(jax.vmap(lambda key: part(parts.plan_context(key))))(jax.random.split(jax.random.key(0), 5000))
+  counts = np.bincount(drawn.active.sum(1), minlength=6)
+  assert drawn.active.shape == (5000, 5) and counts[0] == 0 and stats.chisquare(counts[1:]).pvalue > LIKELY
+  assert (np.diff(drawn.active.astype(int), axis=1) <= 0).all()  # the first steps, without gaps
   np.testing.assert_allclose(drawn.dt, 1 / 6, rtol=1e-6)
   np.testing.assert_allclose(drawn.t, np.broadcast_to(np.arange(5) / 6, (5000, 5)), rtol=1e-6)
 
 
 @pytest.mark.parametrize('part', [plans.Partition(8), plans.RandomDepth(8)], ids=lambda part: type(part).__name__)
 def test_expected_is_the_mean_number_of_steps(part):
-  steps = jax.jit(jax.vmap(lambda key: part(parts.draw(key))))(jax.random.split(jax.random.key(1), 4000)).live.sum(1)
+  steps = jax.jit(jax.vmap(lambda key: part(parts.plan_context(key))))(jax.random.split(jax.random.key(1), 4000)).active.sum(1)
   assert part.expected == 4 == part.longest - 3
   assert abs(float(steps.mean()) - part.expected) < 4 * 2 / math.sqrt(4000)
 
@@ -125,7 +125,7 @@ def test_uniform():
   plan = plans.Uniform(5)(jax.random.key(0))
   np.testing.assert_allclose(plan.dt, [0.2] * 5, rtol=1e-6)
   np.testing.assert_allclose(plan.t, [0, 0.2, 0.4, 0.6, 0.8], rtol=1e-6)
-  assert plan.live is None and plan.free is None and plan.steps == plans.Uniform(5).longest == 5
+  assert plan.active is None and plan.no_grad_steps is None and plan.steps == plans.Uniform(5).longest == 5
   with pytest.raises(ConfigError, match=r'Uniform\.loops = 0'):
     plans.Uniform(0)
 
@@ -133,10 +133,10 @@ def test_uniform():
 def test_schedule_pads_with_skipped_rows():
   plan = plans.schedule((0.5, 0.3, 0.2), rows=5)
   assert plan.steps == 5 and plan.dt.dtype == plan.t.dtype == jnp.float32
-  np.testing.assert_array_equal(plan.live, [True, True, True, False, False])
+  np.testing.assert_array_equal(plan.active, [True, True, True, False, False])
   np.testing.assert_allclose(plan.dt, [0.5, 0.3, 0.2, 0, 0], rtol=1e-6)
   np.testing.assert_allclose(plan.t, [0, 0.5, 0.8, 0, 0], rtol=1e-6)
-  assert plans.schedule((0.5, 0.5)).live is None
+  assert plans.schedule((0.5, 0.5)).active is None
 
 
 @pytest.mark.parametrize('steps, message', [

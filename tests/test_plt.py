@@ -69,7 +69,7 @@ def reference(weights, text, loops, window, embed, hidden, stop=lambda x: x, gat
       own = jax.tree.map(lambda leaf: leaf[n], weights['cell']['core']['block'])
       qkv = (normed(h, own['norm_attn']['scale']) @ own['attn']['qkv']['kernel']).reshape(batch, length, 2, 3, D // 2)
       q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
-      q, k = Rotary().turn(q, pos), Rotary().turn(k, pos)
+      q, k = Rotary().rotate(q, pos), Rotary().rotate(k, pos)
       if r == 0:
         first.append((stop(k), stop(v)))
         y = attention(q, k, v, causal)
@@ -321,14 +321,14 @@ def test_packed_documents_are_as_if_alone():
 def test_states_that_are_kept_are_those_after_each_row_of_the_plan():
   model, text = model_of(), tokens(3, S)
   full = forward(model, params(model), text, uniform(3), keep=loop.Every())
-  live = jnp.array([True, False, True, False])
+  active = jnp.array([True, False, True, False])
   plan = uniform(4)
-  some = forward(model, params(model), text, plan.replace(live=live), keep=loop.Every())
+  some = forward(model, params(model), text, plan.replace(active=active), keep=loop.Every())
   close(some.xs, full.xs[jnp.array([0, 0, 1, 1])], 1e-6)
   assert int(some.steps) == 2
   depth = np.array([0, 1, 3])
-  each = forward(model, params(model), text, plan.replace(live=jnp.arange(4)[:, None] < depth), keep=loop.Every())
-  norms = forward(model, params(model), text, plan.replace(live=jnp.arange(4)[:, None] < depth), keep=loop.Norms())
+  each = forward(model, params(model), text, plan.replace(active=jnp.arange(4)[:, None] < depth), keep=loop.Every())
+  norms = forward(model, params(model), text, plan.replace(active=jnp.arange(4)[:, None] < depth), keep=loop.Norms())
   for row, own in enumerate(depth):
     for k in range(4):
       done = min(k + 1, own)
@@ -341,7 +341,7 @@ def test_states_that_are_kept_are_those_after_each_row_of_the_plan():
 def test_a_loop_that_nobody_takes_is_a_branch():
   model = model_of()
   plan = uniform(3)
-  text = str(jax.make_jaxpr(lambda live: forward(model, params(model), tokens(), plan.replace(live=live)).z)(
+  text = str(jax.make_jaxpr(lambda active: forward(model, params(model), tokens(), plan.replace(active=active)).z)(
       jnp.ones(3, bool)))
   assert ' cond[' in text and ' cond[' not in str(jax.make_jaxpr(
       lambda weights: forward(model, weights, tokens(), plan).z)(params(model)))
@@ -380,11 +380,11 @@ REQUESTS = [('abc', 1), ('hello there', 3), ('', 2), ('q', 3), ('abc', 2), ('hel
 
 def test_the_engine_writes_what_the_parallel_pass_would():
   """Rows of different budgets and lengths; fewer rows than requests, so that rows are refilled."""
-  engine = Engine(LONG, params(LONG), TOKENIZER, rows=4, length=ROOM, rounds=4)
+  engine = Engine(LONG, params(LONG), TOKENIZER, rows=4, length=ROOM, max_steps=4)
   for prompt, budget in REQUESTS:
     engine.submit(prompt, budget=budget, temperature=0.0, max_new_tokens=9)
   assert engine.run() == [greedy(prompt, budget, 9) for prompt, budget in REQUESTS]
-  assert 1 < engine.tally['loops'] < 3
+  assert 1 < engine.stats['loops'] < 3
 
 
 def test_the_harness_scores_at_every_depth():
@@ -468,7 +468,7 @@ def of_cell(**changes):
     (lambda: of_cell(core=Stack(model_of().cell.core.block, 2, order=(0, 1, 1))).check(D), 'order'),
     (lambda: Streams(window_left=1).make(0, 1, 1, 4, 1, 1, 'float32', D), 'loops = 0'),
     (lambda: run(model_of(), Plan(t=jnp.zeros(0), dt=jnp.zeros(0))), 'no steps'),
-    (lambda: run(model_of(), uniform(2).replace(free=jnp.int32(1))), 'plan.free'),
+    (lambda: run(model_of(), uniform(2).replace(no_grad_steps=jnp.int32(1))), 'plan.no_grad_steps'),
     (lambda: run(model_of(), kv=model_of().clone(memory=memories.PerLoop()).cache(1, 4)), 'window'),
     (lambda: run(model_of().clone(memory=memories.First()), kv=model_of().cache(1, 4)), 'model.memory = First'),
     (lambda: run(model_of().clone(memory=Streams(window_left=2)), kv=model_of(2).cache(1, 4)),

@@ -181,8 +181,8 @@ def test_padding_counts_for_nothing(name):
 def test_what_is_trained_is_what_is_answered():
   """Of a single token, that reads nobody's state, the exit's answer is the mean that the term scores."""
   weights, texts, threshold = parts.params(MODEL), parts.tokens(16, 1), 0.3
-  leave = exits.Adaptive(rule=exits.ACT(threshold=threshold))
-  found = MODEL.apply({'params': weights}, texts, plans.Uniform(L)(None), leave, jnp.float32(threshold), method='adapt')
+  exit_policy = exits.Adaptive(rule=exits.ACT(threshold=threshold))
+  found = MODEL.apply({'params': weights}, texts, plans.Uniform(L)(None), exit_policy, jnp.float32(threshold), method='adapt')
   trace = parts.forward(MODEL, weights, texts, plans.Uniform(L)(None), keep=parts.loop.Every())
   share, steps = shares(trace.aux['halt'], threshold)
   assert len(np.unique(steps)) > 1
@@ -202,7 +202,7 @@ def test_pondernet_and_ouro_differ_by_their_prior():
 
 @pytest.mark.parametrize('change, message', [
     ({'aux': {}}, "'all' has no gate to learn"), ({'xs': None}, 'keep every step'),
-    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), live=jnp.ones(4, bool))}, 'plans.Uniform')])
+    ({'plan': Plan(t=jnp.zeros(4), dt=jnp.ones(4), active=jnp.ones(4, bool))}, 'plans.Uniform')])
 @every
 def test_a_rollout_that_does_not_serve_is_refused(change, message, name):
   xs, table, halt, batch = made()

@@ -121,27 +121,27 @@ def test_moments_of_the_depth(name):
 def test_truncated_splits_what_was_drawn(over):
   plan = plans.Truncated(depth=plans.Poisson(average=4), graded=2, over=over)
   batch = {'tokens': jnp.zeros((64, T))}
-  drawn = jax.jit(jax.vmap(lambda key: plan(parts.draw(key, batch))))(jax.random.split(jax.random.key(0), 50))
-  live, free = np.asarray(drawn.live), np.asarray(drawn.free)
-  graded = live.sum(1)
+  drawn = jax.jit(jax.vmap(lambda key: plan(parts.plan_context(key, batch))))(jax.random.split(jax.random.key(0), 50))
+  active, free = np.asarray(drawn.active), np.asarray(drawn.no_grad_steps)
+  graded = active.sum(1)
   total = free + graded
-  assert live.shape[1] == 2 and total.min() >= 1 and graded.min() >= 1 and graded.max() == 2 and free.min() == 0
+  assert active.shape[1] == 2 and total.min() >= 1 and graded.min() >= 1 and graded.max() == 2 and free.min() == 0
   np.testing.assert_array_equal(graded, np.minimum(total, 2))
-  assert live.ndim == (3 if over == plans.PerSequence() else 2)
+  assert active.ndim == (3 if over == plans.PerSequence() else 2)
   if over == plans.PerSequence():
     assert (free.max(1) > free.min(1)).mean() > 0.9  # sequences differ
-    part = parts.draw(jax.random.split(jax.random.key(0), 50)[0], {'tokens': batch['tokens'][:8],
-                                                                   'row': jnp.arange(8, 16)})
-    np.testing.assert_array_equal(plan(part).free, free[0, 8:16])  # whatever device a sequence is on
+    part = parts.plan_context(jax.random.split(jax.random.key(0), 50)[0], {'tokens': batch['tokens'][:8],
+                                                                           'row': jnp.arange(8, 16)})
+    np.testing.assert_array_equal(plan(part).no_grad_steps, free[0, 8:16])  # whatever device a sequence is on
 
 
 @pytest.mark.parametrize('average, graded', [(0.5, 1), (2.5, 3)])
 def test_a_mean_between_two_numbers_lets_the_larger_one_be_differentiated(average, graded):
   plan = plans.Truncated(depth=plans.Poisson(average=average), graded=graded, over=plans.PerSequence())
-  drawn = plan(parts.draw(jax.random.key(0), {'tokens': jnp.zeros((64, T))}))
-  total = np.asarray(drawn.free + drawn.live.sum(0))
+  drawn = plan(parts.plan_context(jax.random.key(0), {'tokens': jnp.zeros((64, T))}))
+  total = np.asarray(drawn.no_grad_steps + drawn.active.sum(0))
   assert total.max() > graded
-  np.testing.assert_array_equal(drawn.live.sum(0), np.minimum(total, graded))
+  np.testing.assert_array_equal(drawn.active.sum(0), np.minimum(total, graded))
 
 
 @pytest.mark.parametrize('curve, values', [(plans.linear, {0: 1, 50: 4, 100: 8, 500: 8}),
@@ -154,9 +154,9 @@ def test_ramp(curve, values):
 def test_stairs_and_window():
   depth = plans.Stairs(first=5, last=12, add=2, every=100)
   plan = plans.Truncated(depth=depth, graded=5)
-  seen = {step: plan(parts.draw(jax.random.key(0), step=step)) for step in (0, 99, 100, 399, 400, 10_000)}
-  assert {step: int(p.free) for step, p in seen.items()} == {0: 0, 99: 0, 100: 2, 399: 6, 400: 7, 10_000: 7}
-  assert all(p.live.all() for p in seen.values())
+  seen = {step: plan(parts.plan_context(jax.random.key(0), step=step)) for step in (0, 99, 100, 399, 400, 10_000)}
+  assert {step: int(p.no_grad_steps) for step, p in seen.items()} == {0: 0, 99: 0, 100: 2, 399: 6, 400: 7, 10_000: 7}
+  assert all(p.active.all() for p in seen.values())
 
 
 def test_a_ramp_of_the_depth_of_every_sequence():
@@ -164,9 +164,9 @@ def test_a_ramp_of_the_depth_of_every_sequence():
   config = config_of('parcae', 'cpu,ramp=100,curve=linear')
   plan = config.objective.rolls['drawn'].plan
   batch = {'tokens': jnp.zeros((500, T))}
-  steps = {step: plan(parts.draw(jax.random.key(1), batch, step)) for step in (0, 50, 100, 1000)}
-  total = {step: np.asarray(drawn.free + drawn.live.sum(0)) for step, drawn in steps.items()}
-  graded = {step: int(drawn.live.sum(0).max()) for step, drawn in steps.items()}
+  steps = {step: plan(parts.plan_context(jax.random.key(1), batch, step)) for step in (0, 50, 100, 1000)}
+  total = {step: np.asarray(drawn.no_grad_steps + drawn.active.sum(0)) for step, drawn in steps.items()}
+  graded = {step: int(drawn.active.sum(0).max()) for step, drawn in steps.items()}
   assert graded == {0: 1, 50: 2, 100: 2, 1000: 2}
   for step, mean in {0: 1, 50: 2, 100: 4, 1000: 4}.items():
     expected = mean + math.exp(-mean)  # of Poisson, 1 at least
@@ -176,16 +176,16 @@ def test_a_ramp_of_the_depth_of_every_sequence():
 
 def test_given_runs_what_each_sequence_asks_for():
   batch = {'tokens': jnp.zeros((3, T)), 'loops': jnp.array([1, 4, 2])}
-  plan = plans.Given(most=4)(parts.draw(jax.random.key(0), batch))
-  np.testing.assert_array_equal(plan.live.sum(0), [1, 4, 2])
+  plan = plans.Given(most=4)(parts.plan_context(jax.random.key(0), batch))
+  np.testing.assert_array_equal(plan.active.sum(0), [1, 4, 2])
 
 
 def test_staged_follows_the_stage():
   """A trajectory of as many equal steps."""
   plan = plans.Staged(loops=(1, 3))
   for stage, loops in enumerate(plan.stages):
-    drawn = plan(parts.draw(jax.random.key(0), stage=stage))
-    np.testing.assert_array_equal(drawn.live, np.arange(3) < loops)
+    drawn = plan(parts.plan_context(jax.random.key(0), stage=stage))
+    np.testing.assert_array_equal(drawn.active, np.arange(3) < loops)
     np.testing.assert_allclose(drawn.t[:loops], np.arange(loops) / loops, rtol=1e-6)
     np.testing.assert_allclose(drawn.dt[:loops], 1 / loops, rtol=1e-6)
   assert plan.longest == plan.expected == 3
@@ -229,7 +229,7 @@ def test_bad_input_is_refused(make, message):
 def test_a_sequence_does_not_notice_how_deep_the_others_go(name):
   model = ROWS[name].model
   free, graded = jnp.array([0, 3, 1, 5]), jnp.array([1, 2, 2, 2])
-  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.arange(2)[:, None] < graded, free=free)
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), active=jnp.arange(2)[:, None] < graded, no_grad_steps=free)
   together = forward(model, params(model), tokens(4), plan)
   for row in range(4):
     alone = forward(model, params(model), tokens(4)[row:row + 1],
@@ -245,20 +245,20 @@ class Numbered(Cell):
   def __call__(self, x, e, ctx, kv):
     table = self.param('table', nn.initializers.zeros, (9, x.shape[-1]))
     x, kv = self.core(x, ctx, None, kv)
-    return x + table[ctx.tick.k].reshape(-1, 1, x.shape[-1]), kv, {}
+    return x + table[ctx.step.k].reshape(-1, 1, x.shape[-1]), kv, {}
 
 
 def test_a_lookup_by_the_number_of_the_loop_is_that_of_each_sequence():
   """Whatever number of free steps the deepest sequence takes."""
   model = parts.looped(Numbered(parts.stack(1)))
   free, graded = jnp.array([0, 3, 1, 5]), jnp.array([1, 2, 2, 2])
-  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.arange(2)[:, None] < graded, free=free)
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), active=jnp.arange(2)[:, None] < graded, no_grad_steps=free)
   together = forward(model, params(model), tokens(4), plan)
-  live = jnp.arange(7)[:, None] < free + graded  # the same without free steps: row k is step k
-  close(together.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(7), dt=jnp.ones(7), live=live)).z, 2e-5)
-  same = forward(model, params(model), tokens(4), plan.replace(free=jnp.int32(3), live=None))
+  active = jnp.arange(7)[:, None] < free + graded  # the same without free steps: row k is step k
+  close(together.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(7), dt=jnp.ones(7), active=active)).z, 2e-5)
+  same = forward(model, params(model), tokens(4), plan.replace(no_grad_steps=jnp.int32(3), active=None))
   close(same.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(5), dt=jnp.ones(5))).z, 2e-5)
-  with pytest.raises(ConfigError, match='plan.free: of each sequence, but a cache has one slot a step for all'):
+  with pytest.raises(ConfigError, match='plan.no_grad_steps: of each sequence, but a cache has one slot a step for all'):
     jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(4), plan, kv=model.cache(4, T, 9)).z)
 
 
@@ -266,14 +266,14 @@ def test_a_lookup_by_the_number_of_the_loop_is_that_of_each_sequence():
 def test_standing_still_first_or_last_is_the_same(name):
   """The loop does not know the step, so which steps a sequence sits out changes neither value nor gradient."""
   model = ROWS[name].model
-  live = jnp.arange(4)[:, None] < jnp.array([1, 4, 2])
+  active = jnp.arange(4)[:, None] < jnp.array([1, 4, 2])
 
-  def loss(weights, live):
-    trace = model.apply({'params': weights}, tokens(3), Plan(t=jnp.zeros(4), dt=jnp.ones(4), live=live))
+  def loss(weights, active):
+    trace = model.apply({'params': weights}, tokens(3), Plan(t=jnp.zeros(4), dt=jnp.ones(4), active=active))
     return jnp.sum(jnp.sin(trace.z))
 
   gradient = jax.jit(jax.value_and_grad(loss))
-  close(gradient(params(model), live), gradient(params(model), live[::-1]), 2e-5)
+  close(gradient(params(model), active), gradient(params(model), active[::-1]), 2e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -285,7 +285,7 @@ def gradients(model, weights, plan):
 @pytest.mark.parametrize('name', ['parcae', 'huginn'])
 def test_everything_learns_however_many_steps_are_free(name, free):
   model = ROWS[name].model
-  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), live=jnp.ones(2, bool), free=jnp.int32(free))
+  plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), active=jnp.ones(2, bool), no_grad_steps=jnp.int32(free))
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(model, params(model), plan)):
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
@@ -298,15 +298,15 @@ def test_training_runs_one_program_for_all_depths_and_accumulates_exactly():
       terms={'lm': Weighted(1.0, CE(roll='drawn'))})
 
   @jax.jit
-  def share(weights, draw, total):
-    return jax.value_and_grad(lambda w: objective(model, w, draw, total)[0])(weights)
+  def share(weights, context, total):
+    return jax.value_and_grad(lambda w: objective(model, w, context, total)[0])(weights)
 
   batch = {**parts.batch(8), 'row': jnp.arange(8)}
   total = objective.denominators(batch)
   for seed in range(3):
     key = jax.random.key(seed)
-    whole = share(params(model), parts.draw(key, batch), total)
-    halves = [share(params(model), parts.draw(key, {n: leaf[i:i + 4] for n, leaf in batch.items()}), total)
+    whole = share(params(model), parts.plan_context(key, batch), total)
+    halves = [share(params(model), parts.plan_context(key, {n: leaf[i:i + 4] for n, leaf in batch.items()}), total)
               for i in (0, 4)]
     close(jax.tree.map(jnp.add, *halves), whole, 2e-5)
   assert share._cache_size() == 2  # one for the whole, one for the halves
@@ -367,7 +367,7 @@ def test_a_window_is_the_unrolled_net_cut_before_it():
   total, window = 5, 2
 
   def ours(weights):
-    plan = plans.Truncated(depth=plans.Constant(loops=total), graded=window)(parts.draw(jax.random.key(0)))
+    plan = plans.Truncated(depth=plans.Constant(loops=total), graded=window)(parts.plan_context(jax.random.key(0)))
     trace = model.apply({'params': weights}, batch['tokens'], plan, keep=Every())
     return Window(roll='x')({'x': trace}, batch, make_readout(model, weights, batch), weights)
 
@@ -437,11 +437,11 @@ def test_alibi_is_exact_in_bfloat16():
   ones = jnp.ones((1, 1024, 2, 4))
   scores = {}
   for dtype in ('float32', 'bfloat16'):
-    q, k, _ = Alibi().extend(ones[:, :1].astype(dtype), ones[:, :, :1].astype(dtype), ones[:, :, :1].astype(dtype), pos)
+    q, k, _ = Alibi().augment_qk(ones[:, :1].astype(dtype), ones[:, :, :1].astype(dtype), ones[:, :, :1].astype(dtype), pos)
     scores[dtype] = np.asarray(k[0, :, 0, -2:].astype(jnp.float32).sum(-1))
   np.testing.assert_array_equal(scores['bfloat16'], np.arange(1024))
   np.testing.assert_array_equal(scores['float32'], np.arange(1024))
-  q, k, _ = Alibi().extend(jnp.zeros((1, 1, 4, 6)), jnp.zeros((1, 8, 4, 6)), jnp.zeros((1, 8, 4, 6)), pos[:, :8])
+  q, k, _ = Alibi().augment_qk(jnp.zeros((1, 1, 4, 6)), jnp.zeros((1, 8, 4, 6)), jnp.zeros((1, 8, 4, 6)), pos[:, :8])
   score_HS = jnp.einsum('Hd,SHd->HS', q[0, 0], k[0]) / 8 ** 0.5
   np.testing.assert_allclose(score_HS[:, 1] - score_HS[:, 0], [1 / 4, 1 / 16, 1 / 64, 1 / 256], rtol=1e-5)
 

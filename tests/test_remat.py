@@ -54,8 +54,8 @@ def test_memory_falls_whether_steps_are_scanned_or_written_out(name, policy):
 def test_a_step_that_is_written_out_has_the_same_gradient(name, policy):
   """Through states, gates and routers; of skipped steps too."""
   tokens, keys = parts.tokens(B), jax.random.split(jax.random.key(1), B)
-  plan = plans.schedule((1 / LOOPS,) * LOOPS).replace(live=jnp.array([[True, True], [True, False], [False, False],
-                                                                      [False, False]]))
+  plan = plans.schedule((1 / LOOPS,) * LOOPS).replace(active=jnp.array([[True, True], [True, False], [False, False],
+                                                                        [False, False]]))
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradient(model, weights):

@@ -11,7 +11,7 @@ from loopformer import memories, plans
 from loopformer.cells.halting import Halting
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
-from loopformer.inference.sampling import SamplingParams, law
+from loopformer.inference.sampling import SamplingParams, sampling_logits
 from loopformer.papers.mor.cell import ExpertChoice, Routed
 from loopformer.papers.mor.memory import Compact
 from tests import parts
@@ -57,47 +57,47 @@ def test_the_table_names_all_rules_and_memories():
   def of(module, method):
     return {part for _, part in inspect.getmembers(module, dataclasses.is_dataclass) if hasattr(part, method)}
 
-  assert of(exits, 'update') == {type(leave.rule) for _, leave in CASES.values() if leave}
+  assert of(exits, 'update') == {type(exit_policy.rule) for _, exit_policy in CASES.values() if exit_policy}
   assert of(memories, 'exchange') <= {type(model.memory) for model, _ in CASES.values()}
 
 
 def serve(engine, order):
   """Texts of the requests by their numbers, and what they cost together: tokens, passes, steps of rows."""
-  before = engine._tally.copy()
+  before = engine._stats.copy()
   for i in order:
     engine.submit(**{'max_new_tokens': 8, 'temperature': 0.0, 'budget': L, **REQUESTS[i]})
-  return dict(zip(order, engine.run())), (engine._tally - before)[:3]
+  return dict(zip(order, engine.run())), (engine._stats - before)[:3]
 
 
 @pytest.mark.parametrize('name', list(CASES))
 def test_a_request_is_answered_alike_alone_and_among_others(name):
-  model, leave = CASES[name]
-  engine = Engine(model, params(model), TOKENIZER, rows=3, length=32, rounds=4, exit=leave)
+  model, exit_policy = CASES[name]
+  engine = Engine(model, params(model), TOKENIZER, rows=3, length=32, max_steps=4, exit=exit_policy)
   alone = [serve(engine, (i,)) for i in range(len(REQUESTS))]
   for order in ORDERS:  # others before and after it, in other rows, with more padding
     texts, cost = serve(engine, order)
     assert texts == {i: alone[i][0][i] for i in order}
     np.testing.assert_array_equal(cost, sum(alone[i][1] for i in order))
-  if leave:
+  if exit_policy:
     tokens, passes, steps = alone[0][1]
     assert passes < steps < L * passes, 'the threshold must part the tokens, or this tests nothing'
 
 
 def test_the_same_prompt_alone_and_in_a_list():
   """With a rule that draws."""
-  leave = CASES['sampled'][1]
+  exit_policy = CASES['sampled'][1]
 
   def last(*prompts):
-    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=leave, rows=4, max_new_tokens=16, temperature=0.0)[-1]
+    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=exit_policy, rows=4, max_new_tokens=16, temperature=0.0)[-1]
 
   assert last('x = 1') == last('q', 'hello there', '', 'x = 1')
 
 
 @pytest.mark.parametrize('leave', [exits.Final(), exits.Confidence(), CASES['sampled'][1]],
                          ids=['final', 'confidence', 'sampled'])
-def test_sequences_of_an_evaluation_may_come_in_any_order_and_number(leave):
+def test_sequences_of_an_evaluation_may_come_in_any_order_and_number(exit_policy):
   """Their numbers, `row`, go with them."""
-  run = jax.jit(lambda batch: leave.run(GATED, params(GATED), batch, plans.Uniform(L)(None), None)[0])
+  run = jax.jit(lambda batch: exit_policy.run(GATED, params(GATED), batch, plans.Uniform(L)(None), None)[0])
   whole = {**batch(5), 'row': jnp.arange(5)}
   order = np.array([3, 0, 3, 4])
   some, every = run(jax.tree.map(lambda leaf: leaf[order], whole)), run(whole)
@@ -109,6 +109,6 @@ def test_no_token_is_cut_because_a_neighbour_cuts():
   """Sums of probabilities round to more than one before the last tokens of a long tail."""
   logits = jnp.concatenate([jnp.zeros(2 ** 14), jnp.full(2 ** 14, -30.0)])[None].repeat(2, 0)
   control = SamplingParams(temperature=jnp.ones(2), top_k=jnp.full(2, logits.shape[1]), top_p=jnp.array([1.0, 0.5]))
-  alone = law(logits[:1], jax.tree.map(lambda leaf: leaf[:1], control))
-  np.testing.assert_array_equal(law(logits, control)[0], alone[0])
-  assert np.isinf(law(logits, control)[1]).any()
+  alone = sampling_logits(logits[:1], jax.tree.map(lambda leaf: leaf[:1], control))
+  np.testing.assert_array_equal(sampling_logits(logits, control)[0], alone[0])
+  assert np.isinf(sampling_logits(logits, control)[1]).any()

@@ -96,12 +96,12 @@ def test_a_tensor_group_divides_the_axis_that_is_declared_of_states_too():
   assert split == {'table': {(None, 'tensor')}, 'anything': {(None, None, 'tensor')}, 'embedding': {('tensor',)}}
 
 
-@pytest.mark.parametrize('turn', [False, True])
-def test_decoding_casts_what_multiplies_in_that_dtype_alone(turn):
-  flat, params = flattened(MODEL, parts.params(MODEL), turn)
-  block, name = params['cell']['core']['blocks_0'], 'turned' if turn else 'kernel'
+@pytest.mark.parametrize('transpose', [False, True])
+def test_decoding_casts_what_multiplies_in_that_dtype_alone(transpose):
+  flat, params = flattened(MODEL, parts.params(MODEL), transpose)
+  block, name = params['cell']['core']['blocks_0'], 'transposed' if transpose else 'kernel'
   assert block['anything'][name].dtype == jnp.bfloat16 and block['up'][name].dtype == jnp.float32
   assert block['kernel'].dtype == jnp.float32 and block['A'].shape == (parts.D, parts.D)
   one, two = (model.apply({'params': p}, parts.tokens(2), PLAN).z
               for model, p in ((MODEL, parts.params(MODEL)), (flat, params)))
-  parts.close(one, two, 1e-2 if turn else 1e-5)
+  parts.close(one, two, 1e-2 if transpose else 1e-5)

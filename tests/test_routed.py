@@ -25,7 +25,7 @@ from loopformer.papers.mor.memory import Compact
 from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.roles import Roles
 from loopformer.terms.cross_entropy import CE
-from loopformer.types import ConfigError, Trace, part
+from loopformer.types import ConfigError, Trace, config_dataclass
 from tests import parts
 from tests.parts import D, L, T, V, close, forward, over, padded, params, poked, tokens
 from tests.test_generate import TOKENIZER
@@ -158,7 +158,7 @@ def test_the_best_are_taken_and_the_earlier_of_equals():
   assert all((taken[r] == (np.arange(T) < COUNTS[r])).all() for r in range(L))
 
 
-@part
+@config_dataclass
 class Given:
   """A causal choice that was made before: [K][B][T]."""
   taken: tuple
@@ -329,7 +329,7 @@ def test_the_engine_draws_what_the_masked_pass_says_and_drafts_change_nothing(na
   model = parts.looped(Routed(parts.stack(1), chooser), loops=3, memory=MEMORIES[name])
   texts = {}
   for draft in (None, 1):
-    engine = Engine(model, params(model), TOKENIZER, rows=2, length=32, draft=draft, ahead=3, rounds=4)
+    engine = Engine(model, params(model), TOKENIZER, rows=2, length=32, draft=draft, num_draft=3, max_steps=4)
     for prompt, budget in (('abc', 3), ('hello there', 2), ('q', 3)):
       engine.submit(prompt, budget=budget, max_new_tokens=9, temperature=0.0)
     texts[draft] = engine.run()
@@ -572,7 +572,7 @@ def test_rematerialised_equals_plain(remat):
 
 
 def test_skipped_recursions_route_and_change_nothing():
-  plan = FULL.replace(live=jnp.array([True, False, True, False]))
+  plan = FULL.replace(active=jnp.array([True, False, True, False]))
   trace = learn(MODEL, params(MODEL), tokens(), plan, keep=Every())
   taken = np.asarray(trace.aux['taken'])
   assert taken.sum(-1)[:, 0].tolist() == [8, 0, 4, 0] and int(trace.steps) == 2
@@ -599,7 +599,7 @@ def test_routers_that_do_not_fit_are_refused(options, message):
 
 @pytest.mark.parametrize('attempt, message', [
     (lambda: learn(MODEL, params(MODEL), tokens(), plans.Uniform(L + 1)(None)), 'made for 4 recursions'),
-    (lambda: learn(MODEL, params(MODEL), tokens(), FULL.replace(free=jnp.int32(1))), 'free'),
+    (lambda: learn(MODEL, params(MODEL), tokens(), FULL.replace(no_grad_steps=jnp.int32(1))), 'free'),
     (lambda: Threshold(at=1.0), 'at = 1.0'), (lambda: Compact(share=()), 'memory.share'),
     (lambda: Compact(share=(1.0,)).make(2, 1, 1, 1, 1, 1, jnp.float32), '2 are asked for'),
     (lambda: at_once(parts.looped(parts.plain(), memory=Compact(share=(1.0,) * L)), tokens(2), parts.looped(

@@ -60,7 +60,7 @@ def test_examples_work_as_a_task_and_repeat_by_seed(name, tmp_path):
   lines = []
   task.prepare(tmp_path, lines.append)
   assert len(lines) > 1 and all(line.startswith('floor: ') for line in lines)
-  assert all(0 <= value <= 1 for value in of.floors(many(of, 50)).values())
+  assert all(0 <= value <= 1 for value in of.baselines(many(of, 50)).values())
 
 
 @symbolic
@@ -144,10 +144,10 @@ def test_floors_of_mano_are_of_answers_alone():
   made = many(of, 300)
   answers = [(int(words[-1]), int(words[-3])) for e in made for words, _ in problems(of, e)]
   values = collections.Counter(value for value, _ in answers)
-  floors = of.floors(made)
-  assert floors['chance'] == 0.2
-  np.testing.assert_allclose(floors['most frequent'], max(values.values()) / len(answers))
-  np.testing.assert_allclose(floors['last operand'], np.mean([value == last for value, last in answers]))
+  baselines = of.baselines(made)
+  assert baselines['chance'] == 0.2
+  np.testing.assert_allclose(baselines['most frequent'], max(values.values()) / len(answers))
+  np.testing.assert_allclose(baselines['last operand'], np.mean([value == last for value, last in answers]))
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -211,7 +211,7 @@ def test_worlds_differ():
 def test_the_world_of_the_paper():
   of = MultiHop()
   assert (of.questions, of.trained, len(of.symbols)) == (800_000, 200_000, 500 + 20 + 2)
-  assert of.floors(many(of, 20))['chance'] == 0.01
+  assert of.baselines(many(of, 20))['chance'] == 0.01
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -252,14 +252,14 @@ def test_pointers_are_followed_around_their_cycles(places, hops, seed):
 def test_floors_of_pointers():
   of = Pointers(places=8, hops=4)
   made = many(of, 2000)
-  floors = of.floors(made)
-  assert floors['chance'] == 1 / 8
+  baselines = of.baselines(made)
+  assert baselines['chance'] == 1 / 8
   hops = np.concatenate([e['hops'] for e in made])
   np.testing.assert_allclose(np.bincount(hops)[1:] / len(hops), 0.25, atol=0.02)
   # One jump is right for h = 1, and by chance for the others: pi^(h-1) fixes a place with probability
   # 1/8, 2/8, 2/8 for h - 1 = 1, 2, 3 (a place whose cycle's length divides h - 1).
-  np.testing.assert_allclose(floors['one jump'], (1 + 1 / 8 + 2 / 8 + 2 / 8) / 4, atol=0.02)
-  np.testing.assert_allclose(floors['own place'], (1 / 8 + 2 / 8 + 2 / 8 + 3 / 8) / 4, atol=0.02)
+  np.testing.assert_allclose(baselines['one jump'], (1 + 1 / 8 + 2 / 8 + 2 / 8) / 4, atol=0.02)
+  np.testing.assert_allclose(baselines['own place'], (1 / 8 + 2 / 8 + 2 / 8 + 3 / 8) / 4, atol=0.02)
 
 
 @pytest.mark.parametrize('fields', [{'places': 1}, {'hops': 0}])

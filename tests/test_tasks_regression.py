@@ -94,9 +94,9 @@ def test_works_as_a_task(name, tmp_path):
 def test_floors_are_finite_and_leave_examples_alone(name):
   of = GENERATORS[name]
   made = many(of, 8)
-  floors = of.floors(made)
-  assert all(isinstance(value, float) and np.isfinite(value) and value >= 0 for value in floors.values())
-  assert 'zero' in floors
+  baselines = of.baselines(made)
+  assert all(isinstance(value, float) and np.isfinite(value) and value >= 0 for value in baselines.values())
+  assert 'zero' in baselines
   assert all(map(same, made, many(of, 8)))
 
 
@@ -209,18 +209,18 @@ def test_noise_has_its_size():
 
 def test_floors_of_linear_regression():
   of = Regression()
-  floors = of.floors(many(of, 200))
-  assert floors['least squares, last'] < 1e-9
-  assert abs(floors['zero'] - 1) < 0.1
+  baselines = of.baselines(many(of, 200))
+  assert baselines['least squares, last'] < 1e-9
+  assert abs(baselines['zero'] - 1) < 0.1
   # Minimum norm, k of D coordinates: 1 - k / D; half of the places are beyond D.
-  assert abs(floors['least squares'] - np.mean([max(0, 1 - k / 20) for k in (0, 6, 11, 17, 23, 29, 34, 40)])) < 0.05
+  assert abs(baselines['least squares'] - np.mean([max(0, 1 - k / 20) for k in (0, 6, 11, 17, 23, 29, 34, 40)])) < 0.05
 
 
 def test_knowing_the_representation_helps():
   of = Regression(function=Represented(), points=40)
-  floors = of.floors(many(of, 200))
-  assert floors['ridge on Phi*, last'] < 1e-9
-  assert floors['ridge on Phi*'] < 0.5 * floors['ridge on x'] < 0.5
+  baselines = of.baselines(many(of, 200))
+  assert baselines['ridge on Phi*, last'] < 1e-9
+  assert baselines['ridge on Phi*'] < 0.5 * baselines['ridge on x'] < 0.5
 
 
 def test_a_curriculum_keeps_the_shape_of_rows():
@@ -336,7 +336,7 @@ def test_next_states_are_linear_in_features_of_windows():
   features = of.features(np.concatenate([tokens[:-1], tokens[1:]], 1))
   weights = np.linalg.lstsq(features, targets[1:], rcond=None)[0]
   np.testing.assert_allclose(features @ weights, targets[1:], atol=1e-4)
-  assert of.floors(many(of, 50))['ridge on Phi*, last'] < 1e-6
+  assert of.baselines(many(of, 50))['ridge on Phi*, last'] < 1e-6
 
 
 def test_chain_of_thought_equals_the_recomputed_states():
@@ -469,8 +469,8 @@ def test_the_best_single_step_must_not_be_repeated():
 
 def test_floors_of_one_step_follow_the_formula():
   for of in (LinearPrompt(), WeightPrompt()):
-    floors = of.floors(many(of, 256))
-    assert abs(floors['one step'] - 11 / 31) < 0.08 and floors['least squares'] < 1e-6
+    baselines = of.baselines(many(of, 256))
+    assert abs(baselines['one step'] - 11 / 31) < 0.08 and baselines['least squares'] < 1e-6
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

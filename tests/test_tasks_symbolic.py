@@ -222,9 +222,9 @@ def test_works_as_a_task(name, tmp_path):
 def test_floors_are_shares_and_leave_examples_alone(name):
   of = GENERATORS[name]
   made = many(of, 64)
-  floors = of.floors(made)
-  assert all(isinstance(value, float) and 0 <= value <= 1 for value in floors.values())
-  assert 'most frequent' in floors and len(floors) > 2
+  baselines = of.baselines(made)
+  assert all(isinstance(value, float) and 0 <= value <= 1 for value in baselines.values())
+  assert 'most frequent' in baselines and len(baselines) > 2
   assert all(map(same, made, many(of, 64)))
 
 
@@ -325,7 +325,7 @@ def test_repeating_the_last_letter(letters, expected):
   of = PHop(hops=16, length=256, letters=letters, labels=Last())
   made = many(of, 1000)
   assert all(e['weights'].sum() == e['weights'][-1] == 1 for e in made)
-  assert abs(of.floors(made)['repeat the letter'] - expected) < 0.05
+  assert abs(of.baselines(made)['repeat the letter'] - expected) < 0.05
 
 
 # i-GSM ---------------------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_forms_of_definitions():
   assert all(len(set(names)) == len(names) for names in (re.findall(r'\w#\w', text) for text in shown))
   for kind in (r'\d', r'\w#\w', r'\w#\w - \w#\w', r'2 \* \(.*\)', r'3 \* \(.*\)', r'\w#\w \+ \w#\w \+ \w#\w'):
     assert any(re.fullmatch(kind, text) for text in shown), kind
-  assert 0.14 < of.floors(many(of, 500))['most frequent'] < 0.27
+  assert 0.14 < of.baselines(many(of, 500))['most frequent'] < 0.27
 
 
 @pytest.mark.parametrize('text, value', [
@@ -511,12 +511,12 @@ def test_factors_of_the_multiplication():
 
 def test_chance_knows_the_length_of_the_answer():
   of = algorithms.Copy(shortest=2, longest=2, room=2)
-  floors = of.floors(many(of, 9))
-  assert floors['chance'] == (2 * 0.5 + 2) / 4 and floors['chance, exact'] == 0.25
+  baselines = of.baselines(many(of, 9))
+  assert baselines['chance'] == (2 * 0.5 + 2) / 4 and baselines['chance, exact'] == 0.25
   of = algorithms.Parity(longest=12, room=12)
-  floors = of.floors(many(of, 400))
-  assert floors['chance, exact'] == 0.5 and all(
-    abs(floors[f'{name}, exact'] - 0.5) < 0.1 for name in ('by place', 'last bit'))
+  baselines = of.baselines(many(of, 400))
+  assert baselines['chance, exact'] == 0.5 and all(
+    abs(baselines[f'{name}, exact'] - 0.5) < 0.1 for name in ('by place', 'last bit'))
 
 
 # Edit distance -------------------------------------------------------------------------------------------------------
@@ -622,15 +622,15 @@ def test_information_and_its_thirds():
   for part in parts:
     low, high = part.bounds
     assert all(low < e['information'] <= high for e in many(part, 50))
-  bayes = [part.floors(many(part, 200))['Bayes'] for part in parts]
+  bayes = [part.baselines(many(part, 200))['Bayes'] for part in parts]
   assert bayes[0] > bayes[1] > bayes[2]
 
 
 def test_bayes_is_the_best_of_the_floors():
   for seed in range(3):
     of = Markov(seed=seed)
-    floors = of.floors(many(of, 200))
-    assert max(floors, key=floors.get) == 'Bayes' and abs(floors['Bayes'] - 0.73) < 0.06
+    baselines = of.baselines(many(of, 200))
+    assert max(baselines, key=baselines.get) == 'Bayes' and abs(baselines['Bayes'] - 0.73) < 0.06
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def full_objective(loops: int = L) -> Objective:
 
 
 def short_plan(key) -> Plan:
-  return plans.Partition(L)(parts.draw(jax.random.fold_in(key, zlib.crc32(b'short'))))
+  return plans.Partition(L)(parts.plan_context(jax.random.fold_in(key, zlib.crc32(b'short'))))
 
 
 def test_the_long_pass_gets_no_gradient_from_the_shortcut():
@@ -166,7 +166,7 @@ def test_the_long_pass_gets_no_gradient_from_the_shortcut():
 
   @jax.jit
   def ours(weights):
-    return jax.value_and_grad(lambda w: SHORTCUT(MODEL, w, parts.draw(KEY, batch), total)[0])(weights)
+    return jax.value_and_grad(lambda w: SHORTCUT(MODEL, w, parts.plan_context(KEY, batch), total)[0])(weights)
 
   @jax.jit
   def by_hand(weights):
@@ -189,7 +189,7 @@ def test_what_the_long_pass_alone_sees_gets_no_gradient():
   def loss(times):
     objective = Objective(rolls={name: Rollout(moved(plan, times[name])) for name, plan in base.items()},
                           terms=SHORTCUT.terms)
-    return objective(MODEL, params(MODEL), parts.draw(KEY, batch), objective.denominators(batch))[0]
+    return objective(MODEL, params(MODEL), parts.plan_context(KEY, batch), objective.denominators(batch))[0]
 
   base = {'long': plans.Uniform(L)(KEY), 'short': plans.schedule((0.5, 0.5))}
   grads = jax.jit(jax.grad(loss))({name: plan.t for name, plan in base.items()})
@@ -219,7 +219,7 @@ every_objective = pytest.mark.parametrize('name', list(OBJECTIVES))
 def share(weights, batch, total, name='loopformer'):
   """((loss, {term: mean}), gradient)."""
   model, objective = OBJECTIVES[name]
-  return jax.value_and_grad(lambda w: objective(model, w, parts.draw(KEY, batch), total), has_aux=True)(weights)
+  return jax.value_and_grad(lambda w: objective(model, w, parts.plan_context(KEY, batch), total), has_aux=True)(weights)
 
 
 def test_loss_is_the_sum_assembled_by_hand():
@@ -242,13 +242,13 @@ def test_every_rollout_draws_its_own_noise_for_every_sequence():
   objective = Objective(rolls={'a': Rollout(plans.Uniform(1)), 'b': Rollout(plans.Uniform(1))}, terms={})
 
   @jax.jit
-  def ends(draw):
-    return [trace.x for trace in objective.rollouts(model, params(model), draw).values()]
+  def ends(context):
+    return [trace.x for trace in objective.rollouts(model, params(model), context).values()]
 
   def of(key, *rows):
     chosen = np.array(rows)
     batch = {name: jnp.repeat(leaf[:1], len(rows), 0) for name, leaf in parts.batch().items()}  # all the same text
-    return np.stack(ends(parts.draw(key, {**batch, 'row': jnp.asarray(chosen)})))
+    return np.stack(ends(parts.plan_context(key, {**batch, 'row': jnp.asarray(chosen)})))
 
   x, other = of(KEY, 0, 1, 2, 3), of(jax.random.fold_in(KEY, 1), 0, 1, 2, 3)
   each = [*x[0], *x[1], *other[0], *other[1]]
@@ -286,7 +286,7 @@ def test_an_unknown_rollout_is_refused(term):
 def test_teachers_and_free_steps_are_not_differentiated():
   model = ROWS['base_loop'].model
   drawn = plans.Truncated(depth=plans.Constant(loops=3), graded=2)
-  objective = Objective(rolls={'a': Rollout(drawn), 'b': Rollout(plans.Uniform(2), weights='there')}, terms={})
+  objective = Objective(rolls={'a': Rollout(drawn), 'b': Rollout(plans.Uniform(2), weights_of='there')}, terms={})
   assert list(objective.teachers) == ['there'] and objective.longest == 2
   assert objective.flops(model, T) == pytest.approx(model.flops(T, 3) + 3 * model.flops(T, 2))
 
@@ -323,9 +323,9 @@ def test_an_objective_learns_in_a_loop_of_ones_own(name):
 
   @jax.jit
   def step(weights, state, number):
-    draw = PlanContext(key=jax.random.fold_in(KEY, number), step=number, stage=jnp.int32(0), batch=batch)
+    context = PlanContext(key=jax.random.fold_in(KEY, number), step=number, stage=jnp.int32(0), batch=batch)
     (loss, terms), grads = jax.value_and_grad(
-        lambda w: objective(model, w, draw, objective.denominators(batch)), has_aux=True)(weights)
+        lambda w: objective(model, w, context, objective.denominators(batch)), has_aux=True)(weights)
     updates, state = optimizer.update(grads, state, weights)
     return optax.apply_updates(weights, updates), state, loss
 
@@ -345,7 +345,7 @@ def test_sequences_without_numbers_are_numbered_as_they_stand():
 
 
 def test_a_teacher_whose_weights_are_missing_is_named():
-  taught = Objective(rolls={'all': Rollout(plans.Uniform(2), weights='runs/base')}, terms=CROSS)
+  taught = Objective(rolls={'all': Rollout(plans.Uniform(2), weights_of='runs/base')}, terms=CROSS)
   batch = parts.batch(2)
   with pytest.raises(ConfigError, match="frozen: no weights of 'runs/base'"):
-    taught(ROWS['base_loop'].model, parts.shapes(ROWS['base_loop'].model), parts.draw(KEY, batch), {})
+    taught(ROWS['base_loop'].model, parts.shapes(ROWS['base_loop'].model), parts.plan_context(KEY, batch), {})

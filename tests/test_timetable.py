@@ -21,8 +21,8 @@ from tests.test_generate import MODEL, PARAMS, TOKENIZER
 class Named(Timed):
   """Timed, with gates by their name and scales in a tuple."""
 
-  def timetable(self, plan):
-    mods = super().timetable(plan)
+  def precompute(self, plan):
+    mods = super().precompute(plan)
     return {'gates': mods[:, :, :2], 'scales': (mods[:, :, 2:],)}
 
 
@@ -47,9 +47,9 @@ def learned(model, weights):
   return jax.jit(jax.value_and_grad(loss))(weights)
 
 
-def adapted(model, weights, leave):
+def adapted(model, weights, exit_policy):
   def apply(weights):
-    return model.apply({'params': weights}, tokens(3), plans.Uniform(L)(None), leave, jnp.float32(0.3), method='adapt')
+    return model.apply({'params': weights}, tokens(3), plans.Uniform(L)(None), exit_policy, jnp.float32(0.3), method='adapt')
   trace = jax.jit(apply)(weights)
   return trace.z, trace.steps
 
@@ -63,10 +63,10 @@ def same(one, two):
 def test_a_pass_that_learns_and_exits(written_out, monkeypatch):
   monkeypatch.setattr(stacks, 'unrolls', lambda layers: written_out)
   model = ROWS['loopformer'].model
-  leave = exits.Adaptive(rule=exits.KL(threshold=1))
-  exits.check(named(model), leave, 'exit')
+  exit_policy = exits.Adaptive(rule=exits.KL(threshold=1))
+  exits.check(named(model), exit_policy, 'exit')
   same(learned(named(model), params(model)), learned(model, params(model)))
-  same(adapted(named(model), params(model), leave), adapted(model, params(model), leave))
+  same(adapted(named(model), params(model), exit_policy), adapted(model, params(model), exit_policy))
 
 
 def test_layers_in_an_order_of_their_own():
@@ -84,7 +84,7 @@ def test_requests_with_schedules_of_their_own(flat, options, monkeypatch):
     made = Engine(model, PARAMS, TOKENIZER, rows=3, length=32, **options)
     for prompt, budget in (('abc', L), ('hello there', UNEVEN), ('q', 1)):
       made.submit(prompt, budget=budget, max_new_tokens=5, temperature=0.0)
-    return made.run(), made.tally
+    return made.run(), made.stats
 
   assert serve(named(MODEL)) == serve(MODEL)
 
@@ -92,7 +92,7 @@ def test_requests_with_schedules_of_their_own(flat, options, monkeypatch):
 def test_rows_of_requests_are_divided_over_devices():
   model = named(MODEL)
   rows = jax.eval_shape(lambda: empty_rows(model, PARAMS, 4, 16, L))
-  specs = partitions(model, PARAMS, rows, {'data': 2, 'fsdp': 1, 'tensor': 1}).code
-  divided = jax.tree.map(lambda leaf, spec: [leaf.shape[axis] for axis, names in enumerate(spec) if names], rows.code,
+  specs = partitions(model, PARAMS, rows, {'data': 2, 'fsdp': 1, 'tensor': 1}).precomputed
+  divided = jax.tree.map(lambda leaf, spec: [leaf.shape[axis] for axis, names in enumerate(spec) if names], rows.precomputed,
                          specs)
   assert divided == {'gates': [4], 'scales': ([4],)}

@@ -34,7 +34,7 @@ with backend.compiling_for('tpu'):
 
   def weights():
     model = make_model(size)
-    model, params = flattened(model, init_params(model, jax.random.key(0)), turn=True)
+    model, params = flattened(model, init_params(model, jax.random.key(0)), transpose=True)
     made.append(model)
     return params
 

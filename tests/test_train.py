@@ -19,12 +19,12 @@ from loopformer.tasks.generated import Generated, sequence
 from loopformer.terms.cross_entropy import CE
 from loopformer.training import metrics, processes, train as training
 from loopformer.training.checkpoint import Checkpoints
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 from tests import parts
 from tests.parts import T, V
 
 
-@part
+@config_dataclass
 class Noises:
   """Texts of tokens without sense."""
   length: int = T
@@ -33,7 +33,7 @@ class Noises:
   def __call__(self, rng):
     return sequence(rng.integers(0, V, T + 1), [False, *(rng.uniform(size=T) < 0.7)], T, V - 1)
 
-  def floors(self, examples):
+  def baselines(self, examples):
     return {}
 
 
@@ -88,15 +88,15 @@ class Drawn:
   """An objective whose loss is a number that is drawn."""
   teachers = {}
 
-  def prepared(self, draw):
-    return draw
+  def prepared(self, context):
+    return context
 
   def denominators(self, batch):
     return {}
 
-  def __call__(self, model, params, draw, denominators, frozen):
-    loss = jax.random.uniform(draw.key) + 0 * params['w'].sum()
-    numbers = {'step': draw.step, 'keys': jax.random.bits(draw.keys()[0]), 'rows': (10 ** draw.batch['row']).sum()}
+  def __call__(self, model, params, context, denominators, frozen):
+    loss = jax.random.uniform(context.key) + 0 * params['w'].sum()
+    numbers = {'step': context.step, 'keys': jax.random.bits(context.keys()[0]), 'rows': (10 ** context.batch['row']).sum()}
     return loss, {name: number.astype(jnp.float32) for name, number in numbers.items()}
 
 

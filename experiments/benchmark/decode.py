@@ -63,14 +63,14 @@ def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8)
   caches = [{'places': context, 'cached ms a token': 1e3 * statistics.median(cached),
              'recomputed ms a token': 1e3 * statistics.median(recomputed),
              'times as fast': statistics.median(ratio), 'range': spread(ratio)}]
-  bandwidth, floors = metrics.measured_bandwidth(), []
+  bandwidth, baselines = metrics.measured_bandwidth(), []
   for batch, times in products.items():
     least, seconds = (bare_bytes(size) + batch * cache_bytes(size)) / bandwidth, middle[batch, size.loops]
-    floors.append({'rows': batch, 'bare products ms': 1e3 * statistics.median(times),
-                   'MB of weights': bare_bytes(size) / MEGA, 'MB of caches': batch * cache_bytes(size) / MEGA,
-                   'roofline ms': 1e3 * least, 'decoding ms': 1e3 * seconds,
-                   'times the products': seconds / statistics.median(times), '% of roofline': 100 * least / seconds})
-  return {'decode': rows, 'fixed share': shares, 'cache': caches, 'floor': floors}
+    baselines.append({'rows': batch, 'bare products ms': 1e3 * statistics.median(times),
+                      'MB of weights': bare_bytes(size) / MEGA, 'MB of caches': batch * cache_bytes(size) / MEGA,
+                      'roofline ms': 1e3 * least, 'decoding ms': 1e3 * seconds,
+                      'times the products': seconds / statistics.median(times), '% of roofline': 100 * least / seconds})
+  return {'decode': rows, 'fixed share': shares, 'cache': caches, 'floor': baselines}
 
 
 def recompute(size: Size, model: Looped, params: Any, context: int) -> Callable[[], float]:
@@ -141,7 +141,7 @@ def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int)
   """Seconds to read the prompts and draw the first tokens, and to draw the new tokens."""
   rng = np.random.default_rng(0)
   engine = Engine(model, params, Ids(size.vocab), rows=batch, length=size.prompt + size.new + 1, loops=size.loops,
-                  rounds=size.new)
+                  max_steps=size.new)
   for _ in range(batch):
     engine.submit(rng.integers(size.vocab, size=size.prompt).tolist(), budget=budget,
                   max_new_tokens=size.new + 1)
@@ -152,6 +152,6 @@ def decode_once(size: Size, model: Looped, params: Any, budget: int, batch: int)
   middle = time.perf_counter()
   for _ in stream:
     pass
-  if engine.tally['tokens'] != batch * size.new:
-    raise RuntimeError(f'decoding drew {engine.tally["tokens"]} tokens, not {batch * size.new}')
+  if engine.stats['tokens'] != batch * size.new:
+    raise RuntimeError(f'decoding drew {engine.stats["tokens"]} tokens, not {batch * size.new}')
   return middle - start, time.perf_counter() - middle

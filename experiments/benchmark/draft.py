@@ -22,22 +22,22 @@ def draft_suite(workdir: str, repeats: int, new: int = 128, temperatures: Iterab
   rows = []
   for temperature in temperatures:
     contestants = {None: Engine(model, params, tokenizer, rows=1)}
-    contestants |= {draft: Engine(model, params, tokenizer, rows=1, draft=draft[0], ahead=draft[1]) for draft in drafts}
+    contestants |= {draft: Engine(model, params, tokenizer, rows=1, draft=draft[0], num_draft=draft[1]) for draft in drafts}
     seconds, drawn = {name: [] for name in contestants}, {name: [] for name in contestants}
     for turn in range(repeats + 1):
       for name, engine in contestants.items():
-        before = engine.tally['tokens']
+        before = engine.stats['tokens']
         for text in texts:
           engine.submit(text, max_new_tokens=new, temperature=temperature, seed=turn)
         start = time.perf_counter()
         engine.run()
         if turn:
           seconds[name].append(time.perf_counter() - start)
-          drawn[name].append(engine.tally['tokens'] - before)
+          drawn[name].append(engine.stats['tokens'] - before)
     rates = {name: [n / s for n, s in zip(drawn[name], seconds[name])] for name in contestants}
     for name, engine in contestants.items():
       ratios = [ours / plain for ours, plain in zip(rates[name], rates[None])]
       rows.append({'temperature': temperature, 'draft': '-' if name is None else f'{name[0]} loops, {name[1]} ahead',
                    'tokens/s': round(statistics.median(rates[name])), 'times plain': statistics.median(ratios),
-                   'range': spread(ratios), 'accepted': engine.tally.get('accepted', '-')})
+                   'range': spread(ratios), 'accepted': engine.stats.get('accepted', '-')})
   return {'draft': rows}

@@ -33,7 +33,7 @@ def decoding(rows: int):
   """The compiled rounds of the engine, so many rows at a time."""
   model = make_model(SMALL)
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
-  model, params = flattened(model, params, turn=rows > 1)
+  model, params = flattened(model, params, transpose=rows > 1)
   batch = engine.empty_rows(model, params, rows, SMALL.length, SMALL.loops)
   return engine.decode.lower(model, 4, 0, None, params, batch, None, None, jnp.int32(0), jnp.bool_(False)).compile()
 

@@ -110,7 +110,7 @@ def ours_of(model: Any, params: Any, prompts: Iterator[np.ndarray], new: int
     tokens = next(prompts)
     if not engines:
       engines.append(Engine(model, params, Ids(model.read_in.vocab), rows=len(tokens), length=tokens.shape[1] + new + 1,
-                            rounds=new))
+                            max_steps=new))
     for row in tokens:
       engines[0].submit(row.tolist(), max_new_tokens=new + 1, temperature=0.0)
     start, stream = time.perf_counter(), engines[0].stream()

@@ -25,14 +25,14 @@ from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.match import ShortcutConsistency
 from loopformer.training.step import init_state, make_step
-from loopformer.types import Plan, part
+from loopformer.types import Plan, config_dataclass
 
 MEGA = 1e6
 OPTIM = AdamW(schedule=WarmupCosine(warmup=10))
 TRAIN_STEPS = 1000  # what the learning-rate schedule spans
 
 
-@part
+@config_dataclass
 class Size:
   """What is measured.
 
@@ -66,7 +66,7 @@ SIZES = {
 REMATS = (loop.PerLayer(), loop.PerStep(), loop.Products(), loop.Offload(), loop.KeepAll())
 
 
-@part
+@config_dataclass
 class Padded:
   """`count` equal steps in a plan of `rows`, the rest skipped: what a random short trajectory costs on average."""
   count: int

@@ -134,7 +134,7 @@ def get_config(argument: str = '') -> Experiment:
     plan = Transition(of=plan, steps=run.steps)
   else:
     terms['aligned'] = Weighted(0.1, Aligned(roll='all', teacher='teacher'))
-  teacher = Rollout(Apart(of=plans.Uniform(size.loops)), keep=loop.Every(), weights=given['base'])
+  teacher = Rollout(Apart(of=plans.Uniform(size.loops)), keep=loop.Every(), weights_of=given['base'])
   base, gates = (AdamW(schedule=WSD(peak=peak, end=peak, warmup=0.02), decay=0.1) for peak in size.rates)
   learned = given['gate'] in ('elementwise', 'scalar')
   return Experiment(

@@ -28,7 +28,7 @@ from experiments.tools import plots, records
 from loopformer import storage
 from loopformer.papers.linear_icl.attention import EXACT
 from loopformer.training import metrics
-from loopformer.types import Array, Batch, ConfigError, Params, part
+from loopformer.types import Array, Batch, ConfigError, Params, config_dataclass
 
 FLAGS = flags.FLAGS
 
@@ -36,7 +36,7 @@ FLAGS = flags.FLAGS
 # Parameters ----------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Full:
   """V and W [2d + 2, 2d + 2] ~ N(0, std^2), all of them learned."""
   inputs: int
@@ -66,7 +66,7 @@ class Full:
     return {'V': v, 'W': w}
 
 
-@part
+@config_dataclass
 class Sparse:
   """Only V_31 (rows of w, columns of x) and W_13 [d, d] ~ N(0, std^2) are learned, W_24 = -1, all else is zero.
 

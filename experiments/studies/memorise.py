@@ -32,7 +32,7 @@ from loopformer.nn.embed import Head, Vectors
 from loopformer.nn.layers import MLP, Identity, UnitNorm
 from loopformer.nn.stack import Stack
 from loopformer.training import metrics
-from loopformer.types import KV, Array, Batch, ConfigError, Context, Params, part
+from loopformer.types import KV, Array, Batch, ConfigError, Context, Params, config_dataclass
 
 FLAGS = flags.FLAGS
 KINDS = ('lt', 'tmlt', 'wide', 'table')
@@ -47,7 +47,7 @@ class NoAttention(nn.Module):
     return jnp.zeros_like(x), kv
 
 
-@part
+@config_dataclass
 class Sizes:
   """K targets of `outputs` numbers, width D and hidden width F of the layer, r loops."""
   targets: int = 16

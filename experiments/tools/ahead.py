@@ -27,13 +27,13 @@ from loopformer.model import init_params, parameter_roles
 from loopformer.training import metrics
 from loopformer.training.checkpoint import abstract
 from loopformer.training.step import init_state, make_step
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 GIGA = 1e9
 EFFORT = -1.0  # of 0, what a run takes: an eighth of the time, peaks within -17 to +6 % (docs/plan.md)
 
 
-@part
+@config_dataclass
 class Built:
   """A program, and what to call it with.
 
@@ -57,7 +57,7 @@ class Built:
       return self.call.trace(*self.arguments, **self.keywords)
 
 
-@part
+@config_dataclass
 class Compiled:
   """A program on one device of a topology.
 
@@ -115,14 +115,14 @@ def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   rows = -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
   batch = _batch(estimate.rows_of(config.task), rows, mesh, stop=False)
   schedule = jax.eval_shape(lambda: plans.schedule(plans.resolve(model.loops)))
-  leave, dial = exits.compiled(evaluate.Run(plan=None).exit)
+  exit_policy, threshold = exits.compiled(evaluate.Run(plan=None).exit)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   roles = parameter_roles(model)
   divided = 2 * sharding.bytes_of(shapes, mesh, roles, ('tensor',)) > room
   params = abstract(shapes, sharding.shardings(shapes, mesh, roles, sharding.AXES if divided else ('tensor',)))
   return Built(
-      call=evaluate.score, arguments=(model, config.task.measure, leave, params, batch, schedule,
-                                      jax.ShapeDtypeStruct((model.outputs,), jnp.int32), dial),
+      call=evaluate.score, arguments=(model, config.task.measure, exit_policy, params, batch, schedule,
+                                      jax.ShapeDtypeStruct((model.outputs,), jnp.int32), threshold),
       told=f'{rows} sequences of {length} tokens', tokens=rows * length, steps=hlo.Steps(free=model.loops, live=1.0),
       state=0.0, model_flops=model.flops(length, model.loops) * rows * length)
 
@@ -175,7 +175,7 @@ def _serving(config, mesh, rows):
 
   def make(params):
     found['model'], params = flat.flattened(config.model, params,
-                                               turn=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
+                                               transpose=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
     empty = engine.empty_rows(found['model'], params, count, config.model.read_in.length, config.model.loops)
     found['specs'] = engine.partitions(found['model'], params, empty, mesh.shape)
     return params, empty
@@ -189,19 +189,19 @@ def _serving(config, mesh, rows):
 
 def _decoded(path, leaf, mesh, roles):
   """The shape of a parameter with its sharding; kernels that are turned [O, I] are divided as those [I, O] are."""
-  name, turned = jax.tree_util.keystr(path, simple=True, separator='/'), path[-1].key == 'turned'
-  shape = leaf.shape[::-1] if turned else leaf.shape
-  role = roles.of(name.removesuffix('turned') + 'kernel' if turned else name)
+  name, transposed = jax.tree_util.keystr(path, simple=True, separator='/'), path[-1].key == 'transposed'
+  shape = leaf.shape[::-1] if transposed else leaf.shape
+  role = roles.of(name.removesuffix('transposed') + 'kernel' if transposed else name)
   spec = sharding.only(sharding.spec(role, shape, mesh.shape), ('tensor',))
   entries = (*spec, *(None,) * (len(shape) - len(spec)))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                              sharding=NamedSharding(mesh, P(*(entries[::-1] if turned else entries))))
+                              sharding=NamedSharding(mesh, P(*(entries[::-1] if transposed else entries))))
 
 
 def _all_loops(model: Any, rows: int) -> Any:
   """A schedule of all loops for every row."""
   loops = model.loops
-  return plans.Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)), live=jnp.ones((loops, rows), bool))
+  return plans.Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)), active=jnp.ones((loops, rows), bool))
 
 
 def _controls(rows):

@@ -37,7 +37,7 @@ from loopformer.roles import Roles
 from loopformer.training import metrics
 from loopformer.training.checkpoint import abstract
 from loopformer.training.step import init_state, make_step
-from loopformer.types import ConfigError, PlanContext, part
+from loopformer.types import ConfigError, PlanContext, config_dataclass
 
 DRAWS = 1024  # plans that are drawn to see how many steps they take
 BLOCKS = 8  # of queries, at most: attention in more of them takes minutes to trace, and plans nothing else
@@ -45,7 +45,7 @@ QUICK = {'xla_backend_optimization_level': '0', 'xla_llvm_disable_expensive_pass
 GIGA = 1e9
 
 
-@part
+@config_dataclass
 class Plan:
   """A training step on one of the devices of a mesh. Bytes and FLOPs are of that device and one step.
 
@@ -146,8 +146,8 @@ def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step:
 
     def draw(key, plan=roll.plan, stage=stage):
       drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))
-      live = None if drawn.live is None else drawn.live.reshape(drawn.steps, -1).any(-1).sum()
-      return live, None if drawn.free is None else drawn.free.max()
+      live = None if drawn.active is None else drawn.active.reshape(drawn.steps, -1).any(-1).sum()
+      return live, None if drawn.no_grad_steps is None else drawn.no_grad_steps.max()
 
     live, first = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), DRAWS))
     if live is not None:
@@ -235,7 +235,7 @@ def undivided(params: Any, mesh: jax.sharding.Mesh, roles: Roles) -> list[str]:
 # The traced program ---------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Product:
   """A matrix product on one device: floating-point operations, and bytes of its operands and its result, times how often
   it runs."""

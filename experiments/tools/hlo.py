@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 SENDS = {'all-gather': 1.0, 'reduce-scatter': 1.0, 'all-reduce': 2.0, 'all-to-all': 1.0}
 PERMUTE = 'collective-permute'
@@ -20,7 +20,7 @@ BITS = {'pred': 8, 'bf16': 16}
 COPIES = ('copy', 'copy-start', 'transpose')
 
 
-@part
+@config_dataclass
 class Steps:
   """How often branches and loops run of which a program does not tell.
 
@@ -37,7 +37,7 @@ class Steps:
     return self.free if within or self.outer is None else self.outer
 
 
-@part
+@config_dataclass
 class Collective:
   """An exchange between devices.
 
@@ -69,7 +69,7 @@ class Collective:
     return self.size * share
 
 
-@part
+@config_dataclass
 class Copy:
   """A copy or a transposition in memory; arguments as of `Collective`."""
   size: float

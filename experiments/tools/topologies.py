@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from loopformer.training import metrics
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16')
@@ -38,7 +38,7 @@ device_description_str: "{kind}"
 '''
 
 
-@part
+@config_dataclass
 class Topology:
   """name: such as 'v5e:4x4'; backend: 'tpu' or 'gpu'; accelerator: its row in metrics.ACCELERATORS; devices: JAX's;
   compiler: what compiles for it, with its version."""

@@ -27,7 +27,7 @@ class Cell(nn.Module):
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
-  def timetable(self, plan: Plan) -> Any:
+  def precompute(self, plan: Plan) -> Any:
     """What it computes ahead of the loop, leaves [K, ...]: nothing."""
     return None
 
@@ -83,9 +83,9 @@ class Around(Cell):
                         f'after each; {type(self).__name__} takes a cell whose steps run one by one, such as Plain')
     self.of.check(width)
 
-  def timetable(self, plan: Plan) -> Any:
+  def precompute(self, plan: Plan) -> Any:
     """As of the inner cell."""
-    return self.inner.timetable(plan)
+    return self.inner.precompute(plan)
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """As of the inner cell."""

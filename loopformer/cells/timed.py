@@ -26,10 +26,10 @@ class Timed(Cell):
       raise ConfigError(f'model.read_in.width = {width}, but model.cell.condition.width = {self.condition.width}; '
                         'set both to the same number')
 
-  def timetable(self, plan: Plan) -> Array:
+  def precompute(self, plan: Plan) -> Array:
     """f32[K, N, 4, D]: the gates and scales of every step and layer."""
     return self.modulation(self.condition(plan))
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
-    x, kv = self.core(x, ctx, ctx.tick.code, kv)
+    x, kv = self.core(x, ctx, ctx.step.precomputed, kv)
     return x, kv, {}

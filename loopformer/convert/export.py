@@ -29,7 +29,7 @@ from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Toke
 from loopformer.model import Looped, init_params
 from loopformer.nn.layers import DTYPES
 from loopformer.training import processes
-from loopformer.types import ConfigError, Params, part
+from loopformer.types import ConfigError, Params, config_dataclass
 
 MODELING = 'modeling_loopformer.py'
 GENERATION = 'generation_config.json'
@@ -38,7 +38,7 @@ WRITER = 'loopformer_version'  # a field of config.json by which an export is kn
 KINDS = {ByteTokenizer: 'bytes', PieceTokenizer: 'pieces'}
 
 
-@part
+@config_dataclass
 class Exported:
   """What was written. model_type: that of config.json; reason: why it is not a decoder that transformers knows, empty
   where it is; tokenizer: whether there is one beside it."""

@@ -20,7 +20,7 @@ import numpy as np
 from loopformer.convert.llama import ALL, FAMILIES, Decoder, Naming
 from loopformer.convert.tensors import Shape, Tensor, Tensors, check_end
 from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 NAMES = {
     'model.embed_tokens.weight': 'token_embd.weight', 'model.norm.weight': 'output_norm.weight',
@@ -37,7 +37,7 @@ MAGIC, STRING, ARRAY = b'GGUF', 8, 9
 SCALARS = dict(enumerate('B b H h I i f ?'.split())) | {10: 'Q', 11: 'q', 12: 'd'}
 
 
-@part
+@config_dataclass
 class Kind:
   """A type of tensor: numbers of a block, its bytes, and how blocks u8[n, bytes] become f32[n, numbers] (None: by the
   package)."""

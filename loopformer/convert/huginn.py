@@ -36,7 +36,7 @@ from loopformer.nn.layers import GatedMLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 from loopformer.nn.blocks import SandwichNorm
 
 LENGTH = 4096
@@ -56,7 +56,7 @@ LAYER = tuple(row(f'norm_{n}.weight', f'n{n}/scale', 'D') for n in (1, 2, 3, 4))
 )
 
 
-@part
+@config_dataclass
 class Huginn:
   """The kind 'huginn', with what `from_official` asks of a kind."""
   loops: int = 32

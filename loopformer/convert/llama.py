@@ -34,11 +34,11 @@ from loopformer.nn.embed import Head, TiedHead, Tokens
 from loopformer.nn.layers import GatedMLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
 
 
-@part
+@config_dataclass
 class Family:
   """A kind of decoder. biased: which projections always have a bias; normed: whether queries and keys have norms."""
   architecture: str
@@ -55,7 +55,7 @@ FAMILIES = {
 }
 
 
-@part
+@config_dataclass
 class Decoder:
   """All that a decoder is besides its weights. length: the longest sequence; base: of the rotary positions."""
   family: str
@@ -96,7 +96,7 @@ class Decoder:
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Naming:
   """What tensors are called. layer: what precedes the names of layer {}; names: those that differ from the table above;
   turn: how the channels of a head lie, 'rf' half by half, 'fr' pair by pair."""

@@ -34,7 +34,7 @@ from loopformer.nn.condition import FEATURES, LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import TokenEmbed
 from loopformer.nn.layers import MLP, RMSNorm, UnitNorm
 from loopformer.nn.stack import Stack
-from loopformer.types import ConfigError, Params, part
+from loopformer.types import ConfigError, Params, config_dataclass
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -82,7 +82,7 @@ def _loop_index(core: Stack, width: int) -> nn.Module:
   return Timed(core, LoopIndex(width), Modulation(core.depth))
 
 
-@part
+@config_dataclass
 class Kind:
   """An official model. `stack`: what precedes the number of a layer; `rows`, `layer_rows`: its weights."""
   cell: Callable[[Stack, int], nn.Module]

@@ -39,7 +39,7 @@ from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 from loopformer.nn.blocks import Block, PeriNorm
 
 LENGTH, BASE, WIDTH_OF_HEAD, EPSILON = 65_536, 1e6, 128, 1e-6
@@ -70,7 +70,7 @@ LAYER = tuple(row(f'{name}.weight', f'n{n}/scale', 'D') for n, name in enumerate
 )
 
 
-@part
+@config_dataclass
 class Ouro:
   """The kind 'ouro', with what `from_official` asks of a kind. base: of the rotary positions, as published."""
   loops: int = 4
@@ -131,7 +131,7 @@ def _sizes(*, vocab, width, hidden, depth, heads, length) -> dict[str, int]:
   return dict(V=vocab, T=length, D=width, E=width, F=hidden, N=depth, H=heads, d=head, r=2, f=head // 2, q=3, m=2, i=1)
 
 
-@part
+@config_dataclass
 class Settings:
   """What a checkpoint's config.json says and its weights do not; None where it does not either.
 

@@ -46,7 +46,7 @@ from loopformer.nn.layers import MLP, Linear, Normal, Orthogonal, RMSNorm, UnitN
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 GATED = 32  # channels that the gate of value embeddings sees
 LENGTH = 2048
@@ -75,7 +75,7 @@ GATE = row('attn.ve_gate.weight', 'attn/values/gate', 'G c', 'c G')
 VALUES = row('value_embeds.{}.weight', 'attn/values/embedding', 'V Gd')
 
 
-@part
+@config_dataclass
 class Parcae:
   """The kind 'parcae', with what `from_official` asks of a kind."""
   loops: int = 8

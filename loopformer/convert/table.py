@@ -12,7 +12,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 NESTED = ('model', 'state_dict', 'model_state_dict')
 PREFIXES = re.compile(r'^(?:(?:_orig_mod|module|model|gpt)\.)+')
@@ -21,7 +21,7 @@ Sizes = Mapping[str, int]
 Shape = tuple[int, ...]
 
 
-@part
+@config_dataclass
 class Span:
   """What a weight covers of an axis `letter` that is longer on the other side: `count` places (a number, or the letter
   of a size) from `start` on (negative: from the end). whole: the side with all of them, 0 theirs, 1 ours."""
@@ -41,7 +41,7 @@ class Span:
     return sizes[self.count] if isinstance(self.count, str) else self.count
 
 
-@part
+@config_dataclass
 class Row:
   """A weight: its official key (within a layer, for rows of layers), its path in the parameters, both layouts; a span
   where several weights of one side are one of the other."""
@@ -80,7 +80,7 @@ def row(theirs: str, ours: str, *layout: str, span: Span | None = None) -> Row:
   return Row(theirs=theirs, ours=ours, layout=(layout[0], layout[-1]), span=span)
 
 
-@part
+@config_dataclass
 class Entry:
   """A row in its place: the full official key, the full path, and the slot of a stack that it is, if of a stack."""
   key: str

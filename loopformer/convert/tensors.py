@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
           'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
@@ -23,7 +23,7 @@ NAME, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 Shape = tuple[int, ...]
 
 
-@part
+@config_dataclass
 class Tensor:
   """A tensor that has not been read: its shape, its dtype as the file calls it, and how to read it."""
   shape: Shape

@@ -5,7 +5,7 @@ Budgets, schedules, controls and lengths are arrays, a column a row, so that one
 prompts are rounded up. `Engine` keeps the rows busy; `generate` is the engine for a list of prompts.
 
 With a draft, decoding speculates across depth: a few loops propose tokens, one pass of all loops judges them, and what
-is kept follows exactly the law of all loops (greedy: the very same text).
+is kept follows exactly the distribution of all loops (greedy: the very same text).
 
 On a mesh every device has rows of its own (of those of one tensor group, heads of the same rows), and both functions
 run on these alone: nothing that grows with rows or caches is exchanged, and a device waits for the others only where the
@@ -27,9 +27,9 @@ import numpy as np
 from loopformer import backend, plans, sharding
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import SamplingParams, controls, draw, judge, law
+from loopformer.inference.sampling import SamplingParams, controls, sample, verify_draft, sampling_logits
 from loopformer.memories import map_caches
-from loopformer.nn.layers import turned
+from loopformer.nn.layers import transposed
 from loopformer.training import processes
 from loopformer.types import KV, Array, ConfigError, Params, Plan, whole
 
@@ -46,7 +46,7 @@ SHARED = 16  # a prompt's beginning is taken from another row if it is at least 
 class DecodeState:
   """B rows in generation, all on the device.
 
-  plan: t, dt f32[K, B], live bool[K, B], a schedule a row; code: what the cell computed of it (`Cell.timetable`).
+  plan: t, dt f32[K, B], active bool[K, B], a schedule a row; precomputed: what the cell made of it (`Cell.precompute`).
   kv, draft: the caches of all loops, and of the draft ({} without).
   last: i32[B, 2], the last two tokens, of which the second has not been read yet; place: i32[B], its position.
   left: i32[B], tokens that may still be drawn, 0 where the row is idle; drawn: i32[B], tokens drawn so far.
@@ -54,7 +54,7 @@ class DecodeState:
   tokens are drawn.
   """
   plan: Plan
-  code: Any
+  precomputed: Any
   kv: Any
   draft: Any
   last: Array
@@ -69,13 +69,13 @@ class DecodeState:
 def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, draft: int = 0) -> DecodeState:
   """Idle rows with caches for `length` positions and schedules of up to `loops` steps, drafts of `draft` (0: none)."""
   plan = Plan(t=jnp.zeros((loops, rows)), dt=jnp.zeros((loops, rows)),
-              live=jnp.zeros((loops, rows), bool))
-  code = jax.eval_shape(lambda: model.apply({'params': params}, plan, method='timetable'))
+              active=jnp.zeros((loops, rows), bool))
+  precomputed = jax.eval_shape(lambda: model.apply({'params': params}, plan, method='precompute'))
 
   def numbers():
     return jnp.zeros(rows, jnp.int32)
 
-  return DecodeState(plan=plan, code=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), code),
+  return DecodeState(plan=plan, precomputed=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), precomputed),
                      kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
                      last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
                      keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
@@ -84,9 +84,9 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
 
 def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str, int]) -> DecodeState:
   """Partitions of the rows' arrays over a mesh of these sizes: rows over data and fsdp, heads of caches over tensor."""
-  def code(count):
+  def precomputed(count):
     plan = jax.tree.map(lambda leaf: jnp.zeros((len(leaf), count), leaf.dtype), rows.plan)
-    return jax.eval_shape(lambda: model.apply({'params': params}, plan, method='timetable'))
+    return jax.eval_shape(lambda: model.apply({'params': params}, plan, method='precompute'))
 
   def differing(one, two):  # the axis of rows is the one that grows with them
     return P(*(None if a == b else sharding.BATCH for a, b in zip(one.shape, two.shape)))
@@ -94,7 +94,7 @@ def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str
   each, caches = P(sharding.BATCH), (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree)
                                      for tree in (rows.kv, rows.draft))
   return DecodeState(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
-                     code=jax.tree.map(differing, code(1), code(2)), kv=next(caches), draft=next(caches), last=each, place=each,
+                     precomputed=jax.tree.map(differing, precomputed(1), precomputed(2)), kv=next(caches), draft=next(caches), last=each, place=each,
                      left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
 
 
@@ -164,14 +164,14 @@ def _prefill(model, params, rows, new, draft_plan, eos):
   seeds = jax.vmap(jax.random.key)(new.seed)
   keys = _fold(seeds, new.number)
   logits = sharding.whole(model.apply(variables, z, method='logits'))
-  first = draw(law(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
+  first = sample(sampling_logits(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
   def put(old, value):
     return old.at[new.row].set(value, mode='drop')
 
   plan = jax.tree.map(lambda old, own: old.at[:, new.row].set(own, mode='drop'), rows.plan, new.plan)
-  return DecodeState(plan=plan, code=model.apply(variables, plan, method='timetable'), kv=kv, draft=draft,
+  return DecodeState(plan=plan, precomputed=model.apply(variables, plan, method='precompute'), kv=kv, draft=draft,
                      last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
                      left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
                      drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
@@ -211,38 +211,38 @@ class Stats:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
-def decode(model: Any, rounds: int, ahead: int, leave: Any, params: Params, rows: DecodeState, draft_plan: Plan | None,
-           dial: Array | None, eos: Array, hurry: Array, mesh: jax.sharding.Mesh | None = None
+def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState, draft_plan: Plan | None,
+           threshold: Array | None, eos: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None
            ) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
-    rounds: at most so many passes of all loops.
-    ahead: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
-    leave: None, or an exits.Adaptive that shortens passes; dial: its threshold.
-    eos: i32[], ends a row. hurry: bool[], whether to return as soon as a row is idle.
+    max_steps: at most so many passes of all loops.
+    num_draft: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
+    exit_policy: None, or an exits.Adaptive that shortens passes; threshold: its own.
+    eos: i32[], ends a row. return_on_finish: bool[], whether to return as soon as a row is idle.
     mesh: of several devices that divide the rows, each of which stops by its own; None for one.
 
   Returns:
-    (rows, tokens i32[B, rounds * (ahead + 1)], how many of them there are i32[B], the tally).
+    (rows, tokens i32[B, max_steps * (num_draft + 1)], how many of them there are i32[B], the stats).
   """
   divided = () if mesh is None else tuple(name for name in sharding.BATCH if mesh.shape[name] > 1)
 
   def own(*arguments):
-    rows, out, count, tally = _decode(model, rounds, ahead, leave, *arguments)
+    rows, out, count, stats = _decode(model, max_steps, num_draft, exit_policy, *arguments)
     if divided:
-      tally = jax.lax.psum(tally.replace(ran=0), divided).replace(ran=jax.lax.pmax(tally.ran, divided))
-    return rows, out, count, tally
+      stats = jax.lax.psum(stats.replace(ran=0), divided).replace(ran=jax.lax.pmax(stats.ran, divided))
+    return rows, out, count, stats
 
   each = P(sharding.BATCH)
-  return _by_rows(own, mesh, model, params, rows, (draft_plan, dial, eos, hurry), (P(),) * 4, (each, each, P()))
+  return _by_rows(own, mesh, model, params, rows, (draft_plan, threshold, eos, return_on_finish), (P(),) * 4, (each, each, P()))
 
 
-def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hurry):
+def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, threshold, eos, return_on_finish):
   variables = {'params': params}
   batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
-  draft_code = model.apply(variables, draft_plan, method='timetable') if ahead else None
+  draft_code = model.apply(variables, draft_plan, method='precompute') if num_draft else None
   started = rows.left > 0
 
   def positions(rows, offset, count):
@@ -253,23 +253,23 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
   table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.dtype))
 
   def logits_of(z):
-    return sharding.whole(turned(z.astype(table.dtype), table))
+    return sharding.whole(transposed(z.astype(table.dtype), table))
 
   def full(rows, tokens, pos):
-    plan = rows.plan.replace(live=rows.plan.live & (rows.left > 0))
-    if leave is None:
-      trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, code=rows.code)
-      return trace, plan.live.sum(), trace.steps
-    trace = model.apply(variables, tokens, plan, leave, dial, pos, kv=rows.kv, code=rows.code, keys=rows.exits,
+    plan = rows.plan.replace(active=rows.plan.active & (rows.left > 0))
+    if exit_policy is None:
+      trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, precomputed=rows.precomputed)
+      return trace, plan.active.sum(), trace.steps
+    trace = model.apply(variables, tokens, plan, exit_policy, threshold, pos, kv=rows.kv, precomputed=rows.precomputed, keys=rows.exits,
                         method='adapt')
     return trace, trace.steps.sum(), trace.aux['ran']
 
   def propose(rows, keys):
     """The draft reads the last two tokens, for the first of them it may not have, and goes on from there."""
     def once(kv, tokens, pos, i):
-      trace = model.apply(variables, tokens, draft_plan, pos, kv=kv, code=draft_code)
-      guess = law(logits_of(trace.z[:, -1]), rows.control)
-      return trace.kv, guess, draw(guess, _fold(keys, jnp.full(batch, 1 + i)))
+      trace = model.apply(variables, tokens, draft_plan, pos, kv=kv, precomputed=draft_code)
+      guess = sampling_logits(logits_of(trace.z[:, -1]), rows.control)
+      return trace.kv, guess, sample(guess, _fold(keys, jnp.full(batch, 1 + i)))
 
     kv, guess, token = once(rows.draft, rows.last, positions(rows, -1, 2), 0)
 
@@ -278,52 +278,52 @@ def _decode(model, rounds, ahead, leave, params, rows, draft_plan, dial, eos, hu
       kv, guess, new = once(kv, token[:, None], positions(rows, i, 1), i)
       return (kv, new), (guess, new)
 
-    (kv, _), (guesses, tokens) = jax.lax.scan(more, (kv, token), jnp.arange(1, ahead))
+    (kv, _), (guesses, tokens) = jax.lax.scan(more, (kv, token), jnp.arange(1, num_draft))
     return (rows.replace(draft=kv), jnp.concatenate([guess[:, None], guesses.swapaxes(0, 1)], 1),
             jnp.concatenate([token[:, None], tokens.swapaxes(0, 1)], 1))
 
   def round_(carry):
-    index, rows, out, count, tally = carry
+    index, rows, out, count, stats = carry
     active = rows.left > 0
     keys = _fold(rows.keys, rows.drawn)
     current = rows.last[:, 1:]
-    if ahead:
+    if num_draft:
       rows, guesses, proposed = propose(rows, keys)
-      trace, loops, ran = full(rows, jnp.concatenate([current, proposed], 1), positions(rows, 0, ahead + 1))
+      trace, loops, ran = full(rows, jnp.concatenate([current, proposed], 1), positions(rows, 0, num_draft + 1))
       logits = logits_of(trace.z)
-      truth = jnp.stack([law(logits[:, i], rows.control) for i in range(ahead + 1)], 1)
+      truth = jnp.stack([sampling_logits(logits[:, i], rows.control) for i in range(num_draft + 1)], 1)
       # Keys of their own: `split` and `fold_in` of one key can give the same.
-      kept, final = judge(proposed, guesses, truth, _fold(keys, jnp.zeros(batch, jnp.int32)))
-      tokens = jnp.where(jnp.arange(ahead + 1) == kept[:, None], final[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
+      kept, final = verify_draft(proposed, guesses, truth, _fold(keys, jnp.zeros(batch, jnp.int32)))
+      tokens = jnp.where(jnp.arange(num_draft + 1) == kept[:, None], final[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
     else:
       trace, loops, ran = full(rows, current, positions(rows, 0, 1))
       kept = jnp.zeros(batch, jnp.int32)
-      tokens = draw(law(logits_of(trace.z[:, 0]), rows.control), keys)[:, None]
+      tokens = sample(sampling_logits(logits_of(trace.z[:, 0]), rows.control), keys)[:, None]
     new = jnp.minimum(kept + 1, rows.left)  # how many of `tokens` are drawn in this round
-    ends = (tokens == eos) & (jnp.arange(ahead + 1) < new[:, None])
+    ends = (tokens == eos) & (jnp.arange(num_draft + 1) < new[:, None])
     new = jnp.where(ends.any(-1), ends.argmax(-1) + 1, new)
-    target = jnp.where(active[:, None] & (jnp.arange(ahead + 1) < new[:, None]),
-                       count[:, None] + jnp.arange(ahead + 1), out.shape[1])
+    target = jnp.where(active[:, None] & (jnp.arange(num_draft + 1) < new[:, None]),
+                       count[:, None] + jnp.arange(num_draft + 1), out.shape[1])
     out = out.at[at[:, None], target].set(tokens, mode='drop')
     new = jnp.where(active, new, 0)
     both = jnp.concatenate([current, tokens], 1)
     last = jnp.take_along_axis(both, jnp.maximum(new, 1)[:, None] - 1 + jnp.arange(2), 1)
     rows = rows.replace(kv=trace.kv, last=jnp.where(active[:, None], last, rows.last), place=rows.place + new,
                         left=jnp.where(ends.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
-    tally = Stats(tokens=tally.tokens + new.sum(), passes=tally.passes + active.sum(), loops=tally.loops + loops,
-                  ran=tally.ran + ran, kept=tally.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
-    return index + 1, rows, out, count + new, tally
+    stats = Stats(tokens=stats.tokens + new.sum(), passes=stats.passes + active.sum(), loops=stats.loops + loops,
+                  ran=stats.ran + ran, kept=stats.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
+    return index + 1, rows, out, count + new, stats
 
   def going(carry):
     index, rows, *_ = carry
     idle = sharding.agreed((started & (rows.left == 0)).any())
-    return (index < rounds) & sharding.agreed((rows.left > 0).any()) & ~(hurry & idle)
+    return (index < max_steps) & sharding.agreed((rows.left > 0).any()) & ~(return_on_finish & idle)
 
   zero = jnp.int32(0)
-  out = jnp.full((batch, rounds * (ahead + 1)), eos, jnp.int32)
+  out = jnp.full((batch, max_steps * (num_draft + 1)), eos, jnp.int32)
   carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Stats(zero, zero, zero, zero, zero))
-  _, rows, out, count, tally = jax.lax.while_loop(going, round_, carry)
-  return rows, out, count, tally
+  _, rows, out, count, stats = jax.lax.while_loop(going, round_, carry)
+  return rows, out, count, stats
 
 
 # The host's side -----------------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ class Engine:
     length: positions of a row, prompt and new tokens; the model's own by default.
     loops: most steps of a schedule; the model's own by default.
     exit: an exits.Adaptive, by which tokens take fewer loops than their budget; prompts are read with all of them.
-    draft: a budget or schedule with which tokens are drafted before all loops judge them, `ahead` at a time.
-    rounds: passes between two looks of the host.
+    draft: a budget or schedule with which tokens are drafted before all loops verify them, `num_draft` at a time.
+    max_steps: passes between two looks of the host.
 
   It holds weights of its own: copies of the layers', which lie as decoding wants them (flat.flattened), and the rest
   as given. Where memory is short, let go of the ones it was given.
@@ -382,10 +382,10 @@ class Engine:
   """
 
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, rows: int = 8, length: int | None = None,
-               loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None, ahead: int = 4,
-               rounds: int = 16):
+               loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None, num_draft: int = 4,
+               max_steps: int = 16):
     limit = model.read_in.length
-    for name, value in (('rows', rows), ('ahead', ahead), ('rounds', rounds), ('loops', loops), ('length', length)):
+    for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops), ('length', length)):
       if value is not None:
         whole(name, value, 1)
     if length is not None and not 1 < length <= limit:
@@ -402,15 +402,15 @@ class Engine:
     self._per = -(-rows // parts)  # rows of a device
     if self._mesh is not None:
       params = sharding.over_tensor(params, self._mesh)
-    model, params = flattened(model, params, turn=self._per > 1 or backend.current().sums_contiguous)
+    model, params = flattened(model, params, transpose=self._per > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
-    self.length, self.loops, self.rounds = length or limit, loops or model.loops, rounds
-    self.exit, self.ahead = exit, ahead if draft is not None else 0
+    self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
+    self.exit, self.num_draft = exit, num_draft if draft is not None else 0
     steps = None if draft is None else plans.resolve(draft, 'draft')
     self.draft_plan = None if draft is None else plans.schedule(steps)
     self._of = [None] * (self._per * parts)  # the request that a row serves, or served last
     self._rows = self._empty(0 if draft is None else len(steps))
-    self._waiting, self._requests, self._tally = [], 0, np.zeros(5, np.int64)
+    self._waiting, self._requests, self._stats = [], 0, np.zeros(5, np.int64)
 
   def _empty(self, draft):
     make = functools.partial(empty_rows, self.model, self.params, len(self._of), self.length, self.loops, draft)
@@ -425,13 +425,13 @@ class Engine:
     return sum(kv.bytes for kv in _each((self._rows.kv, self._rows.draft)))
 
   @property
-  def tally(self) -> dict[str, float]:
+  def stats(self) -> dict[str, float]:
     """What decoding has cost so far: tokens, passes of rows, mean loops of these, loops that ran for the whole batch,
     tokens a pass, and the share of drafted tokens that stood."""
-    tokens, passes, loops, ran, kept = (int(n) for n in self._tally)
+    tokens, passes, loops, ran, kept = (int(n) for n in self._stats)
     result = {'tokens': tokens, 'passes': passes, 'loops': loops / max(passes, 1), 'ran': ran,
               'tokens a pass': tokens / max(passes, 1)}
-    return {**result, 'accepted': kept / max(passes * self.ahead, 1)} if self.ahead else result
+    return {**result, 'accepted': kept / max(passes * self.num_draft, 1)} if self.num_draft else result
 
   def submit(self, prompt: str | Sequence[int], *, budget: int | Sequence[float] | None = None,
              max_new_tokens: int = 64, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
@@ -545,12 +545,12 @@ class Engine:
   def _advance(self):
     if not any(request and not request.done for request in self._of):
       return
-    leave, dial = exits.compiled(self.exit)
-    self._rows, out, count, tally = decode(
-        self.model, self.rounds, self.ahead, leave, self.params, self._rows, self.draft_plan, dial,
+    exit_policy, threshold = exits.compiled(self.exit)
+    self._rows, out, count, stats = decode(
+        self.model, self.max_steps, self.num_draft, exit_policy, self.params, self._rows, self.draft_plan, threshold,
         jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)), self._mesh)
-    out, count, tally = processes.fetch((out, count, tally))
-    self._tally += [tally.tokens, tally.passes, tally.loops, tally.ran, tally.kept]
+    out, count, stats = processes.fetch((out, count, stats))
+    self._stats += [stats.tokens, stats.passes, stats.loops, stats.ran, stats.kept]
     stopped = []
     for row, request in enumerate(self._of):
       if request is not None and not request.done:
@@ -602,7 +602,7 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.
     exit: an exits.Adaptive, by which tokens take fewer loops.
-    draft: a budget or schedule that drafts tokens, which all loops then judge; the same law, faster where
+    draft: a budget or schedule that drafts tokens, which all loops then verify; the same distribution, faster where
       loops cost much.
     rows: at most this many prompts at a time.
     params: on one device, or divided over a mesh, as of `Engine`.

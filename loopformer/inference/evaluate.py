@@ -12,10 +12,10 @@ from loopformer import loop, plans, sharding
 from loopformer.inference import exits, measures
 from loopformer.model import run_batch
 from loopformer.training import processes
-from loopformer.types import Array, Batch, ConfigError, PlanContext, Params, Plan, Planner, part, whole
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, PlanContext, Planner, config_dataclass, whole
 
 
-@part
+@config_dataclass
 class Depths:
   """Budgets to evaluate at; each is a number of equal steps."""
   budgets: tuple[int, ...] = (1, 2, 4, 8)
@@ -31,14 +31,14 @@ class Depths:
     return {str(budget): plans.resolve(budget) for budget in self.budgets}
 
 
-@part
+@config_dataclass
 class Run:
   """A plan that may depend on the sequence, and the exit that says which of its states answers."""
   plan: Planner
   exit: exits.Final | exits.Confidence | exits.Adaptive = exits.Final()
 
 
-@part
+@config_dataclass
 class Named:
   """Besides budgets, runs by name."""
   runs: Mapping[str, Run]
@@ -50,11 +50,11 @@ class Named:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score(model: Any, measure: Any, leave: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
-          dial: Array | None = None) -> Any:
+def score(model: Any, measure: Any, exit_policy: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
+          threshold: Array | None = None) -> Any:
   """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took
-  (a mean over their answers), and of those that ran until the last was ready. dial: the exit's threshold."""
-  trace, readout = leave.run(model, params, batch, plan, dial)
+  (a mean over their answers), and of those that ran until the last was ready. threshold: the exit's."""
+  trace, readout = exit_policy.run(model, params, batch, plan, threshold)
   asked = (batch['weights'] > 0).astype(jnp.float32)
   steps = trace.steps
   if steps.ndim > 1:
@@ -98,14 +98,14 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
     if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
-    draw = PlanContext(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
+    context = PlanContext(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)
-      plan = plans.schedule(steps, rows) if run.plan is None else run.plan(draw)
-      leave, dial = exits.compiled(run.exit)
+      plan = plans.schedule(steps, rows) if run.plan is None else run.plan(context)
+      exit_policy, threshold = exits.compiled(run.exit)
       with sharding.on(mesh):
-        sums[name] = score(model, measure, leave, params, batch, plan, byte_lengths, dial)
+        sums[name] = score(model, measure, exit_policy, params, batch, plan, byte_lengths, threshold)
     for name, value in processes.fetch(sums).items():
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
   return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)

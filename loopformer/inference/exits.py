@@ -5,9 +5,9 @@ go one by one, and ends when the last has gone. A rule looks at one token at a t
 depend on the batch:
 
     init(model, x, ctx) -> state                   of tokens whose states are x [B, T, D]
-    update(state, seen, dial) -> (state, done bool[B, T], answer [B, T, D])
+    update(state, seen, threshold) -> (state, done bool[B, T], answer [B, T, D])
 
-after every step that was `StepView` (types.py); dial is the threshold, f32[] or f32[B, 1]; the answer is the state from
+after every step, of which it sees a `StepView` (types.py); threshold is f32[] or f32[B, 1]; the answer is the state from
 which a token that leaves now is read out. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal
 Transformers).
 """
@@ -22,36 +22,36 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import init_params, make_readout, run_batch
-from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part, whole
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, config_dataclass, whole
 
 
-@part
+@config_dataclass
 class Final:
   """The last state."""
-  dial, decides = None, False
+  threshold, decides = None, False
 
-  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
     trace = run_batch(model, params, batch, plan)
-    steps = plan.steps if plan.live is None else plan.live.sum(0)
-    steps += 0 if plan.free is None else plan.free
+    steps = plan.steps if plan.active is None else plan.active.sum(0)
+    steps += 0 if plan.no_grad_steps is None else plan.no_grad_steps
     steps = jnp.broadcast_to(steps, trace.z.shape[:1])
     return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 
-@part
+@config_dataclass
 class Confidence:
   """The step whose answers are surest (length generalisation, section 4): the least cross-entropy of its likeliest
   answers, a mean over a sequence's own answer positions; the first of equals. No step before `least` is taken.
-  For plans without free steps, whose states are not kept.
+  For plans without `no_grad_steps`, whose states are not kept.
   """
   least: int = 1
-  dial, decides = None, False
+  threshold, decides = None, False
 
   def __post_init__(self):
     whole('exit.least', self.least, 1)
 
-  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
     trace = run_batch(model, params, batch, plan, keep=loop.Every())
     readout = make_readout(model, params, batch)
@@ -70,28 +70,28 @@ class Confidence:
 
     doubt_KB = jax.lax.map(doubt, z_KBTD)
     early = jnp.arange(len(doubt_KB))[:, None] < self.least - 1
-    live = jnp.ones(len(doubt_KB), bool) if trace.plan.live is None else trace.plan.live
-    best_B = jnp.where(early | ~live.reshape(len(doubt_KB), -1), jnp.inf, doubt_KB).argmin(0)
+    active = jnp.ones(len(doubt_KB), bool) if trace.plan.active is None else trace.plan.active
+    best_B = jnp.where(early | ~active.reshape(len(doubt_KB), -1), jnp.inf, doubt_KB).argmin(0)
     return jnp.take_along_axis(z_KBTD, best_B[None, :, None, None], 0)[0], best_B + 1
 
 
 # What a token that was let go leaves in the caches of steps that it did not take --------------------------------------
 
 
-@part
+@config_dataclass
 class Copy:
   """The entries of its last step: the steps are saved, and later tokens find in every slot the deepest entry there is
   (Huginn's "latest"). Differs from a pass without cache, where the kept state goes on giving keys."""
   runs = False
 
 
-@part
+@config_dataclass
 class Recompute:
   """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly."""
   runs = True
 
 
-@part
+@config_dataclass
 class Adaptive:
   """Lets each token go when `rule` says so, after `least` steps at the earliest and with the plan at the latest."""
   rule: Any
@@ -103,42 +103,42 @@ class Adaptive:
     whole('exit.least', self.least, 1)
 
   @property
-  def dial(self) -> float | None:
+  def threshold(self) -> float | None:
     """The rule's threshold, where it has one."""
     return self.rule.threshold
 
   @property
   def static(self) -> 'Adaptive':
     """The same for all thresholds, so that one compiled program serves them: 1 is one for every rule."""
-    return self if self.dial is None else dataclasses.replace(self, rule=dataclasses.replace(self.rule, threshold=1))
+    return self if self.threshold is None else dataclasses.replace(self, rule=dataclasses.replace(self.rule, threshold=1))
 
-  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As Final.run; steps i32[B, T]. What is drawn for a sequence comes from its number in the batch, `row`."""
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(batch['row']) if 'row' in batch else None
-    trace = run_batch(model, params, batch, plan, leave=self, dial=dial, keys=keys, method='adapt')
+    trace = run_batch(model, params, batch, plan, exit_policy=self, threshold=threshold, keys=keys, method='adapt')
     return trace, make_readout(model, params, batch)
 
 
-def compiled(leave: Final | Confidence | Adaptive | None) -> tuple[Any, Array | None]:
+def compiled(exit_policy: Final | Confidence | Adaptive | None) -> tuple[Any, Array | None]:
   """(the exit that a program is compiled for, its threshold f32[], an argument of the program); None if there is none.
   """
-  if leave is None or leave.dial is None:
-    return leave, None
-  return leave.static, jnp.float32(leave.dial)
+  if exit_policy is None or exit_policy.threshold is None:
+    return exit_policy, None
+  return exit_policy.static, jnp.float32(exit_policy.threshold)
 
 
-def check(model: Any, leave: Any, name: str):
+def check(model: Any, exit_policy: Any, name: str):
   """Raises ConfigError where the model cannot be decoded or scored with the exit; `name` begins its message.
 
   Steps are traced with abstract values: nothing is computed, and nothing compiled.
   """
-  if not leave.decides:
-    raise ConfigError(f'{name} = {leave}: it picks from the states of a whole plan, and does not stop token by token; '
+  if not exit_policy.decides:
+    raise ConfigError(f'{name} = {exit_policy}: it picks from the states of a whole plan, and does not stop token by token; '
                       'use exits.Adaptive with a rule, or no exit for all steps')
   plan = Plan(t=jnp.zeros(2), dt=jnp.full(2, 0.5))
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   try:
-    jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, leave, leave.dial,
+    jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, exit_policy, exit_policy.threshold,
                                               method='adapt').steps, params)
   except ConfigError as error:
     raise ConfigError(f'{name}: {error}') from error
@@ -162,7 +162,7 @@ SLACK = 1e-6  # of sums of logarithms
 DRAWS = zlib.crc32(b'exits')  # tells what exits draw from the tokens that are drawn with the same key
 
 
-@part
+@config_dataclass
 class KL:
   """KL(answer before || answer after the step) < threshold nats; before the first step the answer is uniform.
 
@@ -174,12 +174,12 @@ class KL:
   def init(self, model, x, ctx):
     return jnp.full((*x.shape[:2], answers(model)), -jnp.log(answers(model)))
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     after = jax.nn.log_softmax(seen.logits())
-    return after, (jnp.exp(state) * (state - after)).sum(-1) < dial, seen.new
+    return after, (jnp.exp(state) * (state - after)).sum(-1) < threshold, seen.new
 
 
-@part
+@config_dataclass
 class EntropyChange:
   """The entropy of the answer moves by less than threshold nats in a step; before the first it is that of chance."""
   threshold: float = 1e-3
@@ -188,12 +188,12 @@ class EntropyChange:
   def init(self, model, x, ctx):
     return jnp.full(x.shape[:2], jnp.log(answers(model)))
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     after = entropy(seen.logits())
-    return after, jnp.abs(after - state) < dial, seen.new
+    return after, jnp.abs(after - state) < threshold, seen.new
 
 
-@part
+@config_dataclass
 class Entropy:
   """The answer has less than threshold nats of entropy."""
   threshold: float = 0.5
@@ -203,11 +203,11 @@ class Entropy:
     answers(model)
     return ()
 
-  def update(self, state, seen, dial):
-    return state, entropy(seen.logits()) < dial, seen.new
+  def update(self, state, seen, threshold):
+    return state, entropy(seen.logits()) < threshold, seen.new
 
 
-@part
+@config_dataclass
 class StateChange:
   """|x_k - x_(k-1)| < threshold * |x_k|. Needs neither coda nor head."""
   threshold: float = 0.03
@@ -216,12 +216,12 @@ class StateChange:
   def init(self, model, x, ctx):
     return ()
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     old, new = seen.old.astype(jnp.float32), seen.new.astype(jnp.float32)
-    return state, jnp.linalg.norm(new - old, axis=-1) < dial * jnp.linalg.norm(new, axis=-1), seen.new
+    return state, jnp.linalg.norm(new - old, axis=-1) < threshold * jnp.linalg.norm(new, axis=-1), seen.new
 
 
-@part
+@config_dataclass
 class Stable:
   """The likeliest answer has been the same after `threshold` steps in a row."""
   threshold: float = 5
@@ -231,13 +231,13 @@ class Stable:
     answers(model)
     return jnp.full(x.shape[:2], -1), jnp.zeros(x.shape[:2], jnp.int32)
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     best = seen.logits().argmax(-1)
     count = jnp.where(best == state[0], state[1] + 1, 1)
-    return (best, count), count >= dial, seen.new
+    return (best, count), count >= threshold, seen.new
 
 
-@part
+@config_dataclass
 class Cumulative:
   """Ouro's Q-exit: the probability of having left by now, 1 - prod(1 - lambda), reaches threshold.
 
@@ -250,16 +250,16 @@ class Cumulative:
   def init(self, model, x, ctx):
     return jnp.zeros(x.shape[:2])
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     stay = state + jax.nn.log_sigmoid(-halt(seen.aux))
-    return stay, stay <= jnp.log1p(-jnp.asarray(dial, jnp.float32)) + SLACK, seen.new
+    return stay, stay <= jnp.log1p(-jnp.asarray(threshold, jnp.float32)) + SLACK, seen.new
 
 
-@part
+@config_dataclass
 class Sampled:
   """PonderNet's exit: after every step a token leaves with probability lambda = sigmoid(aux['halt']).
 
-  Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same law.
+  Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same distribution.
   u comes from the sequence's key (`Context.keys`; of a request, its seed) and the position alone. So a request is answered
   alike whatever shares its batch, and requests of one seed draw the same numbers at the same positions: where that
   matters, give them seeds of their own.
@@ -276,12 +276,12 @@ class Sampled:
 
     return (jax.vmap(jax.vmap(draw, (None, 0)))(keys, jnp.maximum(ctx.pos, 0)), Cumulative().init(model, x, ctx))
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     stay, done, answer = Cumulative().update(state[1], seen, state[0])
     return (state[0], stay), done, answer
 
 
-@part
+@config_dataclass
 class Confident:
   """The gate itself, sigmoid(aux['halt']), reaches threshold: a head that was trained to tell whether it is right."""
   threshold: float = 0.9
@@ -290,11 +290,11 @@ class Confident:
   def init(self, model, x, ctx):
     return ()
 
-  def update(self, state, seen, dial):
-    return state, jax.nn.sigmoid(halt(seen.aux)) >= dial, seen.new
+  def update(self, state, seen, threshold):
+    return state, jax.nn.sigmoid(halt(seen.aux)) >= threshold, seen.new
 
 
-@part
+@config_dataclass
 class ACT:
   """Adaptive computation time (Universal Transformers): leaves when the summed gates reach 1 - threshold.
 
@@ -307,17 +307,17 @@ class ACT:
   def init(self, model, x, ctx):
     return jnp.zeros(x.shape[:2]), jnp.zeros_like(x)
 
-  def update(self, state, seen, dial):
+  def update(self, state, seen, threshold):
     total, answer = state
     p = jax.nn.sigmoid(halt(seen.aux))
-    done = (total + p >= 1 - dial) | seen.last
+    done = (total + p >= 1 - threshold) | seen.last
     weight = jnp.where(done, 1 - total, p)
     answer += weight[..., None].astype(answer.dtype) * seen.new
     return (total + weight, answer), done, answer
 
 
 def answers(model: Any) -> int:
-  """How many answers a token may have. Raises ConfigError where it is one, a number, over which there is no law."""
+  """How many answers a token may have. Raises ConfigError where it is one, a number, over which there is no distribution."""
   if model.outputs < 2:
     raise ConfigError(f'exit.rule: it compares laws over answers, but the model has {model.outputs} output, a number; '
                       'take a rule that looks at the state, such as StateChange')

@@ -41,14 +41,14 @@ class Flat(nn.Module):
     return self.block.layers * len(self.order)
 
 
-def flattened(model: nn.Module, params: Any, turn: bool = False) -> tuple[nn.Module, Any]:
+def flattened(model: nn.Module, params: Any, transpose: bool = False) -> tuple[nn.Module, Any]:
   """The same function with small stacks flat: (model, parameters). The arrays are copies of the stacks' slices, with
   `turn` [O, I] where a projection has a kernel [I, O]; kernels are in the dtype in which they multiply. Forward
   alone."""
-  return _flattened(model, params, parameter_roles(model), (), turn)
+  return _flattened(model, params, parameter_roles(model), (), transpose)
 
 
-def _flattened(module, params, roles: Roles, at: tuple[str, ...], turn):
+def _flattened(module, params, roles: Roles, at: tuple[str, ...], transpose):
   if isinstance(module, Stack):
     def cast(path, leaf):
       dtype = roles[(*at, 'block', *(entry.key for entry in path))].dtype
@@ -61,26 +61,26 @@ def _flattened(module, params, roles: Roles, at: tuple[str, ...], turn):
                 order=module.order or tuple(range(module.depth)))
     rest = {name: tree for name, tree in params.items() if name != 'block'}
     blocks = (jax.tree.map(lambda leaf: leaf[i], params['block']) for i in range(module.depth))
-    return flat, {**rest, **{f'blocks_{i}': _turned(block, roles, (*at, 'block')) if turn else block
+    return flat, {**rest, **{f'blocks_{i}': _transposed(block, roles, (*at, 'block')) if transpose else block
                              for i, block in enumerate(blocks)}}
   changed = {}
   if isinstance(module, Around):  # whose parameters lie beside those of the cell in it
-    changed['of'], params = _flattened(module.of, params, roles, at, turn)
+    changed['of'], params = _flattened(module.of, params, roles, at, transpose)
   params = dict(params)
   for name, value in fields(module).items():
     if isinstance(value, nn.Module) and name in params:
-      changed[name], params[name] = _flattened(value, params[name], roles, (*at, name), turn)
+      changed[name], params[name] = _flattened(value, params[name], roles, (*at, name), transpose)
   return module.clone(**changed), params
 
 
-def _turned(params, roles, at):
-  """Parameters with the kernels of projections transposed, under the name `turned`."""
+def _transposed(params, roles, at):
+  """Parameters with the kernels of projections transposed, under the name `transposed`."""
   new = {}
   for name, tree in params.items():
     if (*at, name) not in roles:
-      new[name] = _turned(tree, roles, (*at, name))
+      new[name] = _transposed(tree, roles, (*at, name))
     elif roles[*at, name].dtype is None:
       new[name] = tree
     else:
-      new['turned'] = tree.T
+      new['transposed'] = tree.T
   return new

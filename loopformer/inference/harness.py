@@ -61,26 +61,26 @@ def windows(ids: Sequence[int], length: int, first: int) -> Iterator[tuple[list[
     yield ([first] if start == 0 else list(ids[end - length - 1:start])), list(ids[start:end])
 
 
-def states(model: Any, leave: Any, params: Params, tokens: Array, plan: Plan, dial: Array | None
+def states(model: Any, exit_policy: Any, params: Params, tokens: Array, plan: Plan, threshold: Array | None
            ) -> tuple[Array, Array]:
   """(z [B, T, D], ready for the head, steps that each token took i32[B, T]) of tokens i32[B, T].
 
-  leave: None (all steps of the plan), or an exits.Adaptive without its threshold (`static`), which is `dial`.
+  exit_policy: None (all steps of the plan), or an exits.Adaptive without its threshold (`static`), an argument.
   """
-  if leave is None:
+  if exit_policy is None:
     trace = model.apply({'params': params}, tokens, plan)
     return trace.z, jnp.broadcast_to(trace.steps, tokens.shape)
-  trace = model.apply({'params': params}, tokens, plan, leave, dial, method='adapt')
+  trace = model.apply({'params': params}, tokens, plan, exit_policy, threshold, method='adapt')
   return trace.z, trace.steps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def score_rows(model: Any, leave: Any, params: Params, tokens: Array, targets: Array, first: Array, counts: Array,
-               plan: Plan, dial: Array | None) -> tuple[Array, Array, Array]:
+def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targets: Array, first: Array, counts: Array,
+               plan: Plan, threshold: Array | None) -> tuple[Array, Array, Array]:
   """What a batch of continuations scores; the head sees their positions alone, `COLUMNS` of each row at a time.
 
   Args:
-    leave, dial: as of `states`.
+    exit_policy, threshold: as of `states`.
     tokens: i32[B, T], context and continuation, padded at the end.
     targets: i32[B, C], continuations, padded to a multiple of `COLUMNS`; counts: i32[B], without padding.
     first: i32[B], the position in `tokens` whose answer is the first of the continuation.
@@ -89,7 +89,7 @@ def score_rows(model: Any, leave: Any, params: Params, tokens: Array, targets: A
     (sums of log-probabilities f32[B], whether each token is the likeliest bool[B], steps over the positions i32[B]).
   """
   length, column = tokens.shape[1], jnp.arange(COLUMNS)
-  z_BTD, taken = states(model, leave, params, tokens, plan, dial)
+  z_BTD, taken = states(model, exit_policy, params, tokens, plan, threshold)
 
   def some(i, carry):
     total, likeliest = carry
@@ -226,12 +226,12 @@ class Scorer:
     for i, (_, ids, count) in enumerate(rows):
       tokens[i, :len(ids) - 1], targets[i, :count] = ids[:-1], ids[-count:]
       first[i], counts[i] = len(ids) - 1 - count, count
-    leave, dial = compiled(self.exit)
+    exit_policy, threshold = compiled(self.exit)
     asked = {'tokens': tokens, 'targets': targets, 'first': first, 'counts': counts}
     if self._mesh is not None:
       asked = sharding.spread(asked, self._mesh)
     with sharding.on(self._mesh):
-      scores = score_rows(self.model, leave, self.params, **asked, plan=self._plan, dial=dial)
+      scores = score_rows(self.model, exit_policy, self.params, **asked, plan=self._plan, threshold=threshold)
     total, likeliest, taken = processes.fetch(scores)
     self._taken += float(taken.sum())
     self._tokens += int(counts.sum())
@@ -264,9 +264,9 @@ class Scorer:
       texts[piece.request] += piece.text
       done += piece.done
       tell(done)
-    tally = engine.tally
-    self._taken += tally['loops'] * tally['passes'] + len(self.steps) * len(requests)  # first tokens: with the prompts
-    self._tokens += tally['passes'] + len(requests)
+    stats = engine.stats
+    self._taken += stats['loops'] * stats['passes'] + len(self.steps) * len(requests)  # first tokens: with the prompts
+    self._tokens += stats['passes'] + len(requests)
     return texts
 
   def _progress(self, total: int, what: str) -> Callable[[int], None]:
@@ -375,14 +375,14 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   model, params, tokenizer, _ = load(workdir, step, mesh)
   params = sharding.gathered(params)
   model = model if memory is None else model.clone(memory=memory)
-  for called, leave in (exits or {}).items():
-    check(model, leave, f'exits = {called}')
+  for called, exit_policy in (exits or {}).items():
+    check(model, exit_policy, f'exits = {called}')
   chosen = chosen or {str(model.loops): plans.resolve(model.loops)}
   runs = list(itertools.product(names, chosen.items(), {'': None, **(exits or {})}.items()))
   rows = []
-  for number, (task, (label, steps), (called, leave)) in enumerate(runs):
-    _say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if leave else ''))
-    lm, start = harness(model, params, tokenizer, steps=steps, exit=leave, batch=batch, log=_say), time.time()
+  for number, (task, (label, steps), (called, exit_policy)) in enumerate(runs):
+    _say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if exit_policy else ''))
+    lm, start = harness(model, params, tokenizer, steps=steps, exit=exit_policy, batch=batch, log=_say), time.time()
     result = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, log_samples=False,
                                      bootstrap_iters=BOOTSTRAPS)
     rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': called,
@@ -398,7 +398,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
   device = jax.devices()[0].device_kind
   about = {'workdir': str(workdir), 'step': step, 'limit': limit, 'include': include and str(include),
-           'memory': str(model.memory), 'exits': {called: str(leave) for called, leave in (exits or {}).items()},
+           'memory': str(model.memory), 'exits': {called: str(exit_policy) for called, exit_policy in (exits or {}).items()},
            'lm_eval': lm_eval.__version__, 'device': device, 'rows': rows}
   storage.write(folder / f'{name}.json', json.dumps(about, indent=1) + '\n')
   metrics.write_csv(folder / f'{name}.csv', rows)

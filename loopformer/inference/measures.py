@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from loopformer import sharding
 from loopformer.terms.cross_entropy import nll_sum
-from loopformer.types import Array, Batch, Readout, part
+from loopformer.types import Array, Batch, Readout, config_dataclass
 
 Sums = dict[str, Array]
 MORE, LESS = 1, -1  # signs: the better of two values is the larger one after multiplication by it
@@ -28,7 +28,7 @@ def _nll(readout, z, batch):
                                 z, batch['targets'], batch['weights'], whole=readout.table)
 
 
-@part
+@config_dataclass
 class Tokens:
   """Loss in nats a token, perplexity, bits per byte of text."""
   better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
@@ -47,7 +47,7 @@ class Tokens:
             'tokens': int(total['tokens'])}
 
 
-@part
+@config_dataclass
 class Answers:
   """Loss; accuracy over all answer tokens; `exact`, sequences whose answers are all right; `last`, their last ones."""
   better = {'loss': LESS, 'accuracy': MORE, 'exact': MORE, 'last': MORE}
@@ -69,7 +69,7 @@ class Answers:
             'tokens': int(total['tokens'])}
 
 
-@part
+@config_dataclass
 class Errors:
   """Mean squared error over all answers, and over the last of every sequence, in units of `scale`."""
   better = {'loss': LESS, 'last': LESS}

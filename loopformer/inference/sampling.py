@@ -33,8 +33,8 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top
                         top_p=np.float32(1.0 if top_p is None else top_p))
 
 
-def law(logits: Array, control: SamplingParams) -> Array:
-  """f32[B, V] -> logits whose softmax is the law of the token, f32[B, V].
+def sampling_logits(logits: Array, control: SamplingParams) -> Array:
+  """f32[B, V] -> logits whose softmax is the distribution of the token, f32[B, V].
 
   Greedy rows leave one token. top-k first, then the fewest of those whose probability reaches top_p. A branch each,
   because to sort the vocabulary costs more than a small model's whole step.
@@ -67,8 +67,8 @@ def _threshold(scaled, control):
   return jnp.take_along_axis(order, kept[:, None] - 1, -1)
 
 
-def draw(logits: Array, keys: Array) -> Array:
-  """f32[B, V], keys [B] -> i32[B]: a token of each row's law; the likeliest where there is no other.
+def sample(logits: Array, keys: Array) -> Array:
+  """f32[B, V], keys [B] -> i32[B]: a token of each row's distribution; the likeliest where there is no other.
 
   One number a row, looked up in the sums of its probabilities, of blocks first and then within one: a number for every
   token of the vocabulary would cost more than a loop of a small model.
@@ -86,23 +86,23 @@ def draw(logits: Array, keys: Array) -> Array:
   return (block * BLOCK + jnp.minimum(inside, last)).astype(jnp.int32)
 
 
-def judge(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Array, Array]:
-  """What of a draft is kept, so that the tokens follow the law of the judge exactly (speculative sampling).
+def verify_draft(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Array, Array]:
+  """What of a draft is kept, so that the tokens follow the distribution of all loops exactly (speculative sampling).
 
   Args:
-    proposed: i32[B, A], drawn from the laws of the draft, `guess` f32[B, A, V] (logits, as of `law`).
-    truth: f32[B, A + 1, V], the judge's laws at the same places and one more.
+    proposed: i32[B, A], drawn from the distributions of the draft, `guess` f32[B, A, V] (logits, as of `sampling_logits`).
+    truth: f32[B, A + 1, V], the distributions of all loops at the same places and one more.
     keys: [B].
 
   Returns:
     (kept i32[B], the number of proposed tokens that stand; next i32[B], the token after them).
   """
-  ahead = proposed.shape[1]
+  num_draft = proposed.shape[1]
   p, q = jax.nn.softmax(truth, -1), jax.nn.softmax(guess, -1)
-  p_of = jnp.take_along_axis(p[:, :ahead], proposed[..., None], -1)[..., 0]
+  p_of = jnp.take_along_axis(p[:, :num_draft], proposed[..., None], -1)[..., 0]
   q_of = jnp.take_along_axis(q, proposed[..., None], -1)[..., 0]
   two = jax.vmap(jax.random.split)(keys)
-  u = jax.vmap(lambda key: jax.random.uniform(key, (ahead,)))(two[:, 0])
+  u = jax.vmap(lambda key: jax.random.uniform(key, (num_draft,)))(two[:, 0])
   stands = u * q_of < p_of
   kept = jnp.cumprod(stands, -1).sum(-1)
   at = kept[:, None, None]
@@ -110,4 +110,4 @@ def judge(proposed: Array, guess: Array, truth: Array, keys: Array) -> tuple[Arr
   q_next = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), at, 1)[:, 0]  # nothing was proposed at the end
   rest = jnp.maximum(p_next - q_next, 0)
   rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)
-  return kept, draw(jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), -jnp.inf), two[:, 1])
+  return kept, sample(jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), -jnp.inf), two[:, 1])

@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
     if self.norm is not None:
       q, k = self.norm.copy(name='norm_q')(q), self.norm.copy(name='norm_k')(k)
     if self.position is not None:
-      q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+      q, k = self.position.rotate(q, ctx.pos), self.position.rotate(k, ctx.pos)
     if self.norm_qk is not None:
       q, k = self.norm_qk(q), self.norm_qk(k)
     if self.values is not None:
@@ -117,10 +117,10 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV
   shape, pos_BS = q.shape, ctx.pos
   if kv is not None:
     kernels.check_causal(attn.kernel.causal, 'cache')
-    kv, k, v, pos_BS = ctx.memory.exchange(kv, ctx, layer, k, v)
+    kv, k, v, pos_BS = ctx.memory.update(kv, ctx, layer, k, v)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
   if attn.position is not None:
-    q, k, v = attn.position.extend(q, k, v, pos_BS, 2 if kv is None else 1)
+    q, k, v = attn.position.augment_qk(q, k, v, pos_BS, 2 if kv is None else 1)
   if kv is None:
     out = attn.kernel(q, k, v, ctx.seg)
   else:

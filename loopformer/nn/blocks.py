@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from loopformer.nn.attention import SelfAttention, check_attention, heads_of
 from loopformer.nn.layers import DTYPES, MLP, LayerNorm, RMSNorm, gelu_tanh
-from loopformer.types import KV, Array, ConfigError, Context, part
+from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 
 
 def check_layer(layer: nn.Module, width: int, where: str):
@@ -45,7 +45,7 @@ class Layer(nn.Module):
     return layer_flops(self, width, length)
 
 
-@part
+@config_dataclass
 class PreNorm:
   """x + branch(n(x)); the branch may have gates and scales."""
   modulated, norms = True, (('norm_attn',), ('norm_mlp',))
@@ -55,7 +55,7 @@ class PreNorm:
     return x + branch.astype(x.dtype)
 
 
-@part
+@config_dataclass
 class SandwichNorm:
   """m(x + branch(n(x))): whatever the branches do, a loop ends on a normed state (Huginn section 2)."""
   modulated, norms = False, (('n1', 'n2'), ('n3', 'n4'))
@@ -65,7 +65,7 @@ class SandwichNorm:
     return norm(x + branch.astype(x.dtype))
 
 
-@part
+@config_dataclass
 class PeriNorm:
   """x + m(branch(n(x))) (Ouro, section 2; known as Peri-LN).
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 import jax.numpy as jnp
 
 from loopformer import backend, sharding
-from loopformer.types import Array, ConfigError, part
+from loopformer.types import Array, ConfigError, config_dataclass
 
 SAVED = 'attention'  # what a rematerialising loop may save of attention, instead of running it again,
 PRODUCT = 'product'  # and of projections
@@ -26,7 +26,7 @@ CUDNN = 'dot_product_attention_fwd_wrapper'  # the primitive
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
 
 
-@part
+@config_dataclass
 class Blockwise:
   """Causal attention over blocks of queries; each block reads the keys up to its end only.
 
@@ -49,7 +49,7 @@ class Blockwise:
     return _heads_last(jnp.concatenate(blocks, -2) if len(blocks) > 1 else blocks[0])
 
 
-@part
+@config_dataclass
 class Fused:
   """Causal attention by the kernel of the backend: cuDNN's on a GPU, splash attention on a TPU, Blockwise elsewhere and
   where those cannot serve: on a GPU float32, and heads whose width is no multiple of 8 or beyond 128; on a TPU float16,
@@ -72,7 +72,7 @@ class Fused:
     return Blockwise(size=self.size)
 
 
-@part
+@config_dataclass
 class Cudnn:
   """cuDNN's flash attention, causal, for Nvidia's GPUs in bfloat16 and float16. With segments it reads a mask,
   [B, 1, T, T]."""
@@ -91,7 +91,7 @@ class Cudnn:
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='cudnn')
 
 
-@part
+@config_dataclass
 class Splash:
   """Splash attention, causal: JAX's Pallas kernel for TPUs, which never visits blocks above the diagonal. Texts are
   lengthened to multiples of 128 tokens.
@@ -161,7 +161,7 @@ def saving(*names: str) -> Callable[..., Any]:
   return policy
 
 
-@part
+@config_dataclass
 class Bidirectional:
   """Every token reads all tokens of its document, those after it too.
 

@@ -60,7 +60,7 @@ def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
   return (y if gain is None else y * gain).astype(x.dtype)
 
 
-def turned(x: Array, kernel: Array) -> Array:
+def transposed(x: Array, kernel: Array) -> Array:
   """x [..., I] @ kernel [O, I]^T -> f32[..., O]; of few rows as columns, where the backend wants that (backend.py)."""
   kernel, rows = kernel.astype(x.dtype), x.size // x.shape[-1]
   if not 1 < rows <= backend.current().columns:
@@ -178,7 +178,7 @@ class Dense(nn.Module):
   """x W + b: what makes the products of attention and MLP, each of which has a copy of it.
 
   Others stand in its place as `linear` of attention and MLP (low_rank.py). For decoding the kernel may be given as
-  `turned` [O, I] instead (flat.flattened).
+  `transposed` [O, I] instead (flat.flattened).
   """
 
   @nn.compact
@@ -193,8 +193,8 @@ class Dense(nn.Module):
         returned. It is laid out [I, G (H/G queries + 1 key + 1 value) d], so that it divides over groups; where the
         backend wants them apart (backend.py), its parts are multiplied each by itself.
     """
-    if self.has_variable('params', 'turned'):
-      y = turned(x, self.get_variable('params', 'turned'))
+    if self.has_variable('params', 'transposed'):
+      y = transposed(x, self.get_variable('params', 'transposed'))
       y = (y if gain is None else y * gain).astype(x.dtype)
     else:
       kernel = roles.param(self, 'kernel', init, (x.shape[-1], features), Role(dtype=x.dtype, tensor=divided))

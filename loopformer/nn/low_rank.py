@@ -35,10 +35,10 @@ class LowRank(nn.Module):
     a = roles.param(self, 'a', Normal(self.std), (sets, x.shape[-1], self.rank), Role(tensor=-2 if divided == -2 else None))
     b = roles.param(self, 'b', nn.initializers.zeros, (sets, self.rank, features),
                     Role(tensor=-1 if divided == -1 else None))
-    if self.loops is None or ctx is None or ctx.tick is None:
+    if self.loops is None or ctx is None or ctx.step is None:
       low = jnp.einsum('BTi,ir,ro->BTo', x, a[0].astype(x.dtype), b[0].astype(x.dtype))
     else:
-      which = jnp.broadcast_to(jnp.minimum(ctx.tick.k, sets - 1), x.shape[:1])  # a sequence may be at a loop of its own
+      which = jnp.broadcast_to(jnp.minimum(ctx.step.k, sets - 1), x.shape[:1])  # a sequence may be at a loop of its own
       low = jnp.einsum('BTi,Bir,Bro->BTo', x, a[which].astype(x.dtype), b[which].astype(x.dtype))
     if heads is None:
       return y + low

@@ -1,6 +1,6 @@
 """Positions inside attention: frozen parts, applied to queries and keys. Without one, order comes from the mask alone.
 
-`turn` acts on queries and keys before keys are cached; `extend` on queries and all keys that may be read, and may add
+`rotate` acts on queries and keys before keys are cached; `augment_qk` on queries and all keys that may be read, and may add
 to their width; `check` refuses heads that cannot be served. Positions are those of the documents, the same in every
 loop.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from loopformer.types import Array, ConfigError, part
+from loopformer.types import Array, ConfigError, config_dataclass
 
 
-@part
+@config_dataclass
 class Rotary:
   """RoPE: pairs of channels (2 i, 2 i + 1) turn by pos * base^(-2 i / d), in float32."""
   base: float = 10_000.0
@@ -26,7 +26,7 @@ class Rotary:
       raise ConfigError(f'{where}heads = {heads}: at width {width} a head has {width // heads} channels, an odd '
                         'number, and rotary positions turn pairs of them; choose heads or width so that it is even')
 
-  def turn(self, x: Array, pos: Array) -> Array:
+  def rotate(self, x: Array, pos: Array) -> Array:
     """[B, T, H, d], i32[B, T] -> [B, T, H, d]."""
     half = x.shape[-1] // 2
     angle = pos[..., None].astype(jnp.float32) * self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -35,12 +35,12 @@ class Rotary:
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
 
-  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+  def augment_qk(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Nothing to add."""
     return q, k, v
 
 
-@part
+@config_dataclass
 class Alibi:
   """ALiBi: score - slope_h * (query position - key position), slope_h = 2^(-8 h / H) for h = 1..H.
 
@@ -52,11 +52,11 @@ class Alibi:
   def check(self, heads: int, width: int, where: str):
     """Nothing: it serves all heads."""
 
-  def turn(self, x: Array, pos: Array) -> Array:
+  def rotate(self, x: Array, pos: Array) -> Array:
     """Nothing to turn."""
     return x
 
-  def extend(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
+  def augment_qk(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """q [B, T, H, d], k and v [B, S, G, d], i32[B, S] -> the same with d + 2 channels, scaled so that scores fit.
 
     heads: the axis of G in k and v, 1 in a cache's [B, G, S, d].

@@ -10,12 +10,12 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
 from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 PLUS, EQUALS, END = 10, 11, 12
 
 
-@part
+@config_dataclass
 class Addition:
   """`315+120+045+824=1304<end>`, what follows `=` being asked for.
 
@@ -46,7 +46,7 @@ class Addition:
     answer = [*map(int, str(operands.sum())), END]
     return sequence([*terms.ravel(), *answer], [0] * terms.size + [1] * len(answer), self.length, END)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of the most frequent answers, anywhere and by place, and of the sum to be expected of so many operands."""
     targets, asked = answers(examples)
     expected = np.full_like(targets, END)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from loopformer.tasks.generated import Example, aligned, at_least
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 # Guesses -------------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def exact(examples: Sequence[Example], guesses: Mapping[str, np.ndarray]) -> dic
 # What the parts share ------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class _Lengths:
   """The fields of all parts: which n are drawn, and the largest that a row has place for."""
   shortest: int = 1
@@ -128,7 +128,7 @@ def _symbols(two: str, four: str, five: str) -> tuple[str, ...]:
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Parity(_Lengths):
   """b_1 .. b_n > : the sum of the bits mod 2; `0 1 1 >` -> `0`. T = n; rows of room + 2. Ids: > 2, EOS 3, ignored 5."""
   symbols = _symbols('>', '<4>', '<ignored>')
@@ -142,11 +142,11 @@ class Parity(_Lengths):
     bits = rng.integers(2, size=self._count(rng)).tolist()
     return _row(self, [*bits, 2], [sum(bits) % 2], len(bits))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     return _floors(self, examples, last_bit=lambda x: x[-2:-1])
 
 
-@part
+@config_dataclass
 class Copy(_Lengths):
   """b_1 .. b_n > : the bits; `0 1 1 >` -> `0 1 1`. T = n; rows of 2 (room + 1). Ids: > 2, EOS 3, ignored 4."""
   symbols = _symbols('>', '<ignored>', '<5>')
@@ -160,11 +160,11 @@ class Copy(_Lengths):
     bits = rng.integers(2, size=self._count(rng)).tolist()
     return _row(self, [*bits, 2], bits, len(bits))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     return _floors(self, examples, repeated_last_bit=lambda x: x[-2:-1] * (len(x) - 1))
 
 
-@part
+@config_dataclass
 class Addition(_Lengths):
   """a_1 .. a_n + b_1 .. b_n = : a + b in n + 1 bits, the most significant first everywhere; `1 1 + 0 1 =` -> `1 0 0`.
 
@@ -182,14 +182,14 @@ class Addition(_Lengths):
     answer = _bits(_number(a) + _number(b), len(a) + 1)[::-1]
     return _row(self, [*a, 2, *b, 5], answer, len(a))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     def without_carry(x):
       n = len(x) // 2 - 1
       return [0, *(i ^ j for i, j in zip(x[:n], x[n + 1:-1]))]
     return _floors(self, examples, without_carry=without_carry)
 
 
-@part
+@config_dataclass
 class BinarySum(_Lengths):
   """b_1 .. b_n = : how many are 1, in binary, the least significant bit first, nothing for none; `1 1 0 =` -> `0 1`.
 
@@ -207,14 +207,14 @@ class BinarySum(_Lengths):
     ones = sum(bits)
     return _row(self, [*bits, 5], _bits(ones, ones.bit_length()), len(bits))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     def half_of_them(x):
       ones = len(x) // 2
       return _bits(ones, ones.bit_length())
     return _floors(self, examples, half_of_them=half_of_them)
 
 
-@part
+@config_dataclass
 class Multiplication(_Lengths):
   """a * b = : their product in len(a) + len(b) bits, the least significant first, a and b the most significant first.
 
@@ -242,14 +242,14 @@ class Multiplication(_Lengths):
     answer = _bits(_number(a) * _number(b), count + len(b))
     return _row(self, [*a, 2, *b, 5], answer, count * len(b))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     def second_factor(x):
       split = x.index(2)
       return x[split + 1:-1][::-1] + [0] * split
     return _floors(self, examples, second_factor=second_factor)
 
 
-@part
+@config_dataclass
 class UniqueSet(_Lengths):
   """s_1 .. s_n = : the different symbols, in order of first appearance; `7 3 7 =` -> `7 3`.
 
@@ -266,5 +266,5 @@ class UniqueSet(_Lengths):
     drawn = rng.integers(50, size=self._count(rng)).tolist()
     return _row(self, [*drawn, 51], list(dict.fromkeys(drawn)), len(drawn))
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     return _floors(self, examples, copy=lambda x: x[:-1])

@@ -12,25 +12,25 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
 from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 NAMES, DIGITS = string.ascii_lowercase, string.digits
 FIRST_DIGIT = len(NAMES)
 
 
-@part
+@config_dataclass
 class Math:
   """`a=1,b=2,b=?2;`"""
   equals, between, before, after, end = '=', ',', (), ('=', '?'), ';'
 
 
-@part
+@config_dataclass
 class Code:
   """`a=1;b=2;print(b)#2|`"""
   equals, between, before, after, end = '=', ';', ('print(',), (')', '#'), '|'
 
 
-@part
+@config_dataclass
 class Assignment:
   """Problems one after another, every answer being asked for; the last follows `shots` solved ones.
 
@@ -81,7 +81,7 @@ class Assignment:
     asked = np.arange(len(ids)) % (len(ids) // (self.shots + 1)) == len(ids) // (self.shots + 1) - 2
     return sequence(ids[:-1], asked[:-1], self.length, len(place) - 1)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance, of the most frequent answer, of the last value that was given to a name."""
     tokens = np.stack([e['tokens'] for e in examples])
     digit = (tokens >= FIRST_DIGIT) & (tokens < FIRST_DIGIT + len(DIGITS))

@@ -1,6 +1,6 @@
 """Chains in context: each vector of a prompt is predicted from those before it (AlgoFormer, section 5, tasks 2 and 3).
 
-Inputs and answers are vectors: `symbols` is None. Scales and floors are as in regression.py.
+Inputs and answers are vectors: `symbols` is None. Scales and baselines are as in regression.py.
 """
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from loopformer.tasks.functions import Representation, check_slope, halved, network, states_of
 from loopformer.tasks.generated import Example, aligned, at_least, seed_of
 from loopformer.tasks.guesses import SHOWN, SMALL, half, ridge, scores
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
-@part
+@config_dataclass
 class Rescaled:
   """The window is rescaled to mean square 1 before Phi*: states neither die out nor grow, whatever w is."""
 
@@ -33,7 +33,7 @@ class Rescaled:
     return normal * self.spread(phi, width)
 
 
-@part
+@config_dataclass
 class Contracted:
   """w is divided by its norm times a Lipschitz bound of Phi*: states cannot grow.
 
@@ -53,7 +53,7 @@ class Contracted:
     return normal / (np.linalg.norm(normal, 2) * phi.lipschitz(width))
 
 
-@part
+@config_dataclass
 class Autoregression:
   """x_{t+1} = w . Phi*(x_{t+1-q}, .., x_t) + noise, w drawn for each prompt (AlgoFormer, task 2).
 
@@ -101,7 +101,7 @@ class Autoregression:
     point = np.arange(self.steps, dtype=np.int32) - (self.order - 1)
     return {**aligned(chain[:-1], chain[1:], point >= 0), 'point': np.maximum(point, 0)}
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """In units of `scale`: of zero, of the last state, of ridge on the window and on the true Phi*; and at the last."""
     examples = examples[:SHOWN]
     chain = np.stack([np.concatenate([e['tokens'], e['targets'][-1:]]) for e in examples]).astype(np.float64)
@@ -125,7 +125,7 @@ def _mean_asked(of: Any) -> float:
   return float(np.mean([np.square(e['targets'][e['weights'] > 0]).mean() for e in examples]))
 
 
-@part
+@config_dataclass
 class ChainOfThought:
   """Prompts x_i, s_i^1, .., s_i^L, y_i with all hidden states of a network drawn for each (AlgoFormer, task 3).
 
@@ -183,7 +183,7 @@ class ChainOfThought:
     return {**aligned(tokens.reshape(flat), targets.reshape(flat), link <= self.layers),
             'point': point.astype(np.int32), 'link': link.astype(np.int32)}
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of zero and of ridge from each token to the next, over all that is asked for, in units of `scale`.
 
     'answer': of y alone, in units of the mean of y^2: zero, least squares on the last state, ridge on x.

@@ -12,7 +12,7 @@ import numpy as np
 
 from loopformer.tasks.generated import Example, aligned, at_least
 from loopformer.tasks.guesses import SHOWN, ridge
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
 def gradient_descent(x: np.ndarray, y: np.ndarray, rate: float, steps: int,
@@ -49,7 +49,7 @@ def _check(name, inputs, examples):
   at_least(f'{name}.examples', examples, 1, 'a function is learned from examples')
 
 
-@part
+@config_dataclass
 class LinearPrompt:
   """Predict y_q from n examples: the matrix Z of section 2.2, transposed.
 
@@ -80,7 +80,7 @@ class LinearPrompt:
     tokens[-1, -1] = 0
     return aligned(tokens, targets, asked)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """In units of d: of zero, of one step of gradient descent at the best rate, of least squares."""
     tokens = np.stack([e['tokens'] for e in examples[:SHOWN]]).astype(np.float64)
     answer = np.array([e['targets'][-1] for e in examples[:SHOWN]], np.float64)
@@ -90,7 +90,7 @@ class LinearPrompt:
     return {name: float(np.square(guess - answer).mean() / self.scale) for name, guess in guesses.items()}
 
 
-@part
+@config_dataclass
 class WeightPrompt:
   """Predict w* at once: the matrix of section 2.3, transposed, before its first step (3.3).
 
@@ -122,7 +122,7 @@ class WeightPrompt:
     tokens[-1, -1] = targets[-1, -1] = 1
     return aligned(tokens, targets, np.arange(self.length) == self.examples)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """In units of d: of zero, of one step of gradient descent at the best rate, of least squares."""
     d = self.inputs
     tokens = np.stack([e['tokens'][:-1, :d + 1] for e in examples[:SHOWN]]).astype(np.float64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
 from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 PAD, SEP, EOS, BAR = 0, 1, 2, 3
 FIRST_LETTER, FIRST_NUMBER = 5, 31
@@ -27,7 +27,7 @@ FEWEST = 3  # letters of an alphabet
 SHORTER, LONGER = 3, 2  # how far the length of the second string may be off
 
 
-@part
+@config_dataclass
 class EditDistance:
   """Costs: insert 2, delete 2, replace 3; but along the border of the table a step costs 1 (`edit_distance`).
 
@@ -73,7 +73,7 @@ class EditDistance:
       return None
     return (second, first) if len(second) < len(first) else (first, second)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of the most frequent answers, anywhere and by place, and of comparing letters place by place."""
     def compared(first, second):
       n = min(len(first), len(second))
@@ -81,12 +81,12 @@ class EditDistance:
     return _floors(examples, compared)
 
 
-@part
+@config_dataclass
 class LongestCommonSubsequence:
   """How many letters, in order but not side by side, two strings of `letters` letters have in common.
 
   Each string draws `using` of the 26 letters with replacement, then its own letters from these: strings overlap little,
-  and answers are low. Look at the floors. Numbers 0..letters.
+  and answers are low. Look at the baselines. Numbers 0..letters.
   """
   letters: int = 100
   using: int = 8
@@ -107,7 +107,7 @@ class LongestCommonSubsequence:
     first, second = (rng.choice(rng.integers(LETTERS, size=self.using), self.letters) for _ in range(2))
     return _row(first, second, common_subsequence(first, second), self.length)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of the most frequent answers, anywhere and by place, and of letters that are equal place by place."""
     return _floors(examples, lambda first, second: np.count_nonzero(first == second))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from loopformer.tasks.generated import at_least, seed_of
 from loopformer.tasks.guesses import half, ridge
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 SAMPLES = 4096  # inputs that the scale of a fixed function is measured on
 
@@ -26,7 +26,7 @@ def check_slope(name: str, slope: float):
     raise ConfigError(f'{name} = {slope}: the slope of a leaky ReLU below zero is in 0..1; set {name} to 0.01')
 
 
-@part
+@config_dataclass
 class Linear:
   """y = w . x + noise, w ~ N(0, I). Scale: D, without the noise, which adds noise^2 / D to every error."""
   noise: float = 0.0
@@ -50,7 +50,7 @@ class Linear:
     return {'ridge': ridge(x, y, query, self.noise**2)}
 
 
-@part
+@config_dataclass
 class Sparse:
   """y = w . x, w ~ N(0, I) of which `kept` coordinates are kept, any of them alike, the others zero. Scale: kept."""
   kept: int = 3
@@ -79,7 +79,7 @@ class Sparse:
     return {}
 
 
-@part
+@config_dataclass
 class Tree:
   """y is the leaf of a full binary tree that x falls to; leaves are N(0, 1). Scale: 1.
 
@@ -113,7 +113,7 @@ class Tree:
     return {}
 
 
-@part
+@config_dataclass
 class Network:
   """y = sqrt(2 / hidden) relu(x W1) W2, W1[D, hidden] and W2[hidden] all N(0, 1). Scale: D."""
   hidden: int = 100
@@ -138,7 +138,7 @@ class Network:
     return {'ridge on x': ridge(x, y, query, half(x))}
 
 
-@part
+@config_dataclass
 class Representation:
   """Phi*: a network of `layers` leaky-ReLU layers of `features` units without biases, weights N(0, 1 / fan in).
 
@@ -173,7 +173,7 @@ class Representation:
     return float(np.prod([np.linalg.norm(matrix, 2) for matrix in self.matrices(width)]))
 
 
-@part
+@config_dataclass
 class Represented:
   """y = w . Phi*(x) + noise, w ~ N(0, I / features) (AlgoFormer, task 1). Scale: mean of y^2, noise included.
 

@@ -18,7 +18,7 @@ import numpy as np
 from loopformer import storage
 from loopformer.data.tokenizer import Tokenizer
 from loopformer.inference import measures
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 ENDLESS = 2**40  # examples of a training set that never repeats
 FILE = 'symbols.json'
@@ -41,7 +41,7 @@ class Generator(Protocol):
     """tokens i32[T] (or f32[T, width]), targets i32[T] (or f32[T]), weights f32[T] (1 where an answer is wanted),
     positions i32[T]; segments i32[T] where documents share an example; and whatever else a plan or term reads."""
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Scores on `examples` of guesses that need no thought, by name; what a result has to be compared with."""
 
 
@@ -81,7 +81,7 @@ def seed_of(*words: Any) -> int:
   return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), 'big')
 
 
-@part
+@config_dataclass
 class Same:
   """Every example comes from the same generator."""
 
@@ -92,7 +92,7 @@ class Same:
     return of
 
 
-@part
+@config_dataclass
 class Rise:
   """`first`, and `add` more every `every` examples."""
   first: int
@@ -109,7 +109,7 @@ class Rise:
     return min(self.first + self.add * (index // self.every), last)
 
 
-@part
+@config_dataclass
 class Grow:
   """A curriculum: each of the generator's fields that `fields` names rises to its own value. Rows must keep their shape
   meanwhile (generators have fields for the room that there is), so that one program serves all."""
@@ -197,7 +197,7 @@ class SymbolTokenizer(Tokenizer):
     storage.write(folder / FILE, json.dumps(self.symbols) + '\n')
 
 
-@part
+@config_dataclass
 class Generated:
   """Task: examples of the generator `of`.
 
@@ -233,7 +233,7 @@ class Generated:
   def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> SymbolTokenizer | None:
     """The tokenizer; prints what simple guesses score on the held-out examples."""
     shown = list(itertools.islice(iter(self.source('validation', 0)), 256))
-    for name, score in self.of.floors(shown).items():
+    for name, score in self.of.baselines(shown).items():
       log(f'floor: {name} {score:.3f}')
     return self.tokenizer_of(workdir)
 

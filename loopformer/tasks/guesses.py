@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-SHOWN = 256  # examples that floors are measured on
+SHOWN = 256  # examples that baselines are measured on
 PLACES = 8  # and points of each
 SMALL = 1e-6  # singular values below this share of the largest are noise; so is a window of this size
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
 from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 LEVELS = ('ABCD', 'EFGH', 'IJKL', 'MNOP')
 PARAMETERS = tuple(f'{x}#{y}' for upper, lower in itertools.pairwise(LEVELS) for x in upper for y in lower)
@@ -29,7 +29,7 @@ MULTIPLE, CONSTANT, MINUS = 0.25, 0.15, 0.125  # shares: of sums multiplied, of 
 MOST_TOKENS = 12  # X#Y := 2 * ( X#Y + X#Y + X#Y ) .
 
 
-@part
+@config_dataclass
 class SymbolicGSM:
   """Problems of shortest..longest parameters, uniform, of which one is asked for; every X#Y is one token.
 
@@ -68,7 +68,7 @@ class SymbolicGSM:
     ids = [IDS[symbol] for symbol in (*printed, names[query], '?', str(values[query]))]
     return sequence(ids, [0] * (len(ids) - 1) + [1], self.length, IDS['<end>'])
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance, of the most frequent answer, of the last number that is printed."""
     tokens = np.stack([e['tokens'] for e in examples])
     number = (tokens >= IDS['0']) & (tokens <= IDS['6'])

@@ -4,10 +4,10 @@ from __future__ import annotations
 from typing import Any, Callable, Mapping
 
 from loopformer.inference import measures
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 
-@part
+@config_dataclass
 class Imported:
   """Of a model that came from elsewhere (`loopformer.Loaded.save`): its length, and no examples."""
   length: int

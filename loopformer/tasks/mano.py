@@ -14,12 +14,12 @@ from loopformer.tasks.algorithms import accuracy
 from loopformer.tasks.generated import Example
 from loopformer.tasks.packed import packed
 from loopformer.tasks.regression import at_least
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 OPERATIONS = '+-*'
 
 
-@part
+@config_dataclass
 class Everything:
   """All tokens of a problem are asked for, as in the paper's training; the operands among them can only be guessed."""
 
@@ -28,7 +28,7 @@ class Everything:
     return np.arange(count) > 0
 
 
-@part
+@config_dataclass
 class Answer:
   """The answer alone is asked for, as in the paper's test."""
 
@@ -37,7 +37,7 @@ class Answer:
     return np.arange(count) == count - 1
 
 
-@part
+@config_dataclass
 class Mano:
   """Problems of shortest..longest operations, uniform, packed into rows of `length` tokens.
 
@@ -85,7 +85,7 @@ class Mano:
     value = (a + b, a - b, a * b)[operation] % self.modulus
     return [self.modulus + operation, *left, *right], value
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of the answers alone: chance, the most frequent answer, the last operand."""
     ans = len(self.symbols) - 2
     answers = [{**e, 'weights': (e['tokens'] == ans).astype(np.float32)} for e in examples]

@@ -14,30 +14,30 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
 from loopformer.tasks.generated import Example, at_least, seed_of, sequence
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 SAMPLES = 4096  # sentences that terciles are measured on
 
 
-@part
+@config_dataclass
 class Simple:
   """The third of the sentences with least information."""
   third = 0
 
 
-@part
+@config_dataclass
 class Medium:
   """The third of the sentences between."""
   third = 1
 
 
-@part
+@config_dataclass
 class Complex:
   """The third of the sentences with most information."""
   third = 2
 
 
-@part
+@config_dataclass
 class Markov:
   """Sentences of `letters` states out of `states`, each but the first being asked for: `a d b b a d` -> `d b b a d`.
 
@@ -95,7 +95,7 @@ class Markov:
     asked = np.arange(self.letters) > 0
     return {**sequence(sentence, asked, self.length, self.states), 'information': np.array(information, np.float32)}
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance, of the most frequent letter, of the letter itself, of the best guess of one who knows the matrix."""
     tokens = np.stack([e['tokens'] for e in examples])
     guesses = {'most frequent': most_frequent(examples), 'repeat the letter': tokens,

@@ -17,10 +17,10 @@ from loopformer.tasks.algorithms import accuracy, most_frequent
 from loopformer.tasks.generated import Example, seed_of
 from loopformer.tasks.packed import packed
 from loopformer.tasks.regression import at_least
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 
-@part
+@config_dataclass
 class Trained:
   """A share of the problems are facts, the others questions that are trained on. The paper's training tells facts in
   sentences about an entity; here they are questions of one hop."""
@@ -38,7 +38,7 @@ class Trained:
     return of.question(int(rng.integers(of.trained)))
 
 
-@part
+@config_dataclass
 class HeldOut:
   """Questions that are never trained on, though every fact that they need is."""
 
@@ -47,7 +47,7 @@ class HeldOut:
     return of.question(of.questions - 1 - int(rng.integers(of.held_out)))
 
 
-@part
+@config_dataclass
 class MultiHop:
   """Problems about `layers` layers of `entities` each and so many `relations`, packed into rows of `length` tokens.
 
@@ -114,7 +114,7 @@ class MultiHop:
       answer = (layer + 1) * self.entities + int(targets[layer, place, relation])
     return [entity, *(count + relation for relation in relations), count + self.relations, answer]
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance among a layer's entities, of the most frequent answer."""
     return {'chance': 1 / self.entities} | accuracy(examples, {'most frequent': most_frequent(examples)})
 

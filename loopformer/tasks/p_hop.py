@@ -14,17 +14,17 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, most_frequent
 from loopformer.tasks.generated import Example, aligned, at_least
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 
-@part
+@config_dataclass
 class NoRepeat:
   """Letters of which no two neighbours are equal: the next is uniform among the others.
 
   With independent letters a quarter of the sequences is stuck: where the last two letters are equal, find stays where
   it is, every hop is the last letter, and who repeats that scores 42 to 44 % instead of chance (measured on 2000
   sequences of 256 letters out of four). Here none is stuck, and to repeat the last letter scores 24 to 25 %; with few
-  hops in few letters more, 33 % at 4 hops in 32. Look at the floors.
+  hops in few letters more, 33 % at 4 hops in 32. Look at the baselines.
   """
   spare = 2  # letters beside hops that an answer needs
 
@@ -35,7 +35,7 @@ class NoRepeat:
     return (np.cumsum(steps) % alphabet).astype(np.int32)
 
 
-@part
+@config_dataclass
 class Uniform:
   """Letters that are uniform and independent of each other."""
   spare = 1
@@ -45,7 +45,7 @@ class Uniform:
     return rng.integers(alphabet, size=length, dtype=np.int32)
 
 
-@part
+@config_dataclass
 class Dense:
   """The answer is asked for at every position that has one: trains far faster, and a causal net may be asked that."""
 
@@ -54,7 +54,7 @@ class Dense:
     return defined
 
 
-@part
+@config_dataclass
 class Last:
   """The answer is asked for at the last position alone, as in the paper."""
 
@@ -63,7 +63,7 @@ class Last:
     return defined & (np.arange(len(defined)) == len(defined) - 1)
 
 
-@part
+@config_dataclass
 class PHop:
   """Sequences of `length` letters out of `alphabet`, each asked for its hop_p, p = `hops`.
 
@@ -93,7 +93,7 @@ class PHop:
     asked = self.labels.ask(hopped >= 0)
     return aligned(letters, np.where(asked, hopped, self.alphabet).astype(np.int32), asked)
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance, of the letter itself, of the most frequent answer."""
     letters = np.stack([e['tokens'] for e in examples])
     if not answers(examples)[1].any():

@@ -13,10 +13,10 @@ import numpy as np
 from loopformer.tasks.algorithms import accuracy
 from loopformer.tasks.generated import Example, aligned
 from loopformer.tasks.regression import at_least
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
-@part
+@config_dataclass
 class Pointers:
   """Place i of `places` points at pi(i), a random permutation, and is asked for pi^h(i), h uniform in 1..hops.
 
@@ -45,7 +45,7 @@ class Pointers:
     example = aligned(tokens.astype(np.float32), reached.astype(np.int32), np.ones(self.places))
     return {**example, 'hops': hops.astype(np.int32)}
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """Of chance, of the place itself, of its pointer, which is one jump."""
     pointers = np.stack([e['tokens'][:, :self.places].argmax(1) for e in examples])
     guesses = {'own place': np.broadcast_to(np.arange(self.places), pointers.shape), 'one jump': pointers}

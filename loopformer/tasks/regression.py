@@ -1,7 +1,7 @@
 """Regression in context: a function is drawn for every prompt, and its values are predicted from earlier examples.
 
 After looped in-context learning (section 5) and AlgoFormer (section 5). Inputs are vectors and
-answers are numbers: `symbols` is None. Every generator has a `scale`, the mean square of what is asked for; floors are
+answers are numbers: `symbols` is None. Every generator has a `scale`, the mean square of what is asked for; baselines are
 in units of it, and so are measured errors where the task's measure is `Errors(scale=generator.scale)`.
 """
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 from loopformer.tasks.functions import Linear, Network, Represented, Sparse, Tree
 from loopformer.tasks.generated import Example, aligned, at_least
 from loopformer.tasks.guesses import SHOWN, scores, simple
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
-@part
+@config_dataclass
 class Regression:
   """Prompts x_1, y_1, .., x_n, y_n of a function drawn for each: y_i is asked for at x_i (section 5).
 
@@ -68,7 +68,7 @@ class Regression:
     weights[used][::2] = 1
     return {**aligned(tokens, targets, weights), 'point': np.arange(self.length, dtype=np.int32) // 2}
 
-  def floors(self, examples: Sequence[Example]) -> dict[str, float]:
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
     """In units of `scale`: of zero, of `simple` guesses and of those of one who knows the function's form.
 
     A mean over all points, and at the last of them. Without an example, all guess zero.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend
-from loopformer.types import Array, Batch, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
 def at_once(chunk: int | None, tokens: int) -> int:
@@ -108,7 +108,7 @@ def _backward(chunk, dtype, saved, g):
 nll_sum.defvjp(_forward, _backward)
 
 
-@part
+@config_dataclass
 class CE:
   """Cross-entropy at the end of the rollout `roll`; a mean over tokens by their weights."""
   roll: str

@@ -1,4 +1,4 @@
-"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Rollout.weights`).
+"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Rollout.weights_of`).
 """
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.terms.cross_entropy import CE, at_once
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array, chunk: int | None = None,
@@ -41,7 +41,7 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
   return jax.lax.scan(lambda total, row: (total + one(row), None), jnp.float32(0), rows)[0]
 
 
-@part
+@config_dataclass
 class Distill:
   """KL(teacher || student) of the answers after every step, a mean over steps and tokens by their weights (MELT, 3).
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from loopformer.inference.exits import SLACK
 from loopformer.terms.cross_entropy import CE, nll_sum
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 def log_survival(halt: Array) -> Array:
@@ -39,11 +39,11 @@ def exit_step(halt: Array, threshold: float) -> Array:
   return 1 + jnp.concatenate([left, jnp.ones_like(left, shape=halt[:1].shape)]).argmax(0)
 
 
-@part
+@config_dataclass
 class Expected:
   """sum_t p_t CE_t - beta H(p), a mean over tokens by their weights: Ouro's stage I (section 3).
 
-  H, the entropy of p in nats, is what keeps p off one step; but for a constant it is the distance to the uniform law.
+  H, the entropy of p in nats, is what keeps p off one step; but for a constant it is the distance to the uniform one.
   The gradient goes to gate and model. The rollout keeps every state, and all of its steps run.
   """
   roll: str
@@ -66,7 +66,7 @@ def whole(rolls: Mapping[str, Trace], name: str) -> Trace:
   trace = rolls[name]
   if 'halt' not in trace.aux:
     raise ConfigError(f'objective: the rollout {name!r} has no gate to learn; use a cell with one (cells/halting.py)')
-  if trace.xs is None or trace.plan.live is not None or trace.plan.free is not None:
+  if trace.xs is None or trace.plan.active is not None or trace.plan.no_grad_steps is not None:
     raise ConfigError(f'objective: the rollout {name!r} must run and keep every step; use plans.Uniform and '
                       'keep=loop.Every()')
   return trace

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.terms.cross_entropy import CE
-from loopformer.types import Array, Batch, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class ShortcutConsistency:
   """mean((stop_gradient(z_target) - z_roll)^2) over positions and width, after the final norm (LoopFormer section 3).
 

@@ -1,6 +1,6 @@
 """Learning when to leave, by the two older ways: PonderNet's prior, and adaptive computation time (ACT).
 
-PonderNet (2107.05407, section 2) learns the same law p over exit steps as Ouro (expected.py), held to a geometric one:
+PonderNet (2107.05407, section 2) learns the same distribution p over exit steps as Ouro (expected.py), held to a geometric one:
 
     'lm': Weighted(1.0, Expected(roll='all', beta=0.0)), 'prior': Weighted(beta, Geometric(roll='all', rate=rate))
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import log_exit, whole
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 def log_geometric(steps: int, rate: float) -> Array:
@@ -30,9 +30,9 @@ def log_geometric(steps: int, rate: float) -> Array:
   return log_p - jax.nn.logsumexp(log_p)
 
 
-@part
+@config_dataclass
 class Geometric:
-  """KL(p || g) in nats, a mean over tokens by their weights: p the law of the exit step, g the geometric law of `rate`,
+  """KL(p || g) in nats, a mean over tokens by their weights: p the distribution of the exit step, g the geometric one of `rate`,
   cut after K steps and normalised (PonderNet, section 2). Its mean is near 1 / rate where K is large.
 
   The gradient goes to gate and model, none to the head. The rollout keeps every state, and all of its steps run.
@@ -76,7 +76,7 @@ def _check_threshold(term):
     raise ConfigError(f'{type(term).__name__}.threshold = {term.threshold}: epsilon, from 0 to below 1')
 
 
-@part
+@config_dataclass
 class Averaged:
   """Cross-entropy of the mean of the states by ACT's weights, a mean over tokens; what exits.ACT answers with.
 
@@ -97,7 +97,7 @@ class Averaged:
                    readout.dtype)
 
 
-@part
+@config_dataclass
 class Ponder:
   """N + R, the steps and the remainder of ACT, a mean over tokens by their weights.
 

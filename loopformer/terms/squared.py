@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from loopformer.inference.measures import squared_error
 from loopformer.terms.cross_entropy import CE
-from loopformer.types import Array, Batch, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class MSE:
   """Mean squared error at the end of the rollout `roll`."""
   roll: str
@@ -20,7 +20,7 @@ class MSE:
     return jnp.sum(squared_error(readout, rolls[self.roll].z, batch) * batch['weights'])
 
 
-@part
+@config_dataclass
 class Window:
   """The mean over all graded steps that ran of the squared error after them (looped in-context learning, 3.1).
 
@@ -32,7 +32,7 @@ class Window:
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]
     error_KBT = squared_error(readout, readout.read(trace.xs), batch)
-    live = trace.plan.live
-    live = jnp.ones(error_KBT.shape[:2]) if live is None else live.reshape(len(error_KBT), -1)
-    share_KB = live / jnp.maximum(live.sum(0), 1)
+    active = trace.plan.active
+    active = jnp.ones(error_KBT.shape[:2]) if active is None else active.reshape(len(error_KBT), -1)
+    share_KB = active / jnp.maximum(active.sum(0), 1)
     return jnp.sum(error_KBT * share_KB[..., None] * batch['weights'])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from loopformer.roles import Roles
-from loopformer.types import Array, ConfigError, Params, part
+from loopformer.types import Array, ConfigError, Params, config_dataclass
 
 
 class AveragedState(NamedTuple):
@@ -18,7 +18,7 @@ class AveragedState(NamedTuple):
   inner: Any
 
 
-@part
+@config_dataclass
 class Averaged:
   """The optimiser `of`, and an exponential moving average of the parameters after each update:
 

@@ -13,14 +13,14 @@ import jax
 
 from loopformer import storage
 from loopformer.training import processes
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
-@part
+@config_dataclass
 class Best:
   """The checkpoint of the largest sign * value, where `name` is that of a number that is given to `save`."""
   name: str
@@ -92,7 +92,7 @@ class Checkpoints:
            values: Mapping[str, float] | None = None):
     """Starts to save; returns as soon as the arrays may be overwritten.
 
-    `data` is the state of the data iterator, `control` the memory of the run's controller, `values` the numbers of an
+    `data` is the state of the data iterator, `control` the state of the run's controller, `values` the numbers of an
     evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
     """
     args = self._ocp.args
@@ -144,7 +144,7 @@ class Checkpoints:
       self._manager.reload()
 
   def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict, dict]:
-    """(params, optimizer, data state, controller's memory) of a step, laid out like the abstract arrays that are given.
+    """(params, optimizer, data state, controller's state) of a step, laid out like the abstract arrays that are given.
 
     Raises:
       ConfigError: the step is not there, or was written by another layout.

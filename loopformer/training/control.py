@@ -1,6 +1,6 @@
-"""Controllers: what a run decides from what it sees. Their memory is part of every checkpoint.
+"""Controllers: what a run decides from what it sees. Their state is part of every checkpoint.
 
-A controller is a frozen part. `start` gives its memory (numbers and lists, saved as JSON), `watch` a new memory after a
+A controller is a frozen part. `start` gives its state (numbers and lists, saved as JSON), `watch` a new state after a
 step's values or an evaluation, `stage` the number that plans may read (`PlanContext.stage`). All processes see the same values
 and so decide the same.
 """
@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any, Mapping
 
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
-Memory = dict[str, Any]
+State = dict[str, Any]
 
 
-@part
+@config_dataclass
 class NoControl:
   """Nothing is decided."""
 
-  def start(self) -> Memory:
+  def start(self) -> State:
     return {}
 
-  def watch(self, memory: Memory, step: int, values: Mapping[str, float]) -> Memory:
-    return memory
+  def watch(self, state: State, step: int, values: Mapping[str, float]) -> State:
+    return state
 
-  def stage(self, memory: Memory) -> int:
+  def stage(self, state: State) -> int:
     return 0
 
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
@@ -35,7 +35,7 @@ class NoControl:
                           'use a controller with the same stages, such as Plateau')
 
 
-@part
+@config_dataclass
 class Plateau:
   """The next stage once the present one has stopped to learn: SHIFT's criterion with patience (sheet, section 3).
 
@@ -68,12 +68,12 @@ class Plateau:
     if self.longest is not None and self.longest < 0:
       raise ConfigError(f'control.longest = {self.longest}: a number of steps, 0 to begin with the last stage')
 
-  def start(self) -> Memory:
+  def start(self) -> State:
     stage = len(self.loops) - 1 if self.longest == 0 else 0
     return {'stage': stage, 'losses': [], 'norms': [], 'norm': None, 'count': 0, 'entered': 0, 'switches': []}
 
-  def stage(self, memory: Memory) -> int:
-    return memory['stage']
+  def stage(self, state: State) -> int:
+    return state['stage']
 
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
     """Raises ConfigError where plans have other stages, or a stage's loops are not evaluated."""
@@ -86,24 +86,24 @@ class Plateau:
       raise ConfigError(f'control.loops = {self.loops}: the stage of {missing[0]} is judged by its validation loss, '
                         f'but evals has {", ".join(evals)} alone; add {missing[0]} to evals.budgets')
 
-  def watch(self, memory: Memory, step: int, values: Mapping[str, float]) -> Memory:
-    norm = memory['norm']
+  def watch(self, state: State, step: int, values: Mapping[str, float]) -> State:
+    norm = state['norm']
     if math.isfinite(values.get('grad_norm', math.nan)):
       new = values['grad_norm']
       norm = new if norm is None else self.decay * norm + (1 - self.decay) * new
-    memory = {**memory, 'norm': norm}
-    name = f'loss@{self.loops[memory["stage"]]}'
-    if name not in values or memory['stage'] == len(self.loops) - 1:  # stages end at evaluations alone
-      return memory
+    state = {**state, 'norm': norm}
+    name = f'loss@{self.loops[state["stage"]]}'
+    if name not in values or state['stage'] == len(self.loops) - 1:  # stages end at evaluations alone
+      return state
     loss = values[name]
     if math.isfinite(loss) and norm is not None:
-      losses, norms = ([*memory[name], value][-self.window - 1:] for name, value in (('losses', loss), ('norms', norm)))
-      memory = {**memory, 'losses': losses, 'norms': norms, 'count': self._count(losses, norms, memory['count'])}
-    over = self.longest is not None and step - memory['entered'] >= self.longest
-    if memory['count'] < self.patience and not over:
-      return memory
-    return {**self.start(), 'stage': memory['stage'] + 1, 'norm': norm, 'entered': step,
-            'switches': [*memory['switches'], step]}
+      losses, norms = ([*state[name], value][-self.window - 1:] for name, value in (('losses', loss), ('norms', norm)))
+      state = {**state, 'losses': losses, 'norms': norms, 'count': self._count(losses, norms, state['count'])}
+    over = self.longest is not None and step - state['entered'] >= self.longest
+    if state['count'] < self.patience and not over:
+      return state
+    return {**self.start(), 'stage': state['stage'] + 1, 'norm': norm, 'entered': step,
+            'switches': [*state['switches'], step]}
 
   def _count(self, losses, norms, count):
     if len(losses) <= self.window:

@@ -7,10 +7,10 @@ import jax
 import optax
 
 from loopformer.roles import Roles
-from loopformer.types import ConfigError, part
+from loopformer.types import ConfigError, config_dataclass
 
 
-@part
+@config_dataclass
 class Freeze:
   """`of` acts on the parameters at `paths` and below, such as 'cell/gate'; the others keep their values exactly.
 
@@ -29,7 +29,7 @@ class Freeze:
     return routed(params, self.paths, 'learn', 'keep')
 
 
-@part
+@config_dataclass
 class ParamGroups:
   """`named` acts on the parameters at `paths` and below, `of` on the others, with learning rates of their own.
 

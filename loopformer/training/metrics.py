@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import storage
-from loopformer.types import part
+from loopformer.types import config_dataclass
 
 
-@part
+@config_dataclass
 class Accelerator:
   """One device by its maker's data sheet.
 
@@ -202,7 +202,7 @@ class Silent:
     """Nothing."""
 
 
-def memory() -> float:
+def bytes_used() -> float:
   """Most bytes in use so far: of this process's first device, or, where that does not tell, of the process."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:

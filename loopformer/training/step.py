@@ -71,19 +71,19 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     mine = sharding.scatter(leaf, partition)
     return jax.lax.psum(mine, 'data') if 'data' in divided else mine
 
-  def gradient(specs, frozen_specs, params, frozen, draw):
+  def gradient(specs, frozen_specs, params, frozen, context):
     params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
-    draw = objective.prepared(draw)
-    weights = total(objective.denominators(draw.batch))
+    context = objective.prepared(context)
+    weights = total(objective.denominators(context.batch))
     share = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
     if accumulate == 1:
-      (loss, terms), grads = share(params, draw)
+      (loss, terms), grads = share(params, context)
     else:
       numbered = jnp.arange(accumulate), jax.tree.map(
-          lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), draw.batch)
+          lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), context.batch)
 
       def of(number, rows):
-        return share(params, draw.microbatch(number, rows))
+        return share(params, context.microbatch(number, rows))
 
       zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                           jax.eval_shape(of, *jax.tree.map(lambda leaf: leaf[0], numbered)))
@@ -94,8 +94,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   def step(state, batch, stage=0, frozen={}):
     stop = {name: batch[name].max() for name in ('stop',) if name in batch}
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
-    draw = PlanContext(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
-                       batch={name: leaf for name, leaf in rows.items() if name not in stop})
+    context = PlanContext(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
+                          batch={name: leaf for name, leaf in rows.items() if name not in stop})
     specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, teachers)
     by_rows, frozen_by_rows = (
         jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
@@ -103,8 +103,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
         functools.partial(gradient, specs, frozen_specs), mesh=mesh,
         in_specs=(by_rows, frozen_by_rows, PlanContext(P(), P(), P(), P(sharding.BATCH))),
         out_specs=(P(), by_rows), axis_names=set(sharding.BATCH), check_vma=False)
-    values, grads = mapped(state.params, frozen, draw)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=draw.stage)
+    values, grads = mapped(state.params, frozen, context)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=context.stage)
     params = optax.apply_updates(state.params, updates)
     new = State(step=state.step + 1, params=params, optimizer=optimizer_state)
     new = jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh, roles))

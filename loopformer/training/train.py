@@ -23,10 +23,10 @@ from loopformer.model import init_params, parameter_roles
 from loopformer.training import averages, metrics, processes
 from loopformer.training.checkpoint import Best, Checkpoints, abstract
 from loopformer.training.step import State, init_state, make_step
-from loopformer.types import Array, ConfigError, Params, part
+from loopformer.types import Array, ConfigError, Params, config_dataclass
 
 
-@part
+@config_dataclass
 class Train:
   """How long, how much at a time, and how often to report.
 
@@ -124,7 +124,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   shapes = jax.eval_shape(make)
   shardings = sharding.shardings(shapes, mesh, roles)
   byte_lengths = tokenizer and jax.device_put(np.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
-  memory = config.control.start()
+  control = config.control.start()
   with Checkpoints(workdir, options.keep, best) as checkpoints:
     target = abstract(shapes, shardings)
     if checkpoints.latest() == 0:  # what `Loaded.save` wrote: parameters alone, to start from
@@ -132,7 +132,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
     else:
       first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
     if first:
-      params, optimizer_state, position, memory = restored
+      params, optimizer_state, position, control = restored
       params, optimizer_state = averages.exchanged(params, optimizer_state)
       stream.set_state(position)
       state = State(step=jax.device_put(np.int32(first), shardings.step), params=params, optimizer=optimizer_state)
@@ -149,12 +149,12 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
     frozen = {}
     for name, teacher in config.objective.teachers.items():
       if teacher.model(config.model) == config.model:
-        frozen[name] = _started(fresh(), teacher.folder, mesh, log, 'objective.rolls: weights')
+        frozen[name] = _started(fresh(), teacher.folder, mesh, log, 'objective.rolls: weights_of')
       else:
         given, frozen[name] = _restored(teacher.folder, teacher.model(config.model), mesh)
         log(f'the teacher of {teacher.folder} is as it was at step {given}')
     run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
-               log, memory, _Profile(workdir / 'profile', profile))
+               log, control, _Profile(workdir / 'profile', profile))
     try:
       with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
@@ -223,7 +223,7 @@ class _Run:
   byte_lengths: Array | None
   rows: np.ndarray  # of this process, in the global batch
   log: Callable
-  memory: dict  # the controller's
+  control_state: dict  # the controller's
   profile: _Profile
   stopped: bool = False  # a process was told to stop, and all know
 
@@ -238,7 +238,7 @@ class _Run:
           rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), terminated.is_set(), np.float32)}
         with clock.timed('step'):
           batch = sharding.put_batch(rows, self.mesh, options.accumulate)
-          stage = self.config.control.stage(self.memory)
+          stage = self.config.control.stage(self.control_state)
           state, values = self.step(state, batch, stage)
         self._report(pending)
         pending = (number, values)
@@ -255,7 +255,7 @@ class _Run:
           with clock.timed('save'):
             self.writer.flush()  # rows of steps that are saved are not written again
             params, optimizer_state = averages.exchanged(state.params, state.optimizer)
-            self.checkpoints.save(number, params, optimizer_state, stream.get_state(), self.memory, evaluated)
+            self.checkpoints.save(number, params, optimizer_state, stream.get_state(), self.control_state, evaluated)
         if self.stopped and not last:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
           raise SystemExit(0)
@@ -308,11 +308,11 @@ class _Run:
 
   def _watch(self, number, values):
     control = self.config.control
-    before = control.stage(self.memory)
-    self.memory = control.watch(self.memory, number, values)
-    if control.stage(self.memory) != before:
-      self.log(f'step {number}: stage {before} has ended, stage {control.stage(self.memory)} begins')
-      self.writer.write('stage', number, {'stage': control.stage(self.memory)})
+    before = control.stage(self.control_state)
+    self.control_state = control.watch(self.control_state, number, values)
+    if control.stage(self.control_state) != before:
+      self.log(f'step {number}: stage {before} has ended, stage {control.stage(self.control_state)} begins')
+      self.writer.write('stage', number, {'stage': control.stage(self.control_state)})
 
 
 class _Clock:
@@ -348,7 +348,7 @@ class _Clock:
     self._seconds = (all_ - spent['eval'] - spent['save']) / steps
     return {'tokens_per_s': self._tokens / self._seconds, 'mfu': self._flops / self._seconds / self._peak,
             'seconds_per_step': self._seconds, **{f'seconds/{what}': spent[what] for what in _SPENT},
-            'memory_gb': metrics.memory() / 1e9}
+            'memory_gb': metrics.bytes_used() / 1e9}
 
   def left(self, number: int) -> float:
     """Seconds to the end of the run at the present speed."""

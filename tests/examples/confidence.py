@@ -13,7 +13,7 @@ from loopformer.model import Looped
 from loopformer.nn.layers import Linear, Normal
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.terms.cross_entropy import CE, token_nll
-from loopformer.types import Batch, PlanContext, part
+from loopformer.types import Batch, PlanContext, config_dataclass
 
 
 class Confident(Around):
@@ -25,16 +25,16 @@ class Confident(Around):
     return x, kv, {**aux, 'sure': self.head(jax.lax.stop_gradient(self.output(x)).astype(jnp.float32))[..., 0]}
 
 
-@part
+@config_dataclass
 class RandomLoops:
   """Says of each sequence which loop is supervised: batch['loop'] i32[B]."""
   loops: int
 
-  def __call__(self, draw: PlanContext) -> Batch:
-    return {**draw.batch, 'loop': jax.vmap(lambda key: jax.random.randint(key, (), 0, self.loops))(draw.keys())}
+  def __call__(self, context: PlanContext) -> Batch:
+    return {**context.batch, 'loop': jax.vmap(lambda key: jax.random.randint(key, (), 0, self.loops))(context.keys())}
 
 
-@part
+@config_dataclass
 class Calibrated:
   """Binary cross-entropy of the head at the supervised loop: its probability is that of the right token."""
   roll: str

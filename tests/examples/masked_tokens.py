@@ -22,23 +22,23 @@ from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
-from loopformer.types import Batch, PlanContext, part
+from loopformer.types import Batch, PlanContext, config_dataclass
 
 
-@part
+@config_dataclass
 class Masked:
   """Every token is hidden with a chance of its sequence's own, uniform in (0, 1), and asked for."""
   mask: int
 
-  def __call__(self, draw: PlanContext) -> Batch:
-    tokens = draw.batch['tokens']
+  def __call__(self, context: PlanContext) -> Batch:
+    tokens = context.batch['tokens']
 
     def hide(key):
       one, two = jax.random.split(key)
       return jax.random.uniform(two, tokens.shape[1:]) < jax.random.uniform(one)
 
-    hidden = jax.vmap(hide)(draw.keys())
-    return {**draw.batch, 'tokens': jnp.where(hidden, self.mask, tokens), 'targets': tokens,
+    hidden = jax.vmap(hide)(context.keys())
+    return {**context.batch, 'tokens': jnp.where(hidden, self.mask, tokens), 'targets': tokens,
             'weights': hidden.astype(jnp.float32)}
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.nn.layers import unfused_kernel
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 EPSILON = 1e-12  # added to the squared norm of a tensor: all zeros have cosine 0, and no gradient
 
 
-@part
+@config_dataclass
 class Cosine:
   """1 - mean over groups G of R_G (Reasoning with latent thoughts, section 3); no rollout is read.
 

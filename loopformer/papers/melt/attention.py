@@ -125,8 +125,8 @@ class Matrix(nn.Module):
 
   @nn.compact
   def __call__(self, width: int, dtype: Any) -> Array:
-    if self.has_variable('params', 'turned'):
-      return self.get_variable('params', 'turned').T
+    if self.has_variable('params', 'transposed'):
+      return self.get_variable('params', 'transposed').T
     return roles.param(self, 'kernel', Normal(self.std), (width, self.features), Role(dtype=dtype, tensor=-1))
 
 
@@ -158,9 +158,9 @@ class LatentAttention(nn.Module):
 
     def rows(source):
       k, v = jnp.split(dense(source, both).reshape(batch, length, groups, 2 * head), 2, -1)
-      return self._turned(k, ctx.pos), v
+      return self._rotated(k, ctx.pos), v
 
-    q, own = self._turned(dense(x, queries).reshape(batch, length, self.heads, head), ctx.pos), rows(h)
+    q, own = self._rotated(dense(x, queries).reshape(batch, length, self.heads, head), ctx.pos), rows(h)
     kv = kv.replace(h=_put(kv.h, h, layer))
     if kv.kv is not None:
       out, cache = attended(self, q, *own, ctx, kv.kv, layer)
@@ -170,13 +170,13 @@ class LatentAttention(nn.Module):
       if kv.base is not None:
         base = rows(x)
         kv = kv.replace(base=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.base, base))
-        own = jax.tree.map(lambda own, base: blended(ctx.tick.code, own, base), own, base)
+        own = jax.tree.map(lambda own, base: blended(ctx.step.precomputed, own, base), own, base)
       out = self._read(q, *own, ctx, layer)
     out = Dense(name='out')(out, width, Normal(self.out_std), ctx, gain=gate, divided=-2)
     return out, kv if kv.given is None else kv.replace(given=_put(kv.given, out, layer))
 
-  def _turned(self, x, pos):
-    return x if self.position is None else self.position.turn(x, pos)
+  def _rotated(self, x, pos):
+    return x if self.position is None else self.position.rotate(x, pos)
 
   def _read(self, q, k, v, ctx, layer):
     """What queries read of the chunk's rows and those before."""
@@ -184,10 +184,10 @@ class LatentAttention(nn.Module):
       return attended(self, q, k, v, ctx, None, layer)[0]
     kernels.check_causal(self.kernel.causal, 'model.cell = Gated')
     past, shape = ctx.own, q.shape
-    slot = 0 if ctx.tick.code is None else ctx.tick.k
+    slot = 0 if ctx.step.precomputed is None else ctx.step.k
     k, v = (jnp.concatenate([_of(_of(old, slot), layer), new], 1) for old, new in ((past.k, k), (past.v, v)))
     if self.position is not None:
-      q, k, v = self.position.extend(q, k, v, past.pos)
+      q, k, v = self.position.augment_qk(q, k, v, past.pos)
     out = kernels.attend(q, k, v, past.mask)
     return out[..., :shape[-1]].reshape(*shape[:2], -1)
 

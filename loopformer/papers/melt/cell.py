@@ -27,7 +27,7 @@ from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import Flight, Past, blended
 from loopformer.papers.melt.plans import BLEND
-from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, part
+from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, config_dataclass
 
 LAST = memories.Ring(size=1)
 
@@ -35,7 +35,7 @@ LAST = memories.Ring(size=1)
 # The cell ------------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Latest:
   """The memory of `Gated`: one row a layer and token, that of the last loop taken; tokens come `chunk` at a time.
 
@@ -43,8 +43,8 @@ class Latest:
   and decoding exactly the same; larger chunks are the faster and the further from it. Bytes: PerLoop's with one loop.
   """
   chunk: int
-  make, room, rewinds = memories.make, memories.room, True
-  slots, exchange, fill = LAST.slots, LAST.exchange, LAST.fill
+  make, has_capacity, rewinds = memories.make, memories.has_capacity, True
+  slots, update, fill_skipped = LAST.slots, LAST.update, LAST.fill_skipped
 
   def __post_init__(self):
     if self.chunk < 1:
@@ -61,7 +61,7 @@ class Gated(Cell):
 
   aux['attention'] f32[K, N, B, T, D]: what attention gave, in the dtype of the layers; not with a cache.
 
-  Loops need their latents, and chunks end before others begin: single steps, exits by token and free steps are not
+  Loops need their latents, and chunks end before others begin: single steps, exits by token and steps without gradient are not
   defined. The backward pass saves the rows of all tokens, once, and runs every chunk again.
   """
   core: Stack
@@ -75,24 +75,24 @@ class Gated(Cell):
         raise ConfigError(f'model.cell.core: block.attn = {type(block.attn).__name__} shares no rows between loops; '
                           'use LatentAttention, or a cell without latents, such as Plain')
 
-  def timetable(self, plan: Plan) -> Array | None:
+  def precompute(self, plan: Plan) -> Array | None:
     """f32[K]: the share of the shared rows against those of every loop's own; None for all of it."""
     return plan.rows.get(BLEND)
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: KV | None, keep: Any, remat: Any, code: Any = None):
-    """As `loop.run`. Raises ConfigError for another memory than `Latest`, free steps, and a blend with a cache."""
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: KV | None, keep: Any, remat: Any, precomputed: Any = None):
+    """As `loop.run`. Raises ConfigError for another memory than `Latest`, steps without gradient, and a blend with a cache."""
     chunk = getattr(ctx.memory, 'chunk', None)
     if chunk is None:
       raise ConfigError(f'model.memory = {ctx.memory}: the cell Gated shares rows between loops and reads tokens by '
                         'chunks; use papers.melt.cell.Latest(chunk=...)')
-    if plan.free is not None:
-      raise ConfigError('plan.free: steps without gradient before the others are not defined for chunks of tokens; use '
-                        'a plan without free steps')
-    code = self.timetable(plan) if code is None else code
-    if code is not None and kv is not None:
+    if plan.no_grad_steps is not None:
+      raise ConfigError('plan.no_grad_steps: steps without gradient before the others are not defined for chunks of tokens; use '
+                        'a plan without them')
+    precomputed = self.precompute(plan) if precomputed is None else precomputed
+    if precomputed is not None and kv is not None:
       raise ConfigError('plan: rows of loops and shared rows are blended in training alone; decode without')
-    rows = Step(t=plan.t, dt=plan.dt, live=plan.live, k=jnp.arange(plan.steps), code=code)
-    steps = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
+    rows = Step(t=plan.t, dt=plan.dt, active=plan.active, k=jnp.arange(plan.steps), precomputed=precomputed)
+    steps = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0).max()
     length = x.shape[1]
     size = min(chunk, length)
     count = -(-length // size)
@@ -118,7 +118,7 @@ class Gated(Cell):
       out = jax.tree.map(lambda leaf: leaf[None], out)
     else:
       module, variables = self.unbind()
-      empty = self._rows(x, count * size, 1 if code is None else plan.steps)
+      empty = self._rows(x, count * size, 1 if precomputed is None else plan.steps)
       one = functools.partial(module.apply, **options, method='_parallel')
       out = _through(lambda variables, fixed, *others: one(variables, *fixed, *others), variables, (rows, ctx), pieces,
                      (empty, empty))
@@ -147,25 +147,25 @@ class Gated(Cell):
     if past is not None:
       own = own.replace(own=_past(ctx, own, past, start))
     empty = self._rows(x, x.shape[1])
-    flight = self._flight(x, rows=(empty, empty), base=None if rows.code is None else (empty, empty))
+    flight = self._flight(x, rows=(empty, empty), base=None if rows.precomputed is None else (empty, empty))
     flight = flight.replace(given=jnp.zeros_like(flight.h))
     keep = loop.Last() if keep == loop.Last() else loop.Every()  # others see whole states, when the chunks are joined
     x, flight, xs, aux = loop.scan(self, x, None, rows, own, flight, keep, remat)
     new = jax.tree.map(lambda leaf: leaf[None], flight.rows)
-    if rows.code is not None:
-      new = jax.tree.map(lambda new, base: blended(rows.code, new, base), new, aux['base'])
+    if rows.precomputed is not None:
+      new = jax.tree.map(lambda new, base: blended(rows.precomputed, new, base), new, aux['base'])
     return (x, xs, aux['attention']), new
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: Flight) -> tuple[Array, Flight, dict]:
     if not isinstance(kv, Flight):
       raise ConfigError('model.cell = Gated: its loops need the latents of those before, and are run as whole plans; '
                         'single steps and exits by token are not defined')
-    live = ctx.tick.live
+    active = ctx.step.active
     new, flight = self.core(x, ctx, None, kv)
     flight = flight.replace(taken=flight.taken + 1)
-    if live is not None and live.ndim:  # of each sequence; what is not live does not write to a cache in any case
+    if active is not None and active.ndim:  # of each sequence; what is not active does not write to a cache in any case
       def of_live(new, old, axis):
-        return jnp.where(live.reshape(-1, *(1,) * (new.ndim - axis - 1)), new, old)
+        return jnp.where(active.reshape(-1, *(1,) * (new.ndim - axis - 1)), new, old)
 
       flight = flight.replace(
           h=of_live(flight.h, kv.h, 1), taken=of_live(flight.taken, kv.taken, 0),

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from loopformer.types import ConfigError, PlanContext, Plan, Planner, part
+from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass
 
 BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
 
@@ -11,7 +11,7 @@ BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from row
 # Transitions ---------------------------------------------------------------------------------------------------------
 
 
-@part
+@config_dataclass
 class Transition:
   """The plan of `of`, blended: the share of shared rows rises linearly from 0 to 1 in `steps` steps of training."""
   of: Planner
@@ -30,11 +30,11 @@ class Transition:
   def expected(self) -> float:
     return self.of.expected
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    return _blending(self.of(draw), jnp.minimum(draw.step / (self.steps - 1), 1.0))
+  def __call__(self, context: PlanContext) -> Plan:
+    return _blending(self.of(context), jnp.minimum(context.step / (self.steps - 1), 1.0))
 
 
-@part
+@config_dataclass
 class Apart:
   """The plan of `of`, every loop with rows of its own: the model as it was before its conversion, such as a teacher."""
   of: Planner
@@ -47,8 +47,8 @@ class Apart:
   def expected(self) -> float:
     return self.of.expected
 
-  def __call__(self, draw: PlanContext) -> Plan:
-    return _blending(self.of(draw), 0.0)
+  def __call__(self, context: PlanContext) -> Plan:
+    return _blending(self.of(context), 0.0)
 
 
 def _blending(plan, share):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.distill import Distill, check_alike, pair
-from loopformer.types import Array, Batch, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class Aligned:
   """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
   a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).

@@ -22,7 +22,7 @@ from loopformer.cells.cell import Cell
 from loopformer.memories import map_caches, slots_of
 from loopformer.nn.layers import Linear, Normal, gelu
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, part
+from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, config_dataclass
 
 EXACT = jax.lax.Precision.HIGHEST  # scores are compared with each other and with a threshold
 
@@ -72,7 +72,7 @@ class MLPScore(nn.Module):
     return 4.0 * width * width + 4.0 * width * outputs
 
 
-@part
+@config_dataclass
 class Sigmoid:
   """share = sigmoid(s), gate = alpha * share."""
   alpha: float = 0.1
@@ -83,7 +83,7 @@ class Sigmoid:
     return jax.nn.sigmoid(scores)
 
 
-@part
+@config_dataclass
 class Softmax:
   """share = softmax(s) over a token's recursions, gate = alpha * share; for token choice."""
   alpha: float = 1.0
@@ -94,7 +94,7 @@ class Softmax:
     return jax.nn.softmax(scores, -1)
 
 
-@part
+@config_dataclass
 class Open:
   """gate = 1: the router chooses, and nothing tells it how well."""
   alpha, joint = 1.0, False
@@ -108,7 +108,7 @@ class Open:
 # ranks: whether it can pick a given number in training; causal: whether it can answer; asks: for an auxiliary router.
 
 
-@part
+@config_dataclass
 class TopK:
   """The k highest scores of a sequence, the earlier of equals; it looks at later tokens, and is for training alone."""
   ranks, causal, asks = True, False, False
@@ -118,7 +118,7 @@ class TopK:
     return score
 
 
-@part
+@config_dataclass
 class Threshold:
   """sigmoid(score) > `at`: the score itself, which the loss of terms/terms.py separates into 0 and 1."""
   at: float = 0.5
@@ -133,7 +133,7 @@ class Threshold:
     return jax.nn.sigmoid(score) > self.at
 
 
-@part
+@config_dataclass
 class Auxiliary:
   """The auxiliary router says so: it reads the same states, which learn nothing from it."""
   at: float = 0.5
@@ -144,7 +144,7 @@ class Auxiliary:
     return jax.nn.sigmoid(other) > self.at
 
 
-@part
+@config_dataclass
 class Chance:
   """Tokens at random, whatever their score: the control. In an answer by the position alone."""
   seed: int = 0
@@ -161,7 +161,7 @@ class Chance:
     return draw(jnp.maximum(ctx.pos, 0)) < share
 
 
-@part
+@config_dataclass
 class Added:
   """x + g f(x), f with its own residual: a token that is taken grows by g x besides (the paper)."""
 
@@ -170,7 +170,7 @@ class Added:
     return x + gate * y
 
 
-@part
+@config_dataclass
 class Moved:
   """(1 - g) x + g f(x): with g = 1 the plain loop."""
 
@@ -226,10 +226,10 @@ class ExpertChoice(nn.Module):
         router(x, 1)
     return Pick(index=None, taken=ctx.pos >= 0)
 
-  def choose(self, x: Array, among: Pick, r: int, ctx: Context, room: Any) -> tuple[Pick, Pick, dict]:
+  def choose(self, x: Array, among: Pick, r: int, ctx: Context, has_capacity: Any) -> tuple[Pick, Pick, dict]:
     """Recursion r, from 0: (its tokens, the candidates of the next, auxiliaries [B, T]).
 
-    room: bool[B, T] -> bool[B, T], those who find a place in the cache.
+    has_capacity: bool[B, T] -> bool[B, T], those who find a place in the cache.
     """
     rows, length = among.index, x.shape[1]
     states = x if rows is None else _at(x, rows)
@@ -243,7 +243,7 @@ class ExpertChoice(nn.Module):
       would &= self.answer.takes(score, other, here, r, share)
     count = max(1, int(self.capacities[r] * length + 1e-6))
     if ctx.noise is None:
-      pick = Pick(index=None, taken=room(would), gate=gate)
+      pick = Pick(index=None, taken=has_capacity(would), gate=gate)
     elif count == score.shape[1]:
       pick = Pick(index=rows, taken=among.taken, gate=gate)
     else:
@@ -279,7 +279,7 @@ class Fate:
   first: Array
 
 
-@part
+@config_dataclass
 class AtExit:
   """f(x) at every recursion, and first + g f(x) at a token's last (the released code)."""
 
@@ -288,7 +288,7 @@ class AtExit:
     return jnp.where(last, first + gate * y, y)
 
 
-@part
+@config_dataclass
 class EveryStep:
   """g f(x) at every recursion, and first + g f(x) at a token's last (the paper's equation 2.2)."""
 
@@ -331,13 +331,13 @@ class TokenChoice(nn.Module):
     score = self.scores(x, self.recursions)
     share = self.gate(score)
     compared = share if self.biases is None else share + self.biases
-    steps = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
+    steps = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
     depth = jnp.minimum(compared.argmax(-1).astype(jnp.int32), steps.reshape(-1, 1) - 1)
     return Fate(depth=jnp.where(ctx.pos >= 0, depth, -1), score=score, share=share, first=x)
 
-  def choose(self, x: Array, fate: Fate, r: int, ctx: Context, room: Any) -> tuple[Pick, Fate, dict]:
+  def choose(self, x: Array, fate: Fate, r: int, ctx: Context, has_capacity: Any) -> tuple[Pick, Fate, dict]:
     """As ExpertChoice.choose."""
-    taken = room(fate.depth >= r)
+    taken = has_capacity(fate.depth >= r)
     fate = fate.replace(depth=jnp.where(taken, fate.depth, jnp.minimum(fate.depth, r - 1)))
     pick = Pick(index=None, taken=taken, gate=self.gate.alpha * fate.share[..., r])
     return pick, fate, {'score': fate.score[..., r], 'share': fate.share[..., r], 'candidate': ctx.pos >= 0,
@@ -394,16 +394,16 @@ class Routed(Cell):
     raise ConfigError('model.cell = Routed: its router decides how many recursions each token takes, and its steps do '
                       'not run one by one; leave the exit out, or use a cell without a router')
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, code: Any = None):
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, precomputed: Any = None):
     """As loop.run. Row k of the plan is recursion k; one that does not run passes all tokens through."""
     self.router.check()
     cached, most = kv is not None, len(self.router.capacities)
     if plan.steps > most:
       raise ConfigError(f'plan: {plan.steps} steps, but model.cell.router is made for {most} recursions; ask for at '
                         'most so many loops')
-    if plan.free is not None:
-      raise ConfigError('plan.free: free steps have no row in the plan, and a router has nothing to choose for them; '
-                        'use a plan without free steps')
+    if plan.no_grad_steps is not None:
+      raise ConfigError('plan.no_grad_steps: these have no row in the plan, and a router has nothing to choose for them; '
+                        'use a plan without them')
     if cached:
       ctx, kv = ctx.replace(noise=None), self._cut(kv, plan, ctx, keep)
     begun = self.router.begin(x, plan, ctx)
@@ -416,21 +416,21 @@ class Routed(Cell):
         kv = map_caches(lambda one: Segmented(one.k, one.v, one.pos, one.layout, seg=ctx.seg), kv)
     route, kept, auxes = begun, [], []
     for r in range(plan.steps):
-      live = None if plan.live is None or self.is_initializing() else plan.live[r]
-      own = ctx.replace(tick=Step(t=plan.t[r], dt=plan.dt[r], live=live, k=np.int32(r)))
+      active = None if plan.active is None or self.is_initializing() else plan.active[r]
+      own = ctx.replace(step=Step(t=plan.t[r], dt=plan.dt[r], active=active, k=np.int32(r)))
 
-      def room(taken, own=own, kv=kv):
-        return taken if kv is None else own.memory.room(kv, own, taken)
+      def has_capacity(taken, own=own, kv=kv):
+        return taken if kv is None else own.memory.has_capacity(kv, own, taken)
 
-      pick, route, aux = self.router.choose(x, route, r, own, room)
+      pick, route, aux = self.router.choose(x, route, r, own, has_capacity)
       if cached:
         x, kv = _Step(r, pick, route, own).while_live(self, x, kv)
       else:
         x, kv = remat.once(functools.partial(_step, r))(self, x, kv, pick, route, own)
-        runs = True if live is None else live.reshape(-1, 1)
+        runs = True if active is None else active.reshape(-1, 1)
         auxes.append({name: leaf & runs if leaf.dtype == bool else leaf for name, leaf in aux.items()})
       kept.append(keep(x))
-    steps = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0).max()
+    steps = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0).max()
     if cached:
       return x, kv, None, {}, steps
     kept, auxes = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows) for rows in (kept, auxes))
@@ -461,12 +461,12 @@ class _Step:
   """Recursion r of the tokens of `pick`; `route`: what the router has decided; `ctx`: of the whole sequence."""
 
   def __init__(self, r, pick, route, ctx):
-    self.r, self.pick, self.route, self.ctx, self.live = r, pick, route, ctx, ctx.tick.live
+    self.r, self.pick, self.route, self.ctx, self.active = r, pick, route, ctx, ctx.step.active
 
   def apply(self, cell, x, kv):
     """(states, caches) after it."""
     pick, ctx = self.pick, self.ctx
-    taken = pick.taken if self.live is None else pick.taken & self.live.reshape(-1, 1)
+    taken = pick.taken if self.active is None else pick.taken & self.active.reshape(-1, 1)
     rows = x
     if pick.index is not None:
       rows = _at(x, pick.index)
@@ -486,16 +486,16 @@ class _Step:
 
   def if_live(self, cell, x, kv):
     """Skipped by a branch where no sequence takes it."""
-    if self.live is None:
+    if self.active is None:
       return self.apply(cell, x, kv)
-    return nn.cond(self.live.any(), self.apply, lambda cell, x, kv: (x, kv), cell, x, kv)
+    return nn.cond(self.active.any(), self.apply, lambda cell, x, kv: (x, kv), cell, x, kv)
 
   def while_live(self, cell, x, kv):
     """The same as a loop of one round or none, which updates caches in place; no reverse mode."""
-    if self.live is None:
+    if self.active is None:
       return self.apply(cell, x, kv)
     x, kv, _ = nn.while_loop(lambda cell, carry: carry[2], lambda cell, carry: (*self.apply(cell, *carry[:2]), False),
-                             cell, (x, kv, self.live.any()), carry_variables=(), broadcast_variables='params')
+                             cell, (x, kv, self.active.any()), carry_variables=(), broadcast_variables='params')
     return x, kv
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from loopformer import memories
-from loopformer.types import KV, Array, ConfigError, Context, part
+from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 
 
-@part
+@config_dataclass
 class Compact:
   """Loop k keeps the entries of the tokens that took it, one behind the other, in ceil(share[k] * length) places.
 
@@ -42,16 +42,16 @@ class Compact:
     return tuple(memories.empty(1, layers, batch, math.ceil(share * length - 1e-6), groups, head, dtype)
                  for share in self.share[:loops])
 
-  def room(self, kv: tuple[KV, ...], ctx: Context, taken: Array) -> Array:
+  def has_capacity(self, kv: tuple[KV, ...], ctx: Context, taken: Array) -> Array:
     """Which of the tokens find a place, the first ones first."""
     own = kv[_step(ctx)]
     used = (own.pos[0] >= 0).sum(-1, keepdims=True)
     return taken & (used + jnp.cumsum(taken, -1) <= own.length)
 
-  def exchange(self, kv: tuple[KV, ...], ctx: Context, layer: Array, k: Array, v: Array):
-    """As memory.PerLoop.exchange, which serves outside the loop; tokens without room have a position of -1 by now."""
-    if ctx.tick is None:
-      return memories.PerLoop().exchange(kv, ctx, layer, k, v)
+  def update(self, kv: tuple[KV, ...], ctx: Context, layer: Array, k: Array, v: Array):
+    """As PerLoop.update, which serves outside the loop; tokens without a place have a position of -1 by now."""
+    if ctx.step is None:
+      return memories.PerLoop().update(kv, ctx, layer, k, v)
     step = _step(ctx)
     own, stored = kv[step], ctx.pos >= 0
     start = jnp.where(stored, ctx.pos, jnp.iinfo(jnp.int32).max).min(-1, keepdims=True)
@@ -61,7 +61,7 @@ class Compact:
     own, keys, values, pos = memories.put(own, 0, ctx.pos, place, layer, k, v)
     return (*kv[:step], own, *kv[step + 1:]), keys, values, pos
 
-  def fill(self, kv: Any, pos: Array, last: Array) -> Any:
+  def fill_skipped(self, kv: Any, pos: Array, last: Array) -> Any:
     """Raises ConfigError: slots of steps that were not taken have no places for them."""
     raise ConfigError('memory = Compact(): exits fill the slots of steps that were not taken; use PerLoop()')
 
@@ -69,7 +69,7 @@ class Compact:
 def _step(ctx):
   """The number of the step, which tells the array. Raises ConfigError where it is not known when compiled."""
   try:
-    return operator.index(ctx.tick.k)
+    return operator.index(ctx.step.k)
   except TypeError:
     raise ConfigError('memory = Compact(): slots differ in their shapes, so that steps must be known when they are '
                       'compiled; use it with cells/cell.py, or PerLoop()') from None

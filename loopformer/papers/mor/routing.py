@@ -19,19 +19,19 @@ from loopformer.model import make_readout, run_batch
 from loopformer.papers.mor.terms import loads
 from loopformer.roles import Roles
 from loopformer.training.frozen import Freeze
-from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class AsTrained:
   """The last state of the pass that a training step makes: starts are drawn, and routers look at later tokens."""
   seed: int = 0
-  dial, decides = None, False
+  threshold, decides = None, False
 
-  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, dial: Array | None) -> tuple[Trace, Readout]:
+  def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As exits.Final.run."""
     trace = learning(model, params, batch, plan, self.seed)
-    steps = jnp.broadcast_to(plan.steps if plan.live is None else plan.live.sum(0), trace.z.shape[:1])
+    steps = jnp.broadcast_to(plan.steps if plan.active is None else plan.active.sum(0), trace.z.shape[:1])
     return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 
@@ -82,7 +82,7 @@ def max_violation(load: Any) -> float:
   return float((load.max() - load.mean()) / max(load.mean(), 1e-9))
 
 
-@part
+@config_dataclass
 class LossFree:
   """`of`, and for the bias of a TokenChoice router b_i += rate * sign(mean load - load_i) after every update.
 

@@ -15,7 +15,7 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 def _reads(term) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def bce(logit: Array, target: Array) -> Array:
   return jax.nn.softplus(logit) - target * logit
 
 
-@part
+@config_dataclass
 class RouterBCE:
   """sum over recursions of the mean over their candidates of BCE(score, whether it was taken): it separates the scores
   of those taken and not, so that a threshold can answer (expert choice).
@@ -69,7 +69,7 @@ class RouterBCE:
     return over_candidates(bce(aux[self.of], aux['taken']), aux)
 
 
-@part
+@config_dataclass
 class SquaredScore:
   """The z-loss of routers with one score: the mean of s^2 over a recursion's candidates, summed over recursions."""
   roll: str
@@ -80,7 +80,7 @@ class SquaredScore:
     return over_candidates(jnp.square(aux['score']), aux)
 
 
-@part
+@config_dataclass
 class SquaredLogSum:
   """The z-loss of a router with a score for every recursion: the mean over tokens of logsumexp(s)^2 (token choice)."""
   roll: str
@@ -98,7 +98,7 @@ def loads(taken: Array) -> Array:
   return last.sum((1, 2)).astype(jnp.float32)
 
 
-@part
+@config_dataclass
 class Balance:
   """sum_i f_i P_i, f_i = K * the fraction of tokens that end with recursion i (a constant), P_i the mean share that the
   router gives to it (token choice). 1 at perfect balance.
@@ -117,7 +117,7 @@ class Balance:
     return jnp.sum(jax.lax.stop_gradient(f_K) * p_K) * len(batch['tokens'])
 
 
-@part
+@config_dataclass
 class LoadBias:
   """Zero, whose gradient of the bias of TokenChoice is every recursion's load less the mean one, a token.
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from loopformer.cells.halting import GATE, halt_logits
 from loopformer.terms.cross_entropy import CE, token_nll
 from loopformer.terms.expected import whole
-from loopformer.types import Array, Batch, Params, Readout, Trace, part
+from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
-@part
+@config_dataclass
 class Retrospective:
   """lambda_t is taught by what step t has just brought, as the paper prints it; lambda_1 learns nothing, and lambda_K,
   which p ignores, does."""
@@ -22,7 +22,7 @@ class Retrospective:
     return halt[1:]
 
 
-@part
+@config_dataclass
 class Prospective:
   """lambda_t is taught by what step t + 1 would bring, which is what a token that may leave has to know."""
 
@@ -31,7 +31,7 @@ class Prospective:
     return halt[:-1]
 
 
-@part
+@config_dataclass
 class Improvement:
   """The gate learns whether a step pays, the model nothing: Ouro's stage II (section 3).
 

@@ -81,7 +81,7 @@ class GatedAttention(nn.Module):
     groups, _ = heads_of(self, width)
     q, k, v = qkv(self, x, groups, Normal(self.std), ctx)
     if self.position is not None:
-      q, k = self.position.turn(q, ctx.pos), self.position.turn(k, ctx.pos)
+      q, k = self.position.rotate(q, ctx.pos), self.position.rotate(k, ctx.pos)
     out, left = view.attend(self, q, k, v, ctx, layer, gate)
     out = out.reshape(batch, length, width)
     return self.linear.copy(name='out')(out, width, Normal(self.out_std), ctx, divided=-2), left
@@ -89,7 +89,7 @@ class GatedAttention(nn.Module):
   def extended(self, q: Array, k: Array, v: Array, pos: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Queries, keys and values with what positions add to their width; pos i32[B, S] of the keys, whose heads stand at
     the axis `heads`."""
-    return (q, k, v) if self.position is None else self.position.extend(q, k, v, pos, heads)
+    return (q, k, v) if self.position is None else self.position.augment_qk(q, k, v, pos, heads)
 
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward, of a first loop."""

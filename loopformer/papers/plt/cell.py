@@ -95,18 +95,18 @@ class Shifted(Cell):
     return self.mix.diagnose(params.get('mix', {}))
 
   def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: streams.Cache | None, keep: Any, remat: Any,
-          code: Any = None):
+          precomputed: Any = None):
     """The steps of a plan; see `loop.run`. Without a cache loop by loop; with one too for several tokens, all loops at
     once for one.
 
-    A row that is not live is no loop, whatever its place: where `live` says n times True, the first n loops run.
+    A row that is not active is no loop, whatever its place: where `active` says n times True, the first n loops run.
     """
-    if plan.free is not None:
-      raise ConfigError('plan.free: the first loop is read by all others and cannot run without gradient; use a plan '
-                        'without free steps')
+    if plan.no_grad_steps is not None:
+      raise ConfigError('plan.no_grad_steps: the first loop is read by all others and cannot run without gradient; use a plan '
+                        'without them')
     if plan.steps < 1:
       raise ConfigError('plan: no steps; give 1 loop or more')
-    depth = jnp.int32(plan.steps) if plan.live is None else plan.live.sum(0)
+    depth = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
     if kv is None:
       x, xs = self._without_cache(x, e, plan, depth, ctx, keep, remat)
       return x, None, xs, {}, depth.max()
@@ -116,7 +116,7 @@ class Shifted(Cell):
     return x, kv, None, {}, depth.max()
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: None) -> tuple[Array, None, dict]:
-    """One step alone, number ctx.tick.k; the first loop's keys and values are computed anew, so it costs two.
+    """One step alone, number ctx.step.k; the first loop's keys and values are computed anew, so it costs two.
 
     Raises:
       ConfigError: with a cache, where the loops of a token run together and none can be the last to run.
@@ -125,7 +125,7 @@ class Shifted(Cell):
       raise ConfigError('exit: the loops of a shifted cell decode together, so that leaving early would save nothing; '
                         'decode without an exit, or with a smaller budget')
     first, shared = self._first(e, ctx)
-    return jnp.where(ctx.tick.k == 0, first, self._later(x, e, shared, ctx)), None, {}
+    return jnp.where(ctx.step.k == 0, first, self._later(x, e, shared, ctx)), None, {}
 
   # Without a cache
 
@@ -142,7 +142,7 @@ class Shifted(Cell):
     first, shared = remat.once(Shifted._first)(self, e, ctx)
     if self.is_initializing():  # so that the parameters of later loops are there, whatever the plan
       return self._later(first, e, shared, ctx), None
-    runs = None if plan.live is None else jnp.arange(plan.steps).reshape(-1, *(1,) * depth.ndim) < depth
+    runs = None if plan.active is None else jnp.arange(plan.steps).reshape(-1, *(1,) * depth.ndim) < depth
     start, x = keep(x), _chosen(None if runs is None else runs[0], first, x)
 
     def step(cell, x, runs):
@@ -160,7 +160,7 @@ class Shifted(Cell):
       kept = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), kept, others)
     if runs is None:
       return x, kept
-    done = jnp.cumsum(plan.live, 0)  # loops by the end of each row
+    done = jnp.cumsum(plan.active, 0)  # loops by the end of each row
 
     def of_rows(before, after):
       states = jnp.concatenate([before[None], after])
@@ -205,8 +205,8 @@ class Shifted(Cell):
 
     def of_loop(k):
       runs = k < depth_B
-      tick = Step(t=jnp.float32(0), dt=jnp.float32(0), live=None, k=k)
-      return runs, ctx.replace(tick=tick, pos=jnp.where(runs[:, None], ctx.pos, -1))
+      row = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=k)
+      return runs, ctx.replace(step=row, pos=jnp.where(runs[:, None], ctx.pos, -1))
 
     def finish(cell, h, x, runs, own, cache, k):
       new = _chosen(runs, cell.norm(h), x)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from loopformer import layouts, memories
 from loopformer.nn.kernels import attend, check_causal, read
-from loopformer.types import KV, Array, ConfigError, Context, part
+from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 
 SMALLEST = 32  # queries of a block of local attention: smaller ones are slower than what they save
 
@@ -42,7 +42,7 @@ class Cache:
     return self.rings.pos.shape[0] + 1
 
 
-@part
+@config_dataclass
 class Streams:
   """The memory of `cells.shifted.Shifted`: decodes exactly what the parallel pass computes.
 
@@ -56,9 +56,9 @@ class Streams:
   def __post_init__(self):
     check_window(self.window_left, 'memory.')
 
-  room = memories.room
+  has_capacity = memories.has_capacity
 
-  def fill(self, kv: Cache, pos: Array, last: Array) -> Cache:
+  def fill_skipped(self, kv: Cache, pos: Array, last: Array) -> Cache:
     """As slots: the loops of a token run together, and none is left out."""
     self.slots(0)
 
@@ -78,9 +78,9 @@ class Streams:
                  rings=memories.empty(loops - 1, layers, batch, places, groups, head, dtype),
                  carried=carried.replace(v=carried.v[..., :0]))
 
-  def exchange(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
     """Of prelude, coda and the first loop: a place for every position."""
-    return memories.First().exchange(kv, ctx, layer, k, v)
+    return memories.First().update(kv, ctx, layer, k, v)
 
 
 def check_window(window_left: int, where: str):
@@ -172,13 +172,13 @@ class Prompt:
   cache: Cache
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
-    first, k, v, pos_BS = memories.First().exchange(self.cache.first, ctx, layer, k, v)
+    first, k, v, pos_BS = memories.First().update(self.cache.first, ctx, layer, k, v)
     return _placed(attn, q, k, v, ctx.pos, pos_BS, None), self.replace(cache=self.cache.replace(first=first))
 
 
 @struct.dataclass
 class LaterPrompt:
-  """A later loop over a chunk of tokens, number `ctx.tick.k` from 0; the first one has been over them.
+  """A later loop over a chunk of tokens, number `ctx.step.k` from 0; the first one has been over them.
 
   places: i32[B, w + 1], positions in the loop's ring before the chunk, which the first layer overwrites.
   """
@@ -187,7 +187,7 @@ class LaterPrompt:
   window_left: int = struct.field(pytree_node=False)
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
-    first, rings, slot = self.cache.first, self.cache.rings, ctx.tick.k - 1
+    first, rings, slot = self.cache.first, self.cache.rings, ctx.step.k - 1
     k1, v1 = (first.layout.of_heads(_layer(entries[0], layer)) for entries in (first.k, first.v))
     shared = _placed(attn, q, k1, v1, ctx.pos, first.pos[0], None)
     old_k, old_v = (rings.layout.of_heads(_layer(_layer(entries, slot), layer)) for entries in (rings.k, rings.v))
@@ -209,7 +209,7 @@ class Together:
   window_left: int = struct.field(pytree_node=False)
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
-    first, k1, v1, pos_BS = memories.First().exchange(self.cache.first, ctx.replace(pos=ctx.pos[:, :1]), layer, k[:, :1],
+    first, k1, v1, pos_BS = memories.First().update(self.cache.first, ctx.replace(pos=ctx.pos[:, :1]), layer, k[:, :1],
                                                     v[:, :1])
     shared = _placed(attn, q, k1, v1, ctx.pos, pos_BS, None)
     cache, later = self.cache.replace(first=first), q.shape[1] - 1
