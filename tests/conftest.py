@@ -18,6 +18,9 @@ with mock.patch.dict(os.environ, XLA_FLAGS=f'{quick.FLAGS} {os.environ.get("XLA_
 hypothesis.settings.register_profile('loopformer', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('loopformer')
 logging.getLogger('absl').setLevel(logging.ERROR)
+# Tracing makes millions of small objects, few of them in cycles: the usual thresholds cost a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):

@@ -168,8 +168,9 @@ def params(model: Looped):
     start = 1.0 if path[-1].key == 'scale' else 0.0
     return jnp.asarray(start + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
 
+  like = shapes(model)  # outside: what is evaluated at compile time would run the model, layer by layer
   with jax.ensure_compile_time_eval():  # arrays, though the first caller may be a function that is being traced
-    return jax.tree_util.tree_map_with_path(draw, shapes(model))
+    return jax.tree_util.tree_map_with_path(draw, like)
 
 
 def roles_of(tree) -> Roles:

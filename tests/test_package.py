@@ -66,3 +66,21 @@ for name in names:
 print(len(names))
 ''')
   assert int(told.splitlines()[-1]) > 40
+
+
+def test_tensorboard_takes_no_other_framework_along(tmp_path):
+  """tensorboardX imports torch and clients of buckets where it finds them; here it does not, and they stay to be had."""
+  pytest.importorskip('tensorboardX')
+  told = parts.python('''
+import importlib.util, json, pathlib, sys
+from loopformer.training import metrics
+writer = metrics.writer(pathlib.Path(sys.argv[1]), 0)
+writer.write('train', 1, {'loss': 1.5})
+writer.close()
+print(json.dumps([name for name in ('torch', 'boto3', 'google.cloud') if name in sys.modules]))
+if importlib.util.find_spec('torch'):
+  import torch
+''', str(tmp_path))
+  assert json.loads(told) == []
+  written, = (tmp_path / 'tensorboard').iterdir()
+  assert b'train/loss' in written.read_bytes()

@@ -212,8 +212,20 @@ def bytes_used() -> float:
   return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+@contextlib.contextmanager
+def _unfound(*names: str):
+  """Meanwhile an import does not find these modules, but for those that are loaded already."""
+  hidden = [name for name in names if name not in sys.modules]
+  sys.modules.update(dict.fromkeys(hidden))
+  try:
+    yield
+  finally:
+    for name in hidden:
+      del sys.modules[name]
+
+
 class _Board:
-  """TensorBoard's writer, which takes seconds to import, so that the first step comes before it.
+  """TensorBoard's writer, which is imported after the first step.
 
   Event files of a bucket are uploaded at the end.
   """
@@ -223,7 +235,8 @@ class _Board:
 
   @functools.cached_property
   def _writer(self):
-    import tensorboardX  # the extra `tensorboard`
+    with _unfound('torch', 'boto3', 'google.cloud'):  # seconds, and hundreds of MB, for what scalars do not need
+      import tensorboardX  # the extra `tensorboard`
     local = self._stack.enter_context(storage.filled(self._folder))
     writer = tensorboardX.SummaryWriter(str(local), purge_step=self._first_step + 1)
     self._stack.callback(writer.close)
