@@ -7,6 +7,7 @@
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
+import dataclasses
 import itertools
 from pathlib import Path
 import sys
@@ -30,8 +31,11 @@ from loopformer.types import ConfigError
 FLAGS = flags.FLAGS
 RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
+DRAWN = {'sampled': exits.Sampled}  # rules without a threshold
+FILLS = {'copy': exits.Copy(), 'recompute': exits.Recompute()}
 ROWS = 32  # prompts at a time
-MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1), 'mean': memories.Mean()}
+MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1),
+            'mean': memories.Mean()}
 READERS = {}  # name of a flag -> the modes that read it
 
 
@@ -68,6 +72,8 @@ define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as e
 define(flags.DEFINE_integer, 'limit', None, 'harness', 'so many rows of every task.', lower_bound=1)
 define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take fewer '
        'loops.')
+define(flags.DEFINE_enum, 'fill', 'copy', 'generate', 'with --exit, what the steps that a token skips leave in the cache: a '
+       'copy of its last entries, or what they would have left (exact; no time is saved).', enum_values=list(FILLS))
 define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are generated with: per_loop, first, '
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
 define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
@@ -343,7 +349,7 @@ def only_exit(model) -> exits.Adaptive:
   found = list(served(FLAGS.exit, model, '--exit').values())
   if len(found) != 1:
     raise ConfigError(f'--exit={FLAGS.exit}: names {len(found)} exits; give one rule and threshold, such as kl:1e-3')
-  return found[0]
+  return dataclasses.replace(found[0], fill=FILLS[FLAGS.fill])
 
 
 def leaves(text: str, flag: str) -> dict[str, exits.Adaptive]:
@@ -351,8 +357,12 @@ def leaves(text: str, flag: str) -> dict[str, exits.Adaptive]:
   found = {}
   for word in filter(None, text.split(';')):
     name, _, thresholds = word.strip().partition(':')
-    if name not in RULES:
-      raise ConfigError(f'{flag}={text}: there is no rule {name!r}; choose from {", ".join(RULES)}')
+    if name not in RULES | DRAWN or name in DRAWN and thresholds:
+      raise ConfigError(f'{flag}={text}: there is no rule {word.strip()!r}; choose from {", ".join(RULES)} with a '
+                        f'threshold, {", ".join(DRAWN)} without one')
+    if name in DRAWN:
+      found[name] = exits.Adaptive(rule=DRAWN[name]())
+      continue
     for threshold in numbers(thresholds, flag):
       try:
         found[f'{name}:{threshold:g}'] = exits.Adaptive(rule=RULES[name](threshold=threshold))

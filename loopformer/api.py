@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.data.tokenizer import load_tokenizer
 from loopformer.inference.engine import generate, warn_beyond
-from loopformer.model import Looped, init_params, parameter_roles, run_batch
+from loopformer.model import Looped, init_params, run_batch
 from loopformer.types import Array, ConfigError, Params, Plan
 
 __all__ = ['Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch']
@@ -73,6 +72,9 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
     if step is not None:
       raise ConfigError(f'step = {step}: {source} is no work folder, and has no steps; leave it out')
     return _imported(source, mesh, **options)
+  if path.is_file():
+    from loopformer.convert.official import KINDS
+    raise ConfigError(f'{source}: a file of weights does not say whose they are; give kind=, one of {", ".join(KINDS)}')
   if options:
     raise ConfigError(f'{next(iter(options))}: a work folder says itself how its model is made; leave it out, or give '
                       'another source')
@@ -96,21 +98,15 @@ def _imported(source, mesh, kind: str | None = None, **options):
 
 def _of_run(workdir, step, mesh):
   from loopformer import config as configs
-  from loopformer.training.checkpoint import FOLDER, Checkpoints, abstract
+  from loopformer.training.checkpoint import FOLDER, restore_model
   storage.check_workdir(workdir, writes=False)
   config = configs.read(workdir)
   if not (workdir / FOLDER).is_dir():
     raise ConfigError(f'workdir = {workdir}: no checkpoint was saved there yet; let the run reach its first save '
                       f'(train.save_every = {config.train.save_every} steps)')
-  shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-  if mesh is None:
-    device = SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda _: device, shapes)
-  else:
+  if mesh is not None:
     sharding.check_model(config.model, mesh)
-    target = sharding.shardings(shapes, mesh, parameter_roles(config.model))
-  with Checkpoints(workdir) as checkpoints:
-    _, params = checkpoints.restore_params(step, abstract(shapes, target))
+  _, params = restore_model(workdir, config.model, mesh, step)
   own = workdir / TOKENIZER
   tokenizer = load_tokenizer(own) if own.is_dir() else config.task.tokenizer_of(workdir)
   return Loaded(config.model, params, tokenizer, config)

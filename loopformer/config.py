@@ -235,7 +235,7 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls: the teacher {name} has {outputs} answers to choose from, the model {model.outputs}; '
                         'give a teacher with the same tokenizer')
   for name, roll in config.objective.rolls.items():
-    if getattr(roll.plan, 'differentiated', roll.plan.expected) < roll.plan.expected and not model.cell.injects:
+    if roll.plan.differentiated < roll.plan.expected and not model.cell.injects:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())

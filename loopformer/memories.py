@@ -6,6 +6,8 @@ the parallel pass computes, and how far off the others are, is in docs/memories.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,16 +26,6 @@ def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: i
             layout=layout)
 
 
-def make(memory, loops: int, *size, width: int | None = None) -> KV:
-  """The empty cache of a memory that has `slots`; arguments as for `empty`. Keeps no states, so `width` is not read."""
-  return empty(memory.slots(loops), *size)
-
-
-def has_capacity(memory, kv, ctx: Context, taken: Array) -> Array:
-  """All find a place, where there is one for every position."""
-  return taken
-
-
 def map_caches(function, *caches):
   """`function` of every KV in trees of them."""
   return jax.tree.map(function, *caches, is_leaf=lambda leaf: isinstance(leaf, KV))
@@ -49,14 +41,27 @@ def slots_of(caches) -> int:
   return sum(kv.pos.shape[0] for kv in jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV)))
 
 
+class Slotted:
+  """A memory that keeps one KV of `slots`, with a place for every position."""
+  rewinds = True
+
+  def make(self, loops: int, *size, width: int | None = None) -> KV:
+    """The empty cache; arguments as for `empty`. No states are kept, so `width` is not read."""
+    return empty(self.slots(loops), *size)
+
+  def has_capacity(self, kv: Any, ctx: Context, taken: Array) -> Array:
+    """All find a place."""
+    return taken
+
+
 @config_dataclass
-class PerLoop:
+class PerLoop(Slotted):
   """One slot for every (loop, layer): decodes exactly what the parallel pass computes, for every schedule.
 
   Bytes a sequence: 2 * loops * N * S * G * d * bytes of an element (LoopFormer section 4; Ouro section 4), and
   4 * loops * S for positions.
   """
-  make, has_capacity, exact, rewinds = make, has_capacity, True, True
+  exact = True
 
   def slots(self, loops: int) -> int:
     return loops
@@ -70,13 +75,13 @@ class PerLoop:
 
 
 @config_dataclass
-class First:
+class First(Slotted):
   """All loops read the keys and values of the first (recursive sharing): one slot.
 
   Decodes exactly what a pass over all tokens with this memory computes, which is another function than the loop without
   it: a model must be trained for it. Bytes: PerLoop's with one loop.
   """
-  make, has_capacity, exact, rewinds = make, has_capacity, True, True
+  exact = True
 
   def slots(self, loops: int) -> int:
     return 1
@@ -90,7 +95,7 @@ class First:
 
 
 @config_dataclass
-class Ring:
+class Ring(Slotted):
   """Loop k keeps its entries in slot k mod `size`, over those of loop k - size (Huginn section 4).
 
   One pass over a prompt is exact. A token that is decoded reads what the last loops left of earlier ones, so loops
@@ -98,7 +103,7 @@ class Ring:
   Ouro's sharing in decode. Bytes: PerLoop's with `size` loops.
   """
   size: int
-  make, has_capacity, exact, rewinds = make, has_capacity, False, True
+  exact = False
 
   def __post_init__(self):
     if self.size < 1:
@@ -116,12 +121,12 @@ class Ring:
 
 
 @config_dataclass
-class Mean:
+class Mean(Slotted):
   """One slot with the mean over the loops taken; a step reads its own tokens as they are now (Ouro section 4).
 
   One pass over a prompt is exact, decoding is not. Bytes: PerLoop's with one loop.
   """
-  make, has_capacity, exact, rewinds = make, has_capacity, False, True
+  exact = False
 
   def slots(self, loops: int) -> int:
     return 1

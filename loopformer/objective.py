@@ -157,7 +157,7 @@ class Objective:
     total = 0.0
     for roll in self.rolls.values():
       steps = roll.plan.expected
-      graded = getattr(roll.plan, 'differentiated', steps) if roll.teacher is None else 0
+      graded = roll.plan.differentiated if roll.teacher is None else 0
       runs = model if roll.teacher is None else roll.teacher.model(model)
       total += runs.flops(length, steps) + (2 * runs.flops(length, graded) if graded else 0)
     return total

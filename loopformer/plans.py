@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Plan, PlanContext, config_dataclass, whole
+from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, whole
 
 SUM_TOLERANCE = 1e-6
 
@@ -27,7 +27,7 @@ def _at_least(name: str, value: int, least: int, why: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(Planner):
   """`loops` steps of 1/loops each: the finest trajectory (LoopFormer section 3), and the plan of plain loops."""
   loops: int
 
@@ -47,7 +47,7 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
+class Partition(Planner):
   """LoopFormer's short trajectory (section 3, `sample_trajectory`), drawn in integers on the grid of 1/loops.
 
   The number of steps S is uniform on 1..loops-1. Each step but the last is uniform among the multiples of 1/loops
@@ -90,7 +90,7 @@ class Partition:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomDepth:
+class RandomDepth(Planner):
   """The first S of `loops` steps, S uniform on 1..loops-1: the second pass of the early-exit variants."""
   loops: int
 
@@ -260,7 +260,7 @@ class PerSequence:
 
 
 @config_dataclass
-class Truncated:
+class Truncated(Planner):
   """T steps, T drawn from `depth`, of which the last min(T, graded) are differentiated (Parcae, Huginn section 3).
 
   The T - graded before them run without gradient, as many as are needed, in one compiled program. For loops whose step
@@ -286,7 +286,6 @@ class Truncated:
 
   @property
   def differentiated(self) -> float:
-    """Mean number of steps with a backward pass; for counting arithmetic."""
     return min(self.depth.last_mean, self.graded)
 
   def __call__(self, context: PlanContext) -> Plan:
@@ -299,7 +298,7 @@ class Truncated:
 
 
 @config_dataclass
-class Given:
+class Given(Planner):
   """As many steps as each sequence asks for in `batch['loops']`, up to `most` (length generalisation, section 3)."""
   most: int
 
@@ -320,7 +319,7 @@ class Given:
 
 
 @config_dataclass
-class Staged:
+class Staged(Planner):
   """`loops[stage]` steps, the stage being what the run's controller has decided (SHIFT): one program for all stages."""
   loops: tuple[int, ...]
 

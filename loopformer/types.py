@@ -7,6 +7,11 @@ Letters in shape suffixes (`x_BTD`) and in docstrings:
     K steps of a plan                N layers of a stack L most loops a model is trained for
 
 A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of a `Plan`; see docs/design.md.
+
+Of how much is computed: a step is one application of the cell; `loops` counts equal steps, and a model has the number that
+it was trained for at most; a `budget` is a number of loops asked for at inference; a schedule lists the sizes of steps, with
+sum one; a plan is a schedule as arrays, with what a program has to know besides. `depth` is the number of layers in a
+stack, or drawn numbers of loops (`plans.Truncated.depth`). In training, `steps` are those of the optimiser.
 """
 from __future__ import annotations
 
@@ -206,8 +211,7 @@ class StepView:
 
 
 class Planner(Protocol):
-  """How the steps of a rollout are arranged. One whose steps are not all differentiated says so by `differentiated`, a
-  mean as `expected`; one that waits for a controller names its `stages`, the loops of each."""
+  """How the steps of a rollout are arranged. Planners are subclasses, which say what is not as here."""
 
   @property
   def longest(self) -> int:
@@ -216,6 +220,16 @@ class Planner(Protocol):
   @property
   def expected(self) -> float:
     """Mean number of steps that run; for counting arithmetic."""
+
+  @property
+  def differentiated(self) -> float:
+    """Mean number of steps with a backward pass: all."""
+    return self.expected
+
+  @property
+  def stages(self) -> tuple[int, ...]:
+    """The loops of every stage of a controller that it waits for: none."""
+    return ()
 
   def __call__(self, context: PlanContext) -> Plan: ...
 

@@ -37,7 +37,7 @@ from loopformer.papers.plt.cell import LearnedMix, Mix, Shifted
 from loopformer.papers.plt.streams import Streams
 from loopformer.roles import Role, Roles
 from loopformer.starts import Noise, Zeros
-from loopformer.types import Context, PlanContext
+from loopformer.types import Context, PlanContext, Planner
 from tests import quick
 
 V, D, T, L, N = 40, 16, 8, 4, 2  # vocabulary, width, tokens, most loops, layers of the block
@@ -264,7 +264,7 @@ def plan_context(key, batch=None, step: int = 0, stage: int = 0) -> PlanContext:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class Fixed(Planner):
   """A planner whose steps are always the same."""
   steps: tuple[float, ...]
 

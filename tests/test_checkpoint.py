@@ -158,7 +158,7 @@ def test_a_run_starts_from_another(run, setting, tmp_path):
   status, _, err = test_cli.run(tmp_path / 'other', setting, *still, '--set', 'model.cell.core.block.mlp.hidden=40')
   assert status != 0 and 'mlp/' in err and 'sizes' in err
   status, _, err = test_cli.run(tmp_path / 'none', setting, *still[:-1], f'train.start={tmp_path / "nowhere"}')
-  assert status != 0 and 'no config.json' in err
+  assert status != 0 and 'no checkpoint was saved there' in err
 
 
 @pytest.mark.slow

@@ -226,11 +226,11 @@ import dataclasses
 from experiments.configs import loopformer as paper
 from loopformer import plans
 from loopformer.objective import Objective, Rollout
-from loopformer.types import config_dataclass
+from loopformer.types import Planner, config_dataclass
 
 
 @config_dataclass
-class Halved:
+class Halved(Planner):
   """One plan of two steps."""
   first: float = {first}
 

@@ -12,7 +12,7 @@ from loopformer.sharding import Mesh
 from loopformer.starts import Noise
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.step import State, make_step
-from loopformer.types import Plan
+from loopformer.types import Plan, Planner
 from tests import parts
 
 ROWS, SEED = 8, 4
@@ -29,7 +29,7 @@ def after(model, params, objective, accumulate: int, taken: int = 0):
   return new.params, jax.device_get(values)
 
 
-class EachDepth:
+class EachDepth(Planner):
   """One step or two, drawn for every sequence."""
   longest, expected = 2, 1.5
 

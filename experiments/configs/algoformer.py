@@ -7,7 +7,8 @@ Argument: size, then any of
     size    cpu      D=4, one-layer representation, width 64: two minutes
             large    D=10, two-layer representation, width 128, 12 loops
     task    regression       on a fixed representation (the paper's first task)
-            autoregression   of three states by a fixed representation (its second)
+            autoregression   of three states by a fixed representation (its second); bound=contracted: states that
+                             cannot grow, and die out, where ours are rescaled
             chain            all hidden states of a network that is drawn for every prompt (its third)
     kind    algoformer   one layer before, one looped, one after
             looped       one looped layer alone, two loops more (the same compute)
@@ -34,7 +35,7 @@ from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Embedded, Zeros
-from loopformer.tasks.chains import Autoregression, ChainOfThought
+from loopformer.tasks.chains import Autoregression, ChainOfThought, Contracted, Rescaled
 from loopformer.tasks.functions import Representation, Represented
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.regression import Regression
@@ -44,16 +45,18 @@ from loopformer.training.train import Train
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,kind=looped`."""
-  given = arguments(argument, size='cpu', kind='algoformer', inject='pre', task='regression', layers=1)
+  given = arguments(argument, size='cpu', kind='algoformer', inject='pre', task='regression', layers=1,
+                    bound='rescaled')
   small = choose('size', given['size'], {'cpu': True, 'large': False})
   kind = choose('kind', given['kind'], dict.fromkeys(('algoformer', 'looped', 'stacked'))) or given['kind']
   pre = choose('inject', given['inject'], {'pre': True, 'none': False})
   inputs, points, width, heads, loops, window = (4, 20, 64, 4, 6, 3) if small else (10, 31, 128, 8, 12, 8)
   phi = Representation(layers=1, features=8, slope=0.2) if small else Representation(layers=2, features=10)
+  bound = choose('bound', given['bound'], {'rescaled': Rescaled(), 'contracted': Contracted()})
   chain = ChainOfThought(inputs=inputs, hidden=8, layers=2 if small else 3, points=points // 2)
   of, channels, outputs = choose('task', given['task'], {  # channels: of a token
       'regression': (Regression(function=Represented(phi=phi), inputs=inputs, points=points), inputs, 1),
-      'autoregression': (Autoregression(phi=phi, steps=2 * points), 1, 1),
+      'autoregression': (Autoregression(phi=phi, steps=2 * points, bound=bound), 1, 1),
       'chain': (chain, chain.width, chain.width)})
   out_std = 0.02 / 6 ** 0.5
   one = Stack(gpt2(heads, 4 * width, out_std), 1)

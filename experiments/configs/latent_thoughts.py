@@ -4,7 +4,7 @@
 
 Argument: task, then any of
 
-    task            p_hop, addition, igsm, assignment; of timestep encoding: edit_distance, lcs; of SHIFT: markov
+    task            p_hop, addition, igsm, assignment, assignment_code; of timestep encoding: edit_distance, lcs; of SHIFT: markov
     layers, loops   k and L of (k(x)L); loops=1 is a net of k layers
     kind            loop     the block alone
                     middle   k layers, the block L times, k layers: (k(x)1,L,1)
@@ -34,11 +34,11 @@ from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.papers.latent_thoughts.cosine import Cosine
 from loopformer.tasks.addition import Addition
-from loopformer.tasks.assignment import Assignment
+from loopformer.tasks.assignment import Assignment, Code
 from loopformer.tasks.edit_distance import EditDistance, LongestCommonSubsequence
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.igsm import SymbolicGSM
-from loopformer.tasks.markov import Complex, Markov, Simple
+from loopformer.tasks.markov import Complex, Markov, Medium, Simple
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
@@ -58,7 +58,8 @@ class Setting:
   schedule: WarmupCosine
 
 
-MARKOV = Generated(of=Markov(), tests={'simple': Markov(difficulty=Simple()), 'complex': Markov(difficulty=Complex())})
+MARKOV = Generated(of=Markov(), tests={'simple': Markov(difficulty=Simple()), 'medium': Markov(difficulty=Medium()),
+                                       'complex': Markov(difficulty=Complex())})
 
 
 def settings(size: str) -> dict[str, Setting]:
@@ -71,6 +72,7 @@ def settings(size: str) -> dict[str, Setting]:
         'p_hop': Setting(task=Generated(of=PHop(hops=16, length=256), pool=4_000_000), **small),
         'igsm': Setting(task=Generated(of=SymbolicGSM(), pool=4_000_000), **small),
         'assignment': Setting(task=Generated(of=Assignment()), **small),
+        'assignment_code': Setting(task=Generated(of=Assignment(skin=Code())), **small),
         'edit_distance': Setting(task=Generated(of=EditDistance(letters=60, using=24), pool=1_000_000), **small),
         'lcs': Setting(task=Generated(of=LongestCommonSubsequence(letters=100, using=8), pool=1_000_000), **small),
         'markov': Setting(task=MARKOV, **small),
@@ -83,6 +85,7 @@ def settings(size: str) -> dict[str, Setting]:
       'p_hop': Setting(task=Generated(of=PHop(hops=3, length=24), pool=32_768), **small),
       'igsm': Setting(task=Generated(of=SymbolicGSM()), **small),
       'assignment': Setting(task=Generated(of=Assignment()), **small),
+      'assignment_code': Setting(task=Generated(of=Assignment(skin=Code())), **small),
       'edit_distance': Setting(task=Generated(of=EditDistance(letters=6, using=2), pool=40_000), **small),
       'lcs': Setting(task=Generated(of=LongestCommonSubsequence(letters=8, using=4)), **small),
       'markov': Setting(task=MARKOV, **small),

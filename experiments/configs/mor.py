@@ -14,8 +14,9 @@ Argument: size, then any of
     sharing  middle_cycle, cycle; of the recursive kind also sequence, middle_sequence
     memory   recursion  each recursion has keys of its own; shared: those of the first (recursive sharing)
              compact    as recursion, in a cache with places for 1.25 times the capacities
-    router   linear, mlp; alpha: of the gate
+    router   linear, mlp; alpha: of the gate; gate=open: it chooses, and the state moves as in a plain loop (a control)
     c        weight of the router's loss; 0.016 is what the released 0.001 amounts to with its 16 microbatches
+    z        weight of the router's z-loss, 0.001 in the paper's ablation
     auxiliary 1: another router answers, from which the model learns nothing
     balance  of token choice: loss (c = 0.1), free (a bias, moved by load), none; form: code, paper
     steps    the size's own by default
@@ -29,7 +30,7 @@ gradient; at `tiny`, initialisers of 1 / sqrt(width).
 import dataclasses
 import math
 
-from loopformer import loop, memories as memories, plans
+from loopformer import loop, memories, plans
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments, choose
 from loopformer.data.tokenizer import Bytes, TrainedPieces
@@ -45,10 +46,10 @@ from loopformer.nn.stack import Stack, repeated
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
-                                        Routed, Sigmoid, TokenChoice)
+                                        Moved, Open, Routed, Sigmoid, TokenChoice)
 from loopformer.papers.mor.memory import Compact
 from loopformer.papers.mor.routing import AsTrained, LossFree
-from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE
+from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
@@ -117,7 +118,7 @@ def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny,kind=token`."""
   given = arguments(argument, size='tiny', kind='mor', recursions=3, layers=0, sharing='middle_cycle',
                     memory='recursion', router='linear', alpha=0.1, c=0.016, auxiliary=0, balance='loss', form='code',
-                    steps=0)
+                    gate='sigmoid', z=0.0, steps=0)
   size, kind, sharing = choose('size', given['size'], SIZES), given['kind'], given['sharing']
   choose('kind', kind, dict.fromkeys(KINDS))
   layers = given['layers'] or size.layers
@@ -175,21 +176,23 @@ def router(kind: str, given: dict) -> ExpertChoice | TokenChoice:
                        combine=choose('form', given['form'], {'code': AtExit(), 'paper': EveryStep()}),
                        bias=Normal(0.0) if given['balance'] == 'free' else None)
   parts = {'train': Chance(), 'answer': Chance()} if kind == 'random' else {}
+  parts |= choose('gate', given['gate'], {'sigmoid': {'gate': Sigmoid(alpha=given['alpha'])},
+                                          'open': {'gate': Open(), 'combine': Moved()}})
   if given['auxiliary']:
     parts |= {'auxiliary': score, 'answer': Auxiliary()}
-  return ExpertChoice(capacities=capacities(given['recursions']), score=score, gate=Sigmoid(alpha=given['alpha']),
-                      **parts)
+  return ExpertChoice(capacities=capacities(given['recursions']), score=score, **parts)
 
 
 def losses(kind: str, given: dict) -> dict[str, Weighted]:
   """What a router learns besides."""
   if kind == 'random':
     return {}
+  z = {'z': Weighted(given['z'], (SquaredLogSum if kind == 'token' else SquaredScore)(roll='all'))} if given['z'] else {}
   if kind == 'token':
-    return choose('balance', given['balance'], {'loss': {'balance': Weighted(0.1, Balance(roll='all'))},
+    return z | choose('balance', given['balance'], {'loss': {'balance': Weighted(0.1, Balance(roll='all'))},
                                                 'free': {'load': Weighted(1.0, LoadBias(roll='all'))}, 'none': {}})
   term = RouterBCE(roll='all', of='auxiliary' if given['auxiliary'] else 'score')
-  return {'router': Weighted(given['c'], term)}
+  return {'router': Weighted(given['c'], term), **z}
 
 
 def memory(given: dict):

@@ -142,7 +142,7 @@ def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step:
   batch['row'] = np.arange(rows, dtype=np.int32)
   free, taken, most = [], 0.0, 0
   for roll in objective.rolls.values():
-    stage = len(getattr(roll.plan, 'stages', (0,))) - 1
+    stage = max(len(roll.plan.stages) - 1, 0)
 
     def draw(key, plan=roll.plan, stage=stage):
       drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))

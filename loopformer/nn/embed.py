@@ -121,19 +121,12 @@ class TiedHead(nn.Module):
     return read_in.vocab
 
 
-class TwiceNormedHead(nn.Module):
+class TwiceNormedHead(TiedHead):
   """As TiedHead, whose norm is also that of the state before the coda (Huginn's n_c)."""
-  norm: nn.Module = RMSNorm()
 
   def before(self, x: Array) -> Array:
     """What a state passes on its way to the coda."""
     return self.norm(x)
-
-  def __call__(self, x: Array) -> Array:
-    return self.norm(x)
-
-  table = TiedHead.table
-  outputs_of = TiedHead.outputs_of
 
 
 class Head(nn.Module):

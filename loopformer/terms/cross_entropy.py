@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
@@ -109,17 +110,10 @@ nll_sum.defvjp(_forward, _backward)
 
 
 @config_dataclass
-class CE:
+class CE(Term):
   """Cross-entropy at the end of the rollout `roll`; a mean over tokens by their weights."""
   roll: str
   chunk: int | None = None
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll,)
-
-  def weight(self, batch: Batch) -> Array:
-    return batch['weights'].sum()
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     return nll_sum(rolls[self.roll].z, readout.table, batch['targets'], batch['weights'], self.chunk,

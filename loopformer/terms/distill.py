@@ -7,7 +7,8 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE, at_once
+from loopformer.terms.cross_entropy import at_once
+from loopformer.terms.term import Taught
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
@@ -42,7 +43,7 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
 
 
 @config_dataclass
-class Distill:
+class Distill(Taught):
   """KL(teacher || student) of the answers after every step, a mean over steps and tokens by their weights (MELT, 3).
 
   Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own, and its states may
@@ -53,11 +54,6 @@ class Distill:
   roll: str
   teacher: str
   chunk: int | None = None
-  weight = CE.weight
-
-  @property
-  def reads(self) -> tuple[str, ...]:
-    return (self.roll, self.teacher)
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     own, taught = pair(self, rolls, lambda trace: trace.xs, 'keeps no states: give it keep=loop.Every()')

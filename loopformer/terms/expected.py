@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.inference.exits import SLACK
-from loopformer.terms.cross_entropy import CE, nll_sum
+from loopformer.terms.cross_entropy import nll_sum
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
@@ -40,7 +41,7 @@ def exit_step(halt: Array, threshold: float) -> Array:
 
 
 @config_dataclass
-class Expected:
+class Expected(Term):
   """sum_t p_t CE_t - beta H(p), a mean over tokens by their weights: Ouro's stage I (section 3).
 
   H, the entropy of p in nats, is what keeps p off one step; but for a constant it is the distance to the uniform one.
@@ -49,7 +50,6 @@ class Expected:
   roll: str
   beta: float = 0.05
   chunk: int | None = None
-  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = whole(rolls, self.roll)

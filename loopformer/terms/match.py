@@ -6,12 +6,12 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
 @config_dataclass
-class ShortcutConsistency:
+class ShortcutConsistency(Term):
   """mean((stop_gradient(z_target) - z_roll)^2) over positions and width, after the final norm (LoopFormer section 3).
 
   The rollout `target` gets no gradient from this term.
@@ -22,8 +22,6 @@ class ShortcutConsistency:
   @property
   def reads(self) -> tuple[str, ...]:
     return (self.roll, self.target)
-
-  weight = CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     target = jax.lax.stop_gradient(rolls[self.target].z).astype(jnp.float32)

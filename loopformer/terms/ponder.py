@@ -19,8 +19,9 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE, nll_sum
+from loopformer.terms.cross_entropy import nll_sum
 from loopformer.terms.expected import log_exit, whole
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
@@ -31,7 +32,7 @@ def log_geometric(steps: int, rate: float) -> Array:
 
 
 @config_dataclass
-class Geometric:
+class Geometric(Term):
   """KL(p || g) in nats, a mean over tokens by their weights: p the distribution of the exit step, g the geometric one of `rate`,
   cut after K steps and normalised (PonderNet, section 2). Its mean is near 1 / rate where K is large.
 
@@ -39,7 +40,6 @@ class Geometric:
   """
   roll: str
   rate: float
-  reads, weight = CE.reads, CE.weight
 
   def __post_init__(self):
     if not 0 < self.rate < 1:
@@ -77,7 +77,7 @@ def _check_threshold(term):
 
 
 @config_dataclass
-class Averaged:
+class Averaged(Term):
   """Cross-entropy of the mean of the states by ACT's weights, a mean over tokens; what exits.ACT answers with.
 
   The gradient goes to gate, model and head. The rollout keeps every state, and all of its steps run.
@@ -87,7 +87,9 @@ class Averaged:
   roll: str
   threshold: float = 0.01
   chunk: int | None = None
-  reads, weight, __post_init__ = CE.reads, CE.weight, _check_threshold
+
+  def __post_init__(self):
+    _check_threshold(self)
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = whole(rolls, self.roll)
@@ -98,14 +100,16 @@ class Averaged:
 
 
 @config_dataclass
-class Ponder:
+class Ponder(Term):
   """N + R, the steps and the remainder of ACT, a mean over tokens by their weights.
 
   N is a constant: the gradient is that of R alone, -1 for the gate of every step before N. It goes to gate and model.
   """
   roll: str
   threshold: float = 0.01
-  reads, weight, __post_init__ = CE.reads, CE.weight, _check_threshold
+
+  def __post_init__(self):
+    _check_threshold(self)
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     share_KBT, steps_BT = shares(whole(rolls, self.roll).aux['halt'], self.threshold)

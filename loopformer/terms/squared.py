@@ -6,28 +6,26 @@ from typing import Mapping
 import jax.numpy as jnp
 
 from loopformer.inference.measures import squared_error
-from loopformer.terms.cross_entropy import CE
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
 @config_dataclass
-class MSE:
+class MSE(Term):
   """Mean squared error at the end of the rollout `roll`."""
   roll: str
-  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     return jnp.sum(squared_error(readout, rolls[self.roll].z, batch) * batch['weights'])
 
 
 @config_dataclass
-class Window:
+class Window(Term):
   """The mean over all graded steps that ran of the squared error after them (looped in-context learning, 3.1).
 
   The rollout keeps every state; how many steps are graded is its plan's affair. Coda and head read each state.
   """
   roll: str
-  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]

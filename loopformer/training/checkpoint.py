@@ -11,7 +11,8 @@ from typing import Any, Callable, Mapping
 
 import jax
 
-from loopformer import storage
+from loopformer import sharding, storage
+from loopformer.model import init_params, parameter_roles
 from loopformer.training import processes
 from loopformer.types import ConfigError, config_dataclass
 
@@ -158,11 +159,21 @@ class Checkpoints:
     step = self.latest() if step is None else step
     return step, self._restore(step, params=self._ocp.args.StandardRestore(params))['params']
 
-  def _restore(self, step: int | None, **items):
+  def shapes(self) -> Any:
+    """Shapes and dtypes of the latest step's parameters, as the checkpoint itself tells them."""
+    step = self._there(self.latest())
+    with self._ocp.StandardCheckpointer() as reader:
+      return reader.metadata(self._folder / str(step) / 'params').item_metadata.tree
+
+  def _there(self, step: int | None) -> int:
     if step not in self.steps():
       wanted = 'no complete checkpoint' if step is None else f'no complete checkpoint of step {step}'
       raise ConfigError(f'{self._folder}: {wanted} there; complete steps: {self.steps() or "none"}. '
                         'Train first, or name a step that is there')
+    return step
+
+  def _restore(self, step: int | None, **items):
+    step = self._there(step)
     restored = self._manager.restore(
         step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore(), **items))
     layout = restored['meta']['layout']
@@ -170,6 +181,22 @@ class Checkpoints:
       raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
                         'use the version of loopformer that wrote it')
     return restored
+
+
+def restore_model(workdir: str | Path, model: Any, mesh: jax.sharding.Mesh | None, step: int | None = None
+                  ) -> tuple[int, Any]:
+  """(step, parameters) of a checkpoint of a run of this model, the latest if no step is named.
+
+  They are divided over the axes fsdp and tensor of the mesh, or lie on the first device.
+  """
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda _: device, shapes)
+  else:
+    target = sharding.shardings(shapes, mesh, parameter_roles(model))
+  with Checkpoints(workdir) as checkpoints:
+    return checkpoints.restore_params(step, abstract(shapes, target))
 
 
 def _serve_buckets():

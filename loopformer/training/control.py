@@ -30,7 +30,7 @@ class NoControl:
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
     """Raises ConfigError where a plan waits for stages."""
     for name, plan in plans.items():
-      if getattr(plan, 'stages', None):
+      if plan.stages:
         raise ConfigError(f'objective.rolls.{name}.plan has stages, but control = NoControl never leaves the first; '
                           'use a controller with the same stages, such as Plateau')
 
@@ -78,7 +78,7 @@ class Plateau:
   def check(self, plans: Mapping[str, Any], evals: Mapping[str, Any]):
     """Raises ConfigError where plans have other stages, or a stage's loops are not evaluated."""
     for name, plan in plans.items():
-      if getattr(plan, 'stages', self.loops) != self.loops:
+      if plan.stages not in ((), self.loops):
         raise ConfigError(f'control.loops = {self.loops}, but objective.rolls.{name}.plan has the stages '
                           f'{plan.stages}; give both the same')
     missing = [loops for loops in self.loops[:-1] if str(loops) not in evals]

@@ -19,9 +19,9 @@ import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.inference.evaluate import evaluate, motion
-from loopformer.model import init_params, parameter_roles
+from loopformer.model import parameter_roles
 from loopformer.training import averages, metrics, processes
-from loopformer.training.checkpoint import Best, Checkpoints, abstract
+from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, abstract, restore_model
 from loopformer.training.step import State, init_state, make_step
 from loopformer.types import Array, ConfigError, Params, config_dataclass
 
@@ -151,7 +151,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
       if teacher.model(config.model) == config.model:
         frozen[name] = _started(fresh(), teacher.folder, mesh, log, 'objective.rolls: weights_of')
       else:
-        given, frozen[name] = _restored(teacher.folder, teacher.model(config.model), mesh)
+        given, frozen[name] = restore_model(teacher.folder, teacher.model(config.model), mesh)
         log(f'the teacher of {teacher.folder} is as it was at step {given}')
     run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
                log, control, _Profile(workdir / 'profile', profile))
@@ -180,35 +180,28 @@ def _like(given: Params, own: Params, name: str) -> Params:
   return jax.tree.map(lambda leaf, mine: jax.device_put(jnp.array(leaf, mine.dtype), mine.sharding), given, own)
 
 
-def _restored(folder: str, model: Any, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
-  """(step, parameters) of the last checkpoint of a work folder, whose model it is."""
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  with Checkpoints(folder) as checkpoints:
-    return checkpoints.restore_params(None, abstract(shapes, sharding.shardings(shapes, mesh, parameter_roles(model))))
-
-
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
   """The parameters with those of another run's last checkpoint in the places that both have."""
-  from loopformer import config as configs
-  step, given = _restored(start, configs.read(start).model, mesh)
+  own, whole = dict(jax.tree_util.tree_leaves_with_path(params)), NamedSharding(mesh, P())
+
+  def placed(path, leaf):
+    mine = own.get(path)
+    if mine is not None and mine.shape != leaf.shape:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ConfigError(f'{where} = {start}: {name} has the shape {leaf.shape} there, {mine.shape} here; give a run of '
+                        'the same sizes')
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole if mine is None else mine.sharding)
+
+  if not (storage.path(start) / FOLDER).is_dir():
+    raise ConfigError(f'{where} = {start}: no checkpoint was saved there; give the work folder of a run')
+  with Checkpoints(start) as checkpoints:
+    step, given = checkpoints.restore_params(None, jax.tree_util.tree_map_with_path(placed, checkpoints.shapes()))
   given = dict(jax.tree_util.tree_leaves_with_path(given))
-  taken = []
-
-  def choose(path, own):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    if path not in given:
-      return own
-    if given[path].shape != own.shape:
-      raise ConfigError(f'{where} = {start}: {name} has the shape {given[path].shape} there, {own.shape} here; '
-                        'give a run of the same sizes')
-    taken.append(name)
-    return jax.device_put(given[path], own.sharding)
-
-  params = jax.tree_util.tree_map_with_path(choose, params)
+  taken = own.keys() & given.keys()
   if not taken:
     raise ConfigError(f'{where} = {start}: its model shares no parameter with this one')
-  log(f'{len(taken)} of {len(jax.tree.leaves(params))} parameters start from step {step} of {start}')
-  return params
+  log(f'{len(taken)} of {len(own)} parameters start from step {step} of {start}')
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: given.get(path, leaf), params)
 
 
 @dataclasses.dataclass

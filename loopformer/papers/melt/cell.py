@@ -36,15 +36,13 @@ LAST = memories.Ring(size=1)
 
 
 @config_dataclass
-class Latest:
+class Latest(memories.Slotted):
   """The memory of `Gated`: one row a layer and token, that of the last loop taken; tokens come `chunk` at a time.
 
   Chunks belong to the function, in training as in decoding: with `chunk=1` the pass over all tokens is token by token,
   and decoding exactly the same; larger chunks are the faster and the further from it. Bytes: PerLoop's with one loop.
   """
   chunk: int
-  make, has_capacity, rewinds = memories.make, memories.has_capacity, True
-  slots, update, fill_skipped = LAST.slots, LAST.update, LAST.fill_skipped
 
   def __post_init__(self):
     if self.chunk < 1:
@@ -54,6 +52,15 @@ class Latest:
   def exact(self) -> bool:
     """Whether decoding token by token gives what one pass over all of them gives."""
     return self.chunk == 1
+
+  def slots(self, loops: int) -> int:
+    return LAST.slots(loops)
+
+  def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
+    return LAST.update(kv, ctx, layer, k, v)
+
+  def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
+    return LAST.fill_skipped(kv, pos, last)
 
 
 class Gated(Cell):

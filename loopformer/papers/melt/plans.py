@@ -8,11 +8,28 @@ from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dat
 BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
 
 
-# Transitions ---------------------------------------------------------------------------------------------------------
+class Around(Planner):
+  """A planner that changes what another one, `of`, makes."""
+
+  @property
+  def longest(self) -> int:
+    return self.of.longest
+
+  @property
+  def expected(self) -> float:
+    return self.of.expected
+
+  @property
+  def differentiated(self) -> float:
+    return self.of.differentiated
+
+  @property
+  def stages(self) -> tuple[int, ...]:
+    return self.of.stages
 
 
 @config_dataclass
-class Transition:
+class Transition(Around):
   """The plan of `of`, blended: the share of shared rows rises linearly from 0 to 1 in `steps` steps of training."""
   of: Planner
   steps: int
@@ -22,30 +39,14 @@ class Transition:
       raise ConfigError(f'Transition.steps = {self.steps}: the first step is all of the old, the last all of the new; '
                         'give 2 or more')
 
-  @property
-  def longest(self) -> int:
-    return self.of.longest
-
-  @property
-  def expected(self) -> float:
-    return self.of.expected
-
   def __call__(self, context: PlanContext) -> Plan:
     return _blending(self.of(context), jnp.minimum(context.step / (self.steps - 1), 1.0))
 
 
 @config_dataclass
-class Apart:
+class Apart(Around):
   """The plan of `of`, every loop with rows of its own: the model as it was before its conversion, such as a teacher."""
   of: Planner
-
-  @property
-  def longest(self) -> int:
-    return self.of.longest
-
-  @property
-  def expected(self) -> float:
-    return self.of.expected
 
   def __call__(self, context: PlanContext) -> Plan:
     return _blending(self.of(context), 0.0)

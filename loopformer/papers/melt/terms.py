@@ -6,13 +6,13 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer.terms.cross_entropy import CE
-from loopformer.terms.distill import Distill, check_alike, pair
+from loopformer.terms.distill import check_alike, pair
+from loopformer.terms.term import Taught
 from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
 @config_dataclass
-class Aligned:
+class Aligned(Taught):
   """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
   a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).
 
@@ -20,7 +20,6 @@ class Aligned:
   """
   roll: str
   teacher: str
-  weight, reads = CE.weight, Distill.reads
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     own, taught = pair(self, rolls, lambda trace: trace.aux.get('attention'),

@@ -15,16 +15,16 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
-def _reads(term) -> tuple[str, ...]:
-  return (term.roll,)
+class OfRouter(Term):
+  """A mean over sequences."""
 
-
-def _rows(term, batch: Batch) -> Array:
-  """f32[]: the sequences."""
-  return jnp.float32(len(batch['tokens']))
+  def weight(self, batch: Batch) -> Array:
+    """f32[]: the sequences."""
+    return jnp.float32(len(batch['tokens']))
 
 
 def routed(rolls: Mapping[str, Trace], name: str, *needed: str) -> dict[str, Array]:
@@ -50,7 +50,7 @@ def bce(logit: Array, target: Array) -> Array:
 
 
 @config_dataclass
-class RouterBCE:
+class RouterBCE(OfRouter):
   """sum over recursions of the mean over their candidates of BCE(score, whether it was taken): it separates the scores
   of those taken and not, so that a threshold can answer (expert choice).
 
@@ -58,7 +58,6 @@ class RouterBCE:
   """
   roll: str
   of: str = 'score'
-  reads, weight = property(_reads), _rows
 
   def __post_init__(self):
     if self.of not in ('score', 'auxiliary'):
@@ -70,10 +69,9 @@ class RouterBCE:
 
 
 @config_dataclass
-class SquaredScore:
+class SquaredScore(OfRouter):
   """The z-loss of routers with one score: the mean of s^2 over a recursion's candidates, summed over recursions."""
   roll: str
-  reads, weight = property(_reads), _rows
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     aux = routed(rolls, self.roll, 'score')
@@ -81,10 +79,9 @@ class SquaredScore:
 
 
 @config_dataclass
-class SquaredLogSum:
+class SquaredLogSum(OfRouter):
   """The z-loss of a router with a score for every recursion: the mean over tokens of logsumexp(s)^2 (token choice)."""
   roll: str
-  reads, weight = property(_reads), _rows
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     aux = routed(rolls, self.roll, 'score', 'share')
@@ -99,14 +96,13 @@ def loads(taken: Array) -> Array:
 
 
 @config_dataclass
-class Balance:
+class Balance(OfRouter):
   """sum_i f_i P_i, f_i = K * the fraction of tokens that end with recursion i (a constant), P_i the mean share that the
   router gives to it (token choice). 1 at perfect balance.
 
   Over the sequences of one device and microbatch, as in the released code: a product of means is none over parts.
   """
   roll: str
-  reads, weight = property(_reads), _rows
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     aux = routed(rolls, self.roll, 'share')
@@ -118,13 +114,12 @@ class Balance:
 
 
 @config_dataclass
-class LoadBias:
+class LoadBias(Term):
   """Zero, whose gradient of the bias of TokenChoice is every recursion's load less the mean one, a token.
 
   routing.LossFree takes its sign: over the whole batch, since loads add up.
   """
   roll: str
-  reads = property(_reads)
 
   def weight(self, batch: Batch) -> Array:
     return jnp.float32(batch['tokens'].shape[0] * batch['tokens'].shape[1])

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.cells.halting import GATE, halt_logits
-from loopformer.terms.cross_entropy import CE, token_nll
+from loopformer.terms.cross_entropy import token_nll
 from loopformer.terms.expected import whole
+from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
 
 
@@ -32,7 +33,7 @@ class Prospective:
 
 
 @config_dataclass
-class Improvement:
+class Improvement(Term):
   """The gate learns whether a step pays, the model nothing: Ouro's stage II (section 3).
 
   Of the gain I_t = max(0, CE_(t-1) - CE_t) of steps t = 2..K, w_t = sigmoid(slope (I_t - least)) says whether to go on;
@@ -48,7 +49,6 @@ class Improvement:
   least: float = 0.005
   gate: Any = GATE
   chunk: int | None = None
-  reads, weight = CE.reads, CE.weight
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)

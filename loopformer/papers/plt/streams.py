@@ -43,7 +43,7 @@ class Cache:
 
 
 @config_dataclass
-class Streams:
+class Streams(memories.Slotted):
   """The memory of `cells.shifted.Shifted`: decodes exactly what the parallel pass computes.
 
   Bytes a sequence: 2 * N * (S + (R - 1) * min(w + 1, S)) * G * d * bytes of an element, 4 * (R - 1) * D for the carried
@@ -55,8 +55,6 @@ class Streams:
 
   def __post_init__(self):
     check_window(self.window_left, 'memory.')
-
-  has_capacity = memories.has_capacity
 
   def fill_skipped(self, kv: Cache, pos: Array, last: Array) -> Cache:
     """As slots: the loops of a token run together, and none is left out."""
