@@ -2,6 +2,7 @@
 import functools
 import json
 import struct
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -221,14 +222,14 @@ def truncate(path, size):
   path.write_bytes(path.read_bytes()[:size])
 
 
-@pytest.mark.parametrize('size, words', [(4, 'its header alone'), (40, 'its header alone'), (-1, 'was cut off'),
+@pytest.mark.parametrize('size, words', [(4, 'no safetensors file'), (40, 'no safetensors file'), (-1, 'was cut off'),
                                          (-70_000, 'was cut off')])
-def test_a_file_that_was_cut_off_is_named_with_a_tensor(size, words, tmp_path):
+def test_a_file_that_was_cut_off_is_named(size, words, tmp_path):
   reference.save(tmp_path, CONFIGS['llama'], weights('llama'))
   truncate(tmp_path / 'model.safetensors', size)
   with pytest.raises(ConfigError, match=words) as error:
     from_pretrained(tmp_path)
-  assert 'model.safetensors' in str(error.value) and (size > 0 or "tensor 'model." in str(error.value))
+  assert 'model.safetensors' in str(error.value)
 
 
 def test_absent_and_damaged_files_are_named(tmp_path):
@@ -370,21 +371,16 @@ def test_rows_of_queries_and_keys_that_were_not_permuted_show_in_the_mean_nll(tm
   assert abs(nll - reference.mean_nll(reference.logits(weights('llama'), CONFIGS['llama'], TOKENS), TOKENS)) > 1e-2
 
 
-@pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K', 'Q5_0'])
-def test_other_kinds_are_unpacked_by_the_package(kind, tmp_path):
+def test_quantised_tensors_are_those_of_the_package(tmp_path):
   package = pytest.importorskip('gguf')
-  code = package.GGMLQuantizationType[kind]
+  code = package.GGMLQuantizationType.Q4_K
   numbers, size = package.GGML_QUANT_SIZES[code]
-  assert (numbers, size) == (gguf.KINDS[code].numbers, gguf.KINDS[code].bytes)
   blocks = np.random.default_rng(0).integers(0, 120, (4, 2 * size), np.uint8)
-  CODES[kind] = int(code)
-  try:
-    (tmp_path / 'x.gguf').write_bytes(gguf_bytes({'a': 1}, {'w': ((4, 2 * numbers), kind, blocks.tobytes())}))
-  finally:
-    del CODES[kind]
-  _, tensors = gguf.read(tmp_path / 'x.gguf')
+  with unittest.mock.patch.dict(CODES, Q4_K=int(code)):
+    (tmp_path / 'x.gguf').write_bytes(gguf_bytes({'a': 1}, {'w': ((4, 2 * numbers), 'Q4_K', blocks.tobytes())}))
+  metadata, tensors = gguf.read(tmp_path / 'x.gguf')
+  assert metadata == {'a': 1} and tensors.shapes == {'w': (4, 2 * numbers)} and tensors.dtypes == {'w': 'Q4_K'}
   np.testing.assert_array_equal(tensors['w'], package.dequantize(blocks, code))
-  assert tensors['w'].shape == (4, 2 * numbers)
 
 
 GGUF_ERRORS = {
@@ -409,8 +405,8 @@ def test_wrong_gguf_files_are_named(case, tmp_path):
   assert not [word for word in [*words, 'model.gguf'] if word not in str(error.value)], error.value
 
 
-@pytest.mark.parametrize('size, words', [(2, 'begin with GGUF'), (30, 'header cannot be read'),
-                                         (400, 'header cannot be read'), (-1, 'was cut off')])
+@pytest.mark.parametrize('size, words', [(2, 'no GGUF file'), (30, 'no GGUF file'), (400, 'no GGUF file'),
+                                         (-1, 'was cut off')])
 def test_a_gguf_file_that_was_cut_off_is_named(size, words, tmp_path):
   path = tmp_path / 'model.gguf'
   path.write_bytes(gguf_of('llama', 'Q8_0')[0].rstrip(b'\0') if size < 0 else gguf_of('llama')[0])

@@ -20,7 +20,7 @@ from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
-FLOATS = {'F64', 'F32', 'F16', 'BF16', *(kind.name for kind in gguf.KINDS.values())}
+WHOLE = ('I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')  # dtypes, as files call them, that no weight has
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
@@ -100,7 +100,7 @@ def read_own(model: Looped, held: Tensors, path: Path, put: Callable[[str, np.nd
 
 def _check_floats(held, names, path):
   for name in names:
-    if held.dtypes[name] not in FLOATS:
+    if held.dtypes[name] in WHOLE:
       raise ConfigError(f'{path}: tensor {name!r} has dtype {held.dtypes[name]}; save it as floating point')
 
 

@@ -1,7 +1,8 @@
 """Files of tensors that are read and written one tensor at a time; shapes are known before anything is allocated.
 
-The format of safetensors: eight bytes with the length of a header, the header (JSON: dtype, shape and place of every
-tensor), then the tensors, row by row. Large models lie in several such files, beside an index.
+Files are read by the package safetensors. They are written here, because the package wants all tensors of a file at once:
+eight bytes with the length of a header, the header (JSON: dtype, shape and place of every tensor), then the tensors, row
+by row. Large models lie in several such files, beside an index.
 """
 from __future__ import annotations
 
@@ -86,45 +87,30 @@ def read_file(path: Path) -> dict[str, Tensor]:
   """The tensors of one safetensors file.
 
   Raises:
-    ConfigError: the file is damaged or ends before its tensors do.
+    ConfigError: the file is damaged or ends before its tensors do, or one has a dtype that is not read.
   """
-  size = path.stat().st_size
-  with open(path, 'rb') as file:
-    length = int.from_bytes(file.read(8), 'little')
-    if size < 8 or length > size - 8:
-      raise ConfigError(f'{path}: {size} bytes, but its header alone has {length}; it is no safetensors file, or was '
-                        'cut off: download it again')
-    try:
-      header = json.loads(file.read(length))
-      rows = {name: (tuple(row['shape']), row['dtype'], *row['data_offsets']) for name, row in header.items()
-              if name != '__metadata__'}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ConfigError(f'{path}: its header cannot be read ({type(error).__name__}); download it again') from error
-  return {name: _tensor(path, name, 8 + length, size, *row) for name, row in rows.items()}
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError as error:
+    raise ImportError(f"reading {path} needs safetensors: install the extra 'hf'") from error
+  try:
+    with safe_open(path, 'np') as file:
+      slices = {name: file.get_slice(name) for name in file.keys()}
+      rows = {name: (tuple(row.get_shape()), row.get_dtype()) for name, row in slices.items()}
+  except (SafetensorError, ValueError) as error:
+    raise ConfigError(f'{path}: {error}; it is no safetensors file, or was cut off: download it again') from error
+  for name, (_, dtype) in rows.items():
+    if dtype not in DTYPES:
+      raise ConfigError(f'{path}: tensor {name!r} has dtype {dtype}; those that are read are {", ".join(DTYPES)}')
 
+  def reader(name):
+    def read() -> np.ndarray:
+      with safe_open(path, 'np') as file:
+        return file.get_tensor(name)
 
-def _tensor(path, name, start, size, shape, dtype, first, last) -> Tensor:
-  if dtype not in DTYPES:
-    raise ConfigError(f'{path}: tensor {name!r} has dtype {dtype}; those that are read are {", ".join(DTYPES)}')
-  expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-  if last - first != expected:
-    raise ConfigError(f'{path}: tensor {name!r} of shape {list(shape)} has {last - first} bytes, expected {expected}; '
-                      'the file is damaged: download it again')
-  check_end(path, name, shape, start + last, size)
+    return read
 
-  def read() -> np.ndarray:
-    with open(path, 'rb') as file:
-      file.seek(start + first)
-      return np.fromfile(file, DTYPES[dtype], math.prod(shape)).reshape(shape)
-
-  return Tensor(shape=shape, dtype=dtype, read=read)
-
-
-def check_end(path: Path, name: str, shape: Shape, end: int, size: int):
-  """Raises ConfigError where a tensor would end beyond its file."""
-  if end > size:
-    raise ConfigError(f'{path}: tensor {name!r} of shape {list(shape)} would end at byte {end}, but the file has '
-                      f'{size}; it was cut off: download it again')
+  return {name: Tensor(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in rows.items()}
 
 
 def compare(expected: Mapping[str, Shape], given: Mapping[str, Shape], where: Any):
