@@ -37,16 +37,19 @@ ROOT = Path(__file__).resolve().parent.parent
 REASONS = ROOT / 'tests/mutants.txt'
 # Core file -> the files of its tests, quickest to notice first.
 TESTS = {
-    'attention': ('loop', 'layouts'),
-    'evaluate': ('evaluate', 'exits'),
-    'exits': ('exits', 'evaluate'),
-    'generation': ('engine', 'generate'),
+    'inference/engine': ('engine', 'generate'),
+    'inference/evaluate': ('evaluate', 'exits'),
+    'inference/exits': ('exits', 'evaluate'),
+    'inference/sampling': ('generate', 'engine'),
     'loop': ('memory', 'loop', 'exits', 'recurrence'),
-    'memory': ('memory', 'layouts', 'loop'),
+    'memories': ('memory', 'layouts', 'loop'),
     'model': ('evaluate', 'loop', 'memory', 'recurrence'),
+    'nn/attention': ('loop', 'layouts', 'plt'),
+    'nn/kernels': ('loop', 'layouts'),
     'objective': ('terms', 'train', 'cosine', 'melt'),
     'plans': ('plans', 'recurrence', 'control'),
-    'train': ('train', 'checkpoint'),
+    'training/step': ('train', 'microbatches', 'terms'),
+    'training/train': ('train', 'checkpoint'),
 }
 IMPORTS = ('jax', 'flax.linen', 'optax', 'orbax.checkpoint', 'grain', 'hypothesis', 'scipy.stats')
 FIRST = 3  # tests that are run before all others, because they noticed the most mutants
@@ -341,7 +344,7 @@ def main():
   parser.add_argument('-k', default='', help='only tests that match, as of pytest; others may notice what survives')
   parser.add_argument('--timeout', type=float, help='seconds for a mutant; by default three times those of the tests')
   options = parser.parse_args()
-  name = Path(options.file).stem
+  name = options.file.removeprefix('loopformer/').removesuffix('.py')
   if name not in TESTS:
     parser.error(f'{options.file}: no tests are known of it; there are {", ".join(TESTS)}')
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whose clean-up ends the tests that run
