@@ -72,8 +72,9 @@ define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as e
 define(flags.DEFINE_integer, 'limit', None, 'harness', 'so many rows of every task.', lower_bound=1)
 define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take fewer '
        'loops.')
-define(flags.DEFINE_enum, 'fill', 'copy', 'generate', 'with --exit, what the steps that a token skips leave in the cache: a '
-       'copy of its last entries, or what they would have left (exact; no time is saved).', enum_values=list(FILLS))
+define(lambda name, default, about: flags.DEFINE_enum(name, default, list(FILLS), about), 'fill', 'copy', 'generate',
+       'with --exit, what the steps that a token skips leave in the cache: a copy of its last entries, or what they would '
+       'have left (exact; no time is saved).')
 define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are generated with: per_loop, first, '
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
 define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '

@@ -34,13 +34,15 @@ def reached(workdir: Path) -> int:
   return max((row['step'] for row in metrics.read_rows(workdir / 'metrics.jsonl')), default=0)
 
 
-def soak(folder: Path, kills: int, steps: int, seed: int, log=print) -> int:
-  """Runs both; returns the number of kills. Raises AssertionError where the runs differ, or nothing got killed."""
-  arguments = setting(folder / 'text', steps)
-  assert cluster.wait(cluster.start(folder / 'alone', 2, 1, *arguments)) == [0, 0], cluster.told(folder / 'alone')
-  rng, killed, workdir = random.Random(seed), 0, folder / 'killed'
+def soak(folder: Path, alone: Path, arguments: list[str], devices: int, kills: int, steps: int, seed: int, log=print
+         ) -> int:
+  """Runs what `alone` did, of two processes with so many devices, to `folder`, and kills it; returns the number of kills.
+
+  Raises AssertionError where the runs differ, or nothing got killed.
+  """
+  rng, killed, workdir = random.Random(seed), 0, folder
   while True:
-    started = cluster.start(workdir, 2, 1, *arguments)
+    started = cluster.start(workdir, 2, devices, *arguments)
     # A third of the kills come at some moment of the start-up, the others some steps later, between saves and in them.
     begin, before = time.time(), reached(workdir)
     early, step = rng.random() < 1 / 3, before + rng.randint(1, max(2, steps // kills))
@@ -65,7 +67,7 @@ def soak(folder: Path, kills: int, steps: int, seed: int, log=print) -> int:
       break
   assert killed, 'the run was over before it could be killed'
   import chex
-  chex.assert_trees_all_equal(loopformer.load(workdir)[1], loopformer.load(folder / 'alone')[1])
+  chex.assert_trees_all_equal(loopformer.load(workdir)[1], loopformer.load(alone)[1])
   return killed
 
 
@@ -75,7 +77,9 @@ def main(argv):
   wanted, steps = flags.FLAGS.kills, flags.FLAGS.steps
   with tempfile.TemporaryDirectory() as folder:
     start = time.time()
-    killed = soak(Path(folder), wanted, steps, flags.FLAGS.seed)
+    arguments, alone = setting(Path(folder, 'text'), steps), Path(folder, 'alone')
+    assert cluster.wait(cluster.start(alone, 2, 1, *arguments)) == [0, 0], cluster.told(alone)
+    killed = soak(Path(folder, 'killed'), alone, arguments, 1, wanted, steps, flags.FLAGS.seed)
     print(f'{killed} kills, {steps} steps, {time.time() - start:.0f} s: weights equal to the last bit')
     if killed < wanted:
       sys.exit(f'error: the run was done after {killed} kills; raise --steps')

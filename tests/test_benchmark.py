@@ -275,10 +275,10 @@ def test_what_is_sent_does_not_grow_with_loops():
   """On eight devices; the automatic partitioner's does."""
   code = '''
 import dataclasses, json
-from experiments import plan
 from experiments.benchmark import comms
+from experiments.tools import estimate
 from tests.test_benchmark import TINY
-plan.simulate(8)
+estimate.simulate(8)
 print(json.dumps(comms.comms_suite(dataclasses.replace(TINY, batch=8), depths=(2, 6))['comms']))
 '''
   few, many = json.loads(parts.python(code).splitlines()[-1])

@@ -144,7 +144,7 @@ def test_a_killed_preparation_goes_on_where_it_was(corpus, tmp_path, encoded):
   encoded.clear()
   code = (
     'import os, signal, sys\n'
-    'from loopformer import corpus, prepared, tokenizer\n'
+    'from loopformer.data import corpus, prepared, tokenizer\n'
     'calls, encode = [], tokenizer.ByteTokenizer.encode_batch\n'
     'def dying(self, texts):\n'
     '  calls.append(texts)\n'

@@ -109,8 +109,8 @@ def test_the_construction_is_gradient_descent_to_the_last_digits():
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments import linear_cot
 from experiments.configs import linear_icl
+from experiments.studies import linear_cot
 from loopformer import plans
 from tests import test_linear_icl as t
 x, y, query, _ = t.problem()

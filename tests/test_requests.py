@@ -93,7 +93,7 @@ def test_the_same_prompt_alone_and_in_a_list():
   assert last('x = 1') == last('q', 'hello there', '', 'x = 1')
 
 
-@pytest.mark.parametrize('leave', [exits.Final(), exits.Confidence(), CASES['sampled'][1]],
+@pytest.mark.parametrize('exit_policy', [exits.Final(), exits.Confidence(), CASES['sampled'][1]],
                          ids=['final', 'confidence', 'sampled'])
 def test_sequences_of_an_evaluation_may_come_in_any_order_and_number(exit_policy):
   """Their numbers, `row`, go with them."""

@@ -16,9 +16,10 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from experiments.benchmark.sizes import Size, make_model
-from loopformer import backend, generation
-from loopformer.model import init_params
+from loopformer import backend
+from loopformer.inference import engine
 from loopformer.inference.flat import flattened
+from loopformer.model import init_params
 
 size = Size(width=256, heads=4, hidden=512, vocab=512, layers=1, loops=2, length=256, dtype='bfloat16')
 topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:1x1', chips_per_host_bounds=(1, 1, 1))
@@ -39,10 +40,10 @@ with backend.compiling_for('tpu'):
     return params
 
   params = jax.eval_shape(weights)
-  state = jax.eval_shape(lambda params: generation.empty_rows(made[0], params, 64, size.length, size.loops), params)
-  end, hurry = there((jnp.int32(0), jnp.bool_(True)))
-  program = generation.decode.lower(made[0], 16, 0, None, there(params), there(state), None, None, end,
-                                    hurry).compile()
+  state = jax.eval_shape(lambda params: engine.empty_rows(made[0], params, 64, size.length, size.loops), params)
+  end, idle = there((jnp.int32(0), jnp.bool_(True)))
+  program = engine.decode.lower(made[0], 16, 0, None, there(params), there(state), None, None, end,
+                                idle).compile()
 bytes_of = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4, 'pred': 1}
 copies, stored = [], True
 for line in program.as_text().splitlines():

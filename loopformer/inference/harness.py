@@ -1,6 +1,6 @@
 """lm-evaluation-harness with depth as an argument (extra `eval`): any of its tasks, at any budget, schedule or exit.
 
-    from loopformer import harness
+    from loopformer.inference import harness
     model, params, tokenizer, _ = loopformer.load('runs/tiny')
     lm_eval.simple_evaluate(harness.Harness(model, params, tokenizer, steps=4), tasks=['piqa'])
 

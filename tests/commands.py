@@ -1,0 +1,50 @@
+"""Commands of one process, the one after the other: started once, it joins the other processes at the first.
+
+    python -m tests.commands --workdir=FOLDER [--coordinator=...] '[["experiments.main", "--mode=eval"], ...]'
+
+What command n prints goes to FOLDER/said-PROCESS-n.txt.
+"""
+import contextlib
+import importlib
+import json
+from pathlib import Path
+import sys
+from unittest import mock
+
+from absl import flags
+import jax
+
+from loopformer.training import processes
+
+
+def forget():
+  """Lets go of the flags of commands, which define some of the same names."""
+  names = [flag.name for module, defined in flags.FLAGS.flags_by_module_dict().items()
+           if module.startswith('experiments.') for flag in defined]
+  for name in set(names):
+    delattr(flags.FLAGS, name)
+
+
+def main(commands: list[list[str]], common: list[str]):
+  options = dict(word.removeprefix('--').split('=', 1) for word in common)
+  connect = processes.connect
+
+  def once(*arguments):
+    if not jax.distributed.is_initialized():
+      connect(*arguments)
+
+  with mock.patch.object(processes, 'connect', once):
+    for n, (name, *arguments) in enumerate(commands):
+      forget()
+      sys.modules.pop(name, None)
+      command = importlib.import_module(name)
+      if name == 'experiments.tools.export':  # defines its own where it is the program
+        command.define_flags()
+      flags.FLAGS([name, *common, *arguments])
+      with (Path(options['workdir']) / f'said-{options.get("process", 0)}-{n}.txt').open('w') as file:
+        with contextlib.redirect_stdout(file):
+          command.main([name])
+
+
+if __name__ == '__main__':
+  main(json.loads(sys.argv[-1]), sys.argv[1:-1])
