@@ -21,7 +21,7 @@ from experiments.tools import machines, plots, records
 import loopformer
 from loopformer import config as configs, memories, plans, sharding, storage
 from loopformer.inference import exits
-from loopformer.inference.engine import Engine, warn_beyond
+from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.model import parameter_count
 from loopformer.training import metrics, processes
@@ -247,8 +247,8 @@ def run_generate(workdir: Path):
   model = model.clone(memory=given_memory() or model.memory)
   warn_beyond(model, steps)
   room = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts) + FLAGS.max_new_tokens
-  engine = Engine(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
-                  length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
+  engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
+                               length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
   for number, prompt in enumerate(prompts):
     engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop, memories as memories, roles, starts
+from loopformer.inference.sampler import Autoregressive
 from loopformer.nn import modules
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.nn.layers import Linear, transposed
@@ -20,7 +21,7 @@ class Looped(nn.Module):
   """e = prelude(read_in(tokens)); x = start(e); x = cell(x, e) for every row of the plan; z = norm(coda(bridge(x))).
 
   loops: L, the most loops that it is trained for, and the slots of its cache. bridge: a projection between the loop and
-  what follows. remat: what the backward pass saves.
+  what follows. remat: what the backward pass saves. sampler: how it makes texts.
 
   Modules are values: an instance that stands in two places, in any depth, means two sets of parameters.
   """
@@ -34,6 +35,7 @@ class Looped(nn.Module):
   coda: Stack | None = None
   memory: Any = memories.PerLoop()
   remat: Any = loop.PerStep()
+  sampler: Any = Autoregressive()
 
   def __post_init__(self):
     for name, value in modules.unshared(modules.fields(self)).items():

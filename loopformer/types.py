@@ -484,6 +484,14 @@ class Exit(Protocol):
     """The trace, whose `steps` are i32[B] or i32[B, T] and whose z answers."""
 
 
+class Sampler(Protocol):
+  """How a model makes texts; the command line, the harness and `loopformer.generate` go through the model's own."""
+
+  def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """What serves requests: `submit` takes one and gives its number, `run` the texts of all, `stream` pieces of them as
+    they come, `stats` what was computed; see inference/engine.py."""
+
+
 class Rule(Protocol):
   """When a token leaves the loop."""
 

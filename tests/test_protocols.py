@@ -8,7 +8,7 @@ import pytest
 
 from loopformer import loop, memories, objective, optim, plans, starts, types
 from loopformer.cells import halting, plain, recur, timed
-from loopformer.inference import evaluate, exits, measures
+from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.melt.attention import LatentAttention
@@ -50,6 +50,7 @@ PARTS = {
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
+    types.Sampler: [sampler.Autoregressive],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],

@@ -14,6 +14,7 @@ from loopformer import config as configs, loop, memories, moved, starts
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
+from loopformer.inference.sampler import Autoregressive
 from loopformer.model import Looped
 from loopformer.nn import attention, blocks, condition, inject, kernels, layers, stack
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
@@ -31,7 +32,7 @@ FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.Halves, kernels.Blockwise, kernels.Fused,
           kernels.Cudnn, kernels.Splash, loop.KeepAll,
-          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memories.PerLoop)
+          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memories.PerLoop, Autoregressive)
 
 
 def _name(thing: Any) -> str:

@@ -622,8 +622,8 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
   encoded = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
   room = max(map(len, encoded)) + whole('max_new_tokens', max_new_tokens, 1)
   length = min(_rounded(room), model.read_in.length)
-  engine = Engine(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
-                  loops=max(len(steps), model.loops), exit=exit, draft=draft)
+  engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
+                               loops=max(len(steps), model.loops), exit=exit, draft=draft)
   for number, prompt in enumerate(encoded):
     engine.submit(prompt, budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                   top_p=top_p, seed=seed, number=number, stop=stop)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import plans, sharding, storage
-from loopformer.inference.engine import Engine, warn_beyond
+from loopformer.inference.engine import warn_beyond
 from loopformer.inference.exits import check, compiled
 from loopformer.training import metrics, processes
 from loopformer.types import Array, ConfigError, Params, Plan, whole
@@ -247,8 +247,8 @@ class Scorer:
     if not requests:
       return []
     most = self.model.read_in.length
-    engine = Engine(self.model, self.params, self.tokenizer, rows=self.batch,
-                    loops=max(len(self.steps), self.model.loops), exit=self.exit)
+    engine = self.model.sampler.serve(self.model, self.params, self.tokenizer, rows=self.batch,
+                                      loops=max(len(self.steps), self.model.loops), exit=self.exit)
     for number, (context, how) in enumerate(requests):
       ids = self.tokenizer.encode(context) or [self.tokenizer.eos]
       wanted = next((whole(name, how[name], 1) for name in LIMITS if how.get(name) is not None), NEW)

@@ -1,0 +1,16 @@
+"""Samplers: how a model makes texts. Frozen parts; a model names its own."""
+from __future__ import annotations
+
+from typing import Any
+
+from loopformer.types import Params, config_dataclass
+
+
+@config_dataclass
+class Autoregressive:
+  """Token by token, each from those before it, through a cache (engine.py)."""
+
+  def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """An `Engine`; options as there."""
+    from loopformer.inference.engine import Engine  # which needs the model, which names its sampler
+    return Engine(model, params, tokenizer, **options)
