@@ -392,7 +392,8 @@ def main(argv):
     if FLAGS.mode == 'plan':
       run_plan()
     else:
-      {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness}[FLAGS.mode](workdir)
+      with machines.trusted():
+        {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')
   except Exception as error:

@@ -1,6 +1,7 @@
 """The public functions; `import loopformer` offers them under their names."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -50,7 +51,8 @@ class Loaded(NamedTuple):
       checkpoints.save(0, self.params, None, {}, {})
 
 
-def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Loaded:
+def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, trust: bool = False,
+         **options: Any) -> Loaded:
   """(model, params, tokenizer, config) of a training run, from its work folder alone; or of a model from elsewhere.
 
   Args:
@@ -60,6 +62,7 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
     mesh: None for one device, or `loopformer.sharding.Mesh(...).make()`, over whose axes fsdp and tensor the weights
       are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
       `generate` and `logits` then run on that mesh. With several processes all of them call it.
+    trust: whether code runs that lies in a work folder, or that is named there and is no part of the library.
     options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`.
 
   Raises:
@@ -78,7 +81,8 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
   if options:
     raise ConfigError(f'{next(iter(options))}: a work folder says itself how its model is made; leave it out, or give '
                       'another source')
-  return _of_run(path, step, mesh)
+  with configs.trusting() if trust else contextlib.nullcontext():
+    return _of_run(path, step, mesh)
 
 
 def _imported(source, mesh, kind: str | None = None, **options):

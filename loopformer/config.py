@@ -2,11 +2,15 @@
 
 A configuration holds live parts: frozen dataclasses and unbound Linen modules, which are dataclasses too. Nothing is
 looked up by name; a saved configuration names the classes that it is made of.
+
+Nothing runs because it was read: of what a work folder names, only parts of the library and of its experiments are found,
+and code that lies in the folder itself runs only where trust is given (`trusting`).
 """
 from __future__ import annotations
 
 import ast
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import hashlib
@@ -38,6 +42,9 @@ from loopformer.types import ConfigError, config_dataclass
 
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
+# Where parts and the functions that they may name come from; others are found where trust is given.
+PARTS, FUNCTIONS = ('loopformer', 'experiments'), ('loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
+_TRUST = contextvars.ContextVar('trust', default=False)
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
         'evals', 'mesh')
@@ -353,8 +360,22 @@ def is_workdir(path: Any) -> bool:
   return True  # damaged: `read` says so
 
 
+@contextlib.contextmanager
+def trusting() -> Iterator[None]:
+  """Inside it work folders may name any code, and code that lies in them is run."""
+  token = _TRUST.set(True)
+  try:
+    yield
+  finally:
+    _TRUST.reset(token)
+
+
 def read(workdir: str | Path) -> Experiment:
-  """The configuration of a work folder. Raises ConfigError where it holds none."""
+  """The configuration of a work folder.
+
+  Raises:
+    ConfigError: it holds none, or one that names what is no part of the library, which runs where trust is given alone.
+  """
   workdir = storage.path(workdir)
   path = workdir / FILE
   if not path.is_file():
@@ -393,12 +414,27 @@ def _decode(value: Any, workdir: Any) -> Any:
     return value
   inner = {name: _decode(field, workdir) for name, field in value.items() if not name.startswith('$')}
   if '$name' in value:
-    return _find(value['$name'], workdir)
-  return _find(value['$part'], workdir)(**inner) if '$part' in value else inner
+    return _find(value['$name'], workdir, part=False)
+  return _find(value['$part'], workdir, part=True)(**inner) if '$part' in value else inner
 
 
-def _find(name: str, workdir: Any) -> Callable:
-  module = name.partition(':')[0]
-  if module.startswith(LOADED) and module not in sys.modules:
-    _import_file(workdir / f'{module.removeprefix(LOADED)}.py')
-  return moved.find(name)
+def _find(name: str, workdir: Any, part: bool) -> Callable:
+  """What a saved name stands for: a class of parts, or a function that a part has as a value."""
+  module, trusted = moved.name_of(name).partition(':')[0], _TRUST.get()
+  if module.startswith(LOADED):  # read in this process, or a copy in the folder
+    file = workdir / f'{module.removeprefix(LOADED)}.py'
+    if module not in sys.modules and not trusted:
+      raise ConfigError(f'{workdir / FILE}: it names {name}, whose code is in {file}; read that file, and give --trust '
+                        '(trust=True) to run it')
+    if module not in sys.modules:
+      _import_file(file)
+    return moved.find(name)
+  refused = ConfigError(f'{workdir / FILE}: it names {name}, which is no part of this library; if you know the code and '
+                        'where the folder comes from, give --trust (trust=True) to run it')
+  if not trusted and module.split('.')[0] not in PARTS and (part or module not in FUNCTIONS):
+    raise refused
+  found = moved.find(name)
+  is_class = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, nn.Module))
+  if not trusted and (part and not is_class and name not in moved.FACTORIES or not part and module not in FUNCTIONS):
+    raise refused
+  return found

@@ -261,12 +261,13 @@ def own_part(folder: Path, first: float = 0.5) -> Path:
 
 @pytest.fixture
 def forget():
-  """As if no configuration file had been imported in this process."""
+  """As if no configuration file had been imported in this process; folders are trusted."""
   def clean():
     for name in [name for name in sys.modules if name.startswith(configs.LOADED)]:
       del sys.modules[name]
   clean()
-  yield clean
+  with configs.trusting():
+    yield clean
   clean()
 
 
@@ -277,7 +278,8 @@ def test_a_part_of_the_configuration_file_is_read_from_the_work_folder(tmp_path,
   configs.save(config, tmp_path / 'run')
   plan = "config.objective.rolls['short'].plan"
   out = parts.python('import sys; from loopformer import config as configs; from pathlib import Path; '
-                     f'config = configs.read(Path(sys.argv[1])); print(type({plan}).__name__, {plan}.first); '
+                     f'\nwith configs.trusting():\n  config = configs.read(Path(sys.argv[1]))\n'
+                     f'print(type({plan}).__name__, {plan}.first); '
                      'print(configs.describe(config))', str(tmp_path / 'run'))
   assert out == f'Halved 0.75\n{describe(config)}\n'
 

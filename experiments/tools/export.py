@@ -115,7 +115,8 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a restore otherwise
   try:
-    run(storage.path(FLAGS.workdir), storage.path(FLAGS.out))
+    with machines.trusted():
+      run(storage.path(FLAGS.workdir), storage.path(FLAGS.out))
   except (ConfigError, ValueError, OSError) as error:
     processes.leave(error, f'error: {error}')
 

@@ -1,6 +1,7 @@
 """The devices that a command runs on: flags of several processes, and the mesh that a run's model is divided over."""
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Sequence
 
 from absl import flags
@@ -14,10 +15,12 @@ from loopformer.types import ConfigError
 FLAGS = flags.FLAGS
 
 
-NAMES = ('distributed', 'coordinator', 'processes', 'process', 'connect_timeout', 'heartbeat')
+NAMES = ('trust', 'distributed', 'coordinator', 'processes', 'process', 'connect_timeout', 'heartbeat')
 
 
 def define_flags():
+  flags.DEFINE_bool('trust', False, 'Run code that lies in a work folder, or that it names and is no part of the library; '
+                    'as safe as the folder is where you have it from.')
   flags.DEFINE_bool('distributed', False, 'One of several processes, which JAX finds out about by itself (TPU pods, '
                     'Slurm, Kubernetes).')
   flags.DEFINE_string('coordinator', None, 'host:port of process 0 of several, with --processes and --process.')
@@ -31,6 +34,11 @@ def define_flags():
 def several() -> bool:
   """Whether the flags tell of other processes."""
   return FLAGS.distributed or any(value is not None for value in (FLAGS.coordinator, FLAGS.processes, FLAGS.process))
+
+
+def trusted() -> contextlib.AbstractContextManager:
+  """Inside it folders are read as --trust says."""
+  return configs.trusting() if FLAGS.trust else contextlib.nullcontext()
 
 
 def connect():
