@@ -17,12 +17,10 @@ import jax
 from loopformer.training import processes
 
 
-def forget():
-  """Lets go of the flags of commands, which define some of the same names."""
-  names = [flag.name for module, defined in flags.FLAGS.flags_by_module_dict().items()
-           if module.startswith('experiments.') for flag in defined]
-  for name in set(names):
-    delattr(flags.FLAGS, name)
+def flags_of_commands() -> set[str]:
+  """Names of the flags that scripts have defined; several define some of the same names."""
+  return {flag.name for module, defined in flags.FLAGS.flags_by_module_dict().items()
+          if module.startswith('experiments.') for flag in defined}
 
 
 def main(commands: list[list[str]], common: list[str]):
@@ -35,7 +33,8 @@ def main(commands: list[list[str]], common: list[str]):
 
   with mock.patch.object(processes, 'connect', once):
     for n, (name, *arguments) in enumerate(commands):
-      forget()
+      for flag in flags_of_commands():
+        delattr(flags.FLAGS, flag)
       sys.modules.pop(name, None)
       command = importlib.import_module(name)
       if name == 'experiments.tools.export':  # defines its own where it is the program

@@ -27,7 +27,7 @@ from loopformer.tasks.text import Text
 from loopformer.training import metrics, train
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
-from tests import buckets, cluster, quick, test_checkpoint, test_cli
+from tests import buckets, cluster, test_checkpoint, test_cli
 
 
 @pytest.fixture(scope='module', params=sorted(buckets.NEEDED))
@@ -56,7 +56,7 @@ def quiet(_):
 def upload_texts(folder) -> Path:
   """A corpus of generated text in a bucket."""
   local = Path('texts')
-  test_cli.write_setting(local)
+  test_cli.write_setting(local, 'base_loop')
   for file in local.glob('*.txt'):
     storage.write(storage.path(folder) / file.name, file.read_bytes())
   return local
@@ -299,14 +299,6 @@ def test_a_configuration_is_saved_with_its_file(bucket, tmp_path):
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def started(*arguments, **environment) -> subprocess.Popen:
-  """A process of the command line; its output goes to out.txt."""
-  with open('out.txt', 'w') as out:
-    return subprocess.Popen([sys.executable, '-m', 'experiments.main', *arguments], cwd=test_cli.ROOT, stdout=out,
-                            stderr=subprocess.STDOUT,
-                            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': quick.FLAGS, **environment})
-
-
 def wait_for(file, process: subprocess.Popen):
   """Blocks until the file is there."""
   deadline = time.time() + 240
@@ -354,8 +346,8 @@ def test_a_run_in_a_bucket(bucket):
     convert.export(model, params, tokenizer, f'{bucket}/exported')
   if processes == 2:
     return
-  evaluated = started('--mode=eval', f'--workdir={workdir}', '--depths=1,2')
-  assert evaluated.wait(200) == 0, Path('out.txt').read_text()
+  status, _, err = test_cli.run_here(workdir, '--mode=eval', '--depths=1,2')
+  assert status == 0, err
   rows = json.loads((workdir / 'eval/depths.json').read_text())
   assert [row['budget'] for row in rows] == [1, 2]
   assert (workdir / 'eval/depths.png').read_bytes().startswith(b'\x89PNG')

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-from absl.testing import flagsaver
 import jax
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import loopformer
 from loopformer import config as configs, memories
 from loopformer.training import metrics
 from loopformer.types import ConfigError
-from tests import quick
+from tests import commands, quick
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f'''
@@ -68,19 +67,21 @@ def run(workdir, *arguments):
 
 
 def run_here(workdir, *arguments):
-  """As `run`, in this process, where nothing has to be imported or compiled twice."""
+  """As `run`, in this process, where nothing has to be imported or compiled twice; workdir: None for none."""
   from experiments import main
   out, err, status = io.StringIO(), io.StringIO(), 0
   folder = jax.config.jax_compilation_cache_dir
   jax.config.update('jax_compilation_cache_dir', '')  # none
   try:
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      main.FLAGS(['main', f'--workdir={workdir}', *arguments])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      main.FLAGS(['main', *([] if workdir is None else [f'--workdir={workdir}']), *arguments])
       main.main(['main'])
   except SystemExit as end:
     print(end.code, file=err)
     status = 1
   finally:
+    for name in commands.flags_of_commands():
+      main.FLAGS[name].unparse()
     jax.config.update('jax_compilation_cache_dir', folder)
   return status, out.getvalue(), err.getvalue()
 

@@ -25,7 +25,7 @@ from loopformer.training import metrics
 from loopformer.training.step import init_state, make_step
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
-from tests import parts
+from tests import parts, test_cli
 
 ROOT = Path(__file__).parents[1]
 ROWS, HIDDEN = 16, 24
@@ -364,13 +364,22 @@ def test_a_step_that_does_not_fit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, expected', [
-    (['--mode=plan'], '--config is missing'),
     ([*TINY, '--set', 'mesh.data=3'], 'does not use all 4 devices'),
     ([*TINY, '--set', 'train.batch=6'], '6 rows do not divide over mesh.data * mesh.fsdp = 4'),
-    ([*TINY, '--accelerators=B100'], "no data sheet of 'B100' here"),
     (['--mode=eval'], '--workdir is missing'),
-], ids=['config', 'mesh', 'rows', 'accelerator', 'workdir'])
+], ids=['mesh', 'rows', 'workdir'])
 def test_command_line_refuses(tmp_path, arguments, expected):
   status, out, err = run(tmp_path, *arguments)
   assert status == 1 and expected in err and 'Traceback' not in err, err
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('arguments, expected', [
+    (['--mode=plan'], '--config is missing'),
+    ([*TINY, '--accelerators=B100'], "no data sheet of 'B100' here"),
+], ids=['config', 'accelerator'])
+def test_command_line_refuses_before_it_asks_for_devices(tmp_path, monkeypatch, arguments, expected):
+  monkeypatch.chdir(tmp_path)
+  status, out, err = test_cli.run_here(None, *arguments)
+  assert status == 1 and expected in err and not out
   assert not list(tmp_path.iterdir())
