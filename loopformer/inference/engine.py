@@ -27,7 +27,7 @@ import numpy as np
 from loopformer import backend, plans, sharding
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import SamplingParams, controls, sample, verify_draft, sampling_logits
+from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, verify_draft
 from loopformer.memories import map_caches
 from loopformer.nn.layers import transposed
 from loopformer.training import processes

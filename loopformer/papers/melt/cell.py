@@ -9,8 +9,8 @@ the layers run once. What tokens read of those before them are their last rows, 
 in chunks, all loops of a chunk before the next chunk. Within a chunk a token reads the rows of the present loop.
 
 What `Gated` with `LatentAttention` has besides its gates are parameters of cells/halting.py with SelfAttention: a model
-that was trained so is converted by taking them over. While it learns, the plan's rows `blend` go from 0, where every loop reads
-rows of its own as before, to 1.
+that was trained so is converted by taking them over. While it learns, the plan's rows `blend` go from 0, where every
+loop reads rows of its own as before, to 1.
 """
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ from loopformer.papers.melt.plans import BLEND
 from loopformer.types import KV, Array, ConfigError, Context, Plan, Step, config_dataclass
 
 LAST = memories.Ring(size=1)
-
-
-# The cell ------------------------------------------------------------------------------------------------------------
 
 
 @config_dataclass
