@@ -389,15 +389,13 @@ def test_generate_with_a_memory(undisturbed):
   model, params, tokenizer, _ = loopformer.load(workdir)
   prompts = ['one two', 'three loop again and']
   expected = {}
-  for name, part in (('per_loop', memories.PerLoop()), ('first', memories.First()), ('ring:2', memories.Ring(size=2)),
-                     ('last', memories.Ring(size=1)), ('mean', memories.Mean())):
+  for name, part in (('per_loop', memories.PerLoop()), ('first', memories.First()), ('ring:2', memories.Ring(size=2))):
     expected[name] = loopformer.generate(model.clone(memory=part), params, tokenizer, prompts, max_new_tokens=12,
                                          temperature=0.0)
-    if name in ('per_loop', 'first', 'ring:2'):
-      status, out, err = run_here(workdir, '--mode=generate', f'--memory={name}', '--max_new_tokens=12',
-                                  '--temperature=0', *(f'--prompt={prompt}' for prompt in prompts))
-      assert status == 0, err
-      assert out == ''.join(f'--- 4 loops\n{prompt}{text}\n' for prompt, text in zip(prompts, expected[name]))
+    status, out, err = run_here(workdir, '--mode=generate', f'--memory={name}', '--max_new_tokens=12',
+                                '--temperature=0', *(f'--prompt={prompt}' for prompt in prompts))
+    assert status == 0, err
+    assert out == ''.join(f'--- 4 loops\n{prompt}{text}\n' for prompt, text in zip(prompts, expected[name]))
   assert len({tuple(texts) for texts in expected.values()}) > 1
 
 

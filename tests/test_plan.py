@@ -42,7 +42,8 @@ def small(loops: int, remat=loop.KeepAll(), accumulate: int = 1, rows: int = ROW
 
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
-CASES = [(mesh, loops, 1) for mesh in MESHES for loops in (3, 5)] + [((2, 4, 1), 3, 2)]
+PAIRS = [(mesh, loops) for mesh in MESHES for loops in (3, 5) if mesh != (8, 1, 1) or loops == 3]
+CASES = [(mesh, loops, 1) for mesh, loops in PAIRS] + [((2, 4, 1), 3, 2)]
 
 
 def main():
@@ -76,7 +77,7 @@ def main():
     found[name_of(sizes, loops, accumulate)] = row
   for loops in (4, 12):
     made = estimate.make_plan(small(loops, remat=loop.PerStep(), rows=1024), Mesh().make())
-    found[f'memory {loops}'] = {'total': made.total}
+    found[f'memory {loops}'] = {'total': made.total, 'sent': [[*key, count] for key, count in made.sent.items()]}
   print(json.dumps(found))
 
 
@@ -123,8 +124,7 @@ def test_memory_grows_by_a_state_a_loop(found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
-@pytest.mark.parametrize('loops', [3, 5])
+@pytest.mark.parametrize('mesh, loops', PAIRS, ids=str)
 def test_weights_and_gradients_are_sent_once(found, mesh, loops):
   row, (data, fsdp, tensor) = found[name_of(mesh, loops, 1)], mesh
   divided = sum(count for count, over, _ in row['params'] if over)
@@ -156,13 +156,13 @@ def test_what_tensor_sends_grows_with_layers_and_loops(found):
   few, many = (found[name_of((2, 2, 2), loops, 1)] for loops in (3, 5))
   state = ROWS // 4 * parts.T * parts.D * 4
   assert sent(many, 'all-reduce', 2) - sent(few, 'all-reduce', 2) == pytest.approx(2 * parts.N * 4 * state)
-  for mesh in ((8, 1, 1), (2, 4, 1)):
-    few, many = (found[name_of(mesh, loops, 1)] for loops in (3, 5))
-    assert sum(row[-1] for row in few['sent']) == sum(row[-1] for row in many['sent'])
+  for few, many in ((name_of((2, 4, 1), 3, 1), name_of((2, 4, 1), 5, 1)), ('memory 4', 'memory 12')):
+    few, many = (sum(row[-1] for row in found[name]['sent']) for name in (few, many))
+    assert few == many > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
+@pytest.mark.parametrize('mesh', MESHES[1:], ids=str)
 def test_flops_of_a_loop(found, mesh):
   few, many = (found[name_of(mesh, loops, 1)]['flops'] for loops in (3, 5))
   linear = 3 * 2 * (4 * parts.D ** 2 + 2 * parts.D * HIDDEN)  # a product forward is two backward
