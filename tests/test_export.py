@@ -16,13 +16,14 @@ from safetensors.numpy import load_file
 import loopformer
 from loopformer import config as configs
 from loopformer.cells.plain import Plain
-from loopformer.convert import export, from_pretrained, tensors
+from loopformer.convert import description, export, from_pretrained, tensors
 from loopformer.data.tokenizer import ByteTokenizer, GivenJson, JsonTokenizer, TrainedPieces, load_tokenizer
 from loopformer.memories import First
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.inject import NoInjection
 from loopformer.nn.layers import GatedMLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
@@ -187,6 +188,33 @@ def test_names_in_a_file_are_looked_up_and_never_imported(tmp_path):
   path.write_text(json.dumps(config))
   with pytest.raises(ConfigError, match='description is missing'):
     from_pretrained(tmp_path / 'out')
+
+
+def before(value):
+  """A description as versions wrote it in which layers and attentions with other norms were classes of their own."""
+  if isinstance(value, list):
+    return [before(item) for item in value]
+  if not isinstance(value, dict):
+    return value
+  old = {name: before(field) for name, field in value.items() if name not in ('sampler', 'placement')}
+  if value.get('part') == 'loopformer.NoInjection':
+    old['part'] = 'loopformer.Hold'
+  if value.get('placement', {}).get('part') == 'loopformer.SandwichNorm':
+    old['part'] = 'loopformer.Sandwich'
+  elif value.get('part') == 'loopformer.SelfAttention':
+    normed = old.pop('norm') is not None
+    if normed:
+      old = {name: field for name, field in old.items() if name not in ('norm_qk', 'biased', 'values', 'init', 'out_init')}
+      old |= {'part': 'loopformer.NormedAttention', 'norm': before(value['norm'])}
+  return old
+
+
+@pytest.mark.parametrize('model', [looped(Stack(parts.sandwich(), 2)), looped(stack(2, normed=True)),
+                                   looped(stack(1)).clone(cell=parts.recur(NoInjection()))], ids=['sandwich', 'normed', 'held'])
+def test_parts_of_older_exports_are_found(model):
+  old = before(description.encode(model))
+  assert any(f'loopformer.{name}"' in json.dumps(old) for name in ('Sandwich', 'NormedAttention', 'Hold'))
+  assert description.decode({'description': old}, 'config.json') == model
 
 
 def test_an_export_of_ours_is_not_cut_again(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import loopformer
 from loopformer import plans
 from loopformer.cells.recur import Recur
-from loopformer.convert import from_pretrained, gguf, retrofit
+from loopformer.convert import from_pretrained, gguf, retrofit, tensors
 from loopformer.model import Looped, init_params
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block
@@ -178,7 +178,7 @@ def test_wrong_weights_are_named(case, tmp_path):
 
 def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
   sd = weights('llama') | {LAYER + 'self_attn.k_proj.weight': np.zeros((D, D), np.float32)}
-  monkeypatch.setattr(np, 'fromfile', None)
+  monkeypatch.setattr(tensors.Tensors, '__getitem__', None)
   with pytest.raises(ConfigError, match='k_proj'):
     imported(tmp_path, sd=sd)
 

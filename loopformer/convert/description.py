@@ -40,7 +40,8 @@ def _name(thing: Any) -> str:
 
 
 TABLE = {_name(thing): thing for thing in (*COMPUTED, *FUNCTIONS, *BESIDE)}
-OLD = {'loopformer.Sandwich': moved.find('loopformer.blocks:Sandwich'),  # as exports of older versions name them
+OLD = {'loopformer.Hold': moved.find('loopformer.inject:Hold'),  # as exports of older versions name them
+       'loopformer.Sandwich': moved.find('loopformer.blocks:Sandwich'),
        'loopformer.NormedAttention': moved.find('loopformer.normed_attention:NormedAttention')}
 
 
