@@ -38,7 +38,7 @@ from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
 from loopformer.training.control import NoControl
 from loopformer.training.train import Train, best_of
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.types import ConfigError, Planner, config_dataclass
 
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
@@ -242,6 +242,9 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls: the teacher {name} has {outputs} answers to choose from, the model {model.outputs}; '
                         'give a teacher with the same tokenizer')
   for name, roll in config.objective.rolls.items():
+    if Planner not in type(roll.plan).__mro__:
+      raise ConfigError(f'objective.rolls.{name}.plan = {_name_of(type(roll.plan))}: it is no planner; make it a subclass '
+                        'of loopformer.types.Planner, which says what every planner tells')
     if roll.plan.differentiated < roll.plan.expected and not model.cell.injects:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')

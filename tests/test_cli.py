@@ -413,7 +413,7 @@ def test_exits_of_the_command_line():
   runs = main.rules('kl:1e-3,0.5;stable:3', model)
   assert list(runs) == ['kl:0.001', 'kl:0.5', 'stable:3']
   assert runs['stable:3'].exit == exits.Adaptive(rule=exits.Stable(threshold=3.0)) and runs['kl:0.5'].plan.longest == 4
-  for text, message in (('kl:x', '--exits=x'), ('gait:1', "no rule 'gait'"), ('kl:-1', 'threshold = -1')):
+  for text, message in (('kl:x', '--exits=x'), ('gait:1', "no rule 'gait:1'"), ('kl:-1', 'threshold = -1')):
     with pytest.raises(main.ConfigError, match=message):
       main.rules(text, model)
   assert list(main.rules('gate:0.5', ROWS['ouro'].model)) == ['gate:0.5']

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 import sys
+import types
 
 import jax
 import numpy as np
@@ -335,6 +336,13 @@ def test_check_refuses(assignments, message):
 def test_check_refuses_a_best_that_no_evaluation_reports(name):
   with pytest.raises(ConfigError, match=rf"train\.best = '{name}': no number .*choose one of loss@1, perplexity@1"):
     check(changed(f'train.best={name}'))
+
+
+def test_check_refuses_what_is_no_planner():
+  own = types.SimpleNamespace(longest=2, expected=2.0)
+  rolls = {**TINY.objective.rolls, 'short': Rollout(own)}
+  with pytest.raises(ConfigError, match=r'objective\.rolls\.short\.plan = .*: it is no planner; make it a subclass'):
+    configs.check(dataclasses.replace(TINY, objective=dataclasses.replace(TINY.objective, rolls=rolls)))
 
 
 def test_the_measure_says_which_checkpoint_is_best():

@@ -25,7 +25,7 @@ from loopformer.optim import AdamW, WarmupCosine
 from loopformer.terms.cross_entropy import CE
 from loopformer.terms.match import ShortcutConsistency
 from loopformer.training.step import init_state, make_step
-from loopformer.types import Plan, config_dataclass
+from loopformer.types import Plan, Planner, config_dataclass
 
 MEGA = 1e6
 OPTIM = AdamW(schedule=WarmupCosine(warmup=10))
@@ -67,7 +67,7 @@ REMATS = (loop.PerLayer(), loop.PerStep(), loop.Products(), loop.Offload(), loop
 
 
 @config_dataclass
-class Padded:
+class Padded(Planner):
   """`count` equal steps in a plan of `rows`, the rest skipped: what a random short trajectory costs on average."""
   count: int
   rows: int
