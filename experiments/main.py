@@ -128,13 +128,12 @@ def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
     raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:tiny')
+  config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)  # its parts are known from here on
   saved = configs.read(workdir) if (workdir / 'config.json').exists() else None
-  if FLAGS.config is None:
+  if config is None:
     config = saved
     for assignment in FLAGS.set:
       config = configs.override(config, assignment)
-  else:
-    config = configs.load(FLAGS.config, FLAGS.set)
   configs.check(config)
   differences = list(configs.difference(saved, config)) if saved else []
   if differences:

@@ -421,12 +421,23 @@ def _decode(value: Any, workdir: Any) -> Any:
   return _find(value['$part'], workdir, part=True)(**inner) if '$part' in value else inner
 
 
+def _published(module: str) -> Path | None:
+  """The file of experiments/configs whose contents a module of this name has; None where it is another's."""
+  stem, _, digest = module.removeprefix(LOADED).rpartition('_')
+  spec = importlib.util.find_spec('experiments.configs')
+  for folder in spec.submodule_search_locations if spec else ():
+    path = Path(folder) / f'{stem}.py'
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()[:8] == digest:
+      return path
+  return None
+
+
 def _find(name: str, workdir: Any, part: bool) -> Callable:
   """What a saved name stands for: a class of parts, or a function that a part has as a value."""
   module, trusted = moved.name_of(name).partition(':')[0], _TRUST.get()
   if module.startswith(LOADED):  # read in this process, or a copy in the folder
-    file = workdir / f'{module.removeprefix(LOADED)}.py'
-    if module not in sys.modules and not trusted:
+    file = _published(module) or workdir / f'{module.removeprefix(LOADED)}.py'
+    if module not in sys.modules and not trusted and file.parent == workdir:
       raise ConfigError(f'{workdir / FILE}: it names {name}, whose code is in {file}; read that file, and give --trust '
                         '(trust=True) to run it')
     if module not in sys.modules:

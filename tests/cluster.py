@@ -31,7 +31,7 @@ def start(workdir: Path, processes: int, devices: int, *arguments: str, output: 
     place = [f'--coordinator={address}', f'--processes={processes}', f'--process={i}'] if processes > 1 else []
     with (workdir / f'out-{i}.txt').open('w') if output else open(os.devnull, 'w') as out:
       started.append(subprocess.Popen(
-          [sys.executable, '-m', module, f'--workdir={workdir}', *place, *arguments], cwd=ROOT,
+          [sys.executable, '-m', module, f'--workdir={workdir}', '--trust=true', *place, *arguments], cwd=ROOT,
           env=environment, stdout=out, stderr=subprocess.STDOUT))
   return started
 

@@ -9,12 +9,14 @@ import hypothesis
 import jax
 import pytest
 
+from loopformer import config as configs
 from tests import quick
 
 # The tests compile thousands of small programs and run each a few times. Flags are read when the first device is asked
 # for; the processes that tests start do not inherit them.
 with mock.patch.dict(os.environ, XLA_FLAGS=f'{quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}'):
   jax.devices()
+configs._TRUST.set(True)  # the folders that tests read are their own; tests/test_trust.py has others'
 hypothesis.settings.register_profile('loopformer', deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile('loopformer')
 logging.getLogger('absl').setLevel(logging.ERROR)

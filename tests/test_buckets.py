@@ -290,8 +290,7 @@ def test_a_configuration_is_saved_with_its_file(bucket, tmp_path):
   config = configs.load(f'{bucket}/mine.py:{argument}')
   configs.save(config, f'{bucket}/config')
   forget()
-  with configs.trusting():
-    assert configs.describe(configs.read(f'{bucket}/config')) == configs.describe(config)
+  assert configs.describe(configs.read(f'{bucket}/config')) == configs.describe(config)
   with pytest.raises(ConfigError, match='no config.json in it'):
     configs.read(f'{bucket}/nothing')
 

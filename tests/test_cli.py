@@ -51,7 +51,8 @@ def get_config(folder):
 
 
 def command(workdir, *arguments):
-  return [sys.executable, '-m', 'experiments.main', f'--workdir={workdir}', *arguments]
+  trust = [] if '--mode=plan' in arguments else ['--trust']  # of the parts that SETTING defines
+  return [sys.executable, '-m', 'experiments.main', f'--workdir={workdir}', *trust, *arguments]
 
 
 def environment() -> dict[str, str]:

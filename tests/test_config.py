@@ -262,13 +262,12 @@ def own_part(folder: Path, first: float = 0.5) -> Path:
 
 @pytest.fixture
 def forget():
-  """As if no configuration file had been imported in this process; folders are trusted."""
+  """As if no configuration file had been imported in this process."""
   def clean():
     for name in [name for name in sys.modules if name.startswith(configs.LOADED)]:
       del sys.modules[name]
   clean()
-  with configs.trusting():
-    yield clean
+  yield clean
   clean()
 
 

@@ -686,7 +686,7 @@ def test_folder_may_be_shared(corpus, tmp_path):
 def test_a_process_ends_while_batches_are_being_read(shared):
   _, task, folder = shared
   code = (
-    'from loopformer import data, prepared\n'
+    'from loopformer.data import batches as data, prepared\n'
     'import grain\n'
     f"stream = prepared.open_split({str(folder / 'data')!r}, 'train')\n"
     'windows = grain.MapDataset.source(data.Windows(stream, 32, 256)).shuffle(0).repeat()\n'

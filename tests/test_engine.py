@@ -307,7 +307,7 @@ def test_what_reads_ahead_is_not_decoded(name):
   model = AHEAD[name]
   made = Engine(model, parts.params(model), TOKENIZER, rows=1, length=16)
   made.submit('abc', max_new_tokens=2)
-  with pytest.raises(ConfigError, match=r'cache: its attention reads later tokens too.*attention\.Fused'):
+  with pytest.raises(ConfigError, match=r'cache: its attention reads later tokens too.*kernels\.Fused'):
     made.run()
 
 

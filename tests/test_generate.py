@@ -198,7 +198,7 @@ def drawn_under(logits, key, control):
                          ids=str)
 def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
   control = controls(len(LOGITS), temperature, top_k, top_p)
-  drawn = sample(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), jax.random.key(0), control)
+  drawn = drawn_under(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), jax.random.key(0), control)
   counts, expected = np.bincount(drawn, minlength=len(LOGITS)), reference(temperature, top_k, top_p)
   assert not counts[expected == 0].any()
   kept = expected > 0
@@ -209,7 +209,7 @@ def test_sample_draws_the_reference_distribution(temperature, top_k, top_p):
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_k):
   for top_p in np.linspace(0.03, 0.97, 32):
     control = controls(len(LOGITS), 2.0, top_k, float(top_p))
-    drawn = sample(jnp.broadcast_to(LOGITS, (2000, len(LOGITS))), jax.random.key(0), control)
+    drawn = drawn_under(jnp.broadcast_to(LOGITS, (2000, len(LOGITS))), jax.random.key(0), control)
     np.testing.assert_array_equal(np.unique(drawn), np.flatnonzero(reference(2.0, top_k, top_p)), f'top_p = {top_p}')
 
 
@@ -237,7 +237,7 @@ def test_a_certain_token_is_drawn(vocab):
 
 
 def test_temperature_zero_takes_the_likeliest():
-  drawn = sample(jnp.broadcast_to(LOGITS, (50, len(LOGITS))), jax.random.key(0), controls(len(LOGITS), 0.0))
+  drawn = drawn_under(jnp.broadcast_to(LOGITS, (50, len(LOGITS))), jax.random.key(0), controls(len(LOGITS), 0.0))
   assert (drawn == LOGITS.argmax()).all()
 
 
@@ -252,7 +252,7 @@ def test_every_row_has_its_own_law():
 
 def test_rows_are_drawn_each_from_its_own_logits():
   logits = jnp.stack([jnp.asarray(LOGITS), jnp.asarray(LOGITS[::-1])])
-  drawn = sample(logits, jax.random.key(0), controls(len(LOGITS), 1.0, 1))
+  drawn = drawn_under(logits, jax.random.key(0), controls(len(LOGITS), 1.0, 1))
   np.testing.assert_array_equal(drawn, [0, 7])
 
 

@@ -352,7 +352,7 @@ def test_models_that_read_ahead_are_refused(length):
   for kernel, refused in ((Bidirectional(), True), (Fused(), False)):
     model = parts.looped(parts.timed(kernel=kernel), read_in=read_in)
     if refused:
-      with pytest.raises(ConfigError, match=r'model: not causal.*attention\.Blockwise'):
+      with pytest.raises(ConfigError, match=r'model: not causal.*kernels\.Blockwise'):
         Scorer(model, parts.params(model), TOKENIZER)
     else:
       Scorer(model, parts.params(model), TOKENIZER)

@@ -501,7 +501,7 @@ def test_what_is_not_defined_is_refused():
   def run(model=model, plan=UNIFORM, **options):
     jax.eval_shape(lambda w: model.apply({'params': w}, tokens(2), plan, **options), parts.shapes(melt()))
 
-  with pytest.raises(ConfigError, match=r'model\.memory = PerLoop.*use cells\.melt\.Latest'):
+  with pytest.raises(ConfigError, match=r'model\.memory = PerLoop.*use papers\.melt\.cell\.Latest'):
     run(model.clone(memory=memories.PerLoop()))
   with pytest.raises(ConfigError, match='plan.no_grad_steps'):
     run(plan=UNIFORM.replace(no_grad_steps=jnp.int32(2)))

@@ -599,7 +599,7 @@ def test_routers_that_do_not_fit_are_refused(options, message):
 
 @pytest.mark.parametrize('attempt, message', [
     (lambda: learn(MODEL, params(MODEL), tokens(), plans.Uniform(L + 1)(None)), 'made for 4 recursions'),
-    (lambda: learn(MODEL, params(MODEL), tokens(), FULL.replace(no_grad_steps=jnp.int32(1))), 'free'),
+    (lambda: learn(MODEL, params(MODEL), tokens(), FULL.replace(no_grad_steps=jnp.int32(1))), 'no_grad_steps'),
     (lambda: Threshold(at=1.0), 'at = 1.0'), (lambda: Compact(share=()), 'memory.share'),
     (lambda: Compact(share=(1.0,)).make(2, 1, 1, 1, 1, 1, jnp.float32), '2 are asked for'),
     (lambda: at_once(parts.looped(parts.plain(), memory=Compact(share=(1.0,) * L)), tokens(2), parts.looped(

@@ -23,6 +23,14 @@ NAMED = {  # where in a configuration, and what is there
 }
 
 
+@pytest.fixture(autouse=True)
+def strangers():
+  """Folders are nobody's own here."""
+  token = configs._TRUST.set(False)
+  yield
+  configs._TRUST.reset(token)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   """A work folder, and beside it a module whose import leaves a file."""
