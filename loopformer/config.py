@@ -3,8 +3,8 @@
 A configuration holds live parts: frozen dataclasses and unbound Linen modules, which are dataclasses too. Nothing is
 looked up by name; a saved configuration names the classes that it is made of.
 
-Nothing runs because it was read: of what a work folder names, only parts of the library and of its experiments are found,
-and code that lies in the folder itself runs only where trust is given (`trusting`).
+Nothing runs because it was read: of what a work folder names, only parts of the library and of its experiments are
+found, and code that lies in the folder itself runs only where trust is given (`trusting`).
 """
 from __future__ import annotations
 

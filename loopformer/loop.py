@@ -185,8 +185,8 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
         precomputed: Any = None):
   """Applies `cell` once for every row of `plan`; a bound module, inside its parent's method.
 
-  `precomputed` is the plan's `cell.precompute` where the caller has it already. With a cache, sequences may have plans of their
-  own, t and dt f32[K, B]; active = bool[K, B] must then be True in the first rows of each.
+  `precomputed` is the plan's `cell.precompute` where the caller has it already. With a cache, sequences may have plans
+  of their own, t and dt f32[K, B]; active = bool[K, B] must then be True in the first rows of each.
   Returns (x, kv, kept states [K, ...] or None, auxiliaries [K, ...], steps that ran i32[]).
   """
   first, k = jnp.int32(0), jnp.arange(plan.steps)
@@ -229,8 +229,8 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
 
 
 def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any):
-  """The rows that are active, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into and out
-  of every branch that can skip."""
+  """The rows that are active, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into
+  and out of every branch that can skip."""
   if keep != Last():
     raise ConfigError(f'keep = {keep}: with a cache no states are kept; use loop.Last()')
   count = jnp.int32(rows.dt.shape[0]) if rows.active is None else rows.active.sum(0).max()
@@ -264,7 +264,8 @@ def _of_active(active, new, old):
 
 
 def _active_first(rows):
-  """k -> row k of those that are active, all of which come before the others where every sequence has rows of its own."""
+  """k -> row k of those that are active, all of which come before the others where every sequence has rows of its
+  own."""
   if rows.active is not None and rows.active.ndim == 1:
     order = jnp.argsort(~rows.active, stable=True)
     rows = jax.tree.map(lambda leaf: leaf[order], rows).replace(active=None)
@@ -288,7 +289,8 @@ def _walk(cell, x, e, row_of, count, ctx, kv):
   return x, kv
 
 
-def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, exit_policy: Any, threshold: Array | None,
+def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, exit_policy: Any,
+          threshold: Array | None,
           precomputed: Any, observe: Callable[..., Any]):
   """Applies `model.cell` until `exit_policy` (exits.Adaptive) lets every token go, or the plan ends; a bound module, no
   reverse mode.
@@ -308,7 +310,8 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
     raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
                       'use fill=Recompute()')
   precomputed = model.cell.precompute(plan) if precomputed is None else precomputed
-  row_of = _active_first(Step(t=plan.t, dt=plan.dt, active=plan.active, k=jnp.arange(plan.steps), precomputed=precomputed))
+  row_of = _active_first(Step(t=plan.t, dt=plan.dt, active=plan.active, k=jnp.arange(plan.steps),
+                              precomputed=precomputed))
   length = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)  # of each sequence, or of all
   length = jnp.broadcast_to(length, ctx.pos.shape[:1])[:, None]
 
@@ -332,7 +335,8 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
 
   active = (ctx.pos >= 0) if cached else jnp.ones(ctx.pos.shape, bool)
   shown = model.cell.output(x)
-  carry = (x, shown, kv, jnp.int32(0), active, jnp.zeros(active.shape, jnp.int32), exit_policy.rule.init(model, shown, ctx))
+  carry = (x, shown, kv, jnp.int32(0), active, jnp.zeros(active.shape, jnp.int32),
+           exit_policy.rule.init(model, shown, ctx))
   _, answer, kv, ran, _, taken, _ = nn.while_loop(going, body, model, carry, carry_variables=(),
                                                   broadcast_variables='params')
   if cached and not through:

@@ -74,8 +74,8 @@ class Looped(nn.Module):
             keys: Array | None = None) -> Trace:
     """Runs the steps of a plan until `exit_policy` (exits.Adaptive) lets go; arguments as for the model itself.
 
-    threshold: the rule's, f32[] or f32[B, 1] (`exit_policy.threshold`). keys: [B], of a rule that draws; None: one fixed key
-    for all sequences.
+    threshold: the rule's, f32[] or f32[B, 1] (`exit_policy.threshold`). keys: [B], of a rule that draws; None: one
+    fixed key for all sequences.
 
     Returns:
       A trace whose steps are those that every token took, i32[B, T], and whose aux['ran'] is the number that ran.
@@ -96,7 +96,8 @@ class Looped(nn.Module):
       return StepView(k=k, last=last, old=old, new=new, aux=aux, logits=logits), lambda: caches[0]
 
     looped = {name: kv[name] for name in ('loop', 'coda') if kv.get(name) is not None}
-    x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, exit_policy, threshold, precomputed, observe)
+    x, looped, taken, ran = loop.adapt(self, self.cell.enter(self.start(e, ctx)), e, plan, ctx, looped, exit_policy,
+                                       threshold, precomputed, observe)
     kv |= looped
     z, kv['coda'] = self._finish(x, ctx, kv.get('coda'))
     kv = {name: cache for name, cache in kv.items() if cache is not None}

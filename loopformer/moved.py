@@ -205,7 +205,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
-  """Inside it modules and names can be imported as they were, for files that were copied into a work folder long ago."""
+  """Inside it modules and names can be imported as they were, for files that were copied into a work folder long
+  ago."""
   finder, before = _Finder(), set(sys.modules)
   aliases = [(importlib.import_module(module), name, find(f'{module}:{name}'))
              for module, _, name in (old.partition(':') for old in NAMES) if module not in MODULES]

@@ -82,9 +82,9 @@ class Objective:
   Every mean is one sum over the whole global batch divided once by a weight that depends on the batch alone, so that
   microbatches, devices and hosts agree whatever the padding.
 
-  prepare: what becomes of a batch in every step, before anything is summed or divided: context -> batch, leaves [B, ...]. It
-  may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it drew. What
-  it draws for a sequence it draws from `context.keys()`.
+  prepare: what becomes of a batch in every step, before anything is summed or divided: context -> batch, leaves [B,
+  ...]. It may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it
+  drew. What it draws for a sequence it draws from `context.keys()`.
   """
   rolls: Mapping[str, Rollout]
   terms: Mapping[str, Weighted]
@@ -115,7 +115,8 @@ class Objective:
     """Those whose weights some rollouts run with, by their names."""
     return {roll.teacher.name: roll.teacher for roll in self.rolls.values() if roll.teacher is not None}
 
-  def rollouts(self, model, params: Params, context: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str, Trace]:
+  def rollouts(self, model, params: Params, context: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str,
+                                                                                                             Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
     missing = [name for name in self.teachers if name not in frozen]
     if missing:
@@ -125,7 +126,8 @@ class Objective:
     for name, roll in self.rolls.items():
       noise = context.named(f'{name} noise').keys()
       runs, weights = self._of(roll, model, params, frozen)
-      traces[name] = run_batch(runs, weights, context.batch, roll.plan(context.named(name)), keep=roll.keep, noise=noise)
+      traces[name] = run_batch(runs, weights, context.batch, roll.plan(context.named(name)), keep=roll.keep,
+                               noise=noise)
     return traces
 
   def __call__(self, model, params: Params, context: PlanContext, denominators: Mapping[str, Array],

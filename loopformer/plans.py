@@ -1,7 +1,7 @@
 """Plans: how the steps of a rollout are arranged.
 
-A planner is a frozen part, called with a `PlanContext` (a key, the step, the batch); it returns a `Plan` whose number of rows
-is static, so that one compiled program serves everything it samples.
+A planner is a frozen part, called with a `PlanContext` (a key, the step, the batch); it returns a `Plan` whose number
+of rows is static, so that one compiled program serves everything it samples.
 """
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ Letters in shape suffixes (`x_BTD`) and in docstrings:
 
 A model is one computation, `x = cell(x, e, ctx, kv)` repeated over the rows of a `Plan`; see docs/design.md.
 
-Of how much is computed: a step is one application of the cell; `loops` counts equal steps, and a model has the number that
-it was trained for at most; a `budget` is a number of loops asked for at inference; a schedule lists the sizes of steps, with
-sum one; a plan is a schedule as arrays, with what a program has to know besides. `depth` is the number of layers in a
-stack, or drawn numbers of loops (`plans.Truncated.depth`). In training, `steps` are those of the optimiser.
+Of how much is computed: a step is one application of the cell; `loops` counts equal steps, and a model has the number
+that it was trained for at most; a `budget` is a number of loops asked for at inference; a schedule lists the sizes of
+steps, with sum one; a plan is a schedule as arrays, with what a program has to know besides. `depth` is the number of
+layers in a stack, or drawn numbers of loops (`plans.Truncated.depth`). In training, `steps` are those of the optimiser.
 """
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class Plan:
   t, dt: f32[K], time at, and size of, each step; a whole trajectory has length one.
   active: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
-  no_grad_steps: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each sequence).
-  rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in `Cell.precompute`.
+  no_grad_steps: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each
+  sequence).
+  rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in
+  `Cell.precompute`.
   """
   t: Array
   dt: Array
@@ -90,8 +92,8 @@ class PlanContext:
 class Step:
   """Row k of a plan: all that a step knows of the schedule.
 
-  t, dt: f32[]; active: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where sequences
-  have had different numbers of `no_grad_steps`, in passes without a cache;
+  t, dt: f32[]; active: None, bool[] or bool[B]; k: the number of steps before this one, i32[], or i32[B] where
+  sequences have had different numbers of `no_grad_steps`, in passes without a cache;
   precomputed: what the cell made of this row ahead of the loop (`Cell.precompute`), any pytree.
   """
   t: Array
@@ -366,7 +368,8 @@ class Attention(Protocol):
   def flops(self, width: int, length: int) -> float:
     """Floating-point operations a token, forward."""
 
-  def __call__(self, x: Array, ctx: Context, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array, Any]:
+  def __call__(self, x: Array, ctx: Context, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array,
+                                                                                                              Any]:
     """x [B, T, D] in the layer's dtype, the gate of its last product f32[D] or None -> ([B, T, D], cache)."""
 
 

@@ -36,7 +36,8 @@ def reached(workdir: Path) -> int:
 
 def soak(folder: Path, alone: Path, arguments: list[str], devices: int, kills: int, steps: int, seed: int, log=print
          ) -> int:
-  """Runs what `alone` did, of two processes with so many devices, to `folder`, and kills it; returns the number of kills.
+  """Runs what `alone` did, of two processes with so many devices, to `folder`, and kills it; returns the number of
+  kills.
 
   Raises AssertionError where the runs differ, or nothing got killed.
   """

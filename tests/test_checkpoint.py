@@ -154,7 +154,8 @@ def test_a_run_starts_from_another(run, setting, tmp_path):
   assert status == 0, err
   assert 'parameters start from step 24' in out
   jax.tree.map(np.testing.assert_array_equal, test_cli.weights(tmp_path / 'same'), test_cli.weights(run))
-  status, _, err = test_cli.run_here(tmp_path / 'other', setting, *still, '--set', 'model.cell.core.block.mlp.hidden=40')
+  status, _, err = test_cli.run_here(tmp_path / 'other', setting, *still, '--set',
+                                     'model.cell.core.block.mlp.hidden=40')
   assert status != 0 and 'mlp/' in err and 'sizes' in err
   status, _, err = test_cli.run_here(tmp_path / 'none', setting, *still[:-1], f'train.start={tmp_path / "nowhere"}')
   assert status != 0 and 'no checkpoint was saved there' in err

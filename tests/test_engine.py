@@ -278,7 +278,8 @@ def test_bytes_are_those_of_all_caches():
   assert parts.N == 2
 
 
-@pytest.mark.parametrize('name, value', [('rows', 2.5), ('length', 10.5), ('loops', 2.5), ('loops', 0), ('num_draft', 1.5),
+@pytest.mark.parametrize('name, value', [('rows', 2.5), ('length', 10.5), ('loops', 2.5), ('loops', 0),
+                                         ('num_draft', 1.5),
                                          ('max_steps', 2.5)])
 def test_an_engine_takes_whole_numbers(name, value):
   with pytest.raises(ConfigError, match=f'{name} = {value}: must be '):

@@ -35,7 +35,8 @@ def run(name, threshold=None, text=None, **options):
   make, model, middle = RULES[name]
   exit_policy = exits.Adaptive(rule=make(threshold=middle if threshold is None else threshold), **options)
   text = tokens() if text is None else text
-  return adapt(model, params(model), text, exit_policy.static, jnp.float32(exit_policy.threshold), plans.Uniform(L)(None))
+  return adapt(model, params(model), text, exit_policy.static, jnp.float32(exit_policy.threshold),
+               plans.Uniform(L)(None))
 
 
 def one_by_one(name, threshold):
@@ -182,7 +183,8 @@ def copied(name, threshold):
   exit_policy, text = exits.Adaptive(rule=make(threshold=threshold)), tokens()
   kv, zs, steps = model.cache(len(text), T + 2), [], []
   for i in range(T):
-    trace = extend(model, params(model), text[:, i:i + 1], exit_policy.static, jnp.float32(threshold), plans.Uniform(L)(None),
+    trace = extend(model, params(model), text[:, i:i + 1], exit_policy.static, jnp.float32(threshold),
+                   plans.Uniform(L)(None),
                    jnp.full((len(text), 1), i), kv)
     kv = trace.kv
     zs.append(trace.z), steps.append(trace.steps)

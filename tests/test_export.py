@@ -204,13 +204,15 @@ def before(value):
   elif value.get('part') == 'loopformer.SelfAttention':
     normed = old.pop('norm') is not None
     if normed:
-      old = {name: field for name, field in old.items() if name not in ('norm_qk', 'biased', 'values', 'init', 'out_init')}
+      old = {name: field for name, field in old.items() if name not in ('norm_qk', 'biased', 'values', 'init',
+                                                                        'out_init')}
       old |= {'part': 'loopformer.NormedAttention', 'norm': before(value['norm'])}
   return old
 
 
 @pytest.mark.parametrize('model', [looped(Stack(parts.sandwich(), 2)), looped(stack(2, normed=True)),
-                                   looped(stack(1)).clone(cell=parts.recur(NoInjection()))], ids=['sandwich', 'normed', 'held'])
+                                   looped(stack(1)).clone(cell=parts.recur(NoInjection()))],
+                         ids=['sandwich', 'normed', 'held'])
 def test_parts_of_older_exports_are_found(model):
   old = before(description.encode(model))
   assert any(f'loopformer.{name}"' in json.dumps(old) for name in ('Sandwich', 'NormedAttention', 'Hold'))

@@ -620,7 +620,8 @@ READ = {
 @pytest.mark.parametrize('name', evaluation_data.SOURCES)
 def test_rows_become_questions(name):
   query, choices, gold = READ[name]
-  assert evaluation_data.parse(evaluation_data.SOURCES[name], ROWS[name]) == {'query': query, 'choices': choices, 'gold': gold}
+  assert evaluation_data.parse(evaluation_data.SOURCES[name], ROWS[name]) == {'query': query, 'choices': choices,
+                                                                              'gold': gold}
 
 
 @pytest.mark.parametrize('name, change, message', [

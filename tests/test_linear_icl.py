@@ -171,7 +171,8 @@ def test_no_token_attends_to_the_query_and_all_to_all_examples():
   base = attention.linear_attention(tokens, p, q)
   other_query = attention.linear_attention(tokens.at[:, -1].add(1.0), p, q)
   np.testing.assert_array_equal(other_query[:, :-1], base[:, :-1])
-  late = attention.linear_attention(tokens.at[:, N - 1].add(1.0), p, q)  # not causal: the last example reaches the first
+  late = attention.linear_attention(tokens.at[:, N - 1].add(1.0), p,
+                                    q)  # not causal: the last example reaches the first
   assert (jnp.abs(late - base).max(-1) > 1e-4).all()
 
 
@@ -354,7 +355,8 @@ def test_a_chain_over_columns_is_a_loop_over_a_state():
 
 
 def test_data_are_those_of_the_tasks():
-  """Chains descend as the tasks' baselines do, start as WeightPrompt, and their loss is the squared error of thoughts."""
+  """Chains descend as the tasks' baselines do, start as WeightPrompt, and their loss is the squared error of
+  thoughts."""
   k = 4
   x, y, _, best = (jnp.float32(value) for value in problem())
   iterates = descent.gradient_descent(x, y, RATE, k).transpose(1, 0, 2)

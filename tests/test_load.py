@@ -128,7 +128,8 @@ def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
   folder = str(tmp_path / 'teacher')
   loopformer.Loaded(teacher, theirs, None, dataclasses.replace(CONFIG, model=teacher)).save(folder)
   plan = plans.Uniform(2)
-  objective = Objective(rolls={'own': Rollout(plan, keep=loop.Every()), 'there': Rollout(plan, loop.Every(), Own(folder=folder))},
+  objective = Objective(rolls={'own': Rollout(plan, keep=loop.Every()),
+                               'there': Rollout(plan, loop.Every(), Own(folder=folder))},
                         terms={'kd': Weighted(1.0, Distill(roll='own', teacher='there'))})
   config = dataclasses.replace(CONFIG, model=student, objective=objective, train=dataclasses.replace(
       CONFIG.train, steps=2, eval_every=2, save_every=2))

@@ -429,7 +429,8 @@ def test_a_step_of_training_leaves_the_teacher_and_gives_gates_their_own_rate():
   model, rates = melt(), {'base': 1e-4, 'gate': 1e-2}
   weights, teacher = converted(model), jax.tree.map(lambda leaf: 1.2 * leaf, converted(model))
   kept = jax.tree.map(np.array, (weights, teacher))
-  optimizer = ParamGroups(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10, parameter_roles(model))
+  optimizer = ParamGroups(of=adam(rates['base']), named=adam(rates['gate']), paths=(PATH,)).make(10,
+                                                                                                 parameter_roles(model))
   step = make_step(model, phases(Transition(of=plans.Uniform(L), steps=2), **BOTH), optimizer,
                    Mesh().make(jax.devices()[:1]))
   start = jax.tree.map(jnp.copy, weights)

@@ -70,7 +70,8 @@ def steps_of(part, loops, pos):
   for p in pos:
     for k in range(loops):
       entry = jnp.full((1, 1, 1, 1), 100.0 * p + k + 1)
-      kv, keys, values, places = part.update(kv, Context(pos=jnp.array([[p]]), step=step(k)), jnp.int32(0), entry, -entry)
+      kv, keys, values, places = part.update(kv, Context(pos=jnp.array([[p]]), step=step(k)), jnp.int32(0), entry,
+                                             -entry)
       np.testing.assert_array_equal(keys, -values)
       reads.append((p, k, np.asarray(keys)[0, 0, :, 0], np.asarray(places)[0]))
   return reads, kv

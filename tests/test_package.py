@@ -21,7 +21,8 @@ def imported(module: str, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize('module', ['loopformer', 'loopformer.model', 'loopformer.inference.engine', 'loopformer.api',
-                                    'loopformer.training.train', 'loopformer.convert', 'experiments.configs.loopformer'])
+                                    'loopformer.training.train', 'loopformer.convert',
+                                    'experiments.configs.loopformer'])
 def test_importing_loads_and_touches_little(module):
   report = imported(module)
   assert not set(HEAVY) & set(report['modules'])
@@ -69,7 +70,8 @@ print(len(names))
 
 
 def test_tensorboard_takes_no_other_framework_along(tmp_path):
-  """tensorboardX imports torch and clients of buckets where it finds them; here it does not, and they stay to be had."""
+  """tensorboardX imports torch and clients of buckets where it finds them; here it does not, and they stay to be
+  had."""
   pytest.importorskip('tensorboardX')
   told = parts.python('''
 import importlib.util, json, pathlib, sys

@@ -247,7 +247,8 @@ def test_loops_without_an_end_are_free_steps():
 
 def test_groups_that_cannot_be_read_are_an_error():
   with pytest.raises(ValueError, match='cannot read'):
-    estimate.Program(PROGRAM.replace('GROUPS', "replica_groups=mesh['a'=8] {'a':(1)2}").replace('TRIPS', TRIPS), NO_STEPS)
+    estimate.Program(PROGRAM.replace('GROUPS', "replica_groups=mesh['a'=8] {'a':(1)2}").replace('TRIPS', TRIPS),
+                     NO_STEPS)
 
 
 def test_traffic_of_products():

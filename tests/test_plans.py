@@ -109,7 +109,8 @@ def test_random_depth_is_uniform():
 
 @pytest.mark.parametrize('part', [plans.Partition(8), plans.RandomDepth(8)], ids=lambda part: type(part).__name__)
 def test_expected_is_the_mean_number_of_steps(part):
-  steps = jax.jit(jax.vmap(lambda key: part(parts.plan_context(key))))(jax.random.split(jax.random.key(1), 4000)).active.sum(1)
+  steps = jax.jit(jax.vmap(lambda key: part(parts.plan_context(key))))(jax.random.split(jax.random.key(1),
+                                                                                        4000)).active.sum(1)
   assert part.expected == 4 == part.longest - 3
   assert abs(float(steps.mean()) - part.expected) < 4 * 2 / math.sqrt(4000)
 

@@ -182,7 +182,8 @@ def test_what_is_trained_is_what_is_answered():
   """Of a single token, that reads nobody's state, the exit's answer is the mean that the term scores."""
   weights, texts, threshold = parts.params(MODEL), parts.tokens(16, 1), 0.3
   exit_policy = exits.Adaptive(rule=exits.ACT(threshold=threshold))
-  found = MODEL.apply({'params': weights}, texts, plans.Uniform(L)(None), exit_policy, jnp.float32(threshold), method='adapt')
+  found = MODEL.apply({'params': weights}, texts, plans.Uniform(L)(None), exit_policy, jnp.float32(threshold),
+                      method='adapt')
   trace = parts.forward(MODEL, weights, texts, plans.Uniform(L)(None), keep=parts.loop.Every())
   share, steps = shares(trace.aux['halt'], threshold)
   assert len(np.unique(steps)) > 1

@@ -144,7 +144,8 @@ def test_a_layer_divided_between_processes(alone, setting, tmp_path):
   prompts, out = ('one two', 'again'), tmp_path / 'export'
   asked = ('--mode=generate', *(f'--prompt={prompt}' for prompt in prompts), '--temperature=0', '--max_new_tokens=12')
   commands(tmp_path, 2, 1, ['experiments.main', *options], ['experiments.main', *EVAL],  # on the run's own mesh
-           ['experiments.main', *asked, '--heartbeat=30'], ['experiments.tools.export', f'--out={out}', '--heartbeat=30'])
+           ['experiments.main', *asked, '--heartbeat=30'],
+           ['experiments.tools.export', f'--out={out}', '--heartbeat=30'])
   assert re.search('resumed from step [369]', said(tmp_path, 0))
   assert_close(tmp_path, alone)
   logged = test_cli.rows(tmp_path, 'eval')[-1]

@@ -255,7 +255,8 @@ def test_a_lookup_by_the_number_of_the_loop_is_that_of_each_sequence():
   plan = Plan(t=jnp.zeros(2), dt=jnp.ones(2), active=jnp.arange(2)[:, None] < graded, no_grad_steps=free)
   together = forward(model, params(model), tokens(4), plan)
   active = jnp.arange(7)[:, None] < free + graded  # the same without free steps: row k is step k
-  close(together.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(7), dt=jnp.ones(7), active=active)).z, 2e-5)
+  close(together.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(7), dt=jnp.ones(7), active=active)).z,
+        2e-5)
   same = forward(model, params(model), tokens(4), plan.replace(no_grad_steps=jnp.int32(3), active=None))
   close(same.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(5), dt=jnp.ones(5))).z, 2e-5)
   with pytest.raises(ConfigError, match='plan.no_grad_steps: of each sequence, but a cache has one slot a step for all'):
@@ -399,7 +400,8 @@ def test_bridge_and_heads():
 
 @pytest.mark.parametrize('file, changes, message', [
     ('parcae', {'cell': parts.plain()}, r'model\.start = .*Noise: the loop would never see its input'),
-    ('looped_icl', {'cell': parts.recur(NoInjection()), 'start': Embedded()}, r'rolls\.window\.plan: steps without gradient'),
+    ('looped_icl', {'cell': parts.recur(NoInjection()), 'start': Embedded()},
+     r'rolls\.window\.plan: steps without gradient'),
 ])
 def test_a_loop_that_cannot_learn_is_refused(file, changes, message):
   config = configs.load(f'experiments/configs/{file}.py:cpu')
@@ -437,7 +439,8 @@ def test_alibi_is_exact_in_bfloat16():
   ones = jnp.ones((1, 1024, 2, 4))
   scores = {}
   for dtype in ('float32', 'bfloat16'):
-    q, k, _ = Alibi().augment_qk(ones[:, :1].astype(dtype), ones[:, :, :1].astype(dtype), ones[:, :, :1].astype(dtype), pos)
+    q, k, _ = Alibi().augment_qk(ones[:, :1].astype(dtype), ones[:, :, :1].astype(dtype), ones[:, :, :1].astype(dtype),
+                                 pos)
     scores[dtype] = np.asarray(k[0, :, 0, -2:].astype(jnp.float32).sum(-1))
   np.testing.assert_array_equal(scores['bfloat16'], np.arange(1024))
   np.testing.assert_array_equal(scores['float32'], np.arange(1024))

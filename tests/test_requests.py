@@ -88,7 +88,8 @@ def test_the_same_prompt_alone_and_in_a_list():
   exit_policy = CASES['sampled'][1]
 
   def last(*prompts):
-    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=exit_policy, rows=4, max_new_tokens=16, temperature=0.0)[-1]
+    return generate(GATED, params(GATED), TOKENIZER, prompts, exit=exit_policy, rows=4, max_new_tokens=16,
+                    temperature=0.0)[-1]
 
   assert last('x = 1') == last('q', 'hello there', '', 'x = 1')
 

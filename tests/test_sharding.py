@@ -61,7 +61,8 @@ def test_state_and_batch_are_divided(report, run):
 @pytest.mark.parametrize('mesh', ['2x4x1', '2x2x2'])
 def test_communication_does_not_grow_with_loops(report, setup, mesh):
   """One gather and one reduction for every parameter that is divided, whatever the number of loops."""
-  few, many = (report['collectives'][f'{setup} {mesh}/1 {loops}'] for loops in (eight_devices.LOOPS, eight_devices.MANY))
+  few, many = (report['collectives'][f'{setup} {mesh}/1 {loops}'] for loops in (eight_devices.LOOPS,
+                                                                                eight_devices.MANY))
   assert {name: few[name] for name in eight_devices.COLLECTIVES} == {
       name: many[name] for name in eight_devices.COLLECTIVES}
   assert many['all-gather'] == many['divided'] > 0

@@ -276,7 +276,8 @@ def test_a_batch_without_targets_costs_nothing(name):
 
 
 @pytest.mark.parametrize('term', [
-    CE(roll='lnog'), ShortcutConsistency(roll='short', target='lnog'), Expected(roll='lnog'), Geometric(roll='lnog', rate=0.5),
+    CE(roll='lnog'), ShortcutConsistency(roll='short', target='lnog'), Expected(roll='lnog'),
+                                  Geometric(roll='lnog', rate=0.5),
     Averaged(roll='lnog'), Ponder(roll='lnog')], ids=lambda term: type(term).__name__)
 def test_an_unknown_rollout_is_refused(term):
   with pytest.raises(ConfigError, match=r"objective\.terms\['broken'\] reads the rollout 'lnog'.*long, short"):
@@ -304,7 +305,8 @@ def test_longest_plan_and_arithmetic():
 CROSS = {'lm': Weighted(1.0, CE(roll='all'))}
 OWN = {
     'loopformer': get_config(f'tiny,loops={L}').objective,  # paths that are drawn, one for all
-    'parcae': Objective(rolls={'all': Rollout(plans.Truncated(depth=plans.Poisson(average=3), graded=2, over=plans.PerSequence()))},
+    'parcae': Objective(rolls={'all': Rollout(plans.Truncated(depth=plans.Poisson(average=3), graded=2,
+                                                              over=plans.PerSequence()))},
                         terms=CROSS),  # a depth and a noise for every sequence
     'ouro': Objective(rolls={'all': Rollout(plans.Uniform(L), keep=loop.Every())},
                       terms={'expected': Weighted(1.0, Expected(roll='all'))}),

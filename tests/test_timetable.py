@@ -49,7 +49,8 @@ def learned(model, weights):
 
 def adapted(model, weights, exit_policy):
   def apply(weights):
-    return model.apply({'params': weights}, tokens(3), plans.Uniform(L)(None), exit_policy, jnp.float32(0.3), method='adapt')
+    return model.apply({'params': weights}, tokens(3), plans.Uniform(L)(None), exit_policy, jnp.float32(0.3),
+                       method='adapt')
   trace = jax.jit(apply)(weights)
   return trace.z, trace.steps
 
@@ -93,6 +94,7 @@ def test_rows_of_requests_are_divided_over_devices():
   model = named(MODEL)
   rows = jax.eval_shape(lambda: empty_rows(model, PARAMS, 4, 16, L))
   specs = partitions(model, PARAMS, rows, {'data': 2, 'fsdp': 1, 'tensor': 1}).precomputed
-  divided = jax.tree.map(lambda leaf, spec: [leaf.shape[axis] for axis, names in enumerate(spec) if names], rows.precomputed,
+  divided = jax.tree.map(lambda leaf, spec: [leaf.shape[axis] for axis, names in enumerate(spec) if names],
+                         rows.precomputed,
                          specs)
   assert divided == {'gates': [4], 'scales': ([4],)}

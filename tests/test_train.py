@@ -96,7 +96,8 @@ class Drawn:
 
   def __call__(self, model, params, context, denominators, frozen):
     loss = jax.random.uniform(context.key) + 0 * params['w'].sum()
-    numbers = {'step': context.step, 'keys': jax.random.bits(context.keys()[0]), 'rows': (10 ** context.batch['row']).sum()}
+    numbers = {'step': context.step, 'keys': jax.random.bits(context.keys()[0]),
+               'rows': (10 ** context.batch['row']).sum()}
     return loss, {name: number.astype(jnp.float32) for name, number in numbers.items()}
 
 

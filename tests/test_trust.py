@@ -12,7 +12,8 @@ from tests import parts, test_config
 NAMED = {  # where in a configuration, and what is there
     'a command': ('control', {'$part': 'os:system', 'command': 'echo x > {made}'}),
     'a process': ('optim', {'$part': 'subprocess:Popen', 'args': ['touch', '{made}']}),
-    'behind a module of ours': ('control', {'$part': 'loopformer.training.checkpoint:os.system', 'command': 'touch {made}'}),
+    'behind a module of ours': ('control', {'$part': 'loopformer.training.checkpoint:os.system',
+                                            'command': 'touch {made}'}),
     'a function of ours': ('control', {'$part': 'loopformer.storage:write', 'path': '{made}', 'text': 'x'}),
     'a class of ours': ('control', {'$part': 'loopformer.training.metrics:Lines', 'path': '{made}'}),
     'a function as a value': ('model.cell.core.block.mlp.activation', {'$name': 'os:system'}),

@@ -22,7 +22,8 @@ def draft_suite(workdir: str, repeats: int, new: int = 128, temperatures: Iterab
   rows = []
   for temperature in temperatures:
     contestants = {None: Engine(model, params, tokenizer, rows=1)}
-    contestants |= {draft: Engine(model, params, tokenizer, rows=1, draft=draft[0], num_draft=draft[1]) for draft in drafts}
+    contestants |= {draft: Engine(model, params, tokenizer, rows=1, draft=draft[0],
+                                  num_draft=draft[1]) for draft in drafts}
     seconds, drawn = {name: [] for name in contestants}, {name: [] for name in contestants}
     for turn in range(repeats + 1):
       for name, engine in contestants.items():

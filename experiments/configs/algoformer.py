@@ -70,7 +70,8 @@ def get_config(argument: str = '') -> Experiment:
     loops += 2 * (kind == 'looped')
     whole = kind == 'algoformer'
     block = Stack(gpt2(heads, 4 * width, out_std), given['layers'])
-    model = Looped(cell=Recur(block, Add() if pre else NoInjection(), norm=LayerNorm()), start=Zeros() if pre else Embedded(),
+    model = Looped(cell=Recur(block, Add() if pre else NoInjection(), norm=LayerNorm()),
+                   start=Zeros() if pre else Embedded(),
                    prelude=one if whole else None, coda=one if whole else None, loops=loops,
                    read_out=Head(outputs=outputs, norm=LayerNorm() if whole else Identity()), **parts)
     plan = plans.Truncated(depth=plans.Constant(loops=loops), graded=window if pre else loops)

@@ -4,8 +4,8 @@
 
 Argument: task, then any of
 
-    task            p_hop, addition, igsm, assignment, assignment_code; of timestep encoding: edit_distance, lcs; of SHIFT: markov
-    layers, loops   k and L of (k(x)L); loops=1 is a net of k layers
+    task            p_hop, addition, igsm, assignment, assignment_code; of timestep encoding: edit_distance, lcs; of
+    SHIFT: markov layers, loops   k and L of (k(x)L); loops=1 is a net of k layers
     kind            loop     the block alone
                     middle   k layers, the block L times, k layers: (k(x)1,L,1)
     cosine, period  weight and block length of the regulariser that makes a net without loops like one with (section 3)

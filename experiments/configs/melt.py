@@ -141,4 +141,5 @@ def get_config(argument: str = '') -> Experiment:
       name=f'MELT {phase}',
       model=model(Gated, LatentAttention(**options, latent=gate), memory=Latest(chunk=given['chunk'] or size.chunk)),
       objective=Objective(rolls={'all': Rollout(plan, keep=loop.Every()), 'teacher': teacher}, terms=terms),
-      task=size.task, train=run, evals=evals, optim=ParamGroups(of=base, named=gates, paths=(GATE,)) if learned else base)
+      task=size.task, train=run, evals=evals, optim=ParamGroups(of=base, named=gates,
+                                                                paths=(GATE,)) if learned else base)

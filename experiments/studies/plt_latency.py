@@ -99,7 +99,8 @@ def main(argv):
   if FLAGS.out:
     out = storage.path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    machine = {**describe_machine(None), 'command': ' '.join(['python -m experiments.studies.plt_latency', *sys.argv[1:]])}
+    machine = {**describe_machine(None), 'command': ' '.join(['python -m experiments.studies.plt_latency',
+                                                              *sys.argv[1:]])}
     records.write(out / 'latency.json', {'machine': machine, 'size': dataclasses.asdict(size), 'table': table})
     facts = [f'- {fact}: {value}' for fact, value in {**machine, 'size': dataclasses.asdict(size)}.items()]
     storage.write(out / 'latency.md', '\n'.join([*facts, '', metrics.table(table), '']))

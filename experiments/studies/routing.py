@@ -1,6 +1,7 @@
 """What routers do in finished runs of Mixture-of-Recursions: answers against the pass of training, loads, dead tokens.
 
-    python -m experiments.studies.routing --workdir=runs --run=mor=mor-0 --run=random=random-0 --out=experiments/reports/mor
+    python -m experiments.studies.routing --workdir=runs --run=mor=mor-0 --run=random=random-0
+    --out=experiments/reports/mor
 
 Reads runs that experiments.compare has trained, and writes routing.json and routing.md into --out.
 Losses are nats a token; `accuracy`, `through` and `load` are lists over recursions (loopformer/papers/mor/routing.py).

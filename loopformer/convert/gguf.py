@@ -1,4 +1,5 @@
-"""GGUF files (llama.cpp), of the decoders that llama.py reads: header, quantised tensors, tokenizer; by the package gguf.
+"""GGUF files (llama.cpp), of the decoders that llama.py reads: header, quantised tensors, tokenizer; by the package
+gguf.
 
 Of Llama's own architecture llama.cpp stores the rows of queries and keys so that rotary pairs are neighbours, as they
 are in this library: they are taken as they lie. Of Qwen it stores them half by half, as Hugging Face does. Mistaking
@@ -43,7 +44,8 @@ def read(path: Path) -> tuple[dict[str, Any], Tensors]:
   try:
     reader = GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith('GGUF.')}
-  except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:  # it has no class of its own
+  except (ValueError, IndexError, KeyError, OverflowError, MemoryError,
+          TypeError) as error:  # it has no class of its own
     raise ConfigError(f'{path}: {type(error).__name__}: {error}; it is no GGUF file, or was cut off: download it again'
                       ) from error
 

@@ -79,7 +79,8 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
                      kv=model.cache(rows, length, loops), draft=model.cache(rows, length, draft) if draft else {},
                      last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
                      keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
-                     control=SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows)))
+                     control=SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32),
+                                            top_p=jnp.ones(rows)))
 
 
 def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str, int]) -> DecodeState:
@@ -94,7 +95,8 @@ def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str
   each, caches = P(sharding.BATCH), (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree)
                                      for tree in (rows.kv, rows.draft))
   return DecodeState(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
-                     precomputed=jax.tree.map(differing, precomputed(1), precomputed(2)), kv=next(caches), draft=next(caches), last=each, place=each,
+                     precomputed=jax.tree.map(differing, precomputed(1), precomputed(2)), kv=next(caches),
+                     draft=next(caches), last=each, place=each,
                      left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
 
 
@@ -142,7 +144,8 @@ def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, dr
   mesh: of several devices that divide the rows; None for one.
   """
   each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
-  arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each, number=each,
+  arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each,
+                          number=each,
                           control=each, left=each)
   return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, eos),
                   (arriving, P(), P()), (each,))
@@ -172,7 +175,8 @@ def _prefill(model, params, rows, new, draft_plan, eos):
 
   plan = jax.tree.map(lambda old, own: old.at[:, new.row].set(own, mode='drop'), rows.plan, new.plan)
   return DecodeState(plan=plan, precomputed=model.apply(variables, plan, method='precompute'), kv=kv, draft=draft,
-                     last=put(rows.last, jnp.stack([before, first], -1)), place=put(rows.place, new.shared + new.lengths),
+                     last=put(rows.last, jnp.stack([before, first], -1)),
+                     place=put(rows.place, new.shared + new.lengths),
                      left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
                      drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
                      exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
@@ -211,7 +215,8 @@ class Stats:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
-def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState, draft_plan: Plan | None,
+def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState,
+           draft_plan: Plan | None,
            threshold: Array | None, eos: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None
            ) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
@@ -235,7 +240,8 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
     return rows, out, count, stats
 
   each = P(sharding.BATCH)
-  return _by_rows(own, mesh, model, params, rows, (draft_plan, threshold, eos, return_on_finish), (P(),) * 4, (each, each, P()))
+  return _by_rows(own, mesh, model, params, rows, (draft_plan, threshold, eos, return_on_finish), (P(),) * 4,
+                  (each, each, P()))
 
 
 def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, threshold, eos, return_on_finish):
@@ -260,7 +266,8 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
     if exit_policy is None:
       trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, precomputed=rows.precomputed)
       return trace, plan.active.sum(), trace.steps
-    trace = model.apply(variables, tokens, plan, exit_policy, threshold, pos, kv=rows.kv, precomputed=rows.precomputed, keys=rows.exits,
+    trace = model.apply(variables, tokens, plan, exit_policy, threshold, pos, kv=rows.kv, precomputed=rows.precomputed,
+                        keys=rows.exits,
                         method='adapt')
     return trace, trace.steps.sum(), trace.aux['ran']
 
@@ -294,7 +301,8 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
       truth = jnp.stack([sampling_logits(logits[:, i], rows.control) for i in range(num_draft + 1)], 1)
       # Keys of their own: `split` and `fold_in` of one key can give the same.
       kept, final = verify_draft(proposed, guesses, truth, _fold(keys, jnp.zeros(batch, jnp.int32)))
-      tokens = jnp.where(jnp.arange(num_draft + 1) == kept[:, None], final[:, None], jnp.pad(proposed, ((0, 0), (0, 1))))
+      tokens = jnp.where(jnp.arange(num_draft + 1) == kept[:, None], final[:, None],
+                         jnp.pad(proposed, ((0, 0), (0, 1))))
     else:
       trace, loops, ran = full(rows, current, positions(rows, 0, 1))
       kept = jnp.zeros(batch, jnp.int32)
@@ -382,10 +390,12 @@ class Engine:
   """
 
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, rows: int = 8, length: int | None = None,
-               loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None, num_draft: int = 4,
+               loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None,
+               num_draft: int = 4,
                max_steps: int = 16):
     limit = model.read_in.length
-    for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops), ('length', length)):
+    for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops),
+                        ('length', length)):
       if value is not None:
         whole(name, value, 1)
     if length is not None and not 1 < length <= limit:

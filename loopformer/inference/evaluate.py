@@ -50,7 +50,8 @@ class Named:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score(model: Any, measure: Any, exit_policy: Any, params: Params, batch: Batch, plan: Plan, byte_lengths: Array | None,
+def score(model: Any, measure: Any, exit_policy: Any, params: Params, batch: Batch, plan: Plan,
+          byte_lengths: Array | None,
           threshold: Array | None = None) -> Any:
   """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took
   (a mean over their answers), and of those that ran until the last was ready. threshold: the exit's."""

@@ -7,8 +7,8 @@ depend on the batch:
     init(model, x, ctx) -> state                   of tokens whose states are x [B, T, D]
     update(state, seen, threshold) -> (state, done bool[B, T], answer [B, T, D])
 
-after every step, of which it sees a `StepView` (types.py); threshold is f32[] or f32[B, 1]; the answer is the state from
-which a token that leaves now is read out. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal
+after every step, of which it sees a `StepView` (types.py); threshold is f32[] or f32[B, 1]; the answer is the state
+from which a token that leaves now is read out. Sources: Huginn section 4, Ouro section 4, PonderNet, ACT (Universal
 Transformers).
 """
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Adaptive:
   @property
   def static(self) -> 'Adaptive':
     """The same for all thresholds, so that one compiled program serves them: 1 is one for every rule."""
-    return self if self.threshold is None else dataclasses.replace(self, rule=dataclasses.replace(self.rule, threshold=1))
+    return self if self.threshold is None else dataclasses.replace(self,
+                                                                   rule=dataclasses.replace(self.rule, threshold=1))
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As Final.run; steps i32[B, T]. What is drawn for a sequence comes from its number in the batch, `row`."""
@@ -138,7 +139,8 @@ def check(model: Any, exit_policy: Any, name: str):
   plan = Plan(t=jnp.zeros(2), dt=jnp.full(2, 0.5))
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   try:
-    jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, exit_policy, exit_policy.threshold,
+    jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, exit_policy,
+                                              exit_policy.threshold,
                                               method='adapt').steps, params)
   except ConfigError as error:
     raise ConfigError(f'{name}: {error}') from error
@@ -259,8 +261,9 @@ class Cumulative:
 class Sampled:
   """PonderNet's exit: after every step a token leaves with probability lambda = sigmoid(aux['halt']).
 
-  Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same distribution.
-  u comes from the sequence's key (`Context.keys`; of a request, its seed) and the position alone. So a request is answered
+  Drawn ahead, as one number u for every place: it leaves when 1 - prod(1 - lambda) passes u, which is the same
+  distribution. u comes from the sequence's key (`Context.keys`; of a request, its seed) and the position alone. So a
+  request is answered
   alike whatever shares its batch, and requests of one seed draw the same numbers at the same positions: where that
   matters, give them seeds of their own.
   """
@@ -317,7 +320,8 @@ class ACT:
 
 
 def answers(model: Any) -> int:
-  """How many answers a token may have. Raises ConfigError where it is one, a number, over which there is no distribution."""
+  """How many answers a token may have. Raises ConfigError where it is one, a number, over which there is no
+  distribution."""
   if model.outputs < 2:
     raise ConfigError(f'exit.rule: it compares laws over answers, but the model has {model.outputs} output, a number; '
                       'take a rule that looks at the state, such as StateChange')

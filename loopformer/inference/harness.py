@@ -398,7 +398,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
   device = jax.devices()[0].device_kind
   about = {'workdir': str(workdir), 'step': step, 'limit': limit, 'include': include and str(include),
-           'memory': str(model.memory), 'exits': {called: str(exit_policy) for called, exit_policy in (exits or {}).items()},
+           'memory': str(model.memory), 'exits': {called: str(exit_policy) for called,
+                                                  exit_policy in (exits or {}).items()},
            'lm_eval': lm_eval.__version__, 'device': device, 'rows': rows}
   storage.write(folder / f'{name}.json', json.dumps(about, indent=1) + '\n')
   metrics.write_csv(folder / f'{name}.csv', rows)

@@ -21,7 +21,8 @@ class SamplingParams:
   top_p: Array
 
 
-def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> SamplingParams:
+def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None) -> SamplingParams:
   """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
   if not temperature >= 0:
     raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
@@ -90,7 +91,8 @@ def verify_draft(proposed: Array, guess: Array, truth: Array, keys: Array) -> tu
   """What of a draft is kept, so that the tokens follow the distribution of all loops exactly (speculative sampling).
 
   Args:
-    proposed: i32[B, A], drawn from the distributions of the draft, `guess` f32[B, A, V] (logits, as of `sampling_logits`).
+    proposed: i32[B, A], drawn from the distributions of the draft, `guess` f32[B, A, V] (logits, as of
+    `sampling_logits`).
     truth: f32[B, A + 1, V], the distributions of all loops at the same places and one more.
     keys: [B].
 

@@ -42,7 +42,8 @@ class SelfAttention(nn.Module):
 
   norm: of queries and of keys, each a clone of it, before they learn their places (Qwen3). position: where they learn
   these (positions.py), if not from the input. norm_qk: one for both, after that; with a learned scale, which positions
-  would mix within pairs, that is another function. biased: which of q, k, v, out have a bias. values: an embedding of tokens that is added to values.
+  would mix within pairs, that is another function. biased: which of q, k, v, out have a bias. values: an embedding of
+  tokens that is added to values.
   linear: what makes its products.
   """
   heads: int

@@ -1,8 +1,8 @@
 """The layers that stacks are made of.
 
-A block is pre-norm if nothing else is said: `x += g_a * Attn(norm(x) * (1 + s_a)); x += g_m * MLP(norm(x) * (1 + s_m))`,
-where the gates g and scales s are the modulation of the step (LoopFormer section 2), or absent. Matrix products run in `dtype`; norms
-and softmax in float32; the residual state keeps the dtype that it came with.
+A block is pre-norm if nothing else is said: `x += g_a * Attn(norm(x) * (1 + s_a)); x += g_m * MLP(norm(x) * (1 +
+s_m))`, where the gates g and scales s are the modulation of the step (LoopFormer section 2), or absent. Matrix products
+run in `dtype`; norms and softmax in float32; the residual state keeps the dtype that it came with.
 """
 from __future__ import annotations
 

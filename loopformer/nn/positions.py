@@ -1,7 +1,7 @@
 """Positions inside attention: frozen parts, applied to queries and keys. Without one, order comes from the mask alone.
 
-`rotate` acts on queries and keys before keys are cached; `augment_qk` on queries and all keys that may be read, and may add
-to their width; `check` refuses heads that cannot be served. Positions are those of the documents, the same in every
+`rotate` acts on queries and keys before keys are cached; `augment_qk` on queries and all keys that may be read, and may
+add to their width; `check` refuses heads that cannot be served. Positions are those of the documents, the same in every
 loop.
 """
 from __future__ import annotations

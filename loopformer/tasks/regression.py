@@ -1,8 +1,8 @@
 """Regression in context: a function is drawn for every prompt, and its values are predicted from earlier examples.
 
 After looped in-context learning (section 5) and AlgoFormer (section 5). Inputs are vectors and
-answers are numbers: `symbols` is None. Every generator has a `scale`, the mean square of what is asked for; baselines are
-in units of it, and so are measured errors where the task's measure is `Errors(scale=generator.scale)`.
+answers are numbers: `symbols` is None. Every generator has a `scale`, the mean square of what is asked for; baselines
+are in units of it, and so are measured errors where the task's measure is `Errors(scale=generator.scale)`.
 """
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model (`objective.Rollout.weights_of`).
+"""Learning from a teacher: a rollout that runs with other weights, frozen, or as another model
+(`objective.Rollout.weights_of`).
 """
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Learning when to leave, by the two older ways: PonderNet's prior, and adaptive computation time (ACT).
 
-PonderNet (2107.05407, section 2) learns the same distribution p over exit steps as Ouro (expected.py), held to a geometric one:
+PonderNet (2107.05407, section 2) learns the same distribution p over exit steps as Ouro (expected.py), held to a
+geometric one:
 
     'lm': Weighted(1.0, Expected(roll='all', beta=0.0)), 'prior': Weighted(beta, Geometric(roll='all', rate=rate))
 
@@ -33,8 +34,8 @@ def log_geometric(steps: int, rate: float) -> Array:
 
 @config_dataclass
 class Geometric(Term):
-  """KL(p || g) in nats, a mean over tokens by their weights: p the distribution of the exit step, g the geometric one of `rate`,
-  cut after K steps and normalised (PonderNet, section 2). Its mean is near 1 / rate where K is large.
+  """KL(p || g) in nats, a mean over tokens by their weights: p the distribution of the exit step, g the geometric one
+  of `rate`, cut after K steps and normalised (PonderNet, section 2). Its mean is near 1 / rate where K is large.
 
   The gradient goes to gate and model, none to the head. The rollout keeps every state, and all of its steps run.
   """

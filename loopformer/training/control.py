@@ -1,8 +1,8 @@
 """Controllers: what a run decides from what it sees. Their state is part of every checkpoint.
 
 A controller is a frozen part. `start` gives its state (numbers and lists, saved as JSON), `watch` a new state after a
-step's values or an evaluation, `stage` the number that plans may read (`PlanContext.stage`). All processes see the same values
-and so decide the same.
+step's values or an evaluation, `stage` the number that plans may read (`PlanContext.stage`). All processes see the same
+values and so decide the same.
 """
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
   def step(state, batch, stage=0, frozen={}):
     stop = {name: batch[name].max() for name in ('stop',) if name in batch}
     rows = {'row': jnp.arange(batch['tokens'].shape[0]), **batch}
-    context = PlanContext(key=jax.random.fold_in(run_key, state.step), step=state.step, stage=jnp.asarray(stage, jnp.int32),
+    context = PlanContext(key=jax.random.fold_in(run_key, state.step), step=state.step,
+                          stage=jnp.asarray(stage, jnp.int32),
                           batch={name: leaf for name, leaf in rows.items() if name not in stop})
     specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, teachers)
     by_rows, frozen_by_rows = (

@@ -65,8 +65,8 @@ class Gated(Cell):
 
   aux['attention'] f32[K, N, B, T, D]: what attention gave, in the dtype of the layers; not with a cache.
 
-  Loops need their latents, and chunks end before others begin: single steps, exits by token and steps without gradient are not
-  defined. The backward pass saves the rows of all tokens, once, and runs every chunk again.
+  Loops need their latents, and chunks end before others begin: single steps, exits by token and steps without gradient
+  are not defined. The backward pass saves the rows of all tokens, once, and runs every chunk again.
   """
   core: Stack
   norm: nn.Module = RMSNorm(1e-6)
@@ -83,8 +83,10 @@ class Gated(Cell):
     """f32[K]: the share of the shared rows against those of every loop's own; None for all of it."""
     return plan.rows.get(BLEND)
 
-  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: KV | None, keep: Any, remat: Any, precomputed: Any = None):
-    """As `loop.run`. Raises ConfigError for another memory than `Latest`, steps without gradient, and a blend with a cache."""
+  def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: KV | None, keep: Any, remat: Any,
+          precomputed: Any = None):
+    """As `loop.run`. Raises ConfigError for another memory than `Latest`, steps without gradient, and a blend with a
+    cache."""
     chunk = getattr(ctx.memory, 'chunk', None)
     if chunk is None:
       raise ConfigError(f'model.memory = {ctx.memory}: the cell Gated shares rows between loops and reads tokens by '
