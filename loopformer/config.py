@@ -435,20 +435,26 @@ def _published(module: str) -> Path | None:
 def _find(name: str, workdir: Any, part: bool) -> Callable:
   """What a saved name stands for: a class of parts, or a function that a part has as a value."""
   module, trusted = moved.name_of(name).partition(':')[0], _TRUST.get()
-  if module.startswith(LOADED):  # read in this process, or a copy in the folder
-    file = _published(module) or workdir / f'{module.removeprefix(LOADED)}.py'
-    if module not in sys.modules and not trusted and file.parent == workdir:
-      raise ConfigError(f'{workdir / FILE}: it names {name}, whose code is in {file}; read that file, and give --trust '
-                        '(trust=True) to run it')
-    if module not in sys.modules:
-      _import_file(file)
-    return moved.find(name)
+  copied = module.startswith(LOADED)  # of a configuration file, read in this process or a copy in the folder
   refused = ConfigError(f'{workdir / FILE}: it names {name}, which is no part of this library; if you know the code and '
                         'where the folder comes from, give --trust (trust=True) to run it')
-  if not trusted and module.split('.')[0] not in PARTS and (part or module not in FUNCTIONS):
-    raise refused
+  if copied and module not in sys.modules:
+    published, file = _published(module), workdir / f'{module.removeprefix(LOADED)}.py'
+    if published is None and not trusted:
+      raise ConfigError(f'{workdir / FILE}: it names {name}, whose code is in {file}; read that file, and give --trust '
+                        '(trust=True) to run it')
+    _import_file(published or file)
+  elif not copied and not trusted and module.split('.')[0] not in PARTS and (part or module not in FUNCTIONS):
+    raise refused  # before anything is imported
   found = moved.find(name)
-  is_class = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, nn.Module))
-  if not trusted and (part and not is_class and name not in moved.FACTORIES or not part and module not in FUNCTIONS):
+  if trusted or part and name in moved.FACTORIES:
+    return found
+  own = getattr(found, '__module__', None) or ''  # a name may lead through a module to what that has imported
+  if part:
+    own_part = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, nn.Module))
+    known = own_part and (own == module if copied else own.split('.')[0] in PARTS)
+  else:
+    known = own == module and (copied or module in FUNCTIONS)
+  if not known:
     raise refused
   return found

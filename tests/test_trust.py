@@ -1,4 +1,5 @@
 """Nothing runs because it was read: what a work folder names is found among the library's own parts, or not at all."""
+import hashlib
 import json
 import sys
 
@@ -9,6 +10,8 @@ from loopformer import config as configs
 from loopformer.types import ConfigError
 from tests import parts, test_config
 
+TIMESTEP = parts.ROOT / 'experiments/configs/timestep.py'
+PUBLISHED = f'{configs.LOADED}timestep_{hashlib.sha256(TIMESTEP.read_bytes()).hexdigest()[:8]}'
 NAMED = {  # where in a configuration, and what is there
     'a command': ('control', {'$part': 'os:system', 'command': 'echo x > {made}'}),
     'a process': ('optim', {'$part': 'subprocess:Popen', 'args': ['touch', '{made}']}),
@@ -19,6 +22,9 @@ NAMED = {  # where in a configuration, and what is there
     'a function as a value': ('model.cell.core.block.mlp.activation', {'$name': 'os:system'}),
     'one of ours as a value': ('model.cell.core.block.mlp.activation', {'$name': 'loopformer.storage:write'}),
     'a module that runs when it is imported': ('task', {'$part': 'made_elsewhere:Task'}),
+    'through a published configuration': ('control', {'$part': f'{PUBLISHED}:dataclasses.inspect.os.system',
+                                                      'command': 'touch {made}'}),
+    'through a module of functions': ('model.cell.core.block.mlp.activation', {'$name': 'loopformer.plans:math.sqrt'}),
     'within a list': ('evals', {'$part': 'loopformer.inference.evaluate:Depths', 'budgets': [
         1, {'$part': 'os:system', 'command': 'touch {made}'}]}),
 }
@@ -88,3 +94,15 @@ except configs.ConfigError as error:
 '''
   told = parts.python(code, str(tmp_path / 'run'))
   assert f'whose code is in {copy}; read that file, and give --trust' in told and not (tmp_path / 'made').exists()
+
+
+@pytest.mark.parametrize('place', ['below/evil', '../evil'])
+def test_code_in_another_folder_waits_too(place, folder):
+  """A name is no path: it is refused before the file that it would lead to is opened."""
+  file = folder / f'{place}.py'
+  file.parent.mkdir(exist_ok=True)
+  file.write_text(f'open({str(folder.parent / "made")!r}, "w").close()\nclass Part: pass\n')
+  write(folder, 'control', {'$part': f'{configs.LOADED}{place}:Part'})
+  with pytest.raises(ConfigError, match='whose code is in .*; read that file, and give --trust'):
+    configs.read(folder)
+  assert not (folder.parent / 'made').exists()
