@@ -153,10 +153,10 @@ def _halting(**fields: Any) -> Any:
 
 
 def _placed(placement: str) -> Callable:
-  """Where norms stand in a layer was a class of layers."""
+  """Where norms stand in a layer was a class of layers, with a norm of its own by default."""
   def layer(**fields):
-    from loopformer.nn import blocks
-    return blocks.Block(**fields, placement=getattr(blocks, placement)())
+    from loopformer.nn import blocks, layers
+    return blocks.Block(**{'norm': layers.RMSNorm(1e-6), **fields}, placement=getattr(blocks, placement)())
 
   return layer
 
@@ -170,7 +170,9 @@ def _rollout(**fields: Any) -> Any:
 def _normed_attention(**fields: Any) -> Any:
   """So were norms of queries and of keys one of attentions."""
   from loopformer.nn.attention import SelfAttention
-  return SelfAttention(**fields)
+  from loopformer.nn.layers import RMSNorm
+  from loopformer.nn.positions import Rotary
+  return SelfAttention(**{'norm': RMSNorm(1e-6), 'position': Rotary(), **fields})
 
 
 FACTORIES: dict[str, Callable] = {

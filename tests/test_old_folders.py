@@ -17,6 +17,9 @@ import pytest
 
 import loopformer
 from loopformer import config as configs, moved, plans, types
+from loopformer.nn.blocks import PeriNorm, SandwichNorm
+from loopformer.nn.layers import MLP, RMSNorm
+from loopformer.nn.positions import Rotary
 from loopformer.training.checkpoint import Checkpoints, abstract
 from loopformer.convert import from_pretrained
 from loopformer.model import parameter_roles, run_batch
@@ -96,3 +99,16 @@ def test_every_old_name_leads_somewhere():
     from loopformer.types import Ctx
     assert Ctx is types.Context
   assert set(vars(types)) == before
+
+
+def test_what_older_classes_took_by_default_they_take_still():
+  """Names that a configuration file of then imports, and calls without all fields."""
+  with moved.importable():
+    from loopformer.blocks import Sandwich
+    from loopformer.normed_attention import NormedAttention
+    from loopformer.peri_normed import PeriNormed
+    attn = NormedAttention(heads=2)
+    layers = [kind(attn=attn, mlp=MLP(hidden=8)) for kind in (Sandwich, PeriNormed)]
+  assert (attn.norm, attn.position) == (RMSNorm(1e-6), Rotary())
+  assert [(layer.norm, layer.placement) for layer in layers] == [(RMSNorm(1e-6), SandwichNorm()),
+                                                                 (RMSNorm(1e-6), PeriNorm())]
