@@ -216,8 +216,8 @@ def run_eval(workdir: Path):
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
   """The first `count` batches of a split that is not trained on."""
-  from loopformer.data import batches
-  batches = batches.batches(config.task.examples(workdir, split, 0), batch=config.train.batch)
+  from loopformer.data import batches as data
+  batches = data.batches(config.task.examples(workdir, split, 0), batch=config.train.batch)
   return [batch for batch, _ in zip(batches, range(count))]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from loopformer import plans, sharding, storage
 from loopformer.inference.evaluate import evaluate, motion
 from loopformer.model import parameter_roles
+from loopformer.roles import Roles
 from loopformer.training import averages, metrics, processes
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, abstract, restore_model
 from loopformer.training.step import State, init_state, make_step
@@ -182,20 +183,22 @@ def _like(given: Params, own: Params, name: str) -> Params:
 
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
   """The parameters with those of another run's last checkpoint in the places that both have."""
-  own, whole = dict(jax.tree_util.tree_leaves_with_path(params)), NamedSharding(mesh, P())
+  own = dict(jax.tree_util.tree_leaves_with_path(params))
 
-  def placed(path, leaf):
+  def placed(path, leaf, elsewhere):
     mine = own.get(path)
     if mine is not None and mine.shape != leaf.shape:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ConfigError(f'{where} = {start}: {name} has the shape {leaf.shape} there, {mine.shape} here; give a run of '
                         'the same sizes')
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole if mine is None else mine.sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=elsewhere if mine is None else mine.sharding)
 
   if not (storage.path(start) / FOLDER).is_dir():
     raise ConfigError(f'{where} = {start}: no checkpoint was saved there; give the work folder of a run')
   with Checkpoints(start) as checkpoints:
-    step, given = checkpoints.restore_params(None, jax.tree_util.tree_map_with_path(placed, checkpoints.shapes()))
+    shapes = checkpoints.shapes()  # what is not ours is divided too, by its shapes alone
+    step, given = checkpoints.restore_params(None, jax.tree_util.tree_map_with_path(
+        placed, shapes, sharding.shardings(shapes, mesh, Roles())))
   given = dict(jax.tree_util.tree_leaves_with_path(given))
   taken = own.keys() & given.keys()
   if not taken:
