@@ -15,14 +15,15 @@ import subprocess
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import numpy as np
 
 from experiments.main import check_command, held_out, numbers
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 import loopformer
 from loopformer import config as configs, plans, storage
+from loopformer.inference import measures
 from loopformer.inference.evaluate import evaluate
 from loopformer.training import metrics
 from loopformer.types import ConfigError
@@ -62,7 +63,7 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   schedules = config.evals.schedules()
   if budgets:
     schedules = {str(budget): plans.resolve(budget) for budget in (budgets if model.loops > 1 else [1])}
-  lengths = tokenizer and tokenizer.byte_lengths()
+  lengths = tokenizer and measures.text_bytes(tokenizer)
   count = FLAGS.eval_batches or 64
   tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
                            config.task.measure) for split in config.task.splits}
@@ -109,7 +110,7 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 
 
 def main(argv):
-  check_command(argv, 'set', 'eval_batches')
+  check_command('set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:
@@ -137,4 +138,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

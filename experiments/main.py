@@ -7,26 +7,28 @@
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
+import ast
 import dataclasses
 import itertools
 from pathlib import Path
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
-import numpy as np
 
-from experiments.tools import machines, plots, records
+from experiments.tools import command, machines, plots, records
 import loopformer
 from loopformer import config as configs, memories, plans, sharding, storage
 from loopformer.inference import exits
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
+from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_count
 from loopformer.training import metrics, processes
+from loopformer.training.processes import say
 from loopformer.training.train import NotFinite, train
-from loopformer.types import ConfigError
+from loopformer.types import SEEDS, ConfigError
 
 FLAGS = flags.FLAGS
 RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.EntropyChange, 'state': exits.StateChange,
@@ -45,21 +47,24 @@ def define(kind, name, default, modes, about, **options):
   kind(name, default, f'{modes}: {about}', **options)
 
 
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan', 'configs'], 'What to do; configs lists '
+                  'the configurations that come with the library, with --config=NAME what is said of one.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
-                    'data, checkpoints, results; plan needs none.')
-flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] == 'plan',
+                    'data, checkpoints, results; plan and configs need none.')
+flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
                           'generate, harness: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
                           'divided over.')
-define(flags.DEFINE_string, 'config', None, 'train, plan', 'file.py or file.py:argument; it defines get_config.')
-define(flags.DEFINE_integer, 'step', None, 'eval, generate, harness', 'which checkpoint; the last by default.')
+define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the library, such as loopformer:tiny, or '
+       'file.py:argument, which defines get_config.')
+define(flags.DEFINE_integer, 'step', None, 'eval, generate, harness', 'which checkpoint; the last by default.',
+       lower_bound=0)
 define(flags.DEFINE_list, 'depths', None, 'eval, harness', "budgets, such as 1,2,4,8; the configuration's by default.")
 define(flags.DEFINE_string, 'schedules', None, 'eval, harness', 'step sizes, schedules apart by semicolons: '
        '"0.5,0.25,0.25;0.5,0.5".')
 define(flags.DEFINE_integer, 'sweep', None, 'eval', 'rank all schedules of this budget on the grid of the finest '
-       'trajectory.')
+       'trajectory.', lower_bound=1)
 define(flags.DEFINE_string, 'exits', None, 'eval, harness', 'thresholds of rules that end loops by token: '
        '"kl:1e-3;state:0.1".')
 define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every split; the configuration's by default.",
@@ -79,11 +84,12 @@ define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
 define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
        'budget then judge.')
-define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.')
-define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.')
-define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.')
-define(flags.DEFINE_float, 'top_p', None, 'generate', 'draw from the likeliest tokens that reach this probability.')
-define(flags.DEFINE_integer, 'seed', 0, 'generate', 'of the draws.')
+define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.', lower_bound=1)
+define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.', lower_bound=0)
+define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.', lower_bound=1)
+define(flags.DEFINE_float, 'top_p', None, 'generate', 'draw from the likeliest tokens that reach this probability.',
+       lower_bound=0, upper_bound=1)
+define(flags.DEFINE_integer, 'seed', 0, 'generate', 'of the draws.', lower_bound=0, upper_bound=SEEDS - 1)
 define(flags.DEFINE_string, 'profile', None, 'train', 'first and last step of a profile, such as 20:25, which '
        'WORKDIR/profile takes.')
 define(flags.DEFINE_bool, 'verify', False, 'train', 'read all data first, and compare them with what was prepared.')
@@ -115,10 +121,8 @@ def check_flags(mode: str, given: dict):
       raise ConfigError(f'--{name}: no value; give one, or leave it out')
 
 
-def check_command(argv: list[str], *read: str):
-  """Ends another command, which reads these flags of this file alone, where it was given others, or words."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+def check_command(*read: str):
+  """Ends another command, which reads these flags of this file alone, where it was given others."""
   for name in ('mode', 'set', *READERS):
     if FLAGS[name].present and name not in read:
       sys.exit(f'error: --{name}: this command does not read it; leave it out')
@@ -127,9 +131,9 @@ def check_command(argv: list[str], *read: str):
 def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
-    raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:tiny')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them)')
   config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)  # its parts are known from here on
-  saved = configs.read(workdir) if (workdir / 'config.json').exists() else None
+  saved = configs.read(workdir, config) if (workdir / 'config.json').exists() else None
   if config is None:
     config = saved
     for assignment in FLAGS.set:
@@ -140,6 +144,7 @@ def run_train(workdir: Path):
     told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
     raise ConfigError(f'workdir = {workdir} holds a run of another configuration: {told}. '
                       'Give another --workdir, or the configuration that the run was started with')
+  config = configs.with_paths(config, dict(configs.paths(saved)) if saved else {})
   profile = None
   if FLAGS.profile:
     profile = numbers(FLAGS.profile.replace(':', ','), '--profile', int)
@@ -152,7 +157,7 @@ def run_train(workdir: Path):
           f'{jax.device_count()} {jax.devices()[0].device_kind}', flush=True)
     configs.save(config, workdir)
   start = time.time()
-  train(config, workdir, log=lambda text: print(text, flush=True), profile=profile, verify=FLAGS.verify)
+  train(config, workdir, log=say, profile=profile, verify=FLAGS.verify)
   if processes.is_leader():
     print(f'trained in {metrics.duration(time.time() - start)}; work folder {workdir}')
 
@@ -168,6 +173,21 @@ def compiled(workdir: Path | None) -> str:
   return str(storage.cache())
 
 
+def keep_compiled(workdir: Path | None):
+  """Sets the folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another, or by '' none."""
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  try:
+    folder = compiled(workdir)
+    storage.check(folder, 'compiled programs', writes=not storage.remote(folder))
+  except ConfigError as error:
+    print(f'warning: compiled programs are not kept, so that every start compiles anew: {error}', file=sys.stderr)
+    return
+  jax.config.update('jax_compilation_cache_dir', folder)
+  if storage.remote(folder):  # XLA's own beside it would be a local folder of that name
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
 def load(workdir: Path) -> tuple:
   """As `loopformer.load`, onto the devices that the flags tell of."""
   machines.check_set(FLAGS.set, f'--mode={FLAGS.mode}')
@@ -175,15 +195,10 @@ def load(workdir: Path) -> tuple:
   return loopformer.load(workdir, FLAGS.step, machines.mesh_of(configs.read(workdir), FLAGS.set))
 
 
-def say(text: str):
-  """Prints, in the leader alone."""
-  if processes.is_leader():
-    print(text, flush=True)
-
-
 def run_eval(workdir: Path):
   """Evaluates the checkpoint at budgets and schedules; writes eval/<name>.{csv,json,png} and prints the table."""
   model, params, tokenizer, config = load(workdir)
+  stores = storage.stores(workdir / 'eval', say)
   params = sharding.gathered(params)
   jobs = {}
   if FLAGS.sweep is not None:
@@ -198,7 +213,7 @@ def run_eval(workdir: Path):
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
   tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
-  lengths = None if tokenizer is None else np.asarray(tokenizer.byte_lengths())
+  lengths = None if tokenizer is None else text_bytes(tokenizer)
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))
     start = time.time()
@@ -206,12 +221,12 @@ def run_eval(workdir: Path):
     rows = evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths, config.task.measure)
     if name.startswith('sweep'):
       rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
-    if processes.is_leader():
-      write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
-  if processes.is_leader():
+    if stores and processes.is_leader():
+      write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
+  if stores and processes.is_leader():
     plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
-  say(f'written to {workdir / "eval"}')
+    say(f'written to {workdir / "eval"}')
 
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
@@ -276,7 +291,7 @@ def run_plan():
   """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
   from experiments.tools import ahead, estimate
   if FLAGS.config is None:
-    raise ConfigError('--config is missing: name a configuration, such as experiments/configs/loopformer.py:paper')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:paper (--mode=configs lists them)')
   unread, why = ((('rows',), 'is read with --topology alone; name a machine by it, such as v5e:4x4')
                  if FLAGS.topology is None else
                  (('devices', 'accelerators'), 'is not read with --topology, which names the machine; leave it out'))
@@ -291,6 +306,21 @@ def run_plan():
                       '--topology, such as v5e:4x4')
   else:
     estimate.run(config, FLAGS.devices, FLAGS.accelerators)
+
+
+def run_configs():
+  """Prints the names of the configurations that come with the library, and what they are; or all that is said of one."""
+  files = configs.published()
+  about = {name: ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or '' for name, file in files.items()}
+  if FLAGS.config is not None:
+    name = FLAGS.config.partition(':')[0]
+    if name not in about:
+      raise ConfigError(f'--config={FLAGS.config}: no configuration of the library; there are {", ".join(about)}')
+    print(f'{files[name]}\n\n{about[name]}')
+    return
+  for name, text in about.items():
+    print(f'{name:{max(map(len, about))}}  {text.partition(chr(10))[0]}')
+  print('\n--mode=configs --config=NAME tells what arguments one has; --config=NAME:ARGUMENTS trains it')
 
 
 def numbers(text: str, flag: str, kind: type = float) -> tuple:
@@ -376,22 +406,17 @@ def label(steps) -> str:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
   try:
     check_flags(FLAGS.mode, given_flags())
     workdir = FLAGS.workdir and storage.path(FLAGS.workdir)
     if workdir:
       storage.check_workdir(workdir, writes=FLAGS.mode == 'train')
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another, or by '' none
-      jax.config.update('jax_compilation_cache_dir', compiled(workdir))
-      if storage.remote(compiled(workdir)):  # XLA's own beside it would be a local folder of that name
-        jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
-    if FLAGS.mode == 'plan':
-      run_plan()
+    keep_compiled(workdir)
+    if FLAGS.mode in ('plan', 'configs'):
+      {'plan': run_plan, 'configs': run_configs}[FLAGS.mode]()
     else:
-      with machines.trusted():
+      with configs.trusting(FLAGS.trust):
         {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')
@@ -400,4 +425,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -1,7 +1,6 @@
 """The public functions; `import loopformer` offers them under their names."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -81,7 +80,7 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
   if options:
     raise ConfigError(f'{next(iter(options))}: a work folder says itself how its model is made; leave it out, or give '
                       'another source')
-  with configs.trusting() if trust else contextlib.nullcontext():
+  with configs.trusting(trust):
     return _of_run(path, step, mesh)
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 import re
@@ -38,7 +39,7 @@ from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
 from loopformer.training.control import NoControl
 from loopformer.training.train import Train, best_of
-from loopformer.types import ConfigError, Planner, config_dataclass
+from loopformer.types import SEEDS, ConfigError, Planner, config_dataclass, real, whole
 
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
@@ -48,6 +49,14 @@ _TRUST = contextvars.ContextVar('trust', default=False)
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
         'evals', 'mesh')
+# What numbers of a name may be in every part, whole ones and others; what a part asks besides it says itself.
+WHOLE = dict.fromkeys(('chunk', 'depth', 'features', 'groups', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
+                       'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1)) | {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
+REAL = {
+    **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'sigma', 'std', 'up_std', 'warmup'),
+                    '[0, inf)'),
+    **dict.fromkeys(('clip', 'peak', 'scale'), '(0, inf)'), **dict.fromkeys(('b1', 'b2', 'momentum', 'second'), '[0, 1)'),
+}
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
 
@@ -100,11 +109,45 @@ def describe(config: Any) -> str:
 
 def difference(old: Experiment, new: Experiment) -> Iterator[tuple[str, str, str]]:
   """Paths at which two configurations compute something different, with both texts."""
-  before, after = flatten(old), flatten(new)
+  before, after = flatten(absolute(old)), flatten(absolute(new))
   free = FREE if old.control == NoControl() else [path for path in FREE if path not in WATCHED]
   for path in dict.fromkeys([*before, *after]):
     if not path.startswith(tuple(free)) and before.get(path) != after.get(path):
       yield path, before.get(path, '(absent)'), after.get(path, '(absent)')
+
+
+# Paths ---------------------------------------------------------------------------------------------------------------
+
+
+def paths(value: Any, path: str = '') -> Iterator[tuple[str, str]]:
+  """Dotted path -> value of the fields that hold paths, which their part names in `paths`."""
+  for name, inner in fields(value).items():
+    where = f'{path}.{name}' if path else name
+    if isinstance(inner, str) and name in getattr(value, 'paths', ()):
+      yield where, inner
+    yield from paths(inner, where)
+
+
+def absolute(config: Any) -> Any:
+  """The configuration with whole paths, which mean the same from another current folder."""
+  return with_paths(config, {where: str(storage.absolute(name)) for where, name in paths(config)})
+
+
+def with_paths(config: Any, given: Mapping[str, str]) -> Any:
+  """The configuration with these values of fields that hold paths, where it has such fields."""
+  here = dict(paths(config))
+  for where, value in given.items():
+    if here.get(where) not in (None, value):
+      config = _changed(config, where.split('.'), value)
+  return config
+
+
+def _changed(value: Any, names: list[str], new: Any) -> Any:
+  name, *rest = names
+  new = _changed(fields(value)[name], rest, new) if rest else new
+  if isinstance(value, Mapping):
+    return {**value, name: new}
+  return value.clone(**{name: new}) if hasattr(value, 'clone') else dataclasses.replace(value, **{name: new})
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------
@@ -130,10 +173,8 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
     hint = f'; did you mean {close[0]!r}?' if close else ''
     raise ConfigError(f'{path} = {text}: {_name_of(type(value))} has no field {name!r}{hint} '
                       f'Its fields: {", ".join(inner) or "none"}')
-  new = _replace(inner[name], rest, text, path) if rest else _parse(text, inner[name], _annotation(value, name), path)
-  if isinstance(value, Mapping):
-    return {**value, name: new}
-  return value.clone(**{name: new}) if hasattr(value, 'clone') else dataclasses.replace(value, **{name: new})
+  return _changed(value, [name], _replace(inner[name], rest, text, path) if rest else
+                  _parse(text, inner[name], _annotation(value, name), path))
 
 
 def _declared(value: Any, name: str) -> tuple[Any, type | None]:
@@ -166,14 +207,16 @@ def _parse(text: str, old: Any, kind: Any, path: str) -> Any:
   if is_part(old) or isinstance(old, Mapping):
     raise ConfigError(f'{path} = {text}: {path} is a part ({_name_of(type(old))}), not a value; set one of its fields '
                       f'({", ".join(fields(old)) or "it has none"}), or edit the configuration file')
-  raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, got {type(candidates[0]).__name__}; it was {old!r}')
+  got = candidates[0]
+  told = f'got {type(got).__name__}' if type(got) is not kind else 'and a finite one of 64 bits at most'
+  raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, {told}; it was {old!r}')
 
 
 def fit(value: Any, kind: Any) -> Any:
   """The parsed value as the declared type: integers become floats, lists tuples, where those are wanted.
 
   Raises:
-    TypeError: the value does not have that type.
+    TypeError: the value does not have that type, is a number that is not finite, or a whole one of more than 64 bits.
   """
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if kind is Any or kind in (None, type(None)) and value is None:
@@ -189,9 +232,9 @@ def fit(value: Any, kind: Any) -> Any:
       return tuple(fit(item, args[0]) for item in value)
     if len(args) == len(value):
       return tuple(map(fit, value, args))
-  elif kind is float and type(value) in (int, float):
+  elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not
     return float(value)
-  elif kind in (int, str, bool) and type(value) is kind:
+  elif kind in (str, bool) and type(value) is kind or kind is int and type(value) is int and abs(value) < 2 ** 63:
     return value
   raise TypeError(f'{value!r} is no {_kind_name(kind)}')
 
@@ -254,15 +297,23 @@ def check(config: Experiment):
 
 
 def _check_numbers(value: Any, path: str):
-  """Raises ConfigError where a field that is declared to hold whole numbers holds others, which would be truncated."""
+  """Raises ConfigError where a field that is declared to hold numbers holds others: not whole ones, which would be
+  truncated, or not finite ones."""
   for name, inner in fields(value).items():
     where = f'{path}.{name}' if path else name
     declared = _kind_name(_declared(value, name)[0])
-    if set(re.findall(r'\w+', declared)) <= {'int', 'tuple', 'None'} and 'int' in declared:
+    words = set(re.findall(r'\w+', declared))
+    if words <= {'int', 'float', 'tuple', 'None'} and words & {'int', 'float'}:
       try:
         fit(_plain(inner), _annotation(value, name))
       except TypeError:
-        raise ConfigError(f'{where} = {inner!r}: expected {declared}; give whole numbers') from None
+        kind = 'finite' if 'float' in words else 'whole'
+        raise ConfigError(f'{where} = {inner!r}: expected {declared}; give {kind} numbers') from None
+      for number in _plain(inner) if isinstance(inner, tuple) else (_plain(inner),):
+        if isinstance(number, float) or 'float' in words and number is not None:
+          real(where, number, REAL.get(name, '(-inf, inf)'))
+        elif isinstance(number, int):
+          whole(where, number, *WHOLE.get(name, (-2 ** 31, 2 ** 31 - 1)))
     for index, item in enumerate(inner) if isinstance(inner, tuple) else ():
       _check_numbers(item, f'{where}[{index}]')
     _check_numbers(inner, where)
@@ -281,25 +332,49 @@ def _plain(value: Any) -> Any:
 def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
   """The experiment of a configuration file: `path/to/file.py` or `path/to/file.py:argument`, then overrides.
 
-  The file defines `get_config()` or `get_config(argument: str)`.
+  The file defines `get_config()` or `get_config(argument: str)`. Those that come with the library have short names too,
+  `loopformer:tiny`, and are found from every folder. Paths in it are whole ones, which a resume from another current
+  folder finds.
   """
   bucket = re.match(r'(\w+://)?', spec)[0]
   name, _, argument = spec.removeprefix(bucket).partition(':')
-  path = storage.path(bucket + name)
+  path = _file_of(bucket + name)
   module = _import_file(path)
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'--config {path}: the file defines no get_config; see experiments/configs/ for examples')
+  if argument and not inspect.signature(module.get_config).parameters:
+    raise ConfigError(f'--config {spec}: its get_config takes no argument; leave out :{argument}')
   config = module.get_config(*([argument] if argument else []))
+  if not isinstance(config, Experiment):
+    raise ConfigError(f'--config {path}: its get_config returns {_name_of(type(config))}; let it return an Experiment')
   for assignment in overrides:
     config = override(config, assignment)
-  return config
+  return absolute(config)
+
+
+def published() -> dict[str, Path]:
+  """The configuration files that come with the library, by their short names."""
+  spec = importlib.util.find_spec('experiments.configs')
+  files = [file for folder in (spec.submodule_search_locations if spec else ()) for file in Path(folder).glob('*.py')]
+  return {file.stem: file for file in sorted(files) if file.stem != '__init__'}
+
+
+def _file_of(name: str) -> Any:
+  """The configuration file that is meant: of this path, or of this short name. Raises ConfigError if there is neither."""
+  path = storage.path(name)
+  short = re.fullmatch(r'(?:experiments/configs/)?([^/]+?)(?:\.py)?', name)
+  known = published()
+  if not path.is_file() and short and short[1] in known:
+    return known[short[1]]
+  if not path.is_file():
+    close = difflib.get_close_matches(path.stem, known, 1)
+    raise ConfigError(f'--config={name}: no such file, and no configuration of the library; '
+                      + (f'did you mean --config={close[0]}? ' if close else '') + '--mode=configs lists those there are')
+  return path
 
 
 def _import_file(path: Any) -> types.ModuleType:
   """The file as a module that is named after it and its contents, so that two versions of it are two modules."""
-  if not path.is_file():
-    raise ConfigError(f'--config {path}: no such file; give the path of a configuration, '
-                      'such as experiments/configs/loopformer.py:tiny')
   source = path.read_bytes()
   digest = hashlib.sha256(source).hexdigest()[:8]
   name = LOADED + path.stem if path.stem.endswith(digest) else f'{LOADED}{path.stem}_{digest}'
@@ -311,6 +386,9 @@ def _import_file(path: Any) -> types.ModuleType:
     try:
       with moved.importable():
         module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+      del sys.modules[name]
+      raise ConfigError(f'--config {path}: line {error.lineno} is not Python ({error.msg}); correct it') from error
     except BaseException:
       del sys.modules[name]
       raise
@@ -328,7 +406,9 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
     name, equals, value = word.partition('=')
     name, value = (name, value) if equals else (first, word)
     if name not in defaults:
-      raise ConfigError(f'config argument {word!r}: no {name!r} here; there are {", ".join(defaults)}')
+      close = difflib.get_close_matches(name, defaults, 1)
+      raise ConfigError(f'config argument {word!r}: no {name!r} here; {f"did you mean {close[0]!r}? " if close else ""}'
+                        f'there are {", ".join(defaults)}')
     values[name] = _parse(value, defaults[name], type(defaults[name]), f'config argument {name}')
   return values
 
@@ -336,7 +416,9 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
 def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
   """The row of a configuration's table, or an error that lists the rows."""
   if value not in table:
-    raise ConfigError(f'config argument {name} = {value!r}; choose one of {", ".join(table)}')
+    close = difflib.get_close_matches(value, table, 1)
+    raise ConfigError(f'config argument {name} = {value!r}: {f"did you mean {close[0]!r}? " if close else ""}choose one of '
+                      f'{", ".join(table)}')
   return table[value]
 
 
@@ -364,17 +446,20 @@ def is_workdir(path: Any) -> bool:
 
 
 @contextlib.contextmanager
-def trusting() -> Iterator[None]:
-  """Inside it work folders may name any code, and code that lies in them is run."""
-  token = _TRUST.set(True)
+def trusting(given: bool = True) -> Iterator[None]:
+  """Inside it, if trust is given, work folders may name any code, and code that lies in them is run."""
+  token = _TRUST.set(given or _TRUST.get())
   try:
     yield
   finally:
     _TRUST.reset(token)
 
 
-def read(workdir: str | Path) -> Experiment:
+def read(workdir: str | Path, like: Experiment | None = None) -> Experiment:
   """The configuration of a work folder.
+
+  Args:
+    like: one that the caller has: what it is made of may be named in the folder too.
 
   Raises:
     ConfigError: it holds none, or one that names what is no part of the library, which runs where trust is given alone.
@@ -384,7 +469,15 @@ def read(workdir: str | Path) -> Experiment:
   if not path.is_file():
     raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
                       'give the work folder of a training run')
-  return _decode(json.loads(path.read_text()), workdir)
+  return _decode(json.loads(path.read_text()), workdir, set() if like is None else set(_named(_encode(like))))
+
+
+def _named(encoded: Any) -> Iterator[str]:
+  """The classes and functions that an encoded configuration names."""
+  if isinstance(encoded, (list, dict)):
+    yield from (encoded[key] for key in ('$part', '$name') if isinstance(encoded, dict) and key in encoded)
+    for inner in encoded.values() if isinstance(encoded, dict) else encoded:
+      yield from _named(inner)
 
 
 def _name_of(thing: Any) -> str:
@@ -410,26 +503,25 @@ def _encode(value: Any) -> Any:
   raise ConfigError(f'a configuration holds {value!r}, which cannot be saved; use parts, numbers, text and tuples')
 
 
-def _decode(value: Any, workdir: Any) -> Any:
+def _decode(value: Any, workdir: Any, known: set[str]) -> Any:
   if isinstance(value, list):
-    return tuple(_decode(item, workdir) for item in value)
+    return tuple(_decode(item, workdir, known) for item in value)
   if not isinstance(value, dict):
     return value
-  inner = {name: _decode(field, workdir) for name, field in value.items() if not name.startswith('$')}
-  if '$name' in value:
-    return _find(value['$name'], workdir, part=False)
-  return _find(value['$part'], workdir, part=True)(**inner) if '$part' in value else inner
+  inner = {name: _decode(field, workdir, known) for name, field in value.items() if not name.startswith('$')}
+  for key in ('$name', '$part'):
+    if key in value:
+      name = value[key]
+      found = moved.find(name) if name in known else _find(name, workdir, part=key == '$part')
+      return found(**inner) if key == '$part' else found
+  return inner
 
 
 def _published(module: str) -> Path | None:
   """The file of experiments/configs whose contents a module of this name has; None where it is another's."""
   stem, _, digest = module.removeprefix(LOADED).rpartition('_')
-  spec = importlib.util.find_spec('experiments.configs')
-  for folder in spec.submodule_search_locations if spec else ():
-    path = Path(folder) / f'{stem}.py'
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()[:8] == digest:
-      return path
-  return None
+  path = published().get(stem)
+  return path if path and hashlib.sha256(path.read_bytes()).hexdigest()[:8] == digest else None
 
 
 def _find(name: str, workdir: Any, part: bool) -> Callable:

@@ -16,6 +16,7 @@ from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, Pla
 class Own:
   """A teacher of its own make: the model of a work folder, as it is described there, with its last weights."""
   folder: str
+  paths = ('folder',)
 
   @property
   def name(self) -> str:
@@ -53,6 +54,7 @@ class Rollout:
   plan: Planner
   keep: Any = loop.Last()
   weights_of: str | Own | None = None
+  paths = ('weights_of',)
 
   @property
   def teacher(self) -> Own | Lent | None:

@@ -19,20 +19,13 @@ from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, con
 SUM_TOLERANCE = 1e-6
 
 
-def _at_least(name: str, value: int, least: int, why: str):
-  try:
-    whole(name, value, least)
-  except ConfigError as error:
-    raise ConfigError(f'{error}, because {why}') from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Uniform(Planner):
   """`loops` steps of 1/loops each: the finest trajectory (LoopFormer section 3), and the plan of plain loops."""
   loops: int
 
   def __post_init__(self):
-    _at_least('Uniform.loops', self.loops, 1, 'a plan needs at least one step')
+    whole('Uniform.loops', self.loops, 1, why='a plan needs at least one step')
 
   @property
   def longest(self) -> int:
@@ -57,8 +50,8 @@ class Partition(Planner):
   loops: int
 
   def __post_init__(self):
-    _at_least('Partition.loops', self.loops, 2,
-              'a trajectory shorter than the long one needs at least two loops to choose from')
+    whole('Partition.loops', self.loops, 2,
+          why='a trajectory shorter than the long one needs at least two loops to choose from')
 
   @property
   def longest(self) -> int:
@@ -95,7 +88,7 @@ class RandomDepth(Planner):
   loops: int
 
   def __post_init__(self):
-    _at_least('RandomDepth.loops', self.loops, 2, 'a depth below the full one needs at least two loops')
+    whole('RandomDepth.loops', self.loops, 2, why='a depth below the full one needs at least two loops')
 
   @property
   def longest(self) -> int:
@@ -121,7 +114,7 @@ class Constant:
   loops: int
 
   def __post_init__(self):
-    _at_least('depth.loops', self.loops, 1, 'a plan needs at least one step')
+    whole('depth.loops', self.loops, 1, why='a plan needs at least one step')
 
   def mean(self, step: Array) -> Array:
     """Mean number of loops at a training step."""
@@ -192,7 +185,7 @@ class Ramp:
   curve: Callable[[Array], Array]
 
   def __post_init__(self):
-    _at_least('depth.steps', self.steps, 1, 'a ramp takes at least one step')
+    whole('depth.steps', self.steps, 1, why='a ramp takes at least one step')
 
   def mean(self, step: Array) -> Array:
     share = jnp.minimum(step / self.steps, 1.0)
@@ -225,10 +218,10 @@ class Stairs:
   every: int = 500
 
   def __post_init__(self):
-    _at_least('depth.first', self.first, 1, 'a plan needs at least one step')
-    _at_least('depth.last', self.last, self.first, 'a curriculum does not go down')
-    _at_least('depth.add', self.add, 0, 'a curriculum does not go down')
-    _at_least('depth.every', self.every, 1, 'a stair takes at least one step')
+    whole('depth.first', self.first, 1, why='a plan needs at least one step')
+    whole('depth.last', self.last, self.first, why='a curriculum does not go down')
+    whole('depth.add', self.add, 0, why='a curriculum does not go down')
+    whole('depth.every', self.every, 1, why='a stair takes at least one step')
 
   def mean(self, step: Array) -> Array:
     return jnp.minimum(self.first + self.add * (step // self.every), self.last).astype(jnp.float32)
@@ -271,7 +264,7 @@ class Truncated(Planner):
   over: Shared | PerSequence = Shared()
 
   def __post_init__(self):
-    _at_least('Truncated.graded', self.graded, 1, 'without a graded step nothing in the loop is learned')
+    whole('Truncated.graded', self.graded, 1, why='without a graded step nothing in the loop is learned')
     if self.graded > math.ceil(self.depth.last_mean):
       raise ConfigError(f'Truncated.graded = {self.graded} is more than the mean number of steps, '
                         f'{self.depth.last_mean:g}; lower it')
@@ -303,7 +296,7 @@ class Given(Planner):
   most: int
 
   def __post_init__(self):
-    _at_least('Given.most', self.most, 1, 'a plan needs at least one step')
+    whole('Given.most', self.most, 1, why='a plan needs at least one step')
 
   @property
   def longest(self) -> int:
@@ -327,7 +320,7 @@ class Staged(Planner):
     if not self.loops:
       raise ConfigError('Staged.loops is empty: give numbers of loops')
     for loops in self.loops:
-      _at_least('Staged.loops', loops, 1, 'a plan needs at least one step')
+      whole('Staged.loops', loops, 1, why='a plan needs at least one step')
 
   @property
   def stages(self) -> tuple[int, ...]:

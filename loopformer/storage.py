@@ -39,14 +39,17 @@ def scheme(name: str | os.PathLike) -> str | None:
 
 
 def path(name: str | os.PathLike) -> Any:
-  """A path whose methods work where it points to; touches nothing.
+  """A path whose methods work where it points to, with ~ as the home folder; touches nothing.
 
   Raises:
-    ConfigError: a scheme that is not known, or whose client is not installed, or no bucket in it.
+    ConfigError: a scheme that is not known, or whose client is not installed, or no bucket in it; no such home folder.
   """
   kind = scheme(name)
   if kind is None:
-    return Path(name)
+    whole = os.path.expanduser(name)
+    if os.fspath(whole).startswith('~'):
+      raise ConfigError(f'{os.fspath(name)}: there is no such home folder; give the whole path, or ./{os.fspath(name)}')
+    return Path(whole)
   if kind not in CLIENTS:
     raise ConfigError(f'{os.fspath(name)}: there is no file system {kind}://; use a local folder, '
                       + ', '.join(f'{known}://' for known in CLIENTS))
@@ -64,15 +67,43 @@ def path(name: str | os.PathLike) -> Any:
   return epath.Path(f'{kind}://{rest}')
 
 
+def absolute(name: str | os.PathLike) -> Any:
+  """The same path from every current folder."""
+  return path(name) if remote(name) else path(name).absolute()
+
+
 def remote(name: str | os.PathLike) -> bool:
   """Whether it lies in a bucket."""
   return scheme(name) is not None
 
 
 def cache() -> Path:
-  """The folder of this machine for copies and compiled programs: $LOOPFORMER_CACHE, or that of the system."""
+  """The folder of this machine for copies and compiled programs: $LOOPFORMER_CACHE, or that of the system; where this
+  user has none that can be written, one among the temporary files.
+
+  Raises:
+    ConfigError: that one is somebody else's.
+  """
   given = os.environ.get('LOOPFORMER_CACHE')
-  return Path(given) if given else Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'loopformer'
+  if given:
+    return path(given).absolute()
+  own = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'loopformer'
+  if own.is_absolute() and writable(own):
+    return own
+  shared = Path(tempfile.gettempdir()) / f'loopformer-{os.getuid()}'
+  with contextlib.suppress(OSError):
+    shared.mkdir(mode=0o700, exist_ok=True)
+    if shared.stat().st_uid == os.getuid() and not shared.is_symlink():
+      return shared
+  raise ConfigError(f'{shared}: no folder of this user, and {own} cannot be written; name one by LOOPFORMER_CACHE')
+
+
+def writable(name: str | os.PathLike) -> bool:
+  """Whether a folder of this machine can be written, or made; touches nothing."""
+  place = path(name).absolute()
+  while not os.path.lexists(place) and place != place.parent:
+    place = place.parent
+  return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def check_workdir(name: str | os.PathLike, writes: bool):
@@ -84,9 +115,13 @@ def check_workdir(name: str | os.PathLike, writes: bool):
 
 
 def check(name: str | os.PathLike, called: str, writes: bool):
-  """Raises ConfigError, with the name of the argument, where the bucket of a path is not there or not open to us."""
+  """Raises ConfigError, with the name of the argument, where a folder cannot be written, or the bucket of a path is not
+  there or not open to us."""
   place = path(name)
   if not remote(place):
+    if writes and not writable(place):
+      what = 'a file' if place.is_file() else 'not a folder that this user may write or make'
+      raise ConfigError(f'{called} = {place}: {what}; name another folder, or see to its permissions')
     return
   bucket = f'{scheme(place)}://{_key(place).partition("/")[0]}'
   try:
@@ -101,6 +136,16 @@ def check(name: str | os.PathLike, called: str, writes: bool):
   except Exception as error:  # of the client, each of which has its own
     raise ConfigError(f'{called} = {place}: {bucket} cannot be {"written" if writes else "read"} ({_reason(error)}); '
                       'see to its permissions and to the credentials of this machine') from error
+
+
+def stores(folder: str | os.PathLike, log: Callable[[str], None]) -> bool:
+  """Whether results can be written into a folder; where they cannot, the log hears that they are printed alone."""
+  try:
+    check(folder, 'workdir', writes=True)
+  except ConfigError as error:
+    log(f'warning: results are printed, and not stored: {error}')
+    return False
+  return True
 
 
 def files(name: str | os.PathLike) -> Any:

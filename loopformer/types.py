@@ -16,6 +16,7 @@ layers in a stack, or drawn numbers of loops (`plans.Truncated.depth`). In train
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any, Callable, Mapping, Protocol
 import zlib
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
+SEEDS = 2**32  # how many there are: JAX cuts larger ones
 
 
 @struct.dataclass
@@ -540,7 +542,7 @@ class Measure(Protocol):
   better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
-    """f32[] each, sums over the batch."""
+    """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no text."""
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table, from totals of the sums."""
@@ -550,14 +552,48 @@ class ConfigError(ValueError):
   """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
 
 
-def whole(name: str, value: Any, least: int) -> int:
-  """The value of an argument or field as an int. Raises ConfigError where it is no whole number of `least` or more."""
+def whole(name: str, value: Any, least: int, most: int | None = None, why: str = '') -> int:
+  """The value of an argument, field or flag as an int. why: what else the message says.
+
+  Raises:
+    ConfigError: it is no whole number (True and 2.0 are none), or not from `least` to `most`.
+  """
+  allowed = f'{least} or more' if most is None else f'{least} to {most}'
   try:
     number = operator.index(value)
   except TypeError:
-    raise ConfigError(f'{name} = {value}: must be a whole number of {least} or more') from None
-  if number < least:
-    raise ConfigError(f'{name} = {value}: must be {least} or more')
+    number = None
+  if number is None or isinstance(value, bool):
+    allowed = f'a whole number, {allowed}'
+  elif number >= least and (most is None or number <= most):
+    return number
+  raise ConfigError(f'{name} = {value!r}: {f"{why}; set {name} to" if why else "must be"} {allowed}')
+
+
+def real(name: str, value: Any, allowed: str, why: str = '') -> float:
+  """The value of an argument, field or flag as a float.
+
+  Args:
+    allowed: the numbers that it may be, as an interval such as '(0, 1]'; never NaN, and infinity only where it says
+      so, '[0, inf]'.
+    why: what else the message says.
+
+  Raises:
+    ConfigError: it is no number, or none of these.
+  """
+  low, high = (float(end) for end in allowed[1:-1].split(','))
+  try:
+    number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  inside = (low <= number if allowed[0] == '[' else low < number) and (
+      number <= high if allowed[-1] == ']' else number < high)
+  if not inside:
+    bounds = [f'{low:g} or more' if allowed[0] == '[' else f'above {low:g}'] if low > -math.inf else []
+    bounds += [f'at most {high:g}' if allowed[-1] == ']' else f'below {high:g}'] if high < math.inf else []
+    finite = '' if allowed[-1] == ']' and high == math.inf else 'finite '
+    raise ConfigError(f'{name} = {value!r}: {f"{why}; set {name} to" if why else "must be"} a {finite}number'
+                      f'{", " if bounds else ""}{" and ".join(bounds)}')
   return number
 
 

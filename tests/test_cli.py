@@ -70,12 +70,13 @@ def run(workdir, *arguments):
 def run_here(workdir, *arguments):
   """As `run`, in this process, where nothing has to be imported or compiled twice; workdir: None for none."""
   from experiments import main
+  from experiments.tools import command
   out, err, status = io.StringIO(), io.StringIO(), 0
   folder = jax.config.jax_compilation_cache_dir
   jax.config.update('jax_compilation_cache_dir', '')  # none
   try:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      main.FLAGS(['main', *([] if workdir is None else [f'--workdir={workdir}']), *arguments])
+      command.parse(['main', *([] if workdir is None else [f'--workdir={workdir}']), *arguments])
       main.main(['main'])
   except SystemExit as end:
     print(end.code, file=err)
@@ -265,6 +266,7 @@ def test_an_empty_work_folder_is_refused(tmp_path, arguments, expected):
     ('harness', 'eval_batches'), ('train', 'topology')])
 def test_a_flag_that_the_mode_does_not_read_is_refused(mode, name):
   from experiments import main
+  from experiments.tools import command
   with pytest.raises(ConfigError, match=f'--{name}: --mode={mode} does not read it, .* do(es)?; leave it out'):
     main.check_flags(mode, {name: 0})
 
@@ -273,12 +275,14 @@ def test_a_flag_that_the_mode_does_not_read_is_refused(mode, name):
     ('eval', 'schedules', ''), ('harness', 'tasks', []), ('generate', 'budget', ''), ('train', 'config', '')])
 def test_a_flag_without_a_value_is_refused(mode, name, value):
   from experiments import main
+  from experiments.tools import command
   with pytest.raises(ConfigError, match=f'--{name}: no value; give one, or leave it out'):
     main.check_flags(mode, {name: value})
 
 
 def test_flags_that_the_mode_reads_are_taken():
   from experiments import main
+  from experiments.tools import command
   for mode, given in (('train', {'config': 'x.py', 'verify': True, 'coordinator': 'x:1'}),
                       ('eval', {'depths': ['1'], 'step': 3, 'processes': 2}),
                       ('harness', {'tasks': ['x'], 'memory': 'first', 'step': 3}),
@@ -288,6 +292,7 @@ def test_flags_that_the_mode_reads_are_taken():
 
 def test_loops_and_step_sizes_of_the_command_line():
   from experiments import main
+  from experiments.tools import command
   for text, expected in (('2', 2), ('2.0', 2), ('1', (1.0,)), ('0.5,0.25,0.25', (0.5, 0.25, 0.25))):
     found = main.loops_or_sizes(text, '--budget')
     assert found == expected and type(found) is type(expected)
@@ -410,6 +415,7 @@ def test_csv_of_rows(tmp_path):
 
 def test_exits_of_the_command_line():
   from experiments import main
+  from experiments.tools import command
   from loopformer.inference import exits
   from tests.parts import ROWS
   model = ROWS['loopformer'].model

@@ -12,6 +12,7 @@ import pytest
 from experiments.main import held_out
 import loopformer
 from loopformer import config as configs
+from loopformer.inference import measures
 from loopformer.inference.evaluate import evaluate
 from loopformer.training import metrics
 from loopformer.training.train import train
@@ -84,7 +85,7 @@ def test_system(file, argument, tmp_path):
 
   model, params, tokenizer, config = loopformer.load(tmp_path)
   rows = evaluate(model, params, held_out(config, tmp_path, 2), config.evals.schedules(),
-                  tokenizer and tokenizer.byte_lengths(), config.task.measure)
+                  tokenizer and measures.text_bytes(tokenizer), config.task.measure)
   assert [row['schedule'] for row in rows] == list(config.evals.schedules())
   assert all(math.isfinite(row['loss']) for row in rows)
   curve = metrics.training_curve(metrics.read_rows(tmp_path / 'metrics.jsonl'))

@@ -109,7 +109,8 @@ def test_sequences_of_an_evaluation_may_come_in_any_order_and_number(exit_policy
 def test_no_token_is_cut_because_a_neighbour_cuts():
   """Sums of probabilities round to more than one before the last tokens of a long tail."""
   logits = jnp.concatenate([jnp.zeros(2 ** 14), jnp.full(2 ** 14, -30.0)])[None].repeat(2, 0)
-  control = SamplingParams(temperature=jnp.ones(2), top_k=jnp.full(2, logits.shape[1]), top_p=jnp.array([1.0, 0.5]))
+  control = SamplingParams(temperature=jnp.ones(2), top_k=jnp.full(2, logits.shape[1]), top_p=jnp.array([1.0, 0.5]),
+                           vocab=jnp.full(2, logits.shape[1]))
   alone = sampling_logits(logits[:1], jax.tree.map(lambda leaf: leaf[:1], control))
   np.testing.assert_array_equal(sampling_logits(logits, control)[0], alone[0])
   assert np.isinf(sampling_logits(logits, control)[1]).any()

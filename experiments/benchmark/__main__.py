@@ -37,13 +37,13 @@ import sys
 import time
 from typing import Mapping
 
-from absl import app, flags, logging
+from absl import flags, logging
 import flax
 import jax
 
 from experiments.benchmark import comms, compile, data, decode, draft, growth, imported, memory, train
 from experiments.benchmark.sizes import SIZES, Size
-from experiments.tools import estimate, plots, records
+from experiments.tools import command, estimate, plots, records
 from loopformer import storage
 from loopformer.training import metrics
 
@@ -113,17 +113,15 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   suites = FLAGS.suite or ['train', 'plain', 'decode'] + ['memory', 'compile'] * (jax.default_backend() == 'cpu')
   unknown = [name for name in suites if name not in SUITES]
   if unknown:
-    raise app.UsageError(f'--suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
+    sys.exit(f'error: --suite: there is no suite {unknown[0]}; choose from {", ".join(SUITES)}')
   if 'draft' in suites and not FLAGS.trained:
-    raise app.UsageError('--suite=draft needs --trained, a work folder with a trained language model')
+    sys.exit('error: --suite=draft needs --trained, a work folder with a trained language model')
   if 'comms' in suites:
     if len(suites) > 1:
-      raise app.UsageError('--suite: comms simulates eight devices, on which nothing else is measured; run it alone')
+      sys.exit('error: --suite: comms simulates eight devices, on which nothing else is measured; run it alone')
     estimate.simulate(8)
   logging.set_verbosity(logging.WARNING)
   size = SIZES[FLAGS.size or ('reference' if jax.default_backend() == 'cpu' else 'small')]
@@ -141,4 +139,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
 import numpy as np
 
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 from loopformer import storage
 from loopformer.training import metrics
 
@@ -49,8 +49,6 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
     models = {name: json.loads((folder / name / 'eval/exits.json').read_text()) for name in FLAGS.models}
@@ -65,4 +63,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

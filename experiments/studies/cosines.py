@@ -9,12 +9,12 @@ and cosines.png into --out. A run whose stack is a single block, looped, has the
 from pathlib import Path
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 import numpy as np
 
 from experiments.configs.latent_thoughts import MATRICES
 from experiments.main import check_command, held_out
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 import loopformer
 from loopformer import plans, storage
 from loopformer.inference.evaluate import evaluate
@@ -80,7 +80,7 @@ def define_flags():
 
 
 def main(argv):
-  check_command(argv, 'eval_batches')
+  check_command('eval_batches')
   logging.set_verbosity(logging.WARNING)
   out, runs = storage.path(FLAGS.out), {}
   try:
@@ -98,4 +98,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command.run(main)

@@ -18,13 +18,13 @@ from pathlib import Path
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 from loopformer import storage
 from loopformer.papers.linear_icl.attention import EXACT
 from loopformer.training import metrics
@@ -255,14 +255,12 @@ def define_flags():
   flags.DEFINE_float('rate', 2e-2, "Adam's learning rate.")
   flags.DEFINE_integer('steps', 1500, 'Of training.', lower_bound=1)
   flags.DEFINE_integer('batch', 256, 'Prompts a step.', lower_bound=1)
-  flags.DEFINE_integer('seed', 0, 'Of initialisation and data.')
+  flags.DEFINE_integer('seed', 0, 'Of initialisation and data.', lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_bool('full', False, 'Train all of V and W too, not only the two blocks.')
   flags.DEFINE_string('out', None, 'Folder of results.json and errors.png; nothing is written without it.')
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   d, n, k = FLAGS.inputs, FLAGS.examples, FLAGS.thoughts
   with_chain = functools.partial(loss_with_chain, thoughts=k, descent=FLAGS.descent)
   jobs = {'without': (Sparse(inputs=d), loss_without_chain), 'with': (Sparse(inputs=d), with_chain)}
@@ -320,4 +318,4 @@ def write(out: Path, rows: list[dict], products: dict, trained: int):
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command.run(main)

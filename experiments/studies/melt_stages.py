@@ -14,16 +14,17 @@ import subprocess
 import sys
 from typing import Iterator
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.main import check_command, held_out
 from experiments.studies.memories import decoded
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 import loopformer
 from loopformer import config as configs, memories, storage
+from loopformer.inference import measures
 from loopformer.inference.engine import Engine
 from loopformer.inference.evaluate import evaluate
 from loopformer.papers.melt.cell import Latest
@@ -35,7 +36,7 @@ flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/melt.py.')
 flags.DEFINE_list('chunks', ['1', '4', '16', '48', '96'], 'Chunks in which converted models are measured.')
-flags.DEFINE_integer('batches', 8, 'Batches of the validation split to decode.')
+flags.DEFINE_integer('batches', 8, 'Batches of the validation split to decode.', lower_bound=1)
 
 CONFIG = 'experiments/configs/melt.py'
 WHOLE = 'no chunks'
@@ -72,7 +73,7 @@ def measure(folder: Path, memories: dict) -> dict[str, dict]:
   """By memory: nats a token decoded with it, and of the pass over all tokens by chunks where it has them."""
   model, params, tokenizer, config = loopformer.load(folder)
   batches, steps = held_out(config, folder, FLAGS.batches), {'all': (1 / model.loops,) * model.loops}
-  lengths = tokenizer.byte_lengths()
+  lengths = measures.text_bytes(tokenizer)
   found = {}
   for name, part in memories.items():
     own = model.clone(memory=part or model.memory)
@@ -165,7 +166,7 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
 
 
 def main(argv):
-  check_command(argv, 'set')
+  check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
@@ -180,4 +181,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -13,12 +13,12 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 
 from experiments.main import check_command, held_out
-from experiments.tools import records
+from experiments.tools import command, records
 import loopformer
 from loopformer import memories, plans, storage
 from loopformer.training import metrics
@@ -87,7 +87,7 @@ def measure(model, params, batches) -> list[dict]:
 
 
 def main(argv):
-  check_command(argv, 'step', 'eval_batches')
+  check_command('step', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, start = storage.path(FLAGS.workdir), time.time()
   try:
@@ -105,4 +105,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -14,14 +14,14 @@ import functools
 from pathlib import Path
 import time
 
-from absl import app, flags
+from absl import flags
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 from loopformer import loop, plans, storage
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
@@ -131,8 +131,6 @@ def define_flags():
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   rows = []
   for loops in FLAGS.loops:
     for kind in KINDS:
@@ -181,4 +179,4 @@ def write(out: Path, rows: list[dict], table: str):
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command.run(main)

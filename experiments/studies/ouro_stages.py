@@ -14,13 +14,13 @@ from pathlib import Path
 import subprocess
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.main import check_command, held_out
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 import loopformer
 from loopformer import config as configs, loop, plans, sharding, storage
 from loopformer.data import batches
@@ -172,7 +172,7 @@ def draw(path: Path, results: dict[str, dict]):
 
 
 def main(argv):
-  check_command(argv, 'set')
+  check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
@@ -187,4 +187,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

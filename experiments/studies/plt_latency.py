@@ -13,13 +13,12 @@ import functools
 import statistics
 import sys
 
-from absl import app
 import jax
 
 from experiments.benchmark.__main__ import FLAGS, describe_machine  # defines --out and --repeats
 from experiments.benchmark.decode import decode_once
 from experiments.benchmark.sizes import spread
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 from loopformer import storage
 from loopformer.cells.plain import Plain
 from loopformer.model import Looped, init_params
@@ -91,8 +90,6 @@ def measure(size: Size, repeats: int, loops: tuple[int, ...] = (1, 2, 4)) -> lis
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   size = Size()
   table = measure(size, FLAGS.repeats)
   print(metrics.table(table))
@@ -110,4 +107,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

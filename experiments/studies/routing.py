@@ -9,12 +9,13 @@ Losses are nats a token; `accuracy`, `through` and `load` are lists over recursi
 from pathlib import Path
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments.main import check_command, held_out
-from experiments.tools import records
+from experiments.tools import command, records
 import loopformer
 from loopformer import plans, storage
+from loopformer.inference import measures
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.papers.mor import routing
 from loopformer.training import metrics
@@ -32,7 +33,7 @@ def measure(folder: Path) -> dict:
   batches = held_out(config, folder, FLAGS.eval_batches or 64)
   plan = plans.Uniform(model.loops)
   answers, trained = evaluate(model, params, batches, {'answers': plans.resolve(model.loops), 'as trained': Run(
-      plan=plan, exit=routing.AsTrained())}, tokenizer and tokenizer.byte_lengths(), config.task.measure)
+      plan=plan, exit=routing.AsTrained())}, tokenizer and measures.text_bytes(tokenizer), config.task.measure)
   head = 2.0 * model.read_in.width * model.outputs
   found = {'steps': config.train.steps, 'answers': answers['loss'], 'as trained': trained['loss'],
            'gap': answers['loss'] - trained['loss'],
@@ -50,7 +51,7 @@ def shown(value) -> str | float:
 
 
 def main(argv):
-  check_command(argv, 'eval_batches')
+  check_command('eval_batches')
   logging.set_verbosity(logging.WARNING)
   out = storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
@@ -68,4 +69,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -205,7 +205,8 @@ def _all_loops(model: Any, rows: int) -> Any:
 
 
 def _controls(rows):
-  return sampling.SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows))
+  return sampling.SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32), top_p=jnp.ones(rows),
+                                 vocab=jnp.ones(rows, jnp.int32))
 
 
 def _integer():

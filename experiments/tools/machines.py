@@ -1,7 +1,6 @@
 """The devices that a command runs on: flags of several processes, and the mesh that a run's model is divided over."""
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Sequence
 
 from absl import flags
@@ -24,21 +23,16 @@ def define_flags():
   flags.DEFINE_bool('distributed', False, 'One of several processes, which JAX finds out about by itself (TPU pods, '
                     'Slurm, Kubernetes).')
   flags.DEFINE_string('coordinator', None, 'host:port of process 0 of several, with --processes and --process.')
-  flags.DEFINE_integer('processes', None, 'How many processes there are.')
-  flags.DEFINE_integer('process', None, 'Which of them this is, from 0.')
-  flags.DEFINE_integer('connect_timeout', 300, 'Seconds to wait for the other processes.')
+  flags.DEFINE_integer('processes', None, 'How many processes there are.', lower_bound=1)
+  flags.DEFINE_integer('process', None, 'Which of them this is, from 0.', lower_bound=0)
+  flags.DEFINE_integer('connect_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
   flags.DEFINE_integer('heartbeat', 60, 'Seconds without a sign of life after which a process counts as dead, and the '
-                       'others end.')
+                       'others end.', lower_bound=1)
 
 
 def several() -> bool:
   """Whether the flags tell of other processes."""
   return FLAGS.distributed or any(value is not None for value in (FLAGS.coordinator, FLAGS.processes, FLAGS.process))
-
-
-def trusted() -> contextlib.AbstractContextManager:
-  """Inside it folders are read as --trust says."""
-  return configs.trusting() if FLAGS.trust else contextlib.nullcontext()
 
 
 def connect():

@@ -36,7 +36,7 @@ def note(folder: str | Path, manifest: dict, files: Sequence[storage.File]):
 
 
 def _places(folder: str | Path) -> tuple[Path, Path]:
-  return Path(folder) / NOTES, storage.cache() / 'data' / NOTES
+  return storage.path(folder) / NOTES, storage.cache() / 'data' / NOTES
 
 
 def _key(manifest: dict) -> str:

@@ -20,6 +20,8 @@ from loopformer import storage
 FILE = 'tokenizer.json'
 MODEL = 'tokenizer.model'
 JSON = 'hugging_face.json'
+BROKEN = '\ufffd'  # what bytes that are no text are decoded as
+NEAR = 16  # ids before a continuation that usually decide how it begins
 META = '\u2581'  # how sentencepiece writes a space inside a piece
 BLOCK = 1_000_000  # characters encoded in one call: longer documents are cut at newlines
 LINE = 16_384  # characters of a training sentence: longer lines are cut
@@ -47,7 +49,11 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def byte_lengths(self) -> np.ndarray:
-    """UTF-8 bytes that each id stands for, i32[V]; 0 for special ids."""
+    """UTF-8 bytes that each id stands for within a text, i32[V]; 0 for special ids."""
+
+  def first_byte_lengths(self) -> np.ndarray:
+    """The same where the id begins a text, i32[V]: one fewer of pieces whose space is not the text's own."""
+    return self.byte_lengths()
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
@@ -60,6 +66,27 @@ class Tokenizer(abc.ABC):
   def hugging_face(self) -> str | None:
     """The same as a tokenizer.json of Hugging Face's `tokenizers`, its text; None where there is no such file."""
     return None
+
+
+def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+  """The text that ids add to that of the ids before them, which decide over a space at its beginning.
+
+  A letter of several bytes that begins in `before` comes whole.
+  """
+  head, both = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+  return both[len(os.path.commonprefix([head, both])):]
+
+
+def anchor(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+  """Some last ids, before which the others change nothing: `continuation` is the same after these as after all."""
+  ids, count = list(ids), NEAR
+  text = tokenizer.decode(ids)
+  while count < len(ids):
+    near = tokenizer.decode(ids[-count:])
+    if near and text.endswith(near) and near[0] != BROKEN:
+      return ids[-count:]
+    count *= 2
+  return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +188,13 @@ class PieceTokenizer(Tokenizer):
       lengths[i] = 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(META, ' ').encode())
     return lengths
 
+  def first_byte_lengths(self):
+    spaced = [i for i in np.flatnonzero(~self._special).tolist() if self._processor.id_to_piece(i).startswith(META)]
+    lengths = self.byte_lengths()
+    if spaced and not self._processor.decode([spaced[-1], spaced[-1]]).startswith(' '):
+      lengths[spaced] -= 1
+    return lengths
+
   def fingerprint(self):
     return hashlib.sha256(b'sentencepiece' + self.model).hexdigest()
 
@@ -248,16 +282,28 @@ class JsonTokenizer(Tokenizer):
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
   def byte_lengths(self):
+    return self._byte_lengths[0]
+
+  def first_byte_lengths(self):
+    return self._byte_lengths[1]
+
+  @functools.cached_property
+  def _byte_lengths(self) -> np.ndarray:
+    """i32[2, V]: within a text, and at its beginning."""
     pieces, added = self._table
-    bytewise = '"ByteLevel"' in json.dumps(json.loads(self.text)['decoder'])
-    lengths = np.zeros(self.vocab_size, np.int32)
-    for i, piece in pieces.items():
-      if i in added:
-        lengths[i] = 0 if added[i] else len(piece.encode())
-      elif bytewise:
-        lengths[i] = len(piece)
-      else:
-        lengths[i] = 1 if _is_byte(piece) else len(piece.replace(META, ' ').encode())
+    lengths = np.zeros((2, self.vocab_size), np.int32)
+    ids = [i for i in pieces if not added.get(i)]
+    if '"ByteLevel"' in json.dumps(json.loads(self.text)['decoder']):
+      for i in ids:
+        lengths[:, i] = len(pieces[i].encode() if i in added else pieces[i])
+      return lengths
+    texts = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=True)
+    before = next((i for i, text in zip(ids, texts) if text.isalnum()), ids[0])  # what a text may begin with
+    head = self._tokenizer.decode([before], skip_special_tokens=True)
+    after = self._tokenizer.decode_batch([[before, i] for i in ids], skip_special_tokens=True)
+    for i, first, both in zip(ids, texts, after):
+      within = both[len(os.path.commonprefix([head, both])):]
+      lengths[:, i] = 1 if _is_byte(pieces[i]) else (len(within.encode()), len(first.encode()))
     return lengths
 
   def fingerprint(self):
@@ -336,6 +382,7 @@ class GivenPieces:
   """Part: a sentencepiece .model file; FileNotFoundError if absent, ValueError if it cannot end a document."""
 
   path: str
+  paths = ('path',)
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts
@@ -365,6 +412,7 @@ class GivenJson:
 
   path: str
   eos: str
+  paths = ('path',)
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 import warnings
 
 from flax import struct
@@ -25,20 +25,16 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from loopformer import backend, plans, sharding
+from loopformer.data.tokenizer import anchor, continuation
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, verify_draft
 from loopformer.memories import map_caches
 from loopformer.nn.layers import transposed
 from loopformer.training import processes
-from loopformer.types import KV, Array, ConfigError, Params, Plan, whole
+from loopformer.types import KV, SEEDS, Array, ConfigError, Params, Plan, whole
 
 ROUND = 64  # lengths are rounded up to multiples of this
-
-
-SEEDS = 2**32  # how many there are
-
-
 SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
 
 
@@ -80,7 +76,7 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
                      last=jnp.zeros((rows, 2), jnp.int32), place=numbers(), left=numbers(), drawn=numbers(),
                      keys=jax.random.split(jax.random.key(0), rows), exits=jax.random.split(jax.random.key(0), rows),
                      control=SamplingParams(temperature=jnp.zeros(rows), top_k=jnp.ones(rows, jnp.int32),
-                                            top_p=jnp.ones(rows)))
+                                            top_p=jnp.ones(rows), vocab=jnp.ones(rows, jnp.int32)))
 
 
 def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str, int]) -> DecodeState:
@@ -349,6 +345,7 @@ class TextChunk:
 class _Request:
   number: int
   prompt: list[int]
+  anchor: list[int]
   steps: tuple[float, ...]
   most: int
   control: SamplingParams
@@ -414,6 +411,7 @@ class Engine:
       params = sharding.over_tensor(params, self._mesh)
     model, params = flattened(model, params, transpose=self._per > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
+    self._vocab = min(tokenizer.vocab_size, model.read_in.vocab)
     self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
     self.exit, self.num_draft = exit, num_draft if draft is not None else 0
     steps = None if draft is None else plans.resolve(draft, 'draft')
@@ -461,27 +459,35 @@ class Engine:
     """
     whole('max_new_tokens', max_new_tokens, 1)
     for name, value in (('seed', seed), ('number', number)):
-      if whole(name, value, 0) >= SEEDS:
-        raise ConfigError(f'{name} = {value}: must be below 2^32 = {SEEDS}')
-    if isinstance(stop, str) or not all(stop):
+      whole(name, value, 0, SEEDS - 1)
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
       raise ConfigError(f'stop = {stop!r}: give a list of texts, none of them empty')
     steps = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(steps) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
                         f'engine with loops={len(steps)}')
-    ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [self.tokenizer.eos]
-    vocab = self.model.read_in.vocab
-    if not 0 <= min(ids) <= max(ids) < vocab:
-      raise ConfigError(f'prompt {self._requests}: ids from {min(ids)} to {max(ids)}, but the vocabulary has {vocab} '
-                        '(read_in.vocab); give the tokenizer that the model was trained with')
+    ids = self._ids(prompt) or [self.tokenizer.eos]
     if len(ids) + max_new_tokens > self.length:
       raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
                         'or ask for fewer tokens')
-    control = controls(vocab, temperature, top_k, top_p)
-    self._waiting.append(_Request(self._requests, ids, steps, max_new_tokens, control, seed, number, tuple(stop)))
+    control = controls(self._vocab, temperature, top_k, top_p)
+    self._waiting.append(_Request(self._requests, ids, anchor(self.tokenizer, ids), steps, max_new_tokens, control, seed,
+                                  number, tuple(stop)))
     self._requests += 1
     return self._requests - 1
+
+  def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+    """Of a prompt. Raises ConfigError where it has others than the tokenizer and the model know."""
+    if isinstance(prompt, str):
+      ids = self.tokenizer.encode(prompt)
+      if max(ids, default=0) >= self._vocab:
+        raise ConfigError(f'prompt {self._requests}: the tokenizer gives the id {max(ids)}, but the model has '
+                          f'{self._vocab} (read_in.vocab); give the tokenizer that it was trained with')
+      return ids
+    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+      raise ConfigError(f'prompt {self._requests} = {prompt!r}: give a text, or a list of ids')
+    return [whole(f'prompt {self._requests}: the id', token, 0, self._vocab - 1) for token in prompt]
 
   def stream(self) -> Iterator[TextChunk]:
     """Pieces of text as they come, until no request is left; more may be submitted meanwhile."""
@@ -577,7 +583,10 @@ class Engine:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
     request.drawn += tokens
     request.done = len(request.drawn) >= request.most or self.tokenizer.eos in tokens
-    text = self.tokenizer.decode(_until(request.drawn, self.tokenizer))
+    new = request.drawn
+    if self.tokenizer.eos in new:
+      new = new[:new.index(self.tokenizer.eos)]
+    text = continuation(self.tokenizer, request.anchor, new)
     cut = min((text.index(stop) for stop in request.stop if stop in text), default=None)
     if cut is not None:
       text, request.done = text[:cut], True
@@ -649,9 +658,3 @@ def warn_beyond(model: Any, steps: Sequence[float]):
 
 def _rounded(length: int) -> int:
   return -(-length // ROUND) * ROUND
-
-
-def _until(row, tokenizer):
-  """The ids before the end of the document; ids that the tokenizer does not have (a padded head) are dropped."""
-  row = row[:row.index(tokenizer.eos)] if tokenizer.eos in row else row
-  return [token for token in row if token < tokenizer.vocab_size]

@@ -84,7 +84,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
       whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
     batches: of arrays on the host, whole in every process; or already divided over the parameters' mesh.
-    byte_lengths: i32[V], UTF-8 bytes that each token stands for.
+    byte_lengths: i32[2, V], UTF-8 bytes that each token stands for (`measures.text_bytes`).
     params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which the rows are divided then;
       batches that it does not divide are filled up with rows that do not count. Parameters that are divided over fsdp
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.

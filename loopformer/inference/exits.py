@@ -153,7 +153,7 @@ def within(low: float, high: float, what: str) -> Callable[[Any], None]:
   """The check of a rule's threshold."""
 
   def check(rule):
-    if not low <= rule.threshold <= high:
+    if not low <= rule.threshold <= high or rule.threshold == INF:
       raise ConfigError(f'exit.rule.threshold = {rule.threshold}: {what}')
 
   return check

@@ -25,6 +25,7 @@ from loopformer import plans, sharding, storage
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.exits import check, compiled
 from loopformer.training import metrics, processes
+from loopformer.training.processes import say
 from loopformer.types import Array, ConfigError, Params, Plan, whole
 
 SHORTEST = 16  # tokens of the shortest compiled row; each further one is twice as long
@@ -76,7 +77,7 @@ def states(model: Any, exit_policy: Any, params: Params, tokens: Array, plan: Pl
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targets: Array, first: Array, counts: Array,
-               plan: Plan, threshold: Array | None) -> tuple[Array, Array, Array]:
+               plan: Plan, threshold: Array | None, vocab: Array) -> tuple[Array, Array, Array]:
   """What a batch of continuations scores; the head sees their positions alone, `COLUMNS` of each row at a time.
 
   Args:
@@ -84,6 +85,7 @@ def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targ
     tokens: i32[B, T], context and continuation, padded at the end.
     targets: i32[B, C], continuations, padded to a multiple of `COLUMNS`; counts: i32[B], without padding.
     first: i32[B], the position in `tokens` whose answer is the first of the continuation.
+    vocab: i32[], ids of the tokenizer; the likeliest is one of them.
 
   Returns:
     (sums of log-probabilities f32[B], whether each token is the likeliest bool[B], steps over the positions i32[B]).
@@ -99,8 +101,8 @@ def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targ
     target = jax.lax.dynamic_slice_in_dim(targets, i * COLUMNS, COLUMNS, 1)
     score = jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
     asked = at < counts[:, None]
-    return (total + jnp.where(asked, score, 0).sum(-1),
-            likeliest & (~asked | (logits.argmax(-1) == target)).all(-1))
+    best = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf).argmax(-1)
+    return total + jnp.where(asked, score, 0).sum(-1), likeliest & (~asked | (best == target)).all(-1)
 
   start = jnp.zeros(len(tokens)), jnp.ones(len(tokens), bool)
   total, likeliest = jax.lax.fori_loop(0, -(-counts.max() // COLUMNS), some, start)
@@ -231,7 +233,8 @@ class Scorer:
     if self._mesh is not None:
       asked = sharding.spread(asked, self._mesh)
     with sharding.on(self._mesh):
-      scores = score_rows(self.model, exit_policy, self.params, **asked, plan=self._plan, threshold=threshold)
+      scores = score_rows(self.model, exit_policy, self.params, **asked, plan=self._plan, threshold=threshold,
+                          vocab=jnp.int32(self.tokenizer.vocab_size))
     total, likeliest, taken = processes.fetch(scores)
     self._taken += float(taken.sum())
     self._tokens += int(counts.sum())
@@ -344,7 +347,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
                 ) -> list[dict[str, Any]]:
   """Evaluates a run's model on tasks at every depth and schedule, with all steps and with every exit.
 
-  Writes <workdir>/harness/<name>.json and .csv and prints the table. `loops` is the mean number of steps of the tokens
+  Prints the table and writes <workdir>/harness/<name>.json and .csv. `loops` is the mean number of steps of the tokens
   that were scored or drawn; the other columns are the harness's metrics, `<metric>_stderr` their standard errors.
 
   Args:
@@ -372,6 +375,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   chosen = {str(depth): plans.resolve(depth, 'depths') for depth in depths}
   chosen |= {' '.join(f'{size:g}' for size in sizes): plans.check_steps(sizes, name='schedules') for sizes in schedules}
   manager, names = _tasks(tasks, include)
+  folder = storage.path(workdir) / 'harness'
+  stores = storage.stores(folder, say)
   model, params, tokenizer, _ = load(workdir, step, mesh)
   params = sharding.gathered(params)
   model = model if memory is None else model.clone(memory=memory)
@@ -381,8 +386,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   runs = list(itertools.product(names, chosen.items(), {'': None, **(exits or {})}.items()))
   rows = []
   for number, (task, (label, steps), (called, exit_policy)) in enumerate(runs):
-    _say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if exit_policy else ''))
-    lm, start = harness(model, params, tokenizer, steps=steps, exit=exit_policy, batch=batch, log=_say), time.time()
+    say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if exit_policy else ''))
+    lm, start = harness(model, params, tokenizer, steps=steps, exit=exit_policy, batch=batch, log=say), time.time()
     result = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, log_samples=False,
                                      bootstrap_iters=BOOTSTRAPS)
     rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': called,
@@ -391,9 +396,9 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
              for part, found in result['results'].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row if key != 'seconds')) + ['seconds']
   rows = [{key: row.get(key, '') for key in columns} for row in rows]
-  if not processes.is_leader():
+  say(metrics.table(rows))
+  if not stores or not processes.is_leader():
     return rows
-  folder = storage.path(workdir) / 'harness'
   folder.mkdir(parents=True, exist_ok=True)
   name = name or re.sub(r'[^\w+-]+', '_', '+'.join(tasks))[:100] + (f'-first{limit}' if limit else '')
   device = jax.devices()[0].device_kind
@@ -403,14 +408,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
            'lm_eval': lm_eval.__version__, 'device': device, 'rows': rows}
   storage.write(folder / f'{name}.json', json.dumps(about, indent=1) + '\n')
   metrics.write_csv(folder / f'{name}.csv', rows)
-  _say(metrics.table(rows))
-  _say(f'written to {folder / name}.json and .csv')
+  say(f'written to {folder / name}.json and .csv')
   return rows
-
-
-def _say(text: str):
-  if processes.is_leader():
-    print(text, flush=True)
 
 
 def _tasks(tasks, include):

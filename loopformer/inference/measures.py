@@ -9,6 +9,7 @@ from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loopformer import sharding
 from loopformer.terms.cross_entropy import nll_sum
@@ -23,6 +24,11 @@ def counted(batch: Batch) -> Array:
   return batch['counted'] if 'counted' in batch else jnp.ones(len(batch['weights']))
 
 
+def text_bytes(tokenizer: Any) -> np.ndarray:
+  """i32[2, V]: the UTF-8 bytes that each id of a tokenizer stands for within a text, and where a text begins with it."""
+  return np.stack([tokenizer.byte_lengths(), tokenizer.first_byte_lengths()])
+
+
 def _nll(readout, z, batch):
   return sharding.sum_over_rows(lambda z, targets, weights, table: nll_sum(z, table, targets, weights, None, readout.dtype),
                                 z, batch['targets'], batch['weights'], whole=readout.table)
@@ -34,8 +40,10 @@ class Tokens:
   better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
-    """f32[] each. byte_lengths: i32[V], UTF-8 bytes that each token stands for."""
-    size = (batch['weights'] * byte_lengths[batch['targets']]).sum()
+    """f32[] each. byte_lengths: i32[2, V], UTF-8 bytes that each token stands for, as of `text_bytes`."""
+    inside, first = byte_lengths
+    begins = inside[batch['tokens']] == 0  # after the end of another text
+    size = (batch['weights'] * jnp.where(begins, first[batch['targets']], inside[batch['targets']])).sum()
     return {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum(),
             'bytes': size}
 

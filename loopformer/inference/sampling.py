@@ -6,32 +6,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, whole
+from loopformer.types import Array, real, whole
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
+COLDEST, HOTTEST = 1e-30, 1e6  # temperatures: logits are finite when divided by them
 
 
 @struct.dataclass
 class SamplingParams:
   """How tokens are drawn. temperature: f32[B], 0 takes the likeliest; top_k: i32[B], V for all; top_p: f32[B], 1 for
-  all.
+  all; vocab: i32[B], ids that there are: those from there to V, by which a model's vocabulary is padded, are not drawn.
   """
   temperature: Array
   top_k: Array
   top_p: Array
+  vocab: Array
 
 
 def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None) -> SamplingParams:
-  """Checked sampling controls, f32[] each. Raises ConfigError for values out of range."""
-  if not temperature >= 0:
-    raise ConfigError(f'temperature = {temperature}: must be 0 (greedy) or more')
-  if top_k is not None:
-    whole('top_k', top_k, 1)
-  if top_p is not None and not 0 < top_p <= 1:
-    raise ConfigError(f'top_p = {top_p}: must be above 0 and at most 1, or None for all tokens')
-  return SamplingParams(temperature=np.float32(temperature), top_k=np.int32(min(top_k or vocab, vocab)),
-                        top_p=np.float32(1.0 if top_p is None else top_p))
+  """Checked sampling controls, arrays of no dimension. Raises ConfigError for values out of range."""
+  real('temperature', temperature, f'[0, {HOTTEST:g}]', '0 takes the likeliest token')
+  top_k = vocab if top_k is None else whole('top_k', top_k, 1)
+  top_p = 1.0 if top_p is None else real('top_p', top_p, '(0, 1]', 'None leaves all tokens')
+  return SamplingParams(temperature=np.float32(temperature), top_k=np.int32(min(top_k, vocab)),
+                        top_p=np.float32(top_p), vocab=np.int32(vocab))
 
 
 def sampling_logits(logits: Array, control: SamplingParams) -> Array:
@@ -41,7 +40,9 @@ def sampling_logits(logits: Array, control: SamplingParams) -> Array:
   because to sort the vocabulary costs more than a small model's whole step.
   """
   greedy = control.temperature == 0
-  filtered = ((control.top_k < logits.shape[-1]) | (control.top_p < 1)) & ~greedy
+  logits = jnp.where(jnp.arange(logits.shape[-1]) < control.vocab[:, None], logits, -jnp.inf)
+  filtered = ((control.top_k < control.vocab) | (control.top_p < 1)) & ~greedy
+  temperature = jnp.where(greedy, 1.0, jnp.maximum(control.temperature, COLDEST))
   branch = jnp.where(filtered.any(), 2, jnp.where(greedy.all(), 0, 1))
 
   def hot(logits):
@@ -49,7 +50,7 @@ def sampling_logits(logits: Array, control: SamplingParams) -> Array:
     return jnp.where(likeliest, 0.0, -jnp.inf)
 
   def scaled(logits):
-    return jnp.where(greedy[:, None], hot(logits), logits / jnp.where(greedy, 1.0, control.temperature)[:, None])
+    return jnp.where(greedy[:, None], hot(logits), logits / temperature[:, None])
 
   def cut(logits):
     warm = scaled(logits)

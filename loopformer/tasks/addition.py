@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
-from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, sequence
+from loopformer.types import ConfigError, config_dataclass, whole
 
 PLUS, EQUALS, END = 10, 11, 12
 
@@ -29,7 +29,7 @@ class Addition:
   def __post_init__(self):
     if not self.counts or min(self.counts) < 1:
       raise ConfigError(f'Addition.counts = {self.counts}: give numbers of operands, each 1 or more')
-    at_least('Addition.most', self.most, 1, 'it is the largest operand')
+    whole('Addition.most', self.most, 1, why='it is the largest operand')
 
   @property
   def length(self) -> int:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from loopformer.tasks.generated import Example, aligned, at_least
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, aligned
+from loopformer.types import ConfigError, config_dataclass, whole
 
 # Guesses -------------------------------------------------------------------------------------------------------------
 
@@ -70,9 +70,9 @@ class _Lengths:
 
   def __post_init__(self):
     name = type(self).__name__
-    at_least(f'{name}.shortest', self.shortest, 1, 'an input has a symbol')
-    at_least(f'{name}.longest', self.longest, self.shortest, 'the longest input is not below the shortest')
-    at_least(f'{name}.room', self.room, self.longest, 'a row has place for the longest input')
+    whole(f'{name}.shortest', self.shortest, 1, why='an input has a symbol')
+    whole(f'{name}.longest', self.longest, self.shortest, why='the longest input is not below the shortest')
+    whole(f'{name}.room', self.room, self.longest, why='a row has place for the longest input')
 
   def _count(self, rng: np.random.Generator) -> int:
     """n."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
-from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, sequence
+from loopformer.types import ConfigError, config_dataclass, whole
 
 NAMES, DIGITS = string.ascii_lowercase, string.digits
 FIRST_DIGIT = len(NAMES)
@@ -43,9 +43,9 @@ class Assignment:
   skin: Math | Code = Math()
 
   def __post_init__(self):
-    at_least('Assignment.depth', self.depth, 0, 'at depth 0 names have values')
-    at_least('Assignment.variables', self.variables, 1, 'a query needs a name')
-    at_least('Assignment.shots', self.shots, 0, 'it is a number of solved problems')
+    whole('Assignment.depth', self.depth, 0, why='at depth 0 names have values')
+    whole('Assignment.variables', self.variables, 1, why='a query needs a name')
+    whole('Assignment.shots', self.shots, 0, why='it is a number of solved problems')
     if self.variables * (self.depth + 1) > len(NAMES):
       raise ConfigError(f'Assignment.variables = {self.variables}, at depth {self.depth}: there are {len(NAMES)} names;'
                         f' set Assignment.variables to at most {len(NAMES) // (self.depth + 1)}')

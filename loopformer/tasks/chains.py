@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from loopformer.tasks.functions import Representation, check_slope, halved, network, states_of
-from loopformer.tasks.generated import Example, aligned, at_least, seed_of
+from loopformer.tasks.generated import Example, aligned, seed_of
 from loopformer.tasks.guesses import SHOWN, SMALL, half, ridge, scores
-from loopformer.types import config_dataclass
+from loopformer.types import config_dataclass, real, whole
 
 
 @config_dataclass
@@ -71,10 +71,10 @@ class Autoregression:
   symbols = None
 
   def __post_init__(self):
-    at_least('Autoregression.order', self.order, 1, 'the next state depends on one or more')
-    at_least('Autoregression.states', self.states, 1, 'a state needs a coordinate')
-    at_least('Autoregression.steps', self.steps, self.order, f'the first window takes order = {self.order} steps')
-    at_least('Autoregression.noise', self.noise, 0, 'it is a standard deviation')
+    whole('Autoregression.order', self.order, 1, why='the next state depends on one or more')
+    whole('Autoregression.states', self.states, 1, why='a state needs a coordinate')
+    whole('Autoregression.steps', self.steps, self.order, why=f'the first window takes order = {self.order} steps')
+    real('Autoregression.noise', self.noise, '[0, inf)', 'it is a standard deviation')
 
   @property
   def length(self) -> int:
@@ -142,10 +142,10 @@ class ChainOfThought:
   symbols = None
 
   def __post_init__(self):
-    at_least('ChainOfThought.inputs', self.inputs, 1, 'a network needs an input')
-    at_least('ChainOfThought.hidden', self.hidden, 1, 'a network needs a hidden unit')
-    at_least('ChainOfThought.layers', self.layers, 1, 'without a hidden state there is no chain')
-    at_least('ChainOfThought.points', self.points, 1, 'a prompt needs a point')
+    whole('ChainOfThought.inputs', self.inputs, 1, why='a network needs an input')
+    whole('ChainOfThought.hidden', self.hidden, 1, why='a network needs a hidden unit')
+    whole('ChainOfThought.layers', self.layers, 1, why='without a hidden state there is no chain')
+    whole('ChainOfThought.points', self.points, 1, why='a prompt needs a point')
     check_slope('ChainOfThought.slope', self.slope)
 
   @property

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopformer.tasks.generated import Example, aligned, at_least
+from loopformer.tasks.generated import Example, aligned
 from loopformer.tasks.guesses import SHOWN, ridge
-from loopformer.types import config_dataclass
+from loopformer.types import config_dataclass, whole
 
 
 def gradient_descent(x: np.ndarray, y: np.ndarray, rate: float, steps: int,
@@ -45,8 +45,8 @@ def _drawn(rng, inputs, rows):
 
 
 def _check(name, inputs, examples):
-  at_least(f'{name}.inputs', inputs, 1, 'a function needs an input')
-  at_least(f'{name}.examples', examples, 1, 'a function is learned from examples')
+  whole(f'{name}.inputs', inputs, 1, why='a function needs an input')
+  whole(f'{name}.examples', examples, 1, why='a function is learned from examples')
 
 
 @config_dataclass

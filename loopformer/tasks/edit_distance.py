@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
-from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, sequence
+from loopformer.types import ConfigError, config_dataclass, whole
 
 PAD, SEP, EOS, BAR = 0, 1, 2, 3
 FIRST_LETTER, FIRST_NUMBER = 5, 31
@@ -41,7 +41,7 @@ class EditDistance:
   using: int = 24
 
   def __post_init__(self):
-    at_least('EditDistance.letters', self.letters, SHORTER + 1, 'the second string, 3 shorter at most, is not empty')
+    whole('EditDistance.letters', self.letters, SHORTER + 1, why='the second string, 3 shorter at most, is not empty')
     if not 1 <= self.using <= LETTERS - FEWEST + 1:
       raise ConfigError(f'EditDistance.using = {self.using}: alphabets have 3 to using + 2 of {LETTERS} letters; set '
                         f'EditDistance.using to 1..{LETTERS - FEWEST + 1}')
@@ -92,8 +92,8 @@ class LongestCommonSubsequence:
   using: int = 8
 
   def __post_init__(self):
-    at_least('LongestCommonSubsequence.letters', self.letters, 1, 'a string has a letter')
-    at_least('LongestCommonSubsequence.using', self.using, 1, 'letters are drawn from some')
+    whole('LongestCommonSubsequence.letters', self.letters, 1, why='a string has a letter')
+    whole('LongestCommonSubsequence.using', self.using, 1, why='letters are drawn from some')
 
   @property
   def length(self) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopformer.tasks.generated import at_least, seed_of
+from loopformer.tasks.generated import seed_of
 from loopformer.tasks.guesses import half, ridge
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.types import ConfigError, config_dataclass, real, whole
 
 SAMPLES = 4096  # inputs that the scale of a fixed function is measured on
 
@@ -33,7 +33,7 @@ class Linear:
   least = 1
 
   def __post_init__(self):
-    at_least('Linear.noise', self.noise, 0, 'it is a standard deviation')
+    real('Linear.noise', self.noise, '[0, inf)', 'it is a standard deviation')
 
   def draw(self, rng: np.random.Generator, width: int) -> np.ndarray:
     """w[D]."""
@@ -57,7 +57,7 @@ class Sparse:
   noise = 0.0
 
   def __post_init__(self):
-    at_least('Sparse.kept', self.kept, 1, 'without a coordinate y is zero')
+    whole('Sparse.kept', self.kept, 1, why='without a coordinate y is zero')
 
   @property
   def least(self) -> int:
@@ -91,7 +91,7 @@ class Tree:
   least = 1
 
   def __post_init__(self):
-    at_least('Tree.depth', self.depth, 1, 'a leaf alone is a constant')
+    whole('Tree.depth', self.depth, 1, why='a leaf alone is a constant')
 
   def draw(self, rng: np.random.Generator, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates i64[2^depth - 1] of the nodes, values[2^depth] of the leaves, which follow them in heap order."""
@@ -121,7 +121,7 @@ class Network:
   least = 1
 
   def __post_init__(self):
-    at_least('Network.hidden', self.hidden, 1, 'without a hidden unit y is zero')
+    whole('Network.hidden', self.hidden, 1, why='without a hidden unit y is zero')
 
   def draw(self, rng: np.random.Generator, width: int) -> tuple[np.ndarray, np.ndarray]:
     """W1[D, hidden], W2[hidden]."""
@@ -151,8 +151,8 @@ class Representation:
   seed: int = 0
 
   def __post_init__(self):
-    at_least('Representation.layers', self.layers, 1, 'a representation needs a layer')
-    at_least('Representation.features', self.features, 1, 'a representation needs a feature')
+    whole('Representation.layers', self.layers, 1, why='a representation needs a layer')
+    whole('Representation.features', self.features, 1, why='a representation needs a feature')
     check_slope('Representation.slope', self.slope)
 
   def matrices(self, width: int) -> tuple[np.ndarray, ...]:
@@ -184,7 +184,7 @@ class Represented:
   least = 1
 
   def __post_init__(self):
-    at_least('Represented.noise', self.noise, 0, 'it is a standard deviation')
+    real('Represented.noise', self.noise, '[0, inf)', 'it is a standard deviation')
 
   def draw(self, rng: np.random.Generator, width: int) -> np.ndarray:
     """w[features]."""

@@ -18,7 +18,7 @@ import numpy as np
 from loopformer import storage
 from loopformer.data.tokenizer import Tokenizer
 from loopformer.inference import measures
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.types import ConfigError, config_dataclass, whole
 
 ENDLESS = 2**40  # examples of a training set that never repeats
 FILE = 'symbols.json'
@@ -70,12 +70,6 @@ def aligned(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Exa
           'positions': np.arange(length, dtype=np.int32)}
 
 
-def at_least(name: str, value: float, least: float, why: str):
-  """Raises ConfigError where the field `name` is below `least`."""
-  if not value >= least:
-    raise ConfigError(f'{name} = {value}: {why}; set {name} to {least} or more')
-
-
 def seed_of(*words: Any) -> int:
   """A seed from anything that prints: streams of different words are independent."""
   return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), 'big')
@@ -101,8 +95,7 @@ class Rise:
 
   def __post_init__(self):
     for name in ('first', 'every', 'add'):
-      if getattr(self, name) < 1:
-        raise ConfigError(f'task.grow: {name} = {getattr(self, name)}: must be 1 or more')
+      whole(f'task.grow: {name}', getattr(self, name), 1)
 
   def at(self, index: int, last: int) -> int:
     """The value for example `index`, `last` at most."""
@@ -214,9 +207,8 @@ class Generated:
 
   def __post_init__(self):
     for name in ('pool', 'held_out'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ConfigError(f'task.{name} = {value}: must be 1 or more')
+      if getattr(self, name) is not None:
+        whole(f'task.{name}', getattr(self, name), 1)
     if self.pool is not None and self.grow != Same():
       raise ConfigError(f'task.pool = {self.pool}: a curriculum needs fresh examples in order; give pool = None')
     self.grow.check(self.of)

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
-from loopformer.tasks.generated import Example, at_least, sequence
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, sequence
+from loopformer.types import ConfigError, config_dataclass, whole
 
 LEVELS = ('ABCD', 'EFGH', 'IJKL', 'MNOP')
 PARAMETERS = tuple(f'{x}#{y}' for upper, lower in itertools.pairwise(LEVELS) for x in upper for y in lower)
@@ -44,10 +44,10 @@ class SymbolicGSM:
   symbols = (*PARAMETERS, *map(str, range(MODULUS)), ':=', '.', '+', '-', '*', '(', ')', '?', '<end>')
 
   def __post_init__(self):
-    at_least('SymbolicGSM.shallowest', self.shallowest, 0, 'the depth of a constant is 0')
-    at_least('SymbolicGSM.deepest', self.deepest, self.shallowest, 'no query is both deeper and less deep')
-    at_least('SymbolicGSM.shortest', self.shortest, self.shallowest + 1, 'a query has as many ancestors as it is deep')
-    at_least('SymbolicGSM.longest', self.longest, self.shortest, 'the longest problem is not below the shortest')
+    whole('SymbolicGSM.shallowest', self.shallowest, 0, why='the depth of a constant is 0')
+    whole('SymbolicGSM.deepest', self.deepest, self.shallowest, why='no query is both deeper and less deep')
+    whole('SymbolicGSM.shortest', self.shortest, self.shallowest + 1, why='a query has as many ancestors as it is deep')
+    whole('SymbolicGSM.longest', self.longest, self.shortest, why='the longest problem is not below the shortest')
     if self.longest > len(PARAMETERS):
       raise ConfigError(f'SymbolicGSM.longest = {self.longest}: there are {len(PARAMETERS)} parameters; set '
                         f'SymbolicGSM.longest to at most that')

@@ -13,8 +13,7 @@ import numpy as np
 from loopformer.tasks.algorithms import accuracy
 from loopformer.tasks.generated import Example
 from loopformer.tasks.packed import packed
-from loopformer.tasks.regression import at_least
-from loopformer.types import config_dataclass
+from loopformer.types import config_dataclass, whole
 
 OPERATIONS = '+-*'
 
@@ -52,10 +51,10 @@ class Mano:
   labels: Everything | Answer = Everything()
 
   def __post_init__(self):
-    at_least('Mano.shortest', self.shortest, 1, 'a problem has an operation')
-    at_least('Mano.longest', self.longest, self.shortest, f'shortest = {self.shortest}')
-    at_least('Mano.modulus', self.modulus, 2, 'there are two numbers')
-    at_least('Mano.length', self.length, 2 * self.longest + 4, f'a row holds a problem of longest = {self.longest}')
+    whole('Mano.shortest', self.shortest, 1, why='a problem has an operation')
+    whole('Mano.longest', self.longest, self.shortest, why=f'shortest = {self.shortest}')
+    whole('Mano.modulus', self.modulus, 2, why='there are two numbers')
+    whole('Mano.length', self.length, 2 * self.longest + 4, why=f'a row holds a problem of longest = {self.longest}')
 
   @property
   def symbols(self) -> tuple[str, ...]:

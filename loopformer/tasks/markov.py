@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, most_frequent
-from loopformer.tasks.generated import Example, at_least, seed_of, sequence
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, seed_of, sequence
+from loopformer.types import ConfigError, config_dataclass, whole
 
 SAMPLES = 4096  # sentences that terciles are measured on
 
@@ -57,7 +57,7 @@ class Markov:
     if not 2 <= self.states <= 26:
       raise ConfigError(f'Markov.states = {self.states}: states are letters, and one alone says nothing; set '
                         'Markov.states to 2..26')
-    at_least('Markov.letters', self.letters, 2, 'the second letter is the first to be asked for')
+    whole('Markov.letters', self.letters, 2, why='the second letter is the first to be asked for')
     if not 0 <= self.likely < 1:
       raise ConfigError(f'Markov.likely = {self.likely}: at 1 nothing is uncertain; set Markov.likely to 0.7')
     if not self.spread > 0:

@@ -16,8 +16,7 @@ import numpy as np
 from loopformer.tasks.algorithms import accuracy, most_frequent
 from loopformer.tasks.generated import Example, seed_of
 from loopformer.tasks.packed import packed
-from loopformer.tasks.regression import at_least
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.types import ConfigError, config_dataclass, whole
 
 
 @config_dataclass
@@ -67,9 +66,9 @@ class MultiHop:
 
   def __post_init__(self):
     for name in ('entities', 'relations', 'hops', 'held_out'):
-      at_least(f'MultiHop.{name}', getattr(self, name), 1, 'it is a count')
-    at_least('MultiHop.layers', self.layers, self.hops + 1, f'hops = {self.hops} begin in the first layer')
-    at_least('MultiHop.length', self.length, self.hops + 2, f'a row holds a question of hops = {self.hops}')
+      whole(f'MultiHop.{name}', getattr(self, name), 1, why='it is a count')
+    whole('MultiHop.layers', self.layers, self.hops + 1, why=f'hops = {self.hops} begin in the first layer')
+    whole('MultiHop.length', self.length, self.hops + 2, why=f'a row holds a question of hops = {self.hops}')
     if not 1 <= self.trained <= self.questions - self.held_out:
       raise ConfigError(f'MultiHop.share = {self.share}: of {self.questions} questions, {self.held_out} are held out, '
                         f'and {self.trained} would be trained on; set MultiHop.share to a share of 1 question or more '

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, most_frequent
-from loopformer.tasks.generated import Example, aligned, at_least
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.tasks.generated import Example, aligned
+from loopformer.types import ConfigError, config_dataclass, whole
 
 
 @config_dataclass
@@ -77,8 +77,8 @@ class PHop:
   labels: Dense | Last = Dense()
 
   def __post_init__(self):
-    at_least('PHop.hops', self.hops, 1, 'an answer takes a hop')
-    at_least('PHop.length', self.length, self.hops + self.letters.spare, f'hops = {self.hops} need more letters')
+    whole('PHop.hops', self.hops, 1, why='an answer takes a hop')
+    whole('PHop.length', self.length, self.hops + self.letters.spare, why=f'hops = {self.hops} need more letters')
     if not 2 <= self.alphabet <= 26:
       raise ConfigError(f'PHop.alphabet = {self.alphabet}: letters are a to z, and one alone says nothing; set '
                         'PHop.alphabet to 2..26')

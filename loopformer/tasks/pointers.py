@@ -12,8 +12,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy
 from loopformer.tasks.generated import Example, aligned
-from loopformer.tasks.regression import at_least
-from loopformer.types import config_dataclass
+from loopformer.types import config_dataclass, whole
 
 
 @config_dataclass
@@ -28,8 +27,8 @@ class Pointers:
   symbols = None
 
   def __post_init__(self):
-    at_least('Pointers.places', self.places, 2, 'a place points at another')
-    at_least('Pointers.hops', self.hops, 1, 'an answer takes a hop')
+    whole('Pointers.places', self.places, 2, why='a place points at another')
+    whole('Pointers.hops', self.hops, 1, why='an answer takes a hop')
 
   @property
   def length(self) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.functions import Linear, Network, Represented, Sparse, Tree
-from loopformer.tasks.generated import Example, aligned, at_least
+from loopformer.tasks.generated import Example, aligned
 from loopformer.tasks.guesses import SHOWN, scores, simple
-from loopformer.types import config_dataclass
+from loopformer.types import config_dataclass, whole
 
 
 @config_dataclass
@@ -35,14 +35,14 @@ class Regression:
   symbols = None
 
   def __post_init__(self):
-    at_least('Regression.inputs', self.inputs, 1, 'a function needs an input')
-    at_least('Regression.points', self.points, 1, 'a prompt needs a point')
+    whole('Regression.inputs', self.inputs, 1, why='a function needs an input')
+    whole('Regression.points', self.points, 1, why='a prompt needs a point')
     if self.width is not None:
-      at_least('Regression.width', self.width, self.inputs, f'inputs = {self.inputs} do not fit')
+      whole('Regression.width', self.width, self.inputs, why=f'inputs = {self.inputs} do not fit')
     if self.room is not None:
-      at_least('Regression.room', self.room, self.points, f'points = {self.points} do not fit')
-    at_least(f'Regression.{"width" if self.width else "inputs"}', self._width, self.function.least,
-             f'{self.function} needs more')
+      whole('Regression.room', self.room, self.points, why=f'points = {self.points} do not fit')
+    whole(f'Regression.{"width" if self.width else "inputs"}', self._width, self.function.least,
+          why=f'{self.function} needs more')
 
   @property
   def _width(self) -> int:

@@ -26,6 +26,7 @@ class Text:
   documents: batches.Joined | batches.Separate = batches.Joined()
   folder: str | None = None
   measure: measures.Tokens = measures.Tokens()
+  paths = ('folder',)
 
   def __post_init__(self):
     if self.length < 1:

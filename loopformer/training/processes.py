@@ -74,6 +74,18 @@ def is_leader() -> bool:
   return jax.process_index() == 0
 
 
+def say(text: str):
+  """Prints, in the leader alone. A console that is gone, or has too few letters, loses its text, and nothing else."""
+  if not is_leader():
+    return
+  try:
+    print(text, flush=True)
+  except UnicodeEncodeError:
+    print(text.encode('ascii', 'backslashreplace').decode(), flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def leader_first(action: Callable[[], Any], name: str) -> Any:
   """What `action` returns; the others begin when the leader has done it, and find its files."""
   if jax.process_count() == 1:

@@ -19,12 +19,13 @@ import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.inference.evaluate import evaluate, motion
+from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
 from loopformer.training import averages, metrics, processes
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, abstract, restore_model
 from loopformer.training.step import State, init_state, make_step
-from loopformer.types import Array, ConfigError, Params, config_dataclass
+from loopformer.types import SEEDS, Array, ConfigError, Params, config_dataclass, whole
 
 
 @config_dataclass
@@ -48,14 +49,14 @@ class Train:
   keep: int = 3
   best: str | None = None
   start: str | None = None
+  paths = ('start',)
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.name in ('best', 'start'):
-        continue
-      least = 0 if field.name == 'seed' else 1
-      if getattr(self, field.name) < least:
-        raise ConfigError(f'train.{field.name} = {getattr(self, field.name)}: must be {least} or more')
+      if field.name == 'seed':
+        whole('train.seed', self.seed, 0, SEEDS - 1)
+      elif field.name not in ('best', 'start'):
+        whole(f'train.{field.name}', getattr(self, field.name), 1)
 
 
 def best_of(config: Any) -> Best | None:
@@ -124,7 +125,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   make = functools.partial(init_state, config.model, optimizer, options.seed)
   shapes = jax.eval_shape(make)
   shardings = sharding.shardings(shapes, mesh, roles)
-  byte_lengths = tokenizer and jax.device_put(np.asarray(tokenizer.byte_lengths()), NamedSharding(mesh, P()))
+  byte_lengths = tokenizer and jax.device_put(text_bytes(tokenizer), NamedSharding(mesh, P()))
   control = config.control.start()
   with Checkpoints(workdir, options.keep, best) as checkpoints:
     target = abstract(shapes, shardings)

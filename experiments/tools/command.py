@@ -1,0 +1,44 @@
+"""How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its texts."""
+from __future__ import annotations
+
+import math
+import re
+import sys
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+
+
+def run(main):
+  """Reads the flags, and runs `main(argv)`."""
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')  # a console of few letters loses them, never a result
+  app.run(main, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it cannot
+  have."""
+  try:
+    words = FLAGS(argv)
+    if len(words) > 1:
+      sys.exit(f'error: {" ".join(words[1:])}: not a flag; flags begin with --, see --help')
+    for name in FLAGS:
+      if isinstance(FLAGS[name].value, float) and not math.isfinite(FLAGS[name].value):
+        raise flags.IllegalFlagValueError(f'flag --{name}={FLAGS[name].value}: ')
+    return words
+  except flags.IllegalFlagValueError as error:
+    sys.exit(f'error: {_told(str(error))}')
+  except flags.Error as error:
+    sys.exit(f'error: {error}'.replace('\n', '; '))
+
+
+def _told(text: str) -> str:
+  """What a flag was given, and what it takes: absl says how its conversion failed."""
+  found = re.match(r'flag (--(\w+)=.*?): ', text, re.DOTALL)
+  takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
+  kinds = {'an integer': 'a whole number', 'a number': 'a finite number'}
+  for kind, words in kinds.items():
+    takes = takes and takes.replace(kind, words)
+  return f'{found[1]}: must be {takes}' if takes else text.replace('\n', '; ')
