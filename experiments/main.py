@@ -132,7 +132,7 @@ def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
     raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them)')
-  config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)  # its parts are known from here on
+  config = None if FLAGS.config is None else configs.absolute(configs.load(FLAGS.config, FLAGS.set))
   saved = configs.read(workdir, config) if (workdir / 'config.json').exists() else None
   if config is None:
     config = saved
@@ -328,7 +328,8 @@ def numbers(text: str, flag: str, kind: type = float) -> tuple:
   try:
     return tuple(kind(word) for word in text.split(','))
   except ValueError:
-    raise ConfigError(f'{flag}={text}: expected {kind.__name__} numbers apart by commas') from None
+    kinds = {int: 'whole numbers', float: 'numbers'}
+    raise ConfigError(f'{flag}={text}: expected {kinds[kind]} apart by commas') from None
 
 
 def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:

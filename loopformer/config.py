@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import difflib
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -50,8 +51,9 @@ _TRUST = contextvars.ContextVar('trust', default=False)
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
         'evals', 'mesh')
 # What numbers of a name may be in every part, whole ones and others; what a part asks besides it says itself.
-WHOLE = dict.fromkeys(('chunk', 'depth', 'features', 'groups', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
-                       'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1)) | {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
+WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
+                       'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1))
+WHOLE |= {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
 REAL = {
     **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'sigma', 'std', 'up_std', 'warmup'),
                     '[0, inf)'),
@@ -174,7 +176,7 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
     raise ConfigError(f'{path} = {text}: {_name_of(type(value))} has no field {name!r}{hint} '
                       f'Its fields: {", ".join(inner) or "none"}')
   return _changed(value, [name], _replace(inner[name], rest, text, path) if rest else
-                  _parse(text, inner[name], _annotation(value, name), path))
+                  _parse(text, inner[name], _annotation(value, name), path, _optional(value, name)))
 
 
 def _declared(value: Any, name: str) -> tuple[Any, type | None]:
@@ -194,17 +196,25 @@ def _annotation(value: Any, name: str) -> Any:
   return eval(declared, dict(vars(sys.modules[cls.__module__]))) if isinstance(declared, str) else declared
 
 
-def _parse(text: str, old: Any, kind: Any, path: str) -> Any:
+def _optional(value: Any, name: str) -> bool:
+  """Whether a field of a part is None by default."""
+  return is_part(value) and any(f.name == name and f.default is None for f in dataclasses.fields(value))
+
+
+def _parse(text: str, old: Any, kind: Any, path: str, optional: bool = False) -> Any:
   try:
     candidates = [ast.literal_eval(text), text]  # the text itself: a string that looks like a number
   except (ValueError, SyntaxError):
     candidates = [text]
+  parts = is_part(old) or isinstance(old, Mapping)
   for candidate in candidates:
+    if parts and kind is Any and (candidate is not None or not optional):
+      break  # anything is declared to do, and a part is meant
     try:
       return fit(candidate, kind)
     except TypeError:
       continue
-  if is_part(old) or isinstance(old, Mapping):
+  if parts:
     raise ConfigError(f'{path} = {text}: {path} is a part ({_name_of(type(old))}), not a value; set one of its fields '
                       f'({", ".join(fields(old)) or "it has none"}), or edit the configuration file')
   got = candidates[0]
@@ -258,6 +268,7 @@ def check(config: Experiment):
     raise ConfigError(f'model.read_in.dtype = {model.read_in.dtype!r}; use one of {", ".join(DTYPES)}')
   model.cell.check(model.read_in.width)
   for name, stack in model.stacks().items():
+    whole(f'model.{name}.depth', stack.depth, 1, 2 ** 31 - 1)
     stack.block.check(model.read_in.width, f'model.{name}: ')
     wrong = [layer for layer in stack.order or () if not 0 <= layer < stack.depth]
     if wrong:
@@ -333,8 +344,7 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
   """The experiment of a configuration file: `path/to/file.py` or `path/to/file.py:argument`, then overrides.
 
   The file defines `get_config()` or `get_config(argument: str)`. Those that come with the library have short names too,
-  `loopformer:tiny`, and are found from every folder. Paths in it are whole ones, which a resume from another current
-  folder finds.
+  `loopformer:tiny`, and are found from every folder.
   """
   bucket = re.match(r'(\w+://)?', spec)[0]
   name, _, argument = spec.removeprefix(bucket).partition(':')
@@ -349,7 +359,7 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
     raise ConfigError(f'--config {path}: its get_config returns {_name_of(type(config))}; let it return an Experiment')
   for assignment in overrides:
     config = override(config, assignment)
-  return absolute(config)
+  return config
 
 
 def published() -> dict[str, Path]:
@@ -379,7 +389,9 @@ def _import_file(path: Any) -> types.ModuleType:
   digest = hashlib.sha256(source).hexdigest()[:8]
   name = LOADED + path.stem if path.stem.endswith(digest) else f'{LOADED}{path.stem}_{digest}'
   if name not in sys.modules:
-    module_spec = importlib.util.spec_from_file_location(name, storage.fetched(path))
+    file = str(storage.fetched(path))  # whatever its name ends with
+    loader = importlib.machinery.SourceFileLoader(name, file)
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     module = importlib.util.module_from_spec(module_spec)
     module.__source__ = source
     sys.modules[name] = module
@@ -416,7 +428,7 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
 def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
   """The row of a configuration's table, or an error that lists the rows."""
   if value not in table:
-    close = difflib.get_close_matches(value, table, 1)
+    close = difflib.get_close_matches(value, table, 1, 0.5)
     raise ConfigError(f'config argument {name} = {value!r}: {f"did you mean {close[0]!r}? " if close else ""}choose one of '
                       f'{", ".join(table)}')
   return table[value]

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, whole
+from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, whole
 
 SUM_TOLERANCE = 1e-6
+LONGEST = 10_000  # steps of a budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +136,7 @@ class Poisson:
   average: float
 
   def __post_init__(self):
-    if not self.average > 0:
-      raise ConfigError(f'depth.average = {self.average}: must be above 0')
+    real('depth.average', self.average, '(0, inf)')
 
   def mean(self, step: Array) -> Array:
     return jnp.float32(self.average)
@@ -158,8 +157,7 @@ class LogNormalPoisson:
   sigma: float = 0.5
 
   def __post_init__(self):
-    if not self.average > 0:
-      raise ConfigError(f'depth.average = {self.average}: must be above 0')
+    real('depth.average', self.average, '(0, inf)')
 
   def mean(self, step: Array) -> Array:
     return jnp.float32(self.average)
@@ -347,7 +345,7 @@ def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'st
   Raises:
     ConfigError: no steps, a step that is not positive, a sum that is not one, or more than `most` steps.
   """
-  steps = tuple(float(s) for s in steps)
+  steps = tuple(real(name, s, '[-inf, inf]') for s in steps)
   shown = ', '.join(f'{s:g}' for s in steps)
   if not steps:
     raise ConfigError(f'{name} is empty: give at least one step size, such as 1.0')
@@ -379,13 +377,16 @@ def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
 
 
 def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, ...]:
-  """Step sizes of a budget (an int: that many equal steps) or of an explicit schedule (checked)."""
-  if isinstance(steps, (int, np.integer)):
-    if steps < 1:
-      raise ConfigError(f'{name} = {steps}: a budget is a number of loops, 1 or more')
-    return (1.0 / int(steps),) * int(steps)
-  if isinstance(steps, numbers.Real):
-    raise ConfigError(f'{name} = {steps}: give a budget as an integer, or step sizes as a tuple, such as ({steps},)')
+  """Step sizes of a budget (an int: that many equal steps) or of an explicit schedule (checked).
+
+  Raises:
+    ConfigError: neither; a budget that is not from 1 to `LONGEST`, or a schedule that is none.
+  """
+  if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
+    loops = whole(name, steps, 1, LONGEST, why='a budget is a number of loops')
+    return (1.0 / loops,) * loops
+  if isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array)) or not np.ndim(steps):
+    raise ConfigError(f'{name} = {steps!r}: give a budget as an integer, or step sizes as a tuple, such as (0.5, 0.5)')
   return check_steps(steps, name=name)
 
 

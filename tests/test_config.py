@@ -24,7 +24,7 @@ from loopformer.tasks.generated import Generated
 from loopformer.tasks.p_hop import PHop
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.checkpoint import Best
-from loopformer.training.train import Train, best_of, train
+from loopformer.training.train import best_of, train
 from loopformer.types import ConfigError, config_dataclass
 from tests import parts
 
@@ -402,7 +402,6 @@ def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(train=Train(steps=2.5)), r'train\.steps = 2\.5: expected int; give whole numbers'),
     (dict(model=TINY.model.clone(loops=8.0)), r'model\.loops = 8\.0: expected int'),
     (dict(mesh=Mesh(fsdp=1.5)), r'mesh\.fsdp = 1\.5: expected int'),
     (dict(model=TINY.model.clone(coda=parts.stack(3, order=(0, 1.5)))), r'model\.coda\.order = \(0, 1\.5\): expected'),

@@ -203,7 +203,7 @@ def test_few_programs_serve_all_lengths_and_depths():
 def test_logits_are_never_whole():
   rows, width = 5, 64
   zeros = np.zeros((rows, width), np.int32)
-  program = score_rows.lower(MODEL, None, PARAMS, zeros, zeros, zeros[:, 0], zeros[:, 0], parts.padded(L), None)
+  program = score_rows.lower(MODEL, None, PARAMS, zeros, zeros, zeros[:, 0], zeros[:, 0], parts.padded(L), None, V)
   program = program.as_text()
   assert f'tensor<{rows}x{COLUMNS}x{V}xf32>' in program
   assert f'{width}x{V}x' not in program and f'{rows * width}x{V}x' not in program

@@ -84,7 +84,8 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     schedules: name -> step sizes, all of which run through one program, padded to the longest; or name -> a `Run`,
       whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
     batches: of arrays on the host, whole in every process; or already divided over the parameters' mesh.
-    byte_lengths: i32[2, V], UTF-8 bytes that each token stands for (`measures.text_bytes`).
+    byte_lengths: i32[2, V], UTF-8 bytes that each token stands for (`measures.text_bytes`); or i32[V], wherever it
+      stands.
     params: on one device, or divided over a mesh (`loopformer.load(..., mesh=)`), over which the rows are divided then;
       batches that it does not divide are filled up with rows that do not count. Parameters that are divided over fsdp
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
@@ -93,6 +94,8 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     ConfigError: a batch has longer rows than the model has positions.
   """
   mesh = sharding.mesh_of(params)
+  schedules = {name: steps if isinstance(steps, Run) else plans.check_steps(steps, name=f'schedules[{name!r}]')
+               for name, steps in schedules.items()}
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
   for batch in batches:

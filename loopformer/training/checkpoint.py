@@ -14,7 +14,7 @@ import jax
 from loopformer import sharding, storage
 from loopformer.model import init_params, parameter_roles
 from loopformer.training import processes
-from loopformer.types import ConfigError, config_dataclass
+from loopformer.types import ConfigError, config_dataclass, whole
 
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
@@ -166,6 +166,7 @@ class Checkpoints:
       return reader.metadata(self._folder / str(step) / 'params').item_metadata.tree
 
   def _there(self, step: int | None) -> int:
+    step = step if step is None else whole('step', step, 0)
     if step not in self.steps():
       wanted = 'no complete checkpoint' if step is None else f'no complete checkpoint of step {step}'
       raise ConfigError(f'{self._folder}: {wanted} there; complete steps: {self.steps() or "none"}. '
