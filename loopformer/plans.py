@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, whole
+from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, shown, whole
 
 SUM_TOLERANCE = 1e-6
 LONGEST = 10_000  # steps of a budget
@@ -386,7 +386,7 @@ def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, .
     loops = whole(name, steps, 1, LONGEST, why='a budget is a number of loops')
     return (1.0 / loops,) * loops
   if isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array)) or not np.ndim(steps):
-    raise ConfigError(f'{name} = {steps!r}: give a budget as an integer, or step sizes as a tuple, such as (0.5, 0.5)')
+    raise ConfigError(f'{name} = {shown(steps)}: give a budget as an integer, or step sizes as a tuple, such as (0.5, 0.5)')
   return check_steps(steps, name=name)
 
 

@@ -552,6 +552,11 @@ class ConfigError(ValueError):
   """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
 
 
+def shown(value: Any) -> str:
+  """A value as messages have it: as it was given."""
+  return repr(value) if isinstance(value, (str, bytes)) else str(value)
+
+
 def whole(name: str, value: Any, least: int, most: int | None = None, why: str = '') -> int:
   """The value of an argument, field or flag as an int. why: what else the message says.
 
@@ -567,7 +572,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, why: str =
     allowed = f'a whole number, {allowed}'
   elif number >= least and (most is None or number <= most):
     return number
-  raise ConfigError(f'{name} = {value!r}: {f"{why}; set {name} to" if why else "must be"} {allowed}')
+  raise ConfigError(f'{name} = {shown(value)}: {f"{why}; set {name} to" if why else "must be"} {allowed}')
 
 
 def real(name: str, value: Any, allowed: str, why: str = '') -> float:
@@ -592,7 +597,7 @@ def real(name: str, value: Any, allowed: str, why: str = '') -> float:
     bounds = [f'{low:g} or more' if allowed[0] == '[' else f'above {low:g}'] if low > -math.inf else []
     bounds += [f'at most {high:g}' if allowed[-1] == ']' else f'below {high:g}'] if high < math.inf else []
     finite = '' if allowed[-1] == ']' and high == math.inf else 'finite '
-    raise ConfigError(f'{name} = {value!r}: {f"{why}; set {name} to" if why else "must be"} a {finite}number'
+    raise ConfigError(f'{name} = {shown(value)}: {f"{why}; set {name} to" if why else "must be"} a {finite}number'
                       f'{", " if bounds else ""}{" and ".join(bounds)}')
   return number
 

@@ -175,9 +175,9 @@ def test_load_of_a_file_with_argument_and_overrides():
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('nowhere/mine.py', r'--config nowhere/mine\.py: no such file'),
-    (f'{FILE}:huge', r"config argument size = 'huge'; choose one of tiny, small, paper"),
-    (f'{FILE}:tiny,kind=plain', r"config argument kind = 'plain'; choose one of loopformer, base"),
+    ('nowhere/mine.py', r'--config=nowhere/mine\.py: no such file'),
+    (f'{FILE}:huge', r"config argument size = 'huge': choose one of tiny, small, paper"),
+    (f'{FILE}:tiny,kind=plain', r"config argument kind = 'plain': choose one of loopformer, base"),
     (f'{FILE}:tiny,depth=4', r"config argument 'depth=4': no 'depth' here; there are size, kind, ee, loops, dtype"),
     (f'{FILE}:tiny,loops=few', r'config argument loops = few: expected int, got str; it was 8'),
     (f'{FILE}:tiny,ee=1', r'config argument ee = 1: early exit is a variant'),
@@ -407,7 +407,7 @@ def test_training_refuses_examples_at_positions_that_the_model_does_not_have(tmp
     (dict(model=TINY.model.clone(coda=parts.stack(3, order=(0, 1.5)))), r'model\.coda\.order = \(0, 1\.5\): expected'),
     (dict(model=TINY.model.clone(coda=Stack(Chain((parts.block(heads=2.5),)), 1))),
      r'model\.coda\.block\.blocks\[0\]\.attn\.heads = 2\.5: expected int'),
-], ids=['steps', 'loops', 'mesh', 'order', 'chain'])
+], ids=['loops', 'mesh', 'order', 'chain'])
 def test_check_refuses_parts_of_whole_numbers(change, message):
   """In configuration files, where no `--set` has looked at their types."""
   with pytest.raises(ConfigError, match=message):

@@ -11,7 +11,7 @@ from experiments.tools import command
 import loopformer
 from loopformer import config as configs, plans
 from loopformer.inference import exits
-from loopformer.types import ConfigError, real, whole
+from loopformer.types import ConfigError, real, shown, whole
 from tests import commands, test_generate
 
 NAN, INF = float('nan'), float('inf')
@@ -75,7 +75,7 @@ def test_exits_of_the_command_line(text):
 
 @pytest.mark.parametrize('value', [2.0, 2.7, NAN, INF, True, '3', None, [1], np.float32(2), np.array([1, 2])], ids=repr)
 def test_what_is_no_whole_number(value):
-  with pytest.raises(ConfigError, match=re.escape(f'n = {value!r}: must be a whole number, 1 or more')):
+  with pytest.raises(ConfigError, match=re.escape(f'n = {shown(value)}: must be a whole number, 1 or more')):
     whole('n', value, 1)
 
 
@@ -96,7 +96,7 @@ def test_what_is_a_whole_number(value):
 def test_what_is_out_of_range(value, allowed, message):
   with pytest.raises(ConfigError, match=message) as error:
     real('x', value, allowed)
-  assert str(error.value).startswith(f'x = {value!r}: must be a ')
+  assert str(error.value).startswith(f'x = {shown(value)}: must be a ')
 
 
 @pytest.mark.parametrize('value', [0, 1, 0.5, np.float32(0.5), np.float64(1), jax.numpy.float32(0.25)], ids=repr)
