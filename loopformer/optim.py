@@ -118,12 +118,13 @@ def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> o
   """atan2(m, sqrt(v / (1 - b2^t))) / (1 - b1^t) / max(1, sqrt(mean(g^2 / v))).
 
   Moments start at the first gradient and its square, and are corrected as if they had started at zero: the first
-  updates are about 2.2 long. The mean is over a tensor, each layer of a stack apart; in it, v is at least `floor`.
+  updates are about 2.2 long. v is at least `floor`, and stays so: where gradients are far below its root, updates are
+  in proportion to them. The mean is over a tensor, each layer of a stack apart.
   """
 
   def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return AtanState(jnp.int32(0), zeros, zeros)
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # arrays of their own, which a step may give away
+    return AtanState(jnp.int32(0), m, v)
 
   def update(grads, state, params=None):
     t = state.count + 1
@@ -132,11 +133,11 @@ def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> o
       return jnp.where(t == 1, new, b * old + (1 - b) * new)
 
     def one(path, g, m, v):
-      square = jnp.mean(g * g / jnp.maximum(v, floor), tuple(range(roles.at(path).layered, g.ndim)), keepdims=True)
+      square = jnp.mean(g * g / v, tuple(range(roles.at(path).layered, g.ndim)), keepdims=True)
       return jnp.arctan2(m, jnp.sqrt(v / (1 - b2 ** t))) / (1 - b1 ** t) / jnp.maximum(1, jnp.sqrt(square))
 
     m = jax.tree.map(lambda m, g: moment(b1, m, g), state.m, grads)
-    v = jax.tree.map(lambda v, g: moment(b2, v, g * g), state.v, grads)
+    v = jax.tree.map(lambda v, g: jnp.maximum(moment(b2, v, g * g), floor), state.v, grads)
     return jax.tree_util.tree_map_with_path(one, grads, m, v), AtanState(t, m, v)
 
   return optax.GradientTransformation(init, update)

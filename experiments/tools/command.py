@@ -1,11 +1,16 @@
 """How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its texts."""
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 import math
 import re
 import sys
 
 from absl import app, flags
+
+from loopformer import storage
+from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
 
@@ -14,7 +19,17 @@ def run(main):
   """Reads the flags, and runs `main(argv)`."""
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors='backslashreplace')  # a console of few letters loses them, never a result
-  app.run(main, flags_parser=parse)
+  app.run(functools.partial(begin, main), flags_parser=parse)
+
+
+def begin(main: Callable, argv: list[str]):
+  """Runs `main(argv)`, unless what it is to write could not be written where --out says."""
+  try:
+    if 'out' in FLAGS and FLAGS.out:
+      storage.check(FLAGS.out, '--out', writes=True)
+  except ConfigError as error:
+    sys.exit(f'error: {error}')
+  main(argv)
 
 
 def parse(argv: list[str]) -> list[str]:
