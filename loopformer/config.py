@@ -204,19 +204,20 @@ def _optional(value: Any, name: str) -> bool:
 def _parse(text: str, old: Any, kind: Any, path: str, optional: bool = False) -> Any:
   try:
     candidates = [ast.literal_eval(text), text]  # the text itself: a string that looks like a number
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     candidates = [text]
-  parts = is_part(old) or isinstance(old, Mapping)
   for candidate in candidates:
-    if parts and kind is Any and (candidate is not None or not optional):
-      break  # anything is declared to do, and a part is meant
+    if kind is Any and not (candidate is None and optional):
+      break  # parts are declared so
     try:
       return fit(candidate, kind)
     except TypeError:
       continue
-  if parts:
+  if is_part(old) or isinstance(old, Mapping):
     raise ConfigError(f'{path} = {text}: {path} is a part ({_name_of(type(old))}), not a value; set one of its fields '
                       f'({", ".join(fields(old)) or "it has none"}), or edit the configuration file')
+  if kind is Any:
+    raise ConfigError(f'{path} = {text}: {path} is for a part, and was {old!r}; edit the configuration file')
   got = candidates[0]
   told = f'got {type(got).__name__}' if type(got) is not kind else 'and a finite one of 64 bits at most'
   raise ConfigError(f'{path} = {text}: expected {_kind_name(kind)}, {told}; it was {old!r}')
