@@ -120,7 +120,7 @@ def check(name: str | os.PathLike, called: str, writes: bool):
   place = path(name)
   if not remote(place):
     if writes and not writable(place):
-      what = 'a file' if place.is_file() else 'not a folder that this user may write or make'
+      what = 'a file' if os.path.isfile(place) else 'not a folder that this user may write or make'
       raise ConfigError(f'{called} = {place}: {what}; name another folder, or see to its permissions')
     return
   bucket = f'{scheme(place)}://{_key(place).partition("/")[0]}'
