@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -30,6 +31,32 @@ DELAYS = (1, 4, 16)  # seconds before a bucket is tried again, after what its cl
 
 class Unreachable(OSError):
   """A bucket that could not be read or written, however often it was tried."""
+
+
+class Unwritable(OSError):
+  """A place of this machine that could not be written; the message names it and the remedy."""
+
+
+REMEDIES = {errno.ENOSPC: 'make room there', errno.EDQUOT: 'make room in your quota',
+            errno.EFBIG: 'raise the limit on the size of files (ulimit -f)', errno.EROFS: 'it is mounted read-only',
+            errno.EACCES: 'see to its permissions', errno.EPERM: 'see to its permissions',
+            errno.EIO: 'see to the disk', errno.ESTALE: 'see to the mount'}
+
+
+def unwritable(target: Any, error: OSError) -> Unwritable:
+  """The error of a write, with the path, which that of an open file lacks, and what helps."""
+  if isinstance(error, Unwritable):
+    return error
+  return Unwritable(f'{target}: cannot be written ({reason(error)})')
+
+
+def reason(error: Exception) -> str:
+  """What the system says of a write and what helps, where the error, TensorStore's too, tells the system's number."""
+  told = re.search(r"os_error_code='(\d+)'", str(error))
+  number = int(told[1]) if told else getattr(error, 'errno', None)
+  if number is None:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+  return '; '.join(filter(None, (os.strerror(number), REMEDIES.get(number))))
 
 
 def scheme(name: str | os.PathLike) -> str | None:
@@ -126,9 +153,8 @@ def check(name: str | os.PathLike, called: str, writes: bool):
   bucket = f'{scheme(place)}://{_key(place).partition("/")[0]}'
   try:
     if writes:
-      probe = place / f'.probe-{secrets.token_hex(4)}'
-      probe.write_text('can be deleted\n')
-      probe.unlink()
+      with _probed(place):
+        pass
     elif not place.exists():
       files(bucket).ls(bucket)
   except FileNotFoundError as error:
@@ -159,6 +185,7 @@ def write(target: Any, data: str | bytes):
 
   Raises:
     Unreachable: the bucket could not be written.
+    Unwritable: the place on this machine could not.
   """
   data = data.encode() if isinstance(data, str) else data
   target = path(target)
@@ -169,9 +196,75 @@ def write(target: Any, data: str | bytes):
   try:
     temporary.write_bytes(data)
     temporary.replace(target)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError):
+      raise unwritable(target, error) from error
     raise
+
+
+def create(target: Any, data: str) -> bool:
+  """Writes a file where none is, and says whether it did. (A store that does not know of such files overwrites it.)
+
+  Raises:
+    Unreachable: the bucket could not be written.
+  """
+  target = path(target)
+  if remote(target):
+    return attempt(lambda: _created(target, data), target)
+  try:
+    file = target.open('x')
+  except FileExistsError:
+    return False
+  try:
+    with file:
+      file.write(data)
+  except BaseException:
+    target.unlink()
+    raise
+  return True
+
+
+def _created(target, data):
+  try:
+    files(target).pipe_file(str(target), data.encode(), mode='create')
+  except Exception:  # each client has its own for what is there
+    if target.exists():
+      return False
+    raise
+  return True
+
+
+def touch(target: Any, data: str):
+  """Lets a file that holds `data` be as if it had been written just now."""
+  if remote(target):
+    write(target, data)
+  else:
+    os.utime(target)
+
+
+def written(target: Any) -> float:
+  """When a file was written last, in seconds by the clock of where it lies."""
+  return files(target).modified(str(target)).timestamp() if remote(target) else os.stat(target).st_mtime
+
+
+def age(target: Any) -> float:
+  """Seconds since a file was written last, by the clock of where it lies."""
+  with _probed(path(target).parent) as probe:
+    return written(probe) - written(target)
+
+
+@contextlib.contextmanager
+def _probed(folder: Any) -> Iterator[Any]:
+  """A file in a folder, for a moment."""
+  probe = folder / f'.probe-{secrets.token_hex(4)}'
+  try:
+    probe.write_text('can be deleted\n')
+    yield probe
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      probe.unlink()
 
 
 def attempt(action: Callable[[], Any], where: Any) -> Any:

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Mapping
+import sys
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 
@@ -19,6 +21,10 @@ from loopformer.types import ConfigError, config_dataclass, whole
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
+
+
+class Unsaved(OSError):
+  """A checkpoint that could not be written; the message names the last good one."""
 
 
 @config_dataclass
@@ -51,14 +57,16 @@ class Checkpoints:
     self._ocp, self._best = ocp, best
     self._folder = (workdir if storage.remote(workdir) else workdir.resolve()) / FOLDER
     self._good = self._begun = None  # the last step that is known to be complete, and the one that is being saved
+    self._stack = contextlib.ExitStack()
     self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed))
 
   def __enter__(self):
+    self._stack.enter_context(_quiet())
     return self
 
   def __exit__(self, *_):
-    with self._saving():
+    with self._stack, self._saving():
       self._manager.close()
 
   @contextlib.contextmanager
@@ -67,9 +75,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # of Orbax, TensorStore, or the client of a bucket
-      self._begun = None
-      reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-      raise OSError(f'{self._folder}: a checkpoint cannot be written ({reason}); {self.last_good()}') from error
+      raise Unsaved(f'{self._folder}: a checkpoint cannot be written ({storage.reason(error)}); {self.resumes()}') from error
     self._good, self._begun = self._begun, None
 
   def last_good(self) -> str:
@@ -79,7 +85,14 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         self._good, self._begun = self._begun, None
+    with contextlib.suppress(Exception):  # of a bucket that is out of reach
+      self._good = trained(self._folder.parent)
     return 'there is no good checkpoint' if self._good is None else f'the last good checkpoint is step {self._good}'
+
+  def resumes(self) -> str:
+    """`last_good`, and what goes on from there."""
+    told = self.last_good()
+    return told if self._good is None else f'{told}, where the same command resumes'
 
   def latest(self) -> int | None:
     """The last complete step, or None."""
@@ -182,6 +195,41 @@ class Checkpoints:
       raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
                         'use the version of loopformer that wrote it')
     return restored
+
+
+def trained(workdir: str | Path) -> int | None:
+  """The last complete step of a work folder, or None; touches no device, and needs no Orbax."""
+  folder = storage.path(workdir) / FOLDER
+  if not folder.is_dir():
+    return None
+  remote = storage.remote(folder)  # where a step lies under its name before it is complete
+  return max((int(child.name) for child in folder.iterdir() if child.name.isdecimal()
+              and (not remote or (child / 'commit_success.txt').exists())), default=None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps back what Orbax, asyncio and TensorStore print of a save that fails, which `Checkpoints` tells in one line:
+  hundreds of lines of their threads, some of them after it."""
+  def told(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and ('orbax' in record.pathname or 'asyncio' in record.pathname))
+
+  hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ('absl', 'asyncio')]
+
+  def shown(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':  # what TensorStore would tell a loop that has failed
+      hook(unraisable)
+
+  for logger in loggers:
+    logger.addFilter(told)
+  sys.unraisablehook = shown
+  try:
+    yield
+  finally:
+    for logger in loggers:
+      logger.removeFilter(told)
+    if sys.unraisablehook is shown:
+      sys.unraisablehook = hook
 
 
 def restore_model(workdir: str | Path, model: Any, mesh: jax.sharding.Mesh | None, step: int | None = None

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 from pathlib import Path
 import re
 import sys
@@ -127,10 +128,13 @@ class Lines:
   """Lines that are appended to a file of this machine."""
 
   def __init__(self, path: Path):
-    self._file = path.open('a', buffering=1)
+    self._path, self._file = path, path.open('a', buffering=1)
 
   def add(self, line: str):
-    self._file.write(line)
+    try:
+      self._file.write(line)
+    except OSError as error:
+      raise storage.unwritable(self._path, error) from error
 
   def flush(self):
     """Nothing: every line is written when it comes."""
@@ -225,28 +229,45 @@ def _unfound(*names: str):
 
 
 class _Board:
-  """TensorBoard's writer, which is imported after the first step.
+  """TensorBoard's event file; tensorboardX is imported after the first step.
 
-  Event files of a bucket are uploaded at the end.
+  It is written here and not in tensorboardX's thread, which would die of a full disk and let the run wait for it. Event
+  files of a bucket are uploaded at the end.
   """
+  SECONDS = 30.0  # between two times that it is brought to the disk
 
   def __init__(self, folder: Any, first_step: int):
-    self._folder, self._first_step, self._stack = folder, first_step, contextlib.ExitStack()
+    self._folder, self._first_step, self._stack, self._at = folder, first_step, contextlib.ExitStack(), -math.inf
 
   @functools.cached_property
-  def _writer(self):
+  def _events(self):
     with _unfound('torch', 'boto3', 'google.cloud'):  # seconds, and hundreds of MB, for what scalars do not need
-      import tensorboardX  # the extra `tensorboard`
+      from tensorboardX import event_file_writer, summary  # the extra `tensorboard`
+      from tensorboardX.proto import event_pb2
     local = self._stack.enter_context(storage.filled(self._folder))
-    writer = tensorboardX.SummaryWriter(str(local), purge_step=self._first_step + 1)
+    writer = event_file_writer.EventsWriter(str(local / 'events'), f'.{self._first_step}')
     self._stack.callback(writer.close)
-    return writer
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what was told from this step on
+    writer.write_event(event_pb2.Event(wall_time=time.time(), step=self._first_step + 1, session_log=start))
+    return writer, event_pb2.Event, summary.scalar
 
   def add_scalar(self, name: str, value: float, step: int):
-    self._writer.add_scalar(name, value, step)
+    try:
+      events, event, scalar = self._events
+      events.write_event(event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+      if time.monotonic() - self._at >= self.SECONDS:
+        self._at = time.monotonic()
+        events.flush()
+    except OSError as error:
+      raise storage.unwritable(self._folder, error) from error
 
   def close(self):
-    self._stack.close()
+    try:
+      self._stack.close()
+    except storage.Unreachable:
+      raise
+    except OSError as error:
+      raise storage.unwritable(self._folder, error) from error
 
 
 def _tensorboard(folder: Any, first_step: int) -> _Board | None:
