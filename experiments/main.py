@@ -7,6 +7,11 @@
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
+from loopformer.training import interrupts
+
+if __name__ == '__main__':
+  interrupts.watch()  # what follows takes seconds to import
+
 import ast
 import dataclasses
 import itertools
@@ -25,7 +30,7 @@ from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_count
-from loopformer.training import metrics, processes
+from loopformer.training import metrics, processes, resume
 from loopformer.training.processes import say
 from loopformer.training.train import NotFinite, train
 from loopformer.types import SEEDS, ConfigError
@@ -139,23 +144,18 @@ def run_train(workdir: Path):
     for assignment in FLAGS.set:
       config = configs.override(config, assignment)
   configs.check(config)
-  differences = list(configs.difference(saved, config)) if saved else []
-  if differences:
-    told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
-    raise ConfigError(f'workdir = {workdir} holds a run of another configuration: {told}. '
-                      'Give another --workdir, or the configuration that the run was started with')
-  config = configs.with_paths(config, dict(configs.paths(saved)) if saved else {})
   profile = None
   if FLAGS.profile:
     profile = numbers(FLAGS.profile.replace(':', ','), '--profile', int)
     if len(profile) != 2 or not 0 < profile[0] <= profile[1]:
       raise ConfigError(f'--profile={FLAGS.profile}: give the first and the last step, such as 20:25')
   machines.connect()
+  resume.check(config, workdir)
+  config = configs.with_paths(config, dict(configs.paths(saved)) if saved else {})
   if processes.is_leader():
     print(configs.describe(config))
     print(f'parameters: {parameter_count(config.model):,}; processes: {jax.process_count()}; devices: '
           f'{jax.device_count()} {jax.devices()[0].device_kind}', flush=True)
-    configs.save(config, workdir)
   start = time.time()
   train(config, workdir, log=say, profile=profile, verify=FLAGS.verify)
   if processes.is_leader():
@@ -408,6 +408,8 @@ def label(steps) -> str:
 
 def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise
+  interrupts.unwind(lambda: 'before the first step; the same command begins again, or goes on from the last checkpoint'
+                    if FLAGS.mode == 'train' else f'before --mode={FLAGS.mode} had ended')
   try:
     check_flags(FLAGS.mode, given_flags())
     workdir = FLAGS.workdir and storage.path(FLAGS.workdir)

@@ -22,6 +22,6 @@ done
 status=0
 wait "$child" || status=$?
 case $status in
-  0 | 143) [ -z "$stopped" ] || status=75 ;;  # 143: the signal came before the program listened for it
+  0 | 130 | 143) [ -z "$stopped" ] || status=75 ;;  # 130, 143: the signal came before the first step
 esac
 exit "$status"

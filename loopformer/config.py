@@ -304,7 +304,8 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
-  config.optim.make(train.steps, Roles())
+  for steps in (*train.extended, train.steps):
+    config.optim.make(steps, Roles())
   best_of(config)
 
 
@@ -446,6 +447,14 @@ def save(config: Experiment, workdir: str | Path):
       if not copy.exists():
         storage.write(copy, module.__source__)  # as it was read: the file may have changed or gone since
   storage.write(workdir / FILE, encoded + '\n')
+
+
+def is_saved(config: Experiment, workdir: str | Path) -> bool:
+  """Whether a work folder holds this configuration, word for word; nothing in it is looked up."""
+  with contextlib.suppress(ValueError):
+    encoded = json.loads((storage.path(workdir) / FILE).read_text(encoding='utf-8'))
+    return encoded == json.loads(json.dumps(_encode(config)))
+  return False
 
 
 def is_workdir(path: Any) -> bool:

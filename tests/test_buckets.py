@@ -24,7 +24,7 @@ from loopformer.data import prepared
 from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import GivenPieces, TrainedPieces
 from loopformer.tasks.text import Text
-from loopformer.training import metrics, train
+from loopformer.training import lock, metrics, train
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import buckets, cluster, test_checkpoint, test_cli
@@ -216,11 +216,11 @@ def test_a_step_that_is_not_complete_is_none(bucket):
 
 def test_a_save_that_fails_names_the_last_good_step(bucket):
   folder = storage.path(f'{bucket}/failing')
-  with pytest.raises(OSError, match='a checkpoint cannot be written .*; the last good checkpoint is step 2'):
+  with pytest.raises(OSError, match='a checkpoint cannot be written .*; the last good checkpoint is step 3, where'):
     with Checkpoints(folder) as checkpoints:
       for step in (1, 2, 3):
         checkpoints.save(step, test_checkpoint.small(step), test_checkpoint.small(step), {}, {})
-      with mock.patch.object(checkpoints._manager, 'save', side_effect=RuntimeError('of step 3: UNAVAILABLE\nlong')):
+      with mock.patch.object(checkpoints._manager, 'save', side_effect=RuntimeError('UNAVAILABLE\nlong')):
         checkpoints.save(4, test_checkpoint.small(4), test_checkpoint.small(4), {}, {})
 
 
@@ -370,3 +370,29 @@ def test_a_bucket_that_vanishes_ends_the_run(tmp_path, monkeypatch):
     train.train(config, tmp_path / 'run', log=quiet)
   with contextlib.suppress(FileNotFoundError):
     assert prepared.load_manifest(tmp_path / 'run/data')['splits']
+
+
+# Locks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_at_a_time_in_a_bucket(bucket, monkeypatch):
+  """Its lock is made where none is, is refused to others while its owner lives, and is anybody's afterwards."""
+  for name, value in (('BEAT', 0.2), ('PATIENCE', 2.5), ('POLL', 0.1), ('SETTLE', 0.3)):
+    monkeypatch.setattr(lock, name, value)
+  folder = storage.path(bucket) / 'locked'
+  place, told = folder / lock.FILE, []
+  with lock.Lock(folder, told.append) as held:
+    own = place.read_text()
+    assert not storage.create(place, 'another')
+    with pytest.raises(ConfigError, match=rf'another run is training there \(process {os.getpid()} on'):
+      lock.Lock(folder, told.append).__enter__()
+    first = storage.written(place)
+    while storage.written(place) == first:  # a sign of life
+      time.sleep(0.1)
+    held.check()
+    assert place.read_text() == own and storage.age(place) < 2.5
+  assert not place.exists() and not told
+  storage.write(place, own.replace(f'"host": "{json.loads(own)["host"]}"', '"host": "other"'))
+  with lock.Lock(folder, told.append):
+    assert json.loads(place.read_text())['host'] == json.loads(own)['host']
+  assert len(told) == 1 and 'on other' in told[0]

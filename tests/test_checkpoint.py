@@ -171,8 +171,9 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_saved(copy, tmp_path):
   limited = ['bash', '-c', 'ulimit -f 20 && exec "$@"', 'bash', *test_cli.command(copy)]  # no file over 20 KiB
   done = subprocess.run(limited, cwd=test_cli.ROOT, capture_output=True, text=True, timeout=300, env=environment)
   assert done.returncode != 0
-  error = done.stderr[done.stderr.rindex('\nerror: ') + 1:].splitlines()[0]  # among what Orbax's threads tell
-  assert 'Error writing' in error and 'copy/checkpoints' in error, done.stderr
+  error = done.stderr.splitlines()[-1]
+  assert error.startswith('error: ') and 'File too large; raise the limit' in error and 'copy/' in error, done.stderr
+  assert 'the last good checkpoint is step 24' in error and len(done.stderr.splitlines()) < 20, done.stderr
   for path, content in before.items():
     assert path.read_bytes() == content, path
   assert test_cli.weights(copy)  # its last complete step can be read

@@ -10,6 +10,7 @@ import sys
 from absl import app, flags
 
 from loopformer import storage
+from loopformer.training import interrupts
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
@@ -19,7 +20,7 @@ def run(main):
   """Reads the flags, and runs `main(argv)`."""
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors='backslashreplace')  # a console of few letters loses them, never a result
-  app.run(functools.partial(begin, main), flags_parser=parse)
+  interrupts.run(lambda: app.run(functools.partial(begin, main), flags_parser=parse))
 
 
 def begin(main: Callable, argv: list[str]):

@@ -97,6 +97,23 @@ def leader_first(action: Callable[[], Any], name: str) -> Any:
   return result if is_leader() else action()
 
 
+def by_leader(action: Callable[[], Any]) -> Any:
+  """What `action` returns in the leader, None in the others; all wait for it, and end where it fails.
+
+  Raises:
+    ConfigError, OSError: what `action` raises; in the others, that the leader has said why.
+  """
+  result = failed = None
+  if is_leader():
+    try:
+      result = action()
+    except (ConfigError, OSError) as error:
+      failed = error
+  if not all_agree(failed is None):
+    raise failed or ConfigError('the work folder cannot be used; process 0 says why')
+  return result
+
+
 def all_agree(verdict: bool) -> bool:
   """Whether every process says so."""
   if jax.process_count() == 1:

@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-import signal
-import threading
 import time
 from typing import Any, Callable
 
@@ -22,8 +20,9 @@ from loopformer.inference.evaluate import evaluate, motion
 from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
-from loopformer.training import averages, metrics, processes
-from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, abstract, restore_model
+from loopformer.training import averages, interrupts, metrics, processes
+from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, Unsaved, abstract, restore_model, trained
+from loopformer.training.lock import Lock
 from loopformer.training.step import State, init_state, make_step
 from loopformer.types import SEEDS, Array, ConfigError, Params, config_dataclass, whole
 
@@ -37,6 +36,8 @@ class Train:
   keep: so many last checkpoints stay, and the one of the best `best`, a number of the task's measure at a depth of
   `evals`, such as 'loss@8' (None: the last alone); with `best` every evaluated state is saved.
   start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
+  extended: the numbers of steps that the run had before it was told to go on. Up to each of them the schedules are
+  those of a run of so many steps, from the last one on those of a run of `steps`.
   """
   steps: int = 1000
   batch: int = 16
@@ -49,14 +50,21 @@ class Train:
   keep: int = 3
   best: str | None = None
   start: str | None = None
+  extended: int | tuple[int, ...] = ()
   paths = ('start',)
 
   def __post_init__(self):
+    if isinstance(self.extended, int):
+      object.__setattr__(self, 'extended', (self.extended,))
     for field in dataclasses.fields(self):
       if field.name == 'seed':
         whole('train.seed', self.seed, 0, SEEDS - 1)
-      elif field.name not in ('best', 'start'):
+      elif field.name not in ('best', 'start', 'extended'):
         whole(f'train.{field.name}', getattr(self, field.name), 1)
+    ends = (0, *(whole('train.extended', end, 1) for end in self.extended), self.steps)
+    if list(ends) != sorted(set(ends)):
+      raise ConfigError(f'train.extended = {self.extended}: give the numbers of steps that the run had before, '
+                        f'ascending and below train.steps = {self.steps}')
 
 
 def best_of(config: Any) -> Best | None:
@@ -78,7 +86,7 @@ class NotFinite(RuntimeError):
 
 def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
           profile: tuple[int, int] | None = None, verify: bool = False, params: Params | None = None) -> State:
-  """Runs or resumes `config` in `workdir`, whose config.json must agree with it already.
+  """Runs or resumes `config` in `workdir`, which is locked meanwhile, and whose config.json says it from then on.
 
   With several processes (processes.py) all call it; the leader writes.
 
@@ -91,11 +99,39 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   Raises:
     NotFinite: a term of the loss is not a number any more; the checkpoints before it are kept.
     OSError: the work folder cannot be written any more; the message names the last good checkpoint.
-    ConfigError: data, mesh or starting weights do not fit the configuration.
+    ConfigError: another run trains in the folder, or one of another configuration has (resume.py); data, mesh or
+      starting weights do not fit the configuration.
+    KeyboardInterrupt: a SIGINT before the first step, or a second one.
   """
-  from loopformer.data import batches as data  # reading text needs grain; a model alone does not
-  workdir, options, best = storage.path(workdir), config.train, best_of(config)
+  from loopformer import config as configs
+  from loopformer.training import resume
+  best_of(config)  # before anything is written
+  config, workdir = configs.absolute(config), storage.path(workdir)
   log = log if processes.is_leader() else lambda text: None
+  with contextlib.ExitStack() as stack:
+    def begin():
+      lock = stack.enter_context(Lock(workdir, log))
+      resume.check(config, workdir)
+      configs.save(config, workdir)
+      return lock.check
+
+    held = processes.by_leader(begin) or (lambda: None)
+    end = 0
+    while end < config.train.steps:
+      try:
+        end, state = _train(config, workdir, log, profile, verify, params, held)
+      except OSError as error:
+        if error.filename is None and error.errno in storage.REMEDIES:  # of an open file, which does not say its name
+          raise storage.unwritable(workdir, error) from error
+        raise
+      verify = False
+  return state
+
+
+def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, State]:
+  """`train` up to the next number of steps at which schedules change, and that."""
+  from loopformer.data import batches as data  # reading text needs grain; a model alone does not
+  options, best = config.train, best_of(config)
   mesh = config.mesh.make()
   sharding.check_model(config.model, mesh)
   sharding.check_batch(options.batch, options.accumulate, mesh)
@@ -133,6 +169,10 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
       params, first, restored = checkpoints.restore_params(0, target.params)[1], 0, None
     else:
       first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
+    end = next((end for end in options.extended if end > first), options.steps)
+    if end < options.steps:
+      config = dataclasses.replace(config, train=dataclasses.replace(options, steps=end, extended=()))
+      optimizer = config.optim.make(end, roles)
     if first:
       params, optimizer_state, position, control = restored
       params, optimizer_state = averages.exchanged(params, optimizer_state)
@@ -155,15 +195,17 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
       else:
         given, frozen[name] = restore_model(teacher.folder, teacher.model(config.model), mesh)
         log(f'the teacher of {teacher.folder} is as it was at step {given}')
-    run = _Run(config, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out, byte_lengths, rows,
-               log, control, _Profile(workdir / 'profile', profile))
+    run = _Run(config, workdir, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out,
+               byte_lengths, rows, log, control, _Profile(workdir / 'profile', profile), held)
     try:
       with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
         stack.callback(run.profile.stop)
-        return run(state, stream, first)
-    except storage.Unreachable as error:
-      raise OSError(f'{error}; {checkpoints.last_good()}, where the same command resumes') from error
+        return end, run(state, stream, first)
+    except Unsaved:
+      raise
+    except OSError as error:
+      raise OSError(f'{error}; {checkpoints.resumes()}') from error
 
 
 def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> State:
@@ -212,6 +254,7 @@ def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable,
 class _Run:
   """The loop of one process; metrics of a step are read after the next one is dispatched."""
   config: Any
+  workdir: Any
   mesh: Any
   step: Callable
   writer: metrics.Writer | metrics.Silent
@@ -222,25 +265,29 @@ class _Run:
   log: Callable
   control_state: dict  # the controller's
   profile: _Profile
+  held: Callable[[], None]  # raises where another run has the folder
+  reached: int | None = None  # the last step that was begun
   stopped: bool = False  # a process was told to stop, and all know
 
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
     self.clock = clock = _Clock(self.config, first)
     pending = None
-    with _Terminated() as terminated:
+    with interrupts.Caught(self._words) as caught:
       for number in range(first + 1, options.steps + 1):
         self.profile.at(number)
         with clock.timed('data'):
-          rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), terminated.is_set(), np.float32)}
+          rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), caught.told.is_set(), np.float32)}
         with clock.timed('step'):
           batch = sharding.put_batch(rows, self.mesh, options.accumulate)
           stage = self.config.control.stage(self.control_state)
           state, values = self.step(state, batch, stage)
+        self.reached, caught.stepping = number, True
+        self.held()
         self._report(pending)
         pending = (number, values)
         last, evaluated = number == options.steps, {}
-        self.stopped |= jax.process_count() == 1 and terminated.is_set()  # several agree one step later
+        self.stopped |= jax.process_count() == 1 and caught.told.is_set()  # several agree one step later
         if number % options.eval_every == 0 or last:
           self._report(pending)
           pending = None
@@ -257,6 +304,13 @@ class _Run:
           self.log(f'stopped by a signal after step {number}; the same command resumes there')
           raise SystemExit(0)
     return state
+
+  def _words(self) -> str:
+    """What is to be said where the run is ended at once."""
+    saved = trained(self.workdir)
+    return (('before the first step' if self.reached is None else f'after step {self.reached}') + '; ' + (
+        f'the last good checkpoint is step {saved}, where the same command resumes' if saved else
+        'nothing was saved yet, so the same command begins again'))
 
   def _report(self, pending):
     if pending is None:
@@ -372,19 +426,3 @@ class _Profile:
   def stop(self):
     """Writes what there is."""
     self._on.close()
-
-
-class _Terminated:
-  """Turns SIGTERM and SIGINT into an event, in the main thread; elsewhere no signal can be caught."""
-
-  def __enter__(self) -> threading.Event:
-    event = threading.Event()
-    self._old = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, lambda *_: event.set())
-    return event
-
-  def __exit__(self, *_):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)

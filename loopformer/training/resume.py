@@ -1,0 +1,86 @@
+"""What a run may change of its configuration when it goes on.
+
+What is reported and kept may change (config.FREE). The number of steps may, where the run so far is what a run of that
+many steps would have been: none of the steps that were trained had another learning rate. Then config.json says the
+new number, and is as true as if it had said so from the start. Schedules that end with the run, a cosine or a
+cool-down that has begun, make it another run: `train.extended` says that it was one, and of how many steps. While
+nothing is saved yet, all but the task may change. Anything else is another run.
+"""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loopformer import config as configs, storage
+from loopformer.training.checkpoint import trained
+from loopformer.training.control import NoControl
+from loopformer.types import ConfigError
+
+LENGTH = ('train.steps', 'train.extended')
+
+
+def check(config: Any, workdir: Any):
+  """Raises ConfigError where the work folder holds a run that cannot go on as this configuration says."""
+  workdir = storage.path(workdir)
+  if not (workdir / configs.FILE).exists() or configs.is_saved(config, workdir):
+    return
+  saved, done = configs.read(workdir, config), trained(workdir)
+  differences = list(configs.difference(saved, config))
+  if done is None:  # nothing but data were made
+    differences = [row for row in differences if row[0].startswith('task')]
+  others = [row for row in differences if row[0] not in LENGTH]
+  if not differences:
+    return
+  told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
+  told = f'workdir = {workdir} holds a run of another configuration: {told}. '
+  if others:
+    raise ConfigError(f'{told}Give another --workdir, or the configuration that the run was started with')
+  old, new = saved.train, config.train
+  if new.extended != old.extended:
+    if new.extended != (*old.extended, old.steps):
+      past = ','.join(map(str, (*old.extended, *([old.steps] if new.steps > old.steps else []))))
+      raise ConfigError(f'{told}Give --set train.extended={past or "()"}, the numbers of steps that the run had before')
+    return
+  if done > new.steps:
+    raise ConfigError(f'{told}Its step {done} is saved already; give train.steps={done} or more, or another --workdir')
+  path = unlike(saved, config, done)
+  if path is None:
+    return
+  start = f'begin anew in another --workdir with --set train.start={workdir}'
+  if new.steps < old.steps:
+    raise ConfigError(f'{told}{path} goes by the number of steps, and its {done} steps were trained as those of a '
+                      f'longer run; keep train.steps={old.steps}, or {start}')
+  past = ','.join(map(str, (*old.extended, old.steps)))
+  raise ConfigError(f'{told}{path} goes by the number of steps, and its {done} steps were trained as those of a '
+                    f'shorter run. To go on after step {old.steps} as a run of {new.steps} steps does there, add --set '
+                    f'train.extended={past}; or {start}')
+
+
+def unlike(saved: Any, config: Any, done: int) -> str | None:
+  """The field by which the trained steps would have been others with the number of steps of `config`, None if none."""
+  numbers = jnp.arange(done)
+  for path, schedule in _schedules(saved.optim, 'optim'):
+    before, after = (np.asarray(jax.vmap(schedule.make(steps))(numbers)) if done else 0
+                     for steps in (saved.train.steps, config.train.steps))
+    if not np.array_equal(before, after):
+      return path
+  last, every = saved.train.steps, saved.train.eval_every
+  if saved.control != NoControl() and done == last and last % every:  # it has seen an evaluation that was the last
+    return 'control'
+  return None
+
+
+def _schedules(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+  """The parts within another that make a schedule for a number of steps, `make(steps)`."""
+  make = getattr(value, 'make', None)
+  if make is not None and list(inspect.signature(make).parameters) == ['steps']:
+    yield path, value
+  for name, field in configs.fields(value).items():
+    for inner, part in enumerate(field) if isinstance(field, tuple) else [('', field)]:
+      if dataclasses.is_dataclass(part):
+        yield from _schedules(part, f'{path}.{name}{f"[{inner}]" if inner != "" else ""}')
