@@ -109,17 +109,17 @@ def test_parquet_rows(tmp_path):
   assert documents[599].name == f'{path}#599'
   with pytest.raises(ValueError, match=r"Files.field='body': .*rows.parquet has no such field; it has id, text"):
     list(Files(train=(str(path),), field='body').documents())
-  with pytest.raises(ValueError, match=r"Files.field='id': .*rows.parquet#0 holds int"):
+  with pytest.raises(ValueError, match=r"Files.field='id': .*rows.parquet row 1 holds int"):
     list(Files(train=(str(path),), field='id').documents())
 
 
 @pytest.mark.parametrize(
   'line, message',
   [
-    ('{"title": "x", "id": 1}', r"Files.field='text': .*bad.jsonl row 1 has no such field; it has title, id"),
-    ('{"text": null}', r"Files.field='text': .*bad.jsonl#1 holds NoneType"),
-    ('[1]', r'bad.jsonl row 1 is not a JSON object'),
-    ('{text', r'bad.jsonl row 1 is not JSON'),
+    ('{"title": "x", "id": 1}', r"Files.field='text': .*bad.jsonl row 2 has no such field; it has title, id"),
+    ('{"text": 1}', r"Files.field='text': .*bad.jsonl row 2 holds int"),
+    ('[1]', r'bad.jsonl row 2 is damaged: it holds list, not an object; correct'),
+    ('{text', r'bad.jsonl row 2 is damaged: it is not JSON .*; correct or remove the row'),
   ],
 )
 def test_jsonl_errors(tmp_path, line, message):

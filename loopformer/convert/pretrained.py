@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import numpy as np
 
-from loopformer import sharding, storage
+from loopformer import reading, sharding, storage
 from loopformer.convert import description, gguf, llama, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
-from loopformer.data.tokenizer import MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of
+from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
+                                        json_tokenizer)
 from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params
@@ -110,30 +110,26 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
   Raises:
     ConfigError: nothing says which id ends a text.
   """
-  about = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+  about = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
   if about.get(description.MODEL_TYPE) == 'bytes':
     return ByteTokenizer()
-  if (folder / MODEL).is_file() and (about.get(description.MODEL_TYPE) == 'pieces' or
-                                     not (folder / TOKENIZER).is_file()):
+  if (folder / MODEL).exists() and (about.get(description.MODEL_TYPE) == 'pieces' or
+                                    not (folder / TOKENIZER).exists()):
     return GivenPieces(path=str(folder / MODEL)).build(())
-  if not (folder / TOKENIZER).is_file():
+  if not (folder / TOKENIZER).exists():
     return None
-  text = (folder / TOKENIZER).read_text(encoding='utf-8')
   named, numbered = about.get('eos_token'), config.get('eos_token_id')
   if named:
-    return JsonTokenizer(text=text, eos=id_of(text, named['content'] if isinstance(named, dict) else named,
-                                              f'{folder / TOKENIZER}, whose configuration names eos_token'))
-  if numbered is None:
+    name = named.get('content') if isinstance(named, dict) else named
+    numbered = id_of(json_text(folder / TOKENIZER), name, f'{folder / TOKENIZER}, whose configuration names eos_token')
+  if numbered is None or numbered == []:
     raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
                       'end; write one of them')
-  return JsonTokenizer(text=text, eos=numbered[0] if isinstance(numbered, list) else numbered)
+  return json_tokenizer(folder / TOKENIZER, numbered[0] if isinstance(numbered, list) else numbered)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
+  if not path.exists():
     raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
                       '.gguf file')
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ConfigError(f'{path}: it is not JSON ({error}); download it again') from error
+  return reading.read_json(path, 'download it again')

@@ -14,7 +14,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from loopformer import storage
+from loopformer import reading, storage
+from loopformer.types import ConfigError
 
 NOTES = 'checked'
 
@@ -22,7 +23,16 @@ NOTES = 'checked'
 def known(folder: str | Path, manifest: dict) -> set[tuple] | None:
   """(name, size, stamp) of the files that were noted; None where nothing was, of a folder of an earlier version."""
   notes = [note for place in _places(folder) for note in place.glob(f'{_key(manifest)}-*.json')]
-  return {tuple(row) for note in notes for row in json.loads(note.read_text(encoding='utf-8'))} if notes else None
+  return {tuple(row) for note in notes for row in _rows(note)} if notes else None
+
+
+def _rows(note: Path) -> list:
+  """What a note says; nothing where it is damaged, so that the files are read again."""
+  with contextlib.suppress(ConfigError):
+    rows = reading.read_json(note, '', list)
+    if all(isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) for row in rows):
+      return rows
+  return []
 
 
 def note(folder: str | Path, manifest: dict, files: Sequence[storage.File]):

@@ -1,27 +1,34 @@
 """Corpora: parts that yield documents, each in the train or the validation split.
 
 The split is decided by a hash of a document's contents: adding, renaming or moving files leaves the other
-documents where they were, and equal contents under two names are always in the same split.
+documents where they were, and equal contents under two names are always in the same split. A file is read once, however
+many names it has, and a byte-order mark before a text is no part of it.
 """
 
+import collections
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
-import json
 import os
+from pathlib import Path
 import sysconfig
 
-from loopformer import storage
+from loopformer import reading, storage
+from loopformer.types import ConfigError
 
 SUFFIXES = ('.txt', '.md', '.jsonl', '.parquet')
+REMEDY = 'correct the glob, or see to its permissions'
 NOT_LIBRARY = frozenset(('site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-  """A text, its name (unique in the corpus) and its split, 'train' or 'validation'."""
+  """A text, its name (unique in the corpus; prepared.py puts documents in order by it) and its split, 'train' or
+  'validation'.
+  """
 
   name: str
   split: str
@@ -41,21 +48,28 @@ class StandardLibrary:
   def __post_init__(self):
     _check_share('StandardLibrary', self.validation)
 
-  def documents(self) -> Iterator[Document]:
-    return _split(self._texts, self.validation)
+  def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
+    """All documents; what is skipped is counted in `left_out` by why."""
+    return _split(self._texts, self.validation, left_out)
 
   def sources(self) -> list[storage.File]:
     """Every file, in order of name; none is read."""
     root = sysconfig.get_paths()['stdlib']
     return [storage.described(name, os.path.join(root, name)) for name in self._names(root)]
 
-  def _texts(self):
+  def _texts(self, left_out):
     root = sysconfig.get_paths()['stdlib']
     for name in self._names(root):
+      data = reading.contents(os.path.join(root, name), 'repair the installation of Python')
       try:
-        yield name, _read_text(os.path.join(root, name))
-      except UnicodeDecodeError:
+        text = reading.decoded(data, name)
+      except ConfigError:
+        left_out['files that are not UTF-8'] += 1
         continue
+      if text:
+        yield name, text
+      else:
+        left_out['empty documents'] += 1
 
   def _names(self, root: str) -> list[str]:
     names = []
@@ -71,7 +85,8 @@ class Files:
   .parquet one a row.
 
   `field` names the text in a row. Without `validation_files`, a `validation` share of documents is held out;
-  with them, train documents whose contents also stand in validation are dropped. Empty documents are skipped.
+  with them, train documents whose contents also stand in validation are dropped. Documents without text, and rows where
+  it is null, are skipped. Rows are numbered from 1 in messages, from 0 in names.
   ValueError or FileNotFoundError names the glob, file, row or field at fault. .parquet needs pyarrow.
   """
 
@@ -88,92 +103,118 @@ class Files:
     if not self.train:
       raise ValueError('Files.train=() names no files: give at least one glob')
 
-  def documents(self) -> Iterator[Document]:
-    train = functools.partial(self._texts, self._paths('train'))
+  def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
+    """All documents; what is skipped is counted in `left_out` by why."""
     if not self.validation_files:
-      return _split(train, self.validation)
-    return self._given(train, functools.partial(self._texts, self._paths('validation_files')))
+      return _split(functools.partial(self._texts, 'train'), self.validation, left_out)
+    return self._given(collections.Counter() if left_out is None else left_out)
 
   def sources(self) -> list[storage.File]:
     """Every file, in order of path; none is read."""
-    found = self._found('train') | self._found('validation_files')
+    found = {file.name: file for field in ('train', 'validation_files') for file in self._found(field)}
     return [found[path] for path in sorted(found)]
 
-  def _given(self, train, validation):
+  def _given(self, left_out):
     held = set()
-    for name, text in validation():
+    for name, text in self._texts('validation_files', left_out):
       held.add(content_hash(text))
       yield Document(name=name, split='validation', text=text)
-    for name, text in train():
-      if content_hash(text) not in held:
+    for name, text in self._texts('train', left_out):
+      if content_hash(text) in held:
+        left_out['train documents that stand in validation'] += 1
+      else:
         yield Document(name=name, split='train', text=text)
 
-  def _paths(self, field: str) -> list[str]:
-    return sorted(self._found(field))
-
-  def _found(self, field: str) -> dict[str, storage.File]:
-    """Every file that the globs of a field match, by its path."""
-    files = {}
+  def _found(self, field: str, left_out: collections.Counter | None = None) -> list[storage.File]:
+    """Every file that the globs of a field match, once, in order of path."""
+    files, names = {}, collections.defaultdict(set)
     for pattern in getattr(self, field):
       found = _matches(pattern)
       if not found:
-        raise FileNotFoundError(f'Files.{field}: no file matches {pattern!r}; correct the glob')
-      for path in found:
+        remedy = f'give a glob of files in it, such as {os.path.join(pattern, "**", "*.txt")!r}'
+        folder = not storage.remote(pattern) and os.path.isdir(os.path.expanduser(pattern))
+        raise FileNotFoundError(f'Files.{field}: {pattern!r} is a folder; {remedy}' if folder else
+                                f'Files.{field}: no file matches {pattern!r}; correct the glob')
+      for path, (identity, file) in found.items():
         if _suffix(path) not in SUFFIXES:
           raise ValueError(
             f'Files.{field}: {path} has the unknown suffix {_suffix(path)!r}; known are '
             f'{", ".join(SUFFIXES)}: narrow the glob {pattern!r}'
           )
-      files |= found
-    return files
+        files[path] = file
+        names[identity].add(path)
+    if left_out is not None and len(files) > len(names):
+      left_out['further names of files'] += len(files) - len(names)
+    kept = (min(own, key=_links) if len(own) > 1 else own.pop() for own in names.values())
+    return [files[path] for path in sorted(kept)]
 
-  def _texts(self, paths: list[str]):
-    for path in paths:
+  def _texts(self, field: str, left_out: collections.Counter):
+    """(name, text) of every document that has one."""
+    for path in [file.name for file in self._found(field, left_out)]:
       suffix = _suffix(path)
       if suffix == '.jsonl':
         rows = self._jsonl(path)
       elif suffix == '.parquet':
         rows = self._parquet(path)
       else:
-        try:
-          rows = [(path, _read_text(path))]
-        except UnicodeDecodeError as e:
-          raise ValueError(f'Files: {path} is not UTF-8 ({e}); convert or remove it') from None
-      for name, text in rows:
-        if not isinstance(text, str):
+        data = reading.contents(path, REMEDY)
+        rows = [(None, reading.decoded(data, f'Files: {path}', 'convert it to UTF-8 or remove it'))]
+      for row, text in rows:
+        where = path if row is None else f'{path} row {row + 1}'
+        if not isinstance(text, str | None):
           raise ValueError(
-            f'Files.field={self.field!r}: {name} holds {type(text).__name__}, not text; name another field'
+            f'Files.field={self.field!r}: {where} holds {type(text).__name__}, not text; name another field'
           )
-        yield name, text
+        if text is None:
+          left_out['rows of null'] += 1
+        elif text := text.lstrip(reading.MARK):
+          yield path if row is None else f'{path}#{row}', text
+        else:
+          left_out['empty documents'] += 1
 
   def _jsonl(self, path: str):
-    with storage.path(path).open('rb') as f:
+    """(row from 0, what its field holds); blank lines are rows that hold nothing."""
+    with reading.opened(path, REMEDY) as f:
       for row, line in enumerate(f):
-        if not line.strip():
+        where, remedy = f'Files: {path} row {row + 1}', 'correct or remove the row'
+        line = line.strip() and reading.decoded(line, where, 'save the file as UTF-8').strip()
+        if not line:
           continue
-        try:
-          record = json.loads(line)
-        except ValueError as e:
-          raise ValueError(f'Files: {path} row {row} is not JSON ({e}); correct or remove the row') from None
-        if not isinstance(record, dict):
-          raise ValueError(f'Files: {path} row {row} is not a JSON object; correct or remove the row')
-        if self.field not in record:
-          raise self._missing(f'{path} row {row}', list(record))
-        yield f'{path}#{row}', record[self.field]
+        record = reading.parsed(line, where, remedy, dict | None)
+        if record is None:
+          yield row, None
+        elif self.field in record:
+          yield row, record[self.field]
+        else:
+          raise self._missing(f'{path} row {row + 1}', list(record))
 
   def _parquet(self, path: str):
+    """(row from 0, what its field holds)."""
     try:
+      import pyarrow
       from pyarrow import parquet
     except ImportError as e:
       raise ImportError(f"reading {path} needs pyarrow: install the extra 'parquet'") from e
-    with storage.path(path).open('rb') as stored, parquet.ParquetFile(stored) as file:
-      if self.field not in file.schema_arrow.names:
-        raise self._missing(path, file.schema_arrow.names)
-      row = 0
-      for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-        for text in batch.column(0).to_pylist():
-          yield f'{path}#{row}', text
-          row += 1
+    row, damage = 0, (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    with reading.opened(path, REMEDY) as stored, contextlib.ExitStack() as stack:
+      try:
+        file = stack.enter_context(parquet.ParquetFile(stored))
+        names = file.schema_arrow.names
+      except damage as e:
+        raise ValueError(f'Files: {path} is damaged, or not parquet ({_first(e)}); fetch it again or remove it') from e
+      if self.field not in names:
+        raise self._missing(path, names)
+      batches = file.iter_batches(batch_size=256, columns=[self.field])
+      while True:
+        try:
+          texts = next(batches).column(0).to_pylist()
+        except StopIteration:
+          return
+        except damage as e:
+          raise ValueError(f'Files: {path} is damaged from row {row + 1} on ({_first(e)}); fetch it again or remove it'
+                           ) from e
+        yield from enumerate(texts, row)
+        row += len(texts)
 
   def _missing(self, where: str, present: list[str]) -> ValueError:
     return ValueError(
@@ -188,12 +229,11 @@ def content_hash(text: str) -> int:
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
 
 
-def _split(read: Callable[[], Iterator[tuple[str, str]]], share: float) -> Iterator[Document]:
+def _split(read: Callable, share: float, left_out: collections.Counter | None) -> Iterator[Document]:
   """Documents whose hash lies below a cut are validation: a `share` of them, and one at least if two differ."""
   cut = _cut(read, int(share * 2**64))
-  for name, text in read():
-    if text:
-      yield Document(name=name, split='validation' if content_hash(text) < cut else 'train', text=text)
+  for name, text in read(collections.Counter() if left_out is None else left_out):
+    yield Document(name=name, split='validation' if content_hash(text) < cut else 'train', text=text)
 
 
 def _cut(read, cut: int) -> int:
@@ -202,12 +242,11 @@ def _cut(read, cut: int) -> int:
   Reads only until both splits are seen to hold a document.
   """
   low, high = 2**64, -1
-  for _, text in read():
-    if text:
-      key = content_hash(text)
-      low, high = min(low, key), max(high, key)
-      if low < cut <= high:
-        return cut
+  for _, text in read(collections.Counter()):
+    key = content_hash(text)
+    low, high = min(low, key), max(high, key)
+    if low < cut <= high:
+      return cut
   if low < high:
     return low + 1 if low >= cut else high
   return cut
@@ -222,17 +261,59 @@ def _suffix(path: str) -> str:
   return os.path.splitext(path)[1].lower()
 
 
-def _read_text(path: str) -> str:
-  # Bytes, so that line ends come through as they are.
-  return storage.path(path).read_bytes().decode('utf-8')
+def _first(error: BaseException) -> str:
+  """The first line of what an error says."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _matches(pattern: str) -> dict[str, storage.File]:
-  """Every file that a glob matches, by its path."""
+def _matches(pattern: str) -> dict[str, tuple]:
+  """Every file that a glob matches: path -> (what it is known by whatever its name, the file)."""
   if not storage.remote(pattern):
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return {path: storage.described(path, path) for path in found if os.path.isfile(path)}
+    own = os.path.expanduser(pattern)
+    paths = filter(os.path.isfile, _named(os.path.join(own, '*') if os.path.basename(own) == '**' else own))
+    return {path: (_identity(path), storage.described(path, path)) for path in paths}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
   paths = {f'{storage.scheme(place)}://{key}': about for key, about in found.items() if about['type'] == 'file'}
-  return {path: storage.described(path, path, about) for path, about in paths.items()}
+  return {path: (path, storage.described(path, path, about)) for path, about in paths.items()}
+
+
+def _identity(path: str) -> tuple:
+  """The same for all names of a file or folder."""
+  found = os.stat(path)
+  return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)  # not all file systems number files
+
+
+def _named(pattern: str) -> list[str]:
+  """What a glob of this machine matches; a name that is there is matched by itself, whatever brackets stand in it."""
+  if not glob.has_magic(pattern) or os.path.lexists(pattern):
+    return [pattern] if os.path.lexists(pattern) else []
+  head, name = os.path.split(pattern)
+  tops = [top for top in _named(head) if os.path.isdir(top or os.curdir)] if head else ['']
+  if name == '**':
+    return [folder for top in tops for folder in _folders(top)]
+  return [os.path.join(top, found) for top in tops for found in
+          ([name] if os.path.lexists(os.path.join(top, name)) else glob.glob(name, root_dir=top or None))]
+
+
+def _folders(top: str) -> Iterator[str]:
+  """A folder and those in it that are not hidden, each once: by a name without links where it has one."""
+  seen, waiting = set(), [top]
+  while waiting:
+    links = []
+    for begin in waiting:
+      for folder, inner, _ in os.walk(begin or os.curdir):
+        if _identity(folder) in seen:
+          inner.clear()
+          continue
+        seen.add(_identity(folder))
+        folder = folder if begin else folder[2:]
+        inner[:] = sorted(name for name in inner if not name.startswith('.'))
+        links += [path for path in (os.path.join(folder, name) for name in inner) if os.path.islink(path)]
+        yield folder
+    waiting = links
+
+
+def _links(path: str) -> tuple[int, str]:
+  """How many links a name leads through, and the name: the first of a file's names is the one that it is read by."""
+  return sum(map(os.path.islink, (path, *map(str, Path(path).parents)))), path

@@ -13,14 +13,17 @@ A folder in a bucket is made on this machine and uploaded, its manifest last; ev
 """
 
 import array
+import collections
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
+import re
 import secrets
 import shutil
 import struct
@@ -28,7 +31,7 @@ import time
 
 import numpy as np
 
-from loopformer import storage
+from loopformer import reading, storage
 from loopformer.data import checked
 from loopformer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,6 +43,7 @@ CHUNK = 4_000_000  # characters that are tokenised and kept together, and the re
 EVERY = 5.0  # seconds between two lines of progress
 ENTRY = struct.Struct('<8sBQQ')  # stands before a document's ids: hash of its name, split, bytes of text and of ids
 SPLITS = ('train', 'validation')
+DTYPES = ('uint16', 'uint32')
 MANIFEST = 'manifest.json'
 
 
@@ -77,9 +81,10 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
   mine = os.path.join(work, f'folder-{secrets.token_hex(4)}')
   try:
     tokenizer = _tokenizer(corpus, tokenizer_part, os.path.join(work, f'tokenizer-{_hash(json.dumps(inputs))}'), log)
-    dtype = 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
+    dtype = DTYPES[tokenizer.vocab_size > 2**16]
     stored = np.dtype(dtype).newbyteorder('<')
-    chunks = _tokenise(corpus, tokenizer, work, stored, log)
+    left_out = collections.Counter()
+    chunks = _tokenise(corpus, tokenizer, work, stored, left_out, log)
     tokenizer.save(os.path.join(mine, 'tokenizer'))
     manifest = {
       'version': VERSION,
@@ -87,6 +92,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
       'fingerprint': tokenizer.fingerprint(),
       'dtype': dtype,
       'record': RECORD,
+      'left_out': dict(left_out),
       'splits': _sort(chunks, mine, stored, max(1, shard_tokens // RECORD), log),
     }
     with open(os.path.join(mine, MANIFEST), 'w', encoding='utf-8') as f:
@@ -153,20 +159,51 @@ def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
 def load_manifest(folder) -> dict:
   """The manifest of a prepared folder; FileNotFoundError if it is none, ValueError if of another version."""
   path = storage.path(folder) / MANIFEST
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(
       f'{os.fspath(folder)!r} is not a prepared folder ({MANIFEST} is absent): prepare it, or choose another'
     )
-  try:
-    manifest = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged ({e}): delete the folder and prepare the data again') from None
+  remedy = 'delete the folder and prepare the data again'
+  manifest = reading.read_json(path, remedy)
   if manifest.get('version') != VERSION:
-    raise ValueError(
-      f'{path}: version={manifest.get("version")!r}, this library reads {VERSION}: delete the folder and prepare '
-      'the data again'
-    )
+    raise ValueError(f'{path}: version={manifest.get("version")!r}, this library reads {VERSION}: {remedy}')
+  if wrong := _wrong(manifest):
+    raise ValueError(f'{path} is damaged: {wrong}; {remedy}')
   return manifest
+
+
+def _wrong(manifest: dict) -> str | None:
+  """What of a manifest is not as `prepare` writes it; None where nothing is."""
+  texts, sources, splits = ('corpus', 'tokenizer', 'fingerprint'), manifest.get('sources'), manifest.get('splits')
+  if bad := [name for name in texts if not isinstance(manifest.get(name), str)]:
+    return f'{bad[0]} is no text'
+  if manifest.get('dtype') not in DTYPES or manifest.get('record') != RECORD:
+    return f'dtype={manifest.get("dtype")!r}, record={manifest.get("record")!r}: not one of {DTYPES}, {RECORD}'
+  if not isinstance(sources, dict) or not {'count', 'sha256', 'files'} <= sources.keys() or not all(
+      isinstance(row, list) and len(row) == 3 for row in sources['files'] or ()):
+    return 'sources are not described'
+  if not isinstance(manifest.get('left_out', {}), dict):
+    return 'left_out is no object'
+  if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+    return f'splits are not {", ".join(SPLITS)}'
+  for split, counts in splits.items():
+    shards = counts.get('shards') if isinstance(counts, dict) else None
+    if not isinstance(shards, list) or not _counted(counts, 'documents', 'tokens', 'bytes') or not all(
+        _counted(shard, 'records', 'tokens', 'size') and isinstance(shard.get('sha256'), str) for shard in shards):
+      return f'the split {split} is not described'
+    for shard in shards:  # a name that leads nowhere else
+      if not re.fullmatch(rf'{split}-\d+-of-\d+\.array_record', str(shard.get('name'))):
+        return f'{shard.get("name")!r} is no name of a shard'
+    tokens, records = (sum(shard[name] for shard in shards) for name in ('tokens', 'records'))
+    if tokens != counts['tokens'] or records != -(-tokens // RECORD):
+      return f'the shards of {split} have {tokens} tokens in {records} records, the split {counts["tokens"]}'
+  return None
+
+
+def _counted(described, *names: str) -> bool:
+  return isinstance(described, dict) and all(
+    type(described.get(name)) is int and described[name] >= 0 for name in names
+  )
 
 
 def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
@@ -268,10 +305,12 @@ def _first_change(old: dict, new: dict) -> str | None:
 
 
 def _counts(manifest: dict) -> str:
-  return ', '.join(
+  kept = ', '.join(
     f'{split} {n["tokens"]:,} tokens of {n["documents"]:,} documents ({n["bytes"] / n["tokens"]:.2f} bytes a token)'
     for split, n in manifest['splits'].items()
   )
+  left_out = ', '.join(f'{count:,} {why}' for why, count in manifest.get('left_out', {}).items())
+  return f'{kept}; left out: {left_out}' if left_out else kept
 
 
 def _check_splits(corpus) -> None:
@@ -299,11 +338,11 @@ def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
     return tokenizer
 
 
-def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, log) -> list[str]:
-  """The files of all chunks, in order; only those are made that are not there."""
+def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_out: dict, log) -> list[str]:
+  """The files of all chunks, in order; only those are made that are not there. Counts what the corpus leaves out."""
   os.makedirs(work, exist_ok=True)
   paths, found, fingerprint = [], 0, tokenizer.fingerprint()
-  for batch in _batched(_watched(corpus.documents(), _text_bytes, 'documents tokenised', log), CHUNK):
+  for batch in _batched(_watched(corpus.documents(left_out), _text_bytes, 'documents tokenised', log), CHUNK):
     contents = (part for d in batch for part in (d.name, d.split, d.text))
     paths.append(os.path.join(work, _hash(fingerprint, *contents)))
     if _read_chunk(paths[-1]) is not None:
@@ -482,13 +521,51 @@ def _size(path: str) -> dict:
     return {'size': f.tell(), 'sha256': digest}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """A shard whose records are read; its package has no class of its own for what is damaged."""
+
+  path: str
+  records: int
+
+  def __post_init__(self):
+    with self._naming():
+      held = self._reader.num_records()
+    if held != self.records:
+      raise ValueError(f'shard {self.path} is damaged or stale ({held} records, not {self.records}): {self._remedy}')
+
+  @functools.cached_property
+  def _reader(self):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    # No readahead: windows are read in random order.
+    return ArrayRecordReader(self.path, options='readahead_buffer_size:0,max_parallelism:0')
+
+  @property
+  def _remedy(self) -> str:
+    return _remedy(os.path.dirname(self.path))
+
+  @contextlib.contextmanager
+  def _naming(self):
+    try:
+      yield
+    except Exception as e:
+      reason = (str(e).splitlines() or [type(e).__name__])[0]
+      raise ValueError(f'shard {self.path} is damaged ({reason}): {self._remedy}') from e
+
+  def read(self, records: list[int]) -> list[bytes]:
+    """Some records."""
+    with self._naming():
+      return self._reader.read(records)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStream:
   """The tokens of a split, readable anywhere from any thread."""
 
   tokens: int
   dtype: np.dtype
-  readers: tuple = dataclasses.field(repr=False)
+  readers: tuple[_Shard, ...] = dataclasses.field(repr=False)
   first_records: tuple[int, ...] = dataclasses.field(repr=False)
 
   def window(self, start: int, length: int) -> np.ndarray:
@@ -501,8 +578,10 @@ class TokenStream:
       wanted = list(range(max(first, begin) - begin, min(last + 1, end) - begin))
       if wanted:
         parts += reader.read(wanted)
-    ids = np.frombuffer(b''.join(parts), self.dtype)
-    return ids[start - first * RECORD :][:length].astype(np.int32)
+    data, before = b''.join(parts), start - first * RECORD
+    if len(data) < (before + length) * self.dtype.itemsize:
+      raise ValueError(f'{self.readers[0].path}: records are shorter than the manifest says: prepare the data again')
+    return np.frombuffer(data, self.dtype, length, before * self.dtype.itemsize).astype(np.int32)
 
 
 def open_split(folder, split: str) -> TokenStream:
@@ -510,21 +589,15 @@ def open_split(folder, split: str) -> TokenStream:
 
   FileNotFoundError or ValueError naming the shard that is missing, cut off or not of this manifest.
   """
-  from array_record.python.array_record_module import ArrayRecordReader
-
   folder = local(folder)
   manifest = load_manifest(folder)
   if split not in manifest['splits']:
     raise ValueError(f'split={split!r} is none of {", ".join(manifest["splits"])}')
-  readers = [
-    # No readahead: windows are read in random order.
-    ArrayRecordReader(os.path.join(folder, shard.name), options='readahead_buffer_size:0,max_parallelism:0')
-    for shard in _shards(folder, manifest, split)
-  ]
-  records = (shard['records'] for shard in manifest['splits'][split]['shards'])
+  files, shards = _shards(folder, manifest, split), manifest['splits'][split]['shards']
+  readers = [_Shard(os.path.join(folder, file.name), shard['records']) for file, shard in zip(files, shards)]
   return TokenStream(
     tokens=manifest['splits'][split]['tokens'],
     dtype=np.dtype(manifest['dtype']).newbyteorder('<'),
     readers=tuple(readers),
-    first_records=tuple(itertools.accumulate(records, initial=0)),
+    first_records=tuple(itertools.accumulate((shard['records'] for shard in shards), initial=0)),
   )

@@ -5,6 +5,7 @@ sentencepiece and tokenizers are imported only where a tokenizer of theirs is us
 
 import abc
 from collections.abc import Iterable, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,8 @@ import os
 
 import numpy as np
 
-from loopformer import storage
+from loopformer import reading, storage
+from loopformer.types import ConfigError
 
 FILE = 'tokenizer.json'
 MODEL = 'tokenizer.model'
@@ -245,8 +247,8 @@ class JsonTokenizer(Tokenizer):
   eos: int
 
   def __post_init__(self):
-    if not 0 <= self.eos < self.vocab_size:
-      raise ValueError(f'JsonTokenizer.eos={self.eos} is none of the ids 0 .. {self.vocab_size - 1}')
+    if not isinstance(self.eos, (int, np.integer)) or not 0 <= self.eos < self.vocab_size:
+      raise ValueError(f'JsonTokenizer.eos={self.eos!r} is none of the ids 0 .. {self.vocab_size - 1}')
 
   @functools.cached_property
   def _tokenizer(self):
@@ -293,7 +295,7 @@ class JsonTokenizer(Tokenizer):
     pieces, added = self._table
     lengths = np.zeros((2, self.vocab_size), np.int32)
     ids = [i for i in pieces if not added.get(i)]
-    if '"ByteLevel"' in json.dumps(json.loads(self.text)['decoder']):
+    if '"ByteLevel"' in json.dumps(json.loads(self.text).get('decoder')):
       for i in ids:
         lengths[:, i] = len(pieces[i].encode() if i in added else pieces[i])
       return lengths
@@ -388,6 +390,8 @@ class GivenPieces:
     del texts
     model = self._read()
     try:
+      if not model:
+        raise ValueError('it is empty')
       return PieceTokenizer(model=model)
     except (RuntimeError, ValueError) as e:
       raise ValueError(f'GivenPieces.path={self.path!r} is not a usable sentencepiece model: {e}') from None
@@ -397,12 +401,11 @@ class GivenPieces:
     return [_source(self.path, self._read())]
 
   def _read(self) -> bytes:
-    path = storage.path(self.path)
-    if not path.is_file():
+    if not storage.path(self.path).exists():
       raise FileNotFoundError(
         f'GivenPieces.path={self.path!r}: no such file; give the path of a sentencepiece .model file'
       )
-    return path.read_bytes()
+    return reading.contents(self.path, 'give the path of a sentencepiece .model file')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,23 +419,52 @@ class GivenJson:
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts
-    return JsonTokenizer(text=self._read(), eos=id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
+    return json_tokenizer(self.path, id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
 
   def sources(self) -> list[storage.File]:
     """The file: prepared data is stale once it changes."""
     return [_source(self.path, self._read().encode())]
 
   def _read(self) -> str:
-    path = storage.path(self.path)
-    if not path.is_file():
+    if not storage.path(self.path).exists():
       raise FileNotFoundError(f'GivenJson.path={self.path!r}: no such file; give the path of a tokenizer.json')
-    return path.read_text(encoding='utf-8')
+    return json_text(self.path)
 
 
 def _source(path: str, contents: bytes) -> storage.File:
   """A file that was read: it is small, so its stamp is its hash."""
   digest = hashlib.sha256(contents).hexdigest()
   return storage.File(path, len(contents), digest, lambda: digest)
+
+
+def json_text(path: str | os.PathLike) -> str:
+  """What a tokenizer.json holds. Raises ConfigError where it cannot be read, or is not of the form of one."""
+  remedy = 'fetch it again, or give another tokenizer'
+  text = reading.text(path, remedy)
+  saved = reading.parsed(text, os.fspath(path), remedy)
+  vocab = saved['model'].get('vocab') if isinstance(saved.get('model'), dict) else None
+  added = saved.get('added_tokens') or []
+  right = (isinstance(vocab, dict) or isinstance(vocab, list) and all(
+      isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in vocab)) and isinstance(added, list)
+  right = right and all(isinstance(token, dict) and isinstance(token.get('content'), str) and 'special' in token
+                        for token in added)
+  ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(token.get('id') for token in added)] if right else []
+  if not right or not vocab or not all(type(i) is int and 0 <= i < len(text) for i in ids):  # an id takes a character
+    raise ConfigError(f'{os.fspath(path)} is damaged: it has no vocabulary of a tokenizer.json; {remedy}')
+  return text
+
+
+def json_tokenizer(path: str | os.PathLike, eos: int) -> JsonTokenizer:
+  """The tokenizer of a tokenizer.json. Raises ConfigError where there is none in it, or no such id."""
+  text = json_text(path)
+  try:
+    tokenizer = JsonTokenizer(text=text, eos=eos)
+    with contextlib.suppress(ImportError):  # which is said where a text is encoded
+      tokenizer._tokenizer
+  except Exception as e:  # tokenizers has no class of its own
+    raise ConfigError(f'{os.fspath(path)}: it is no usable tokenizer.json ({e}); fetch it again, or give another'
+                      ) from e
+  return tokenizer
 
 
 def id_of(text: str, token: str, where: str) -> int:
@@ -450,16 +482,16 @@ def id_of(text: str, token: str, where: str) -> int:
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   """The tokenizer saved in a folder; FileNotFoundError or ValueError naming the file that is absent or damaged."""
   path = storage.path(folder) / FILE
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(f'no tokenizer in {os.fspath(folder)!r}: {FILE} is absent; prepare the data first')
-  saved = json.loads(path.read_text(encoding='utf-8'))
+  saved = reading.read_json(path, 'delete the folder and prepare the data again')
   if saved.get('kind') not in BUILT_IN:
     raise ValueError(f'{path}: kind={saved.get("kind")!r} is none of {", ".join(BUILT_IN)}')
   tokenizer: Tokenizer
   if saved['kind'] == 'bytes':
     tokenizer = ByteTokenizer()
   elif saved['kind'] == 'json':
-    tokenizer = JsonTokenizer(text=path.with_name(JSON).read_text(encoding='utf-8'), eos=saved['eos'])
+    tokenizer = json_tokenizer(path.with_name(JSON), saved.get('eos'))
   else:
     tokenizer = GivenPieces(path=str(path.with_name(MODEL))).build(())
   if tokenizer.fingerprint() != saved.get('fingerprint'):
