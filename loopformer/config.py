@@ -18,17 +18,19 @@ import importlib.machinery
 import importlib.util
 import inspect
 import json
+import math
 from pathlib import Path
 import re
 import sys
+import traceback
 import types
 import typing
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Collection, Iterator, Mapping
 
 from flax import linen as nn
 import numpy as np
 
-from loopformer import moved, storage
+from loopformer import moved, reading, storage
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn import modules
@@ -59,6 +61,7 @@ REAL = {
                     '[0, inf)'),
     **dict.fromkeys(('clip', 'peak', 'scale'), '(0, inf)'), **dict.fromkeys(('b1', 'b2', 'momentum', 'second'), '[0, 1)'),
 }
+PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
 
@@ -179,9 +182,9 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
                   _parse(text, inner[name], _annotation(value, name), path, _optional(value, name)))
 
 
-def _declared(value: Any, name: str) -> tuple[Any, type | None]:
-  """The declared type of a field, as it stands there, and the class that declares it."""
-  for cls in type(value).__mro__ if is_part(value) else ():
+def _declared(kind: type, name: str) -> tuple[Any, type | None]:
+  """The declared type of a field of a kind of parts, as it stands there, and the class that declares it."""
+  for cls in kind.__mro__ if dataclasses.is_dataclass(kind) else ():
     declared = cls.__dict__.get('__annotations__', {}).get(name)
     if declared is not None:
       return declared, cls
@@ -190,9 +193,11 @@ def _declared(value: Any, name: str) -> tuple[Any, type | None]:
 
 def _annotation(value: Any, name: str) -> Any:
   """The declared type of a field; the type of its present value inside a mapping."""
-  declared, cls = _declared(value, name)
-  if declared is None:
-    return type(fields(value)[name])
+  declared, cls = _declared(type(value), name)
+  return type(fields(value)[name]) if declared is None else _type_of(declared, cls)
+
+
+def _type_of(declared: Any, cls: type) -> Any:
   return eval(declared, dict(vars(sys.modules[cls.__module__]))) if isinstance(declared, str) else declared
 
 
@@ -263,7 +268,7 @@ def check(config: Experiment):
   Raises:
     ConfigError: with field, value and remedy.
   """
-  _check_numbers(config, '')
+  check_values(config, '')
   model, train = config.model, config.train
   if model.read_in.dtype not in DTYPES:
     raise ConfigError(f'model.read_in.dtype = {model.read_in.dtype!r}; use one of {", ".join(DTYPES)}')
@@ -309,27 +314,35 @@ def check(config: Experiment):
   best_of(config)
 
 
-def _check_numbers(value: Any, path: str):
-  """Raises ConfigError where a field that is declared to hold numbers holds others: not whole ones, which would be
-  truncated, or not finite ones."""
+def check_values(value: Any, path: str):
+  """Raises ConfigError where a field that is declared to hold numbers, text or truth holds something else: not whole
+  numbers, which would be truncated, or not finite ones."""
   for name, inner in fields(value).items():
     where = f'{path}.{name}' if path else name
-    declared = _kind_name(_declared(value, name)[0])
-    words = set(re.findall(r'\w+', declared))
-    if words <= {'int', 'float', 'tuple', 'None'} and words & {'int', 'float'}:
-      try:
-        fit(_plain(inner), _annotation(value, name))
-      except TypeError:
-        kind = 'finite' if 'float' in words else 'whole'
-        raise ConfigError(f'{where} = {inner!r}: expected {declared}; give {kind} numbers') from None
-      for number in _plain(inner) if isinstance(inner, tuple) else (_plain(inner),):
-        if isinstance(number, float) or 'float' in words and number is not None:
-          real(where, number, REAL.get(name, '(-inf, inf)'))
-        elif isinstance(number, int):
-          whole(where, number, *WHOLE.get(name, (-2 ** 31, 2 ** 31 - 1)))
+    words = _check_kind(type(value), name, inner, where)
+    for number in (_plain(inner) if isinstance(inner, tuple) else (_plain(inner),)) if words & {'int', 'float'} else ():
+      if isinstance(number, float) or 'float' in words and number is not None:
+        real(where, number, REAL.get(name, '(-inf, inf)'))
+      elif isinstance(number, int):
+        whole(where, number, *WHOLE.get(name, (-2 ** 31, 2 ** 31 - 1)))
     for index, item in enumerate(inner) if isinstance(inner, tuple) else ():
-      _check_numbers(item, f'{where}[{index}]')
-    _check_numbers(inner, where)
+      check_values(item, f'{where}[{index}]')
+    check_values(inner, where)
+
+
+def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
+  """The words of the declared type of a field that holds no parts; raises ConfigError where the value is of another."""
+  declared, cls = _declared(kind, name)
+  called = _kind_name(declared)
+  words = set(re.findall(r'\w+', called)) - {'tuple', 'None'}
+  if not words or not words <= PLAIN:
+    return set()
+  try:
+    fit(_plain(value), _type_of(declared, cls))
+  except TypeError:
+    wanted = 'finite numbers' if 'float' in words else 'whole numbers' if 'int' in words else 'a value of that kind'
+    raise ConfigError(f'{where} = {value!r}: expected {called}; give {wanted}') from None
+  return words
 
 
 def _plain(value: Any) -> Any:
@@ -356,7 +369,8 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
     raise ConfigError(f'--config {path}: the file defines no get_config; see experiments/configs/ for examples')
   if argument and not inspect.signature(module.get_config).parameters:
     raise ConfigError(f'--config {spec}: its get_config takes no argument; leave out :{argument}')
-  config = module.get_config(*([argument] if argument else []))
+  with _telling(path):
+    config = module.get_config(*([argument] if argument else []))
   if not isinstance(config, Experiment):
     raise ConfigError(f'--config {path}: its get_config returns {_name_of(type(config))}; let it return an Experiment')
   for assignment in overrides:
@@ -398,15 +412,28 @@ def _import_file(path: Any) -> types.ModuleType:
     module.__source__ = source
     sys.modules[name] = module
     try:
-      with moved.importable():
+      with moved.importable(), _telling(path):
         module_spec.loader.exec_module(module)
-    except SyntaxError as error:
-      del sys.modules[name]
-      raise ConfigError(f'--config {path}: line {error.lineno} is not Python ({error.msg}); correct it') from error
     except BaseException:
       del sys.modules[name]
       raise
   return sys.modules[name]
+
+
+@contextlib.contextmanager
+def _telling(path: Any) -> Iterator[None]:
+  """Names the line of a configuration file whose code fails."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except SyntaxError as error:
+    where = f'line {error.lineno}' if error.lineno else 'it'
+    raise ConfigError(f'--config {path}: {where} is not Python ({error.msg}); correct it') from error
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path.name)]
+    where = f'line {lines[-1]}: ' if lines else ''
+    raise ConfigError(f'--config {path}: {where}{type(error).__name__}: {error}; correct the file') from error
 
 
 def arguments(text: str, **defaults: Any) -> dict[str, Any]:
@@ -461,9 +488,8 @@ def is_workdir(path: Any) -> bool:
   """Whether a folder holds the configuration of a run, and not another program's file of that name, or none."""
   if not (path / FILE).is_file():
     return False
-  with contextlib.suppress(ValueError):
-    encoded = json.loads((path / FILE).read_text(encoding='utf-8'))
-    return isinstance(encoded, dict) and '$part' in encoded
+  with contextlib.suppress(ConfigError):
+    return '$part' in reading.read_json(path / FILE, '')
   return True  # damaged: `read` says so
 
 
@@ -484,14 +510,21 @@ def read(workdir: str | Path, like: Experiment | None = None) -> Experiment:
     like: one that the caller has: what it is made of may be named in the folder too.
 
   Raises:
-    ConfigError: it holds none, or one that names what is no part of the library, which runs where trust is given alone.
+    ConfigError: it holds none, or one that names what is no part of the library, which runs where trust is given alone;
+      or one that is damaged, or of a version whose parts are not those of this one.
   """
   workdir = storage.path(workdir)
   path = workdir / FILE
-  if not path.is_file():
+  if not path.exists():
     raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
                       'give the work folder of a training run')
-  return _decode(json.loads(path.read_text()), workdir, set() if like is None else set(_named(_encode(like))))
+  remedy = 'put the file back that the run wrote'
+  encoded = reading.read_json(path, remedy)
+  with reading.naming(path, remedy):
+    found = _decode(encoded, workdir, set() if like is None else set(_named(_encode(like))))
+    if not isinstance(found, Experiment):
+      raise ConfigError(f'it describes no experiment; {remedy}')
+  return found
 
 
 def _named(encoded: Any) -> Iterator[str]:
@@ -525,7 +558,7 @@ def _encode(value: Any) -> Any:
   raise ConfigError(f'a configuration holds {value!r}, which cannot be saved; use parts, numbers, text and tuples')
 
 
-def _decode(value: Any, workdir: Any, known: set[str]) -> Any:
+def _decode(value: Any, workdir: Any, known: Collection[str] = ()) -> Any:
   if isinstance(value, list):
     return tuple(_decode(item, workdir, known) for item in value)
   if not isinstance(value, dict):
@@ -535,8 +568,17 @@ def _decode(value: Any, workdir: Any, known: set[str]) -> Any:
     if key in value:
       name = value[key]
       found = moved.find(name) if name in known else _find(name, workdir, part=key == '$part')
-      return found(**inner) if key == '$part' else found
+      return _made(found, inner, name, workdir) if key == '$part' else found
   return inner
+
+
+def _made(part: Callable, inner: Mapping[str, Any], name: str, workdir: Any) -> Any:
+  """The part of a saved name, of these fields."""
+  with reading.naming(workdir / FILE, f'{name} has it; use the version of loopformer that wrote the file'):
+    for field, value in inner.items() if isinstance(part, type) else ():
+      if not isinstance(value, float) or math.isfinite(value):  # infinite ones were taken once
+        _check_kind(part, field, value, f'{part.__name__}.{field}')
+    return part(**inner)
 
 
 def _published(module: str) -> Path | None:
@@ -548,6 +590,8 @@ def _published(module: str) -> Path | None:
 
 def _find(name: str, workdir: Any, part: bool) -> Callable:
   """What a saved name stands for: a class of parts, or a function that a part has as a value."""
+  if not isinstance(name, str) or ':' not in name:
+    raise ConfigError(f'{workdir / FILE}: it names {name!r}, which is no part; put the file back that the run wrote')
   module, trusted = moved.name_of(name).partition(':')[0], _TRUST.get()
   copied = module.startswith(LOADED)  # of a configuration file, read in this process or a copy in the folder
   refused = ConfigError(f'{workdir / FILE}: it names {name}, which is no part of this library; if you know the code and '
@@ -560,7 +604,11 @@ def _find(name: str, workdir: Any, part: bool) -> Callable:
     _import_file(published or file)
   elif not copied and not trusted and module.split('.')[0] not in PARTS and (part or module not in FUNCTIONS):
     raise refused  # before anything is imported
-  found = moved.find(name)
+  try:
+    found = moved.find(name)
+  except (ImportError, AttributeError, ValueError, TypeError) as error:
+    raise ConfigError(f'{workdir / FILE}: it names {name}, which this version of loopformer does not have ({error}); '
+                      'use the version that wrote it') from error
   if trusted or part and name in moved.FACTORIES:
     return found
   own = getattr(found, '__module__', None) or ''  # a name may lead through a module to what that has imported

@@ -74,3 +74,21 @@ def parsed(given: str, where: Any, remedy: str, kind: Any = dict) -> Any:
 def read_json(name: str | os.PathLike, remedy: str, kind: Any = dict) -> Any:
   """What a file of JSON holds. Raises ConfigError where it cannot be read, or holds something else."""
   return parsed(text(name, remedy), os.fspath(name), remedy, kind)
+
+
+@contextlib.contextmanager
+def naming(where: Any, remedy: str) -> Iterator[None]:
+  """Inside it what is wrong with the values that were read of a file is told with its path.
+
+  Raises:
+    ConfigError: a value is refused, missing, or of another kind than it has to be.
+  """
+  try:
+    yield
+  except ConfigError as error:
+    if str(where) in str(error):
+      raise
+    raise ConfigError(f'{where}: {error}') from error
+  except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    raise ConfigError(f'{where}: a value is missing or of another kind ({type(error).__name__}: {error}); {remedy}'
+                      ) from error

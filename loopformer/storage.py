@@ -402,6 +402,9 @@ def _mark(about: dict) -> str:
 
 def downloaded(names: dict[str, str], source: Any, folder: Path) -> Path:
   """The folder, which files of a bucket (key -> name in it) are copied into unless it is there; whole or absent."""
+  outside = [key for key, name in names.items() if os.path.isabs(name) or '..' in Path(name).parts]
+  if outside:
+    raise ConfigError(f'{source}: it holds {outside[0]!r}, which would be written outside of the copy; remove it')
   if folder.is_dir():
     return folder
   temporary = folder.with_name(f'{folder.name}.{secrets.token_hex(4)}')

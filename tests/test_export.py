@@ -465,7 +465,7 @@ def test_a_tokenizer_json_is_saved_loaded_and_given(tmp_path):
     GivenJson(path='absent', eos='</s>').build(())
   with pytest.raises(ValueError, match='eos=320'):
     JsonTokenizer(text=tokenizer.text, eos=320)
-  (tmp_path / 'saved/hugging_face.json').write_text(tokenizer.text.replace('loop', 'lopo'), encoding='utf-8')
+  (tmp_path / 'saved/hugging_face.json').write_text(tokenizer.text + ' ', encoding='utf-8')
   with pytest.raises(ValueError, match='fingerprint'):
     load_tokenizer(tmp_path / 'saved')
 

@@ -8,7 +8,6 @@ stands beside every threshold what the fixed budgets give at the same mean loops
 """
 from __future__ import annotations
 
-import json
 import sys
 
 from absl import flags
@@ -17,6 +16,7 @@ import numpy as np
 from experiments.tools import command, plots, records
 from loopformer import storage
 from loopformer.training import metrics
+from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
@@ -51,9 +51,10 @@ def summary(rows: list[dict]) -> list[dict]:
 def main(argv):
   out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
-    models = {name: json.loads((folder / name / 'eval/exits.json').read_text()) for name in FLAGS.models}
-  except FileNotFoundError as error:
-    sys.exit(f'error: {error.filename}: no such file; run experiments.main --mode=eval --exits=... on all first')
+    models = {name: records.read(folder / name / 'eval/exits.json', ('schedule', 'budget', 'accuracy'),
+                                 'run experiments.main --mode=eval --exits=... on all first') for name in FLAGS.models}
+  except ConfigError as error:
+    sys.exit(f'error: {error}')
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', {name: beside_fixed(rows) for name, rows in models.items()})
   table = metrics.table([{'model': name, **row} for name, rows in models.items() for row in summary(rows)])

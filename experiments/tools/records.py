@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from loopformer import storage
+from loopformer import reading, storage
+from loopformer.types import ConfigError
 
 
 def plain(value: Any) -> Any:
@@ -14,6 +15,14 @@ def plain(value: Any) -> Any:
   if isinstance(value, (list, tuple)):
     return [plain(inner) for inner in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: str | Path, names: tuple[str, ...], remedy: str) -> list[dict]:
+  """Rows that were written, each of which has values of these names. Raises ConfigError where the file holds others."""
+  rows = reading.read_json(path, remedy, list)
+  if not rows or not all(isinstance(row, dict) and row.keys() >= set(names) for row in rows):
+    raise ConfigError(f'{path}: it holds no rows with {", ".join(names)}; {remedy}')
+  return rows
 
 
 def write(path: str | Path, value: Any):

@@ -76,7 +76,11 @@ def decode(config: Mapping[str, Any], where: Any) -> Looped:
   """
   if 'description' not in config:
     raise ConfigError(f'{where}: description is missing; export the model again')
-  return _decode(config['description'], where)
+  model = _decode(config['description'], where)
+  if not isinstance(model, Looped):
+    raise ConfigError(f'{where}: description is of no model; export the model again')
+  configs.check_values(model, 'description')
+  return model
 
 
 def _decode(value: Any, where: Any) -> Any:

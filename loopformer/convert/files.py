@@ -1,13 +1,16 @@
 """Checkpoint files as mappings of names to arrays; the libraries that read them are extras, imported when needed."""
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any, Mapping
+import zipfile
 
 import numpy as np
 
-from loopformer import storage
+from loopformer import reading, storage
 from loopformer.types import ConfigError
 
 OFFICIAL_MODULES = ('base', 'base_loop', 'loopformer', 'tmlt')
@@ -34,7 +37,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
                       f'save it as one of {", ".join(READERS)}')
   path = storage.fetched(path)
   if not path.is_file():
-    raise ConfigError(f'source = {path}: there is no such file; check the path')
+    what = 'it is a folder, not a file' if path.is_dir() else 'there is no such file'
+    raise ConfigError(f'source = {path}: {what}; check the path')
   try:
     held = READERS[path.suffix](path)
   except ImportError:
@@ -49,7 +53,22 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   return held
 
 
+def naming(source: Any) -> contextlib.AbstractContextManager:
+  """Inside it errors about what was read of a source name its file, if it is one."""
+  if isinstance(source, Mapping):
+    return contextlib.nullcontext()
+  return reading.naming(f'source = {source}', 'save the state dict alone')
+
+
 def _npz(path: Path) -> dict[str, np.ndarray]:
+  with zipfile.ZipFile(path) as archive:
+    for member in archive.infolist():  # what is said of an array is believed, and room made for it, before it is read
+      with archive.open(member) as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(file),
+                                                                 np.lib.format.read_array_header_2_0)
+        shape, _, dtype = read(file)
+        if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+          raise ValueError(f'{member.filename} is no array of shape {shape}')
   with np.load(path, allow_pickle=False) as arrays:
     return dict(arrays)
 

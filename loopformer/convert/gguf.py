@@ -8,6 +8,7 @@ one for the other leaves a model that still names capitals but has ten times the
 from __future__ import annotations
 
 from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from loopformer.convert.llama import ALL, FAMILIES, Decoder, Naming
 from loopformer.convert.tensors import Tensor, Tensors
-from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe
+from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe, json_tokenizer
 from loopformer.types import ConfigError
 
 NAMES = {
@@ -42,10 +43,10 @@ def read(path: Path) -> tuple[dict[str, Any], Tensors]:
   except ImportError as error:
     raise ImportError(f"reading {path} needs the package gguf: install the extra 'hf'") from error
   try:
+    _check_lengths(path)
     reader = GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith('GGUF.')}
-  except (ValueError, IndexError, KeyError, OverflowError, MemoryError,
-          TypeError) as error:  # it has no class of its own
+  except Exception as error:  # it has no class of its own
     raise ConfigError(f'{path}: {type(error).__name__}: {error}; it is no GGUF file, or was cut off: download it again'
                       ) from error
 
@@ -53,11 +54,65 @@ def read(path: Path) -> tuple[dict[str, Any], Tensors]:
     shape = tuple(int(size) for size in row.shape[::-1])  # the file has the fastest axis first
 
     def unpacked() -> np.ndarray:
-      return np.asarray(dequantize(row.data, row.tensor_type), np.float32).reshape(shape)
+      try:
+        return np.asarray(dequantize(row.data, row.tensor_type), np.float32).reshape(shape)
+      except (NotImplementedError, ValueError) as error:
+        raise ConfigError(f'{path}: tensor {row.name!r} of kind {row.tensor_type.name} cannot be read ({error}); '
+                          'choose a file of another kind') from error
 
     return Tensor(shape=shape, dtype=row.tensor_type.name, read=unpacked)
 
   return metadata, Tensors({row.name: tensor(row) for row in reader.tensors})
+
+
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its kind
+TEXT, LIST = 8, 9  # the other kinds
+
+
+def _check_lengths(path: Path):
+  """Raises ValueError where a length in the header leads beyond the file: the package believes them."""
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    def skip(count):
+      if count > size - file.tell():
+        raise ValueError('its header leads beyond its end')
+      file.seek(count, os.SEEK_CUR)
+
+    def number(width):
+      data = file.read(width)
+      if len(data) < width:
+        raise ValueError('it ends within its header')
+      return int.from_bytes(data, order)
+
+    def value(kind):
+      if kind in WIDTHS:
+        skip(WIDTHS[kind])
+      elif kind == TEXT:
+        skip(number(8))
+      elif kind == LIST:
+        kind, count = number(4), number(8)
+        if kind in WIDTHS:
+          skip(count * WIDTHS[kind])
+        elif kind == TEXT:
+          for _ in range(count):
+            skip(number(8))
+        else:
+          raise ValueError(f'a list of the unknown kind {kind}')
+      else:
+        raise ValueError(f'a value of the unknown kind {kind}')
+
+    order = 'little'
+    skip(len(b'GGUF'))
+    if number(4) & 0xffff == 0:  # of the version, which is small
+      order = 'big'
+    tensors, fields = number(8), number(8)
+    for _ in range(fields):
+      skip(number(8))
+      value(number(4))
+    for _ in range(tensors):
+      skip(number(8))  # its name
+      skip(number(4) * 8)  # its shape
+      skip(12)  # its kind and its place
 
 
 def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> Decoder:
@@ -115,5 +170,5 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> JsonTokenizer:
                       'tokenizer_config.json beside the file')
   tokens, types, merges = (metadata[f'tokenizer.ggml.{name}'] for name in ('tokens', 'token_type', 'merges'))
   added = {i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)}
-  return JsonTokenizer(text=byte_level_bpe(tokens, [pair.split(' ') for pair in merges], added, WORDS[words]),
-                       eos=metadata['tokenizer.ggml.eos_token_id'])
+  return json_tokenizer(byte_level_bpe(tokens, [pair.split(' ') for pair in merges], added, WORDS[words]),
+                        metadata['tokenizer.ggml.eos_token_id'], path)

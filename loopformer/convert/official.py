@@ -194,7 +194,11 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     table.check_count('length', length)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: choose one of {", ".join(DTYPES)}')
-  held = files.read(source)
+  with files.naming(source):
+    return _read(kind, where, files.read(source), heads, loops, length, dtype, mesh)
+
+
+def _read(kind, where, held, heads, loops, length, dtype, mesh) -> tuple[Looped, Params]:
   heads = _heads(heads, held)
   weights, buffers = table.named(held, kind.rename, kind.buffer)
   arrays = table.tied(weights) if _tied(kind) else weights

@@ -22,13 +22,12 @@ leading `model.` of a key may be missing, and error messages leave it out.
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
 
-from loopformer import storage
+from loopformer import reading, storage
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed
 from loopformer.convert import table
@@ -161,9 +160,7 @@ def settings(source: str | Path | Mapping[str, Any]) -> Settings:
   if not isinstance(source, Mapping):
     path = storage.path(source)
     path = path / 'config.json' if path.is_dir() else path
-    if not path.is_file():
-      raise ConfigError(f'source = {path}: there is no such file; give config.json, or the folder that it lies in')
-    source = json.loads(path.read_text())
+    source = reading.read_json(path, 'give config.json, or the folder that it lies in')
   read = {'num_key_value_heads': source.get('num_attention_heads'), 'tie_word_embeddings': False,
           'rms_norm_eps': EPSILON, 'rope_theta': BASE, 'hidden_act': 'silu'}
   for name, value in read.items():

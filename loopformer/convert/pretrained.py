@@ -20,6 +20,7 @@ from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
+AGAIN = 'download it again'
 WHOLE = ('I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')  # dtypes, as files call them, that no weight has
 
 
@@ -53,31 +54,43 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG))
   if path.suffix == '.gguf' and path.is_file():
     metadata, held = gguf.read(path)
-    decoder = gguf.read_config(metadata, held, path)
-    naming = gguf.NAMINGS[decoder.family]
-    end = {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
-    tokenizer = read_tokenizer(path.parent, end) if (path.parent / TOKENIZER).is_file() else (
-        gguf.read_tokenizer(metadata, path))
+    with reading.naming(path, AGAIN):
+      decoder = gguf.read_config(metadata, held, path)
+      naming = gguf.NAMINGS[decoder.family]
+      own = None if (path.parent / TOKENIZER).exists() else gguf.read_tokenizer(metadata, path)
+    both, end = path, {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
+    tokenizer = own or read_tokenizer(path.parent, end)
   else:
     config = _read_json(path / CONFIG)
     held = tensors.read_folder(path)
+    both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if config.get('model_type') == description.MODEL_TYPE:
       if prelude or coda:
         raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
                           'again; leave them out')
-      model = description.decode(config, path / CONFIG)
-      model = model if loops is None else model.clone(loops=loops)
-      put = sharding.placer(mesh, parameter_roles(model))
-      return model, read_own(model, held, path, put), read_tokenizer(path, config)
-    decoder, naming = llama.read_config(config, path / CONFIG), llama.HUGGING_FACE
+      with reading.naming(path / CONFIG, AGAIN):
+        model = description.decode(config, path / CONFIG)
+        model = model if loops is None else model.clone(loops=loops)
+        layers = max((stack.depth for stack in model.stacks().values()), default=0)
+        if layers > max((axis for shape in held.shapes.values() for axis in shape), default=0):
+          raise ConfigError(f'{both}: a stack is said to have {layers} layers, more than any tensor has rows; the '
+                            'configuration and the weights are not of one model')
+        put = sharding.placer(mesh, parameter_roles(model))
+        params = read_own(model, held, both, put)
+      return model, params, read_tokenizer(path, config)
+    with reading.naming(path / CONFIG, AGAIN):
+      decoder, naming = llama.read_config(config, path / CONFIG), llama.HUGGING_FACE
     tokenizer = read_tokenizer(path, config)
+  if decoder.layers > len(held):
+    raise ConfigError(f'{both}: it is said to have {decoder.layers} layers, but there are {len(held)} tensors; the '
+                      'configuration and the weights are not of one model')
   model = llama.model_of(decoder, loops=loops or 1, prelude=prelude, coda=coda, dtype=dtype)
   put = sharding.placer(mesh, parameter_roles(model))
   counts = map(range, llama.cut(decoder, prelude, coda))
-  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, path, put), tokenizer
+  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, both, put), tokenizer
 
 
-def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Path,
+def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Any,
                  put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters out of tensors that lie where `entries` say; buffers and the copy of a tied head are passed over."""
   given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
@@ -90,7 +103,7 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
   return unflatten_dict(table.to_ours(entries, held, decoder.sizes, put), sep='/')
 
 
-def read_own(model: Looped, held: Tensors, path: Path, put: Callable[[str, np.ndarray], Array]) -> Params:
+def read_own(model: Looped, held: Tensors, path: Any, put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters under our own names."""
   shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='.')
   tensors.compare({name: leaf.shape for name, leaf in shapes.items()}, held.shapes, path)
@@ -118,18 +131,18 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
     return GivenPieces(path=str(folder / MODEL)).build(())
   if not (folder / TOKENIZER).exists():
     return None
-  named, numbered = about.get('eos_token'), config.get('eos_token_id')
+  text, named, numbered = json_text(folder / TOKENIZER), about.get('eos_token'), config.get('eos_token_id')
   if named:
-    name = named.get('content') if isinstance(named, dict) else named
-    numbered = id_of(json_text(folder / TOKENIZER), name, f'{folder / TOKENIZER}, whose configuration names eos_token')
+    name = str(named.get('content') if isinstance(named, dict) else named)
+    numbered = id_of(text, name, f'{folder / TOKENIZER}, whose {TOKENIZER_CONFIG} names eos_token')
   if numbered is None or numbered == []:
     raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
                       'end; write one of them')
-  return json_tokenizer(folder / TOKENIZER, numbered[0] if isinstance(numbered, list) else numbered)
+  return json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
   if not path.exists():
     raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
                       '.gguf file')
-  return reading.read_json(path, 'download it again')
+  return reading.read_json(path, AGAIN)

@@ -147,7 +147,11 @@ def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callabl
     if key in full:
       raise ConfigError(f'keys {full[key]!r} and {name!r} are both {key!r} without their prefixes; remove one')
     full[key] = name
-    array = _array(value)
+    try:
+      array = _array(value)
+    except Exception as error:  # of torch, or of NumPy
+      raise ConfigError(f'key {name!r}: it is no array ({str(error).splitlines()[0]}); save the state dict alone'
+                        ) from error
     (buffers if buffer(key, array) else weights)[key] = array
   return weights, buffers
 
@@ -155,6 +159,8 @@ def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callabl
 def _array(value: Any) -> np.ndarray:
   """A tensor (NumPy has no bfloat16: by way of float32) or anything like an array, as NumPy."""
   if hasattr(value, 'detach'):
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+      raise ValueError('it is a view of fewer numbers than its shape has')
     value = value.detach().cpu()
     value = (value.float() if value.is_floating_point() else value).numpy()
   return np.asarray(value)
@@ -184,8 +190,9 @@ def measured(arrays: Mapping[str, np.ndarray], key: str, letters: str, where: st
 
 def layers(arrays: Mapping[str, np.ndarray], stack: str) -> int:
   """How many layers have keys that begin with `stack` and a number; 1 if none does (whose keys will be missed)."""
-  numbers = [re.match(re.escape(stack) + r'(\d+)\.', key) for key in arrays]
-  return 1 + max((int(number[1]) for number in numbers if number), default=0)
+  numbers = [re.match(re.escape(stack) + r'(\d{1,9})\.', key) for key in arrays]
+  # No more than there are keys: one of a layer beyond them is surplus.
+  return 1 + max((n for n in (int(number[1]) for number in numbers if number) if n < len(arrays)), default=0)
 
 
 def same_key(key: str) -> str:

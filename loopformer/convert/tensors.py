@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from loopformer import reading
 from loopformer.types import ConfigError, config_dataclass
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
@@ -65,20 +66,22 @@ def read_folder(folder: Path) -> Tensors:
     ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, or a tensor
       that the index has and its file has not.
   """
-  if (folder / NAME).is_file():
+  if (folder / NAME).exists():
     return Tensors(read_file(folder / NAME))
-  if not (folder / INDEX).is_file():
+  if not (folder / INDEX).exists():
     raise ConfigError(f'folder = {folder}: neither {NAME} nor {INDEX} in it; give the folder of a model whose weights '
                       'are saved as safetensors')
-  places = json.loads((folder / INDEX).read_text())['weight_map']
+  places = reading.read_json(folder / INDEX, 'download it again').get('weight_map')
+  if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    raise ConfigError(f'{folder / INDEX} is damaged: it has no weight_map of names of files; download it again')
   held = {}
   for name in sorted(set(places.values())):
-    if not (folder / name).is_file() or Path(name).name != name:
+    if Path(name).name != name or not (folder / name).is_file():
       raise ConfigError(f'{folder / INDEX}: it names {name!r}, which is not in the folder; download it again')
     held[name] = read_file(folder / name)
   for tensor, name in places.items():
     if tensor not in held[name]:
-      raise ConfigError(f'{folder / name}: tensor {tensor!r}, which the index places there, is not in it; '
+      raise ConfigError(f'{folder / name}: tensor {tensor!r}, which {INDEX} places there, is not in it; '
                         'download it again')
   return Tensors({tensor: held[name][tensor] for tensor, name in places.items()})
 
@@ -97,7 +100,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     with safe_open(path, 'np') as file:
       slices = {name: file.get_slice(name) for name in file.keys()}
       rows = {name: (tuple(row.get_shape()), row.get_dtype()) for name, row in slices.items()}
-  except (SafetensorError, ValueError) as error:
+  except (SafetensorError, ValueError, OSError) as error:
     raise ConfigError(f'{path}: {error}; it is no safetensors file, or was cut off: download it again') from error
   for name, (_, dtype) in rows.items():
     if dtype not in DTYPES:

@@ -127,9 +127,9 @@ class Files:
 
   def _found(self, field: str, left_out: collections.Counter | None = None) -> list[storage.File]:
     """Every file that the globs of a field match, once, in order of path."""
-    files, names = {}, collections.defaultdict(set)
+    files, names, again = {}, collections.defaultdict(set), set()
     for pattern in getattr(self, field):
-      found = _matches(pattern)
+      found = _matches(pattern, again)
       if not found:
         remedy = f'give a glob of files in it, such as {os.path.join(pattern, "**", "*.txt")!r}'
         folder = not storage.remote(pattern) and os.path.isdir(os.path.expanduser(pattern))
@@ -143,8 +143,9 @@ class Files:
           )
         files[path] = file
         names[identity].add(path)
-    if left_out is not None and len(files) > len(names):
-      left_out['further names of files'] += len(files) - len(names)
+    if left_out is not None:
+      left_out += collections.Counter({'links to folders that were met before': len(again),
+                                       'further names of files': len(files) - len(names)})
     kept = (min(own, key=_links) if len(own) > 1 else own.pop() for own in names.values())
     return [files[path] for path in sorted(kept)]
 
@@ -266,11 +267,14 @@ def _first(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _matches(pattern: str) -> dict[str, tuple]:
-  """Every file that a glob matches: path -> (what it is known by whatever its name, the file)."""
+def _matches(pattern: str, again: set[str]) -> dict[str, tuple]:
+  """Every file that a glob matches: path -> (what it is known by whatever its name, the file).
+
+  Adds to `again` the links to folders that were met before.
+  """
   if not storage.remote(pattern):
     own = os.path.expanduser(pattern)
-    paths = filter(os.path.isfile, _named(os.path.join(own, '*') if os.path.basename(own) == '**' else own))
+    paths = filter(os.path.isfile, _named(os.path.join(own, '*') if os.path.basename(own) == '**' else own, again))
     return {path: (_identity(path), storage.described(path, path)) for path in paths}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
@@ -281,22 +285,23 @@ def _matches(pattern: str) -> dict[str, tuple]:
 def _identity(path: str) -> tuple:
   """The same for all names of a file or folder."""
   found = os.stat(path)
-  return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)  # not all file systems number files
+  # Not all file systems number their files.
+  return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)
 
 
-def _named(pattern: str) -> list[str]:
+def _named(pattern: str, again: set[str]) -> list[str]:
   """What a glob of this machine matches; a name that is there is matched by itself, whatever brackets stand in it."""
-  if not glob.has_magic(pattern) or os.path.lexists(pattern):
+  if not glob.has_magic(pattern):
     return [pattern] if os.path.lexists(pattern) else []
   head, name = os.path.split(pattern)
-  tops = [top for top in _named(head) if os.path.isdir(top or os.curdir)] if head else ['']
+  tops = [top for top in _named(head, again) if os.path.isdir(top or os.curdir)] if head else ['']
   if name == '**':
-    return [folder for top in tops for folder in _folders(top)]
+    return [folder for top in tops for folder in _folders(top, again)]
   return [os.path.join(top, found) for top in tops for found in
           ([name] if os.path.lexists(os.path.join(top, name)) else glob.glob(name, root_dir=top or None))]
 
 
-def _folders(top: str) -> Iterator[str]:
+def _folders(top: str, again: set[str]) -> Iterator[str]:
   """A folder and those in it that are not hidden, each once: by a name without links where it has one."""
   seen, waiting = set(), [top]
   while waiting:
@@ -304,6 +309,7 @@ def _folders(top: str) -> Iterator[str]:
     for begin in waiting:
       for folder, inner, _ in os.walk(begin or os.curdir):
         if _identity(folder) in seen:
+          again.add(folder)
           inner.clear()
           continue
         seen.add(_identity(folder))

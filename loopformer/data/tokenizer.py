@@ -390,8 +390,6 @@ class GivenPieces:
     del texts
     model = self._read()
     try:
-      if not model:
-        raise ValueError('it is empty')
       return PieceTokenizer(model=model)
     except (RuntimeError, ValueError) as e:
       raise ValueError(f'GivenPieces.path={self.path!r} is not a usable sentencepiece model: {e}') from None
@@ -419,7 +417,8 @@ class GivenJson:
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts
-    return json_tokenizer(self.path, id_of(self._read(), self.eos, f'GivenJson.path={self.path!r}'))
+    text = self._read()
+    return json_tokenizer(text, id_of(text, self.eos, f'GivenJson.path={self.path!r}'), self.path)
 
   def sources(self) -> list[storage.File]:
     """The file: prepared data is stale once it changes."""
@@ -454,16 +453,14 @@ def json_text(path: str | os.PathLike) -> str:
   return text
 
 
-def json_tokenizer(path: str | os.PathLike, eos: int) -> JsonTokenizer:
-  """The tokenizer of a tokenizer.json. Raises ConfigError where there is none in it, or no such id."""
-  text = json_text(path)
+def json_tokenizer(text: str, eos: int, where: str | os.PathLike) -> JsonTokenizer:
+  """The tokenizer of what a tokenizer.json at `where` holds. Raises ConfigError where it is none, or has no such id."""
   try:
     tokenizer = JsonTokenizer(text=text, eos=eos)
     with contextlib.suppress(ImportError):  # which is said where a text is encoded
       tokenizer._tokenizer
   except Exception as e:  # tokenizers has no class of its own
-    raise ConfigError(f'{os.fspath(path)}: it is no usable tokenizer.json ({e}); fetch it again, or give another'
-                      ) from e
+    raise ConfigError(f'{os.fspath(where)}: it is no usable tokenizer ({e}); fetch it again, or give another') from e
   return tokenizer
 
 
@@ -491,13 +488,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   if saved['kind'] == 'bytes':
     tokenizer = ByteTokenizer()
   elif saved['kind'] == 'json':
-    tokenizer = json_tokenizer(path.with_name(JSON), saved.get('eos'))
+    tokenizer = json_tokenizer(json_text(path.with_name(JSON)), saved.get('eos'), path.with_name(JSON))
   else:
     tokenizer = GivenPieces(path=str(path.with_name(MODEL))).build(())
   if tokenizer.fingerprint() != saved.get('fingerprint'):
     raise ValueError(
-      f'{path}: the fingerprint is not that of the tokenizer beside it, so the folder is damaged or of another '
-      'version: delete it and prepare the data again'
+      f'{path}: the fingerprint is not that of the tokenizer beside it ({MODEL} or {JSON}), so the folder is damaged '
+      'or of another version: delete it and prepare the data again'
     )
   return tokenizer
 

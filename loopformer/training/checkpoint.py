@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 import sys
@@ -13,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import jax
 
-from loopformer import sharding, storage
+from loopformer import reading, sharding, storage
 from loopformer.model import init_params, parameter_roles
 from loopformer.training import processes
 from loopformer.types import ConfigError, config_dataclass, whole
@@ -47,7 +48,8 @@ class Checkpoints:
     kept, filed = [policy.LatestN(keep)], {}
     if best is not None:
       def rank(values):
-        return values[best.name] * best.sign
+        known = isinstance(values, dict) and best.name in values  # a run may have kept the best of another number
+        return values[best.name] * best.sign if known else -math.inf
 
       kept.append(policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
       filed = {'best_fn': rank}  # without it the policy works, but the numbers are not written
@@ -58,8 +60,14 @@ class Checkpoints:
     self._folder = (workdir if storage.remote(workdir) else workdir.resolve()) / FOLDER
     self._good = self._begun = None  # the last step that is known to be complete, and the one that is being saved
     self._stack = contextlib.ExitStack()
-    self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed)
+    try:
+      self._manager = ocp.CheckpointManager(self._folder, options=options)
+    except ValueError:  # it reads the numbers of all evaluations
+      for numbers in self._folder.glob('*/metrics/metrics'):
+        reading.read_json(numbers, 'delete the folder that it lies in: the step stays, but cannot be the best')
+      raise
 
   def __enter__(self):
     self._stack.enter_context(_quiet())
@@ -168,15 +176,28 @@ class Checkpoints:
     return restored['params'], restored['optimizer'], restored['meta']['data'], restored['meta']['control']
 
   def restore_params(self, step: int | None, params: Any) -> tuple[int, Any]:
-    """(step, params), of the latest step if none is named."""
+    """(step, params), of the latest step if none is named. Raises ConfigError where it is not there, or damaged."""
     step = self.latest() if step is None else step
-    return step, self._restore(step, params=self._ocp.args.StandardRestore(params))['params']
+    with self._naming(step):
+      return step, self._restore(step, params=self._ocp.args.StandardRestore(params))['params']
 
   def shapes(self) -> Any:
     """Shapes and dtypes of the latest step's parameters, as the checkpoint itself tells them."""
     step = self._there(self.latest())
-    with self._ocp.StandardCheckpointer() as reader:
+    with self._naming(step), self._ocp.StandardCheckpointer() as reader:
       return reader.metadata(self._folder / str(step) / 'params').item_metadata.tree
+
+  @contextlib.contextmanager
+  def _naming(self, step: int | None):
+    try:
+      yield
+    except ConfigError:
+      raise
+    except Exception as error:  # whatever a damaged file leads to: Orbax, TensorStore and JSON each have their own
+      reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+      raise ConfigError(f'{self._folder}/{step}: it cannot be read ({reason}); put its files back, or name another '
+                        f'step: {", ".join(str(other) for other in self.steps() if other != step) or "there is none"}'
+                        ) from error
 
   def _there(self, step: int | None) -> int:
     step = step if step is None else whole('step', step, 0)
@@ -188,8 +209,9 @@ class Checkpoints:
 
   def _restore(self, step: int | None, **items):
     step = self._there(step)
-    restored = self._manager.restore(
-        step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore(), **items))
+    with _quiet():
+      restored = self._manager.restore(
+          step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore(), **items))
     layout = restored['meta']['layout']
     if layout != LAYOUT:
       raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
@@ -209,8 +231,8 @@ def trained(workdir: str | Path) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps back what Orbax, asyncio and TensorStore print of a save that fails, which `Checkpoints` tells in one line:
-  hundreds of lines of their threads, some of them after it."""
+  """Keeps back what Orbax, asyncio and TensorStore print of a save or a restore that fails, which `Checkpoints` tells in
+  one line: hundreds of lines of their threads. What TensorStore tells a closed loop comes after the error, too."""
   def told(record: logging.LogRecord) -> bool:
     return not (record.exc_info and ('orbax' in record.pathname or 'asyncio' in record.pathname))
 
@@ -223,12 +245,14 @@ def _quiet() -> Iterator[None]:
   for logger in loggers:
     logger.addFilter(told)
   sys.unraisablehook = shown
+  failed = True
   try:
     yield
+    failed = False
   finally:
     for logger in loggers:
       logger.removeFilter(told)
-    if sys.unraisablehook is shown:
+    if not failed and sys.unraisablehook is shown:
       sys.unraisablehook = hook
 
 

@@ -14,12 +14,13 @@ import re
 import sys
 import time
 from typing import Any, Mapping
+import warnings
 
 import jax
 import jax.numpy as jnp
 
-from loopformer import storage
-from loopformer.types import config_dataclass
+from loopformer import reading, storage
+from loopformer.types import ConfigError, config_dataclass
 
 
 @config_dataclass
@@ -280,12 +281,22 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def _rows(path: Any) -> list[dict]:
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
+  """The rows of one file, without those that are damaged; of which a warning tells, but for a last line cut short."""
+  rows, damaged = [], []
+  lines = reading.contents(path, 'move it away, and what a run writes begins anew').split(b'\n')
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
       continue
+    try:
+      row = reading.parsed(reading.decoded(line, path), path, '')
+      if type(row.get('step')) is not int or not isinstance(row.get('kind'), str):
+        raise ConfigError('no row of metrics')
+      rows.append(row)
+    except ConfigError:
+      damaged.append(number)
+  damaged = [number for number in damaged if number < len(lines)]
+  if damaged:
+    warnings.warn(f'{path}: {len(damaged)} rows are damaged and left out, the first of them on line {damaged[0]}')
   return rows
 
 

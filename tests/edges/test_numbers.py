@@ -136,7 +136,7 @@ def numbers_of(value, path=''):
   """(dotted path, class and field, whether it is whole) of the numbers of a configuration."""
   for name, inner in configs.fields(value).items():
     where = f'{path}.{name}' if path else name
-    declared = set(re.findall(r'\w+', configs._kind_name(configs._declared(value, name)[0])))
+    declared = set(re.findall(r'\w+', configs._kind_name(configs._declared(type(value), name)[0])))
     if declared & {'int', 'float'} and declared <= {'int', 'float', 'None'}:
       yield where, (type(value), name), 'float' not in declared
     yield from numbers_of(inner, where)
