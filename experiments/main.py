@@ -137,7 +137,7 @@ def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
     raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them)')
-  config = None if FLAGS.config is None else configs.absolute(configs.load(FLAGS.config, FLAGS.set))
+  config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)
   saved = configs.read(workdir, config) if (workdir / 'config.json').exists() else None
   if config is None:
     config = saved
@@ -151,7 +151,6 @@ def run_train(workdir: Path):
       raise ConfigError(f'--profile={FLAGS.profile}: give the first and the last step, such as 20:25')
   machines.connect()
   resume.check(config, workdir)
-  config = configs.with_paths(config, dict(configs.paths(saved)) if saved else {})
   if processes.is_leader():
     print(configs.describe(config))
     print(f'parameters: {parameter_count(config.model):,}; processes: {jax.process_count()}; devices: '

@@ -57,9 +57,9 @@ WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'heads', 'hidden', 'inputs
                        'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1))
 WHOLE |= {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
 REAL = {
-    **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'sigma', 'std', 'up_std', 'warmup'),
-                    '[0, inf)'),
-    **dict.fromkeys(('clip', 'peak', 'scale'), '(0, inf)'), **dict.fromkeys(('b1', 'b2', 'momentum', 'second'), '[0, 1)'),
+    **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'peak', 'sigma', 'std', 'up_std',
+                     'warmup'), '[0, inf)'),
+    **dict.fromkeys(('clip', 'scale'), '(0, inf)'), **dict.fromkeys(('b1', 'b2', 'momentum', 'second'), '[0, 1)'),
 }
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say

@@ -10,7 +10,7 @@ from optax import contrib
 
 from loopformer.nn.layers import unfused_kernel
 from loopformer.roles import Roles
-from loopformer.types import Array, ConfigError, config_dataclass
+from loopformer.types import Array, ConfigError, config_dataclass, real
 
 # Polar Express: (a, b, c) of five steps x <- (a + b x x^T + c (x x^T)^2) x (Parcae section 3).
 POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -100,7 +100,8 @@ class AtanAdam:
   clip: float = 1.0
 
   def make(self, steps: int, roles: Roles) -> optax.GradientTransformation:
-    """As AdamW.make."""
+    """As AdamW.make. Raises ConfigError where the peak is 0, by which the decay is divided."""
+    real('optim.schedule.peak', self.schedule.peak, '(0, inf)')
     return optax.chain(
         optax.clip_by_global_norm(self.clip), scale_by_atan(self.b1, self.b2, roles),
         optax.add_decayed_weights(self.decay / self.schedule.peak, roles.decayed),

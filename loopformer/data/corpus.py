@@ -88,12 +88,14 @@ class Files:
   with them, train documents whose contents also stand in validation are dropped. Documents without text, and rows where
   it is null, are skipped. Rows are numbered from 1 in messages, from 0 in names.
   ValueError or FileNotFoundError names the glob, file, row or field at fault. .parquet needs pyarrow.
+  root: the folder that globs start from which do not name it; '' for the current one. Names of documents leave it out.
   """
 
   train: tuple[str, ...]
   validation_files: tuple[str, ...] = ()
   validation: float = 0.05
   field: str = 'text'
+  root: str = dataclasses.field(default='', repr=False)  # the data are the same wherever they lie
 
   def __post_init__(self):
     _check_share('Files', self.validation)
@@ -102,6 +104,11 @@ class Files:
         raise ValueError(f'Files.{name}={getattr(self, name)!r} is one string: give a tuple of globs')
     if not self.train:
       raise ValueError('Files.train=() names no files: give at least one glob')
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Fields that hold paths."""
+    return () if all(map(_whole, (*self.train, *self.validation_files))) else ('root',)
 
   def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
     """All documents; what is skipped is counted in `left_out` by why."""
@@ -129,12 +136,13 @@ class Files:
     """Every file that the globs of a field match, once, in order of path."""
     files, names, again = {}, collections.defaultdict(set), set()
     for pattern in getattr(self, field):
-      found = _matches(pattern, again)
+      found = _matches(pattern, self.root, again)
       if not found:
         remedy = f'give a glob of files in it, such as {os.path.join(pattern, "**", "*.txt")!r}'
-        folder = not storage.remote(pattern) and os.path.isdir(os.path.expanduser(pattern))
+        folder = not storage.remote(pattern) and os.path.isdir(self._at(pattern))
+        where = '' if _whole(pattern) else f' in {self.root or os.getcwd()}'
         raise FileNotFoundError(f'Files.{field}: {pattern!r} is a folder; {remedy}' if folder else
-                                f'Files.{field}: no file matches {pattern!r}; correct the glob')
+                                f'Files.{field}: no file matches {pattern!r}{where}; correct the glob')
       for path, (identity, file) in found.items():
         if _suffix(path) not in SUFFIXES:
           raise ValueError(
@@ -146,7 +154,7 @@ class Files:
     if left_out is not None:
       left_out += collections.Counter({'links to folders that were met before': len(again),
                                        'further names of files': len(files) - len(names)})
-    kept = (min(own, key=_links) if len(own) > 1 else own.pop() for own in names.values())
+    kept = (min(own, key=lambda name: _links(self._at(name))) if len(own) > 1 else own.pop() for own in names.values())
     return [files[path] for path in sorted(kept)]
 
   def _texts(self, field: str, left_out: collections.Counter):
@@ -158,7 +166,7 @@ class Files:
       elif suffix == '.parquet':
         rows = self._parquet(path)
       else:
-        data = reading.contents(path, REMEDY)
+        data = reading.contents(self._at(path), REMEDY)
         rows = [(None, reading.decoded(data, f'Files: {path}', 'convert it to UTF-8 or remove it'))]
       for row, text in rows:
         where = path if row is None else f'{path} row {row + 1}'
@@ -175,7 +183,7 @@ class Files:
 
   def _jsonl(self, path: str):
     """(row from 0, what its field holds); blank lines are rows that hold nothing."""
-    with reading.opened(path, REMEDY) as f:
+    with reading.opened(self._at(path), REMEDY) as f:
       for row, line in enumerate(f):
         where, remedy = f'Files: {path} row {row + 1}', 'correct or remove the row'
         line = line.strip() and reading.decoded(line, where, 'save the file as UTF-8').strip()
@@ -197,7 +205,7 @@ class Files:
     except ImportError as e:
       raise ImportError(f"reading {path} needs pyarrow: install the extra 'parquet'") from e
     row, damage = 0, (pyarrow.ArrowException, OSError, UnicodeDecodeError)
-    with reading.opened(path, REMEDY) as stored, contextlib.ExitStack() as stack:
+    with reading.opened(self._at(path), REMEDY) as stored, contextlib.ExitStack() as stack:
       try:
         file = stack.enter_context(parquet.ParquetFile(stored))
         names = file.schema_arrow.names
@@ -216,6 +224,10 @@ class Files:
                            ) from e
         yield from enumerate(texts, row)
         row += len(texts)
+
+  def _at(self, name: str) -> str:
+    """Where a file or glob of this name lies."""
+    return name if storage.remote(name) else os.path.join(self.root, os.path.expanduser(name))
 
   def _missing(self, where: str, present: list[str]) -> ValueError:
     return ValueError(
@@ -267,15 +279,22 @@ def _first(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _matches(pattern: str, again: set[str]) -> dict[str, tuple]:
-  """Every file that a glob matches: path -> (what it is known by whatever its name, the file).
+def _whole(pattern: str) -> bool:
+  """Whether a glob means the same from every folder."""
+  return storage.remote(pattern) or os.path.isabs(os.path.expanduser(pattern))
 
-  Adds to `again` the links to folders that were met before.
+
+def _matches(pattern: str, root: str, again: set[str]) -> dict[str, tuple]:
+  """Every file that a glob matches: name -> (what it is known by whatever its name, the file).
+
+  root: where the glob starts from, if it does not name it; names leave it out. Adds to `again` the links to folders that
+  were met before.
   """
   if not storage.remote(pattern):
-    own = os.path.expanduser(pattern)
+    own = os.path.join(root, os.path.expanduser(pattern))
     paths = filter(os.path.isfile, _named(os.path.join(own, '*') if os.path.basename(own) == '**' else own, again))
-    return {path: (_identity(path), storage.described(path, path)) for path in paths}
+    before = 0 if _whole(pattern) else len(os.path.join(root, ''))
+    return {path[before:]: (_identity(path), storage.described(path[before:], path)) for path in paths}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
   paths = {f'{storage.scheme(place)}://{key}': about for key, about in found.items() if about['type'] == 'file'}

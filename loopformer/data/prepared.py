@@ -219,22 +219,28 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
 
 def _compare(folder: str, manifest: dict, corpus, tokenizer_part, log, everything: bool = False) -> None:
   """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the files
-  that are not known, by their times, to be right; these are noted.
+  that are not known, by their times, to be right; these are noted. Sources that are not there are told, and not missed.
   """
   for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
     if manifest[name] != repr(part):
       raise _changed(folder, f'{name}={part!r}, it was {manifest[name]}')
-  sources = [*corpus.sources(), *tokenizer_part.sources()]
-  if change := _first_change(manifest['sources'], _summary(sources, {})):
+  try:
+    sources = [*corpus.sources(), *tokenizer_part.sources()]
+  except FileNotFoundError as error:
+    if everything:
+      raise
+    log(f'data: {error}; what was prepared from it is used as it is')
+    sources = None
+  if sources is not None and (change := _first_change(manifest['sources'], _summary(sources, {}))):
     raise _changed(folder, change)
   shards = _shards(folder, manifest, *SPLITS)
-  files, known = [*sources, *shards], checked.known(folder, manifest)
+  files, known = [*(sources or ()), *shards], checked.known(folder, manifest)
   # Earlier versions noted nothing, and compared no more than names and sizes.
   unread = files if everything else [] if known is None else [file for file in files if file[:3] not in known]
-  if manifest['sources']['files'] is None and not set(unread).isdisjoint(sources):
+  if manifest['sources']['files'] is None and not set(unread).isdisjoint(sources or ()):
     unread = [*sources, *set(unread).intersection(shards)]  # which have but one hash together
   hashes = _hashes(unread, log)
-  if change := _first_change(manifest['sources'], _summary(sources, hashes)):
+  if sources is not None and (change := _first_change(manifest['sources'], _summary(sources, hashes))):
     raise _changed(folder, change)
   for shard in _described(manifest, *SPLITS):
     if hashes.get(shard['name'], shard['sha256']) != shard['sha256']:

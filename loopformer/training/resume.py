@@ -24,6 +24,15 @@ from loopformer.types import ConfigError
 LENGTH = ('train.steps', 'train.extended')
 
 
+def with_its_paths(config: Any, workdir: Any) -> Any:
+  """The configuration with its paths as the work folder's run, if there is one, has written them: the same ones, but
+  data were prepared under those names."""
+  workdir = storage.path(workdir)
+  if not (workdir / configs.FILE).exists():
+    return config
+  return configs.with_paths(config, dict(configs.paths(configs.read(workdir, config))))
+
+
 def check(config: Any, workdir: Any):
   """Raises ConfigError where the work folder holds a run that cannot go on as this configuration says."""
   workdir = storage.path(workdir)

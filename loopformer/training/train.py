@@ -112,10 +112,11 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
     def begin():
       lock = stack.enter_context(Lock(workdir, log))
       resume.check(config, workdir)
-      configs.save(config, workdir)
+      configs.save(resume.with_its_paths(config, workdir), workdir)
       return lock.check
 
     held = processes.by_leader(begin) or (lambda: None)
+    config = resume.with_its_paths(config, workdir)
     end = 0
     while end < config.train.steps:
       try:

@@ -1,8 +1,10 @@
 """Where things lie: home folders, other current folders, places that cannot be written, consoles, names of configurations."""
 import ast
+import dataclasses
 import os
 from pathlib import Path
 import pwd
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +18,8 @@ from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import ByteTokenizer, GivenJson, GivenPieces, TrainedPieces, load_tokenizer
 from loopformer.model import init_params
 from loopformer.objective import Own
+from loopformer.tasks.text import Text
+from loopformer.training import resume
 from loopformer.types import ConfigError
 from tests import parts, test_config
 from tests.test_cli import run_here
@@ -250,3 +254,58 @@ def test_the_list_of_configurations(home):
   assert status == 0 and 'Mixture-of-Recursions' in out and 'Argument: size' in out
   status, out, err = run_here(None, '--mode=configs', '--config=more')
   assert status == 1 and not out and '--config=more' in err
+
+
+# A corpus from another folder, or gone -------------------------------------------------------------------------------
+
+
+def corpus_config():
+  """Of texts that are named from the current folder."""
+  Path('texts [1]').mkdir(exist_ok=True)
+  for i in range(4):
+    (Path('texts [1]') / f'{i}.txt').write_text(TEXT * (i + 1))
+  Path('pieces.model').write_bytes(TrainedPieces(vocab=280).build([TEXT]).model)
+  task = Text(corpus=Files(train=('texts [1]/*.txt',)), tokenizer=GivenPieces(path='pieces.model'), length=16)
+  return dataclasses.replace(test_config.TINY, task=task)
+
+
+def test_a_run_is_found_from_another_folder(home, tmp_path, monkeypatch):
+  """Prepared here, it is reused from elsewhere: with the corpus, without it, and by its names of before."""
+  here, config = Path.cwd(), corpus_config()
+  whole, said = configs.absolute(config), []
+  assert whole.task.corpus.root == str(here) and repr(whole.task.corpus) == repr(config.task.corpus)
+  whole.task.prepare(here / 'run', said.append)
+  configs.save(whole, here / 'run')
+  names = [document.name for document in config.task.corpus.documents()]
+  monkeypatch.chdir(tmp_path)
+  assert [document.name for document in whole.task.corpus.documents()] == names and names[0] == 'texts [1]/0.txt'
+  read = configs.read(here / 'run')
+  read.task.prepare(here / 'run', said.append)
+  assert 'reused from' in said[-1]
+  with pytest.raises(FileNotFoundError, match=rf"no file matches 'texts \[1\]/\*\.txt' in {tmp_path}; correct the glob"):
+    config.task.corpus.sources()
+  shutil.rmtree(here / 'texts [1]')
+  (here / 'pieces.model').unlink()
+  read.task.prepare(here / 'run', said.append)
+  assert any('what was prepared from it is used as it is' in line for line in said)
+  with pytest.raises(FileNotFoundError):  # is asked for the sources
+    read.task.verify(here / 'run', said.append)
+  assert not list(configs.difference(read, whole))
+
+
+def test_a_folder_of_before_paths_were_whole(home, tmp_path, monkeypatch):
+  """Its data were prepared under the names of its config.json, which stay."""
+  here, config = Path.cwd(), corpus_config()
+  config.task.prepare(here / 'run', lambda line: None)
+  configs.save(config, here / 'run')
+  again = resume.with_its_paths(configs.absolute(config), here / 'run')
+  assert again.task == config.task
+  again.task.prepare(here / 'run', lambda line: None)
+  resume.check(configs.absolute(config), here / 'run')
+
+
+def test_globs_that_name_their_folder_need_no_other(home):
+  (home / 'x.txt').write_text(TEXT)
+  for glob in ('~/x.txt', str(home / '*.txt')):
+    corpus = configs.absolute(dataclasses.replace(test_config.TINY, task=Text(corpus=Files(train=(glob,))))).task.corpus
+    assert corpus.root == '' and [file.name for file in corpus.sources()] == [str(home / 'x.txt')]
