@@ -235,11 +235,17 @@ def test_transformers_computes_every_model_at_every_budget(name, tmp_path, monke
   export(model, params, None, tmp_path / 'out')
   other = by_transformers(tmp_path / 'out', monkeypatch, tmp_path)
   tokens = np.random.default_rng(0).integers(0, parts.V, (2, parts.T))
-  for steps in (1, 3, parts.UNEVEN, None) if model.loops > 1 else (1, None):
+  told = isinstance(getattr(model.cell, 'condition', None), parts.Trajectory)  # of the sizes of steps
+  for steps in (1, 3, *[parts.UNEVEN] * told, None) if model.loops > 1 else (1, None):
     expected = loopformer.logits(in_float32(model), params, tokens, steps=steps)
     with torch.no_grad():
-      given = other(torch.tensor(tokens), steps=steps).logits.numpy()
-    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
+      given = other(torch.tensor(tokens), steps=steps, use_cache=False).logits
+      cache, pieces = None, []
+      for piece in torch.tensor(tokens).split([4, 1, parts.T - 5], 1):
+        out = other(piece, steps=steps, cache=cache)
+        cache, pieces = out.past_key_values, [*pieces, out.logits]
+    np.testing.assert_allclose(given.numpy(), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(torch.cat(pieces, 1).numpy(), given.numpy(), rtol=0, atol=1e-5)
 
 
 @needs_transformers

@@ -23,7 +23,7 @@ import numpy as np
 
 import loopformer
 from loopformer import storage
-from loopformer.convert import description, llama, table, tensors
+from loopformer.convert import description, llama, own, table, tensors
 from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
 from loopformer.model import Looped, init_params
@@ -79,15 +79,19 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
                   {path: leaf.shape for path, leaf in flat.items()}, 'params')
   decoder, reason = llama.decoder_of(model)
   if decoder is None:
-    config = _own_config(model, {path.replace('/', '.'): list(leaf.shape) for path, leaf in expected.items()})
-    held = {path.replace('/', '.'): (leaf.shape, _reader(leaf)) for path, leaf in flat.items()}
+    places = own.places({path: leaf.shape for path, leaf in expected.items()})
+    config = _own_config(model, {key: list(place.shape) for key, place in places.items()})
+    held = {key: (place.shape, _reader(place, flat[place.path])) for key, place in places.items()}
   else:
     config, held = _decoder_config_and_tensors(model, decoder, flat)
-  config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None,
-             'eos_token_id': None if tokenizer is None else tokenizer.eos, WRITER: loopformer.__version__}
+  eos = None if tokenizer is None else tokenizer.eos
+  # The classes of transformers give the token of padding that config.json names no gradient, and ours ends texts.
+  config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None if decoder else eos,
+             'eos_token_id': eos, 'use_cache': True, WRITER: loopformer.__version__}
   files = {} if tokenizer is None else _tokenizer_files(tokenizer, model.read_in.length)
-  generation = {name: config[name] for name in ('bos_token_id', 'pad_token_id', 'eos_token_id')}
-  files[GENERATION] = generation if decoder else generation | {'use_cache': False}
+  files[GENERATION] = {'bos_token_id': None, 'pad_token_id': eos, 'eos_token_id': eos, 'use_cache': True}
+  if tokenizer is not None and tokenizer.vocab_size < model.outputs:  # rows of the head that no text has
+    files[GENERATION]['suppress_tokens'] = list(range(tokenizer.vocab_size, model.outputs))
   if decoder is None:
     files[MODELING] = Path(__file__).with_name(MODELING).read_bytes()
   check_target(folder)
@@ -101,12 +105,14 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
 
 def _own_config(model, shapes) -> dict[str, Any]:
   module, architecture = MODELING.removesuffix('.py'), 'LoopformerForCausalLM'
+  groups, head = model.cell.core.block.heads_of(model.read_in.width)
   return {
       'architectures': [architecture], 'model_type': description.MODEL_TYPE,
       'auto_map': {'AutoConfig': f'{module}.LoopformerConfig', 'AutoModelForCausalLM': f'{module}.{architecture}'},
       'vocab_size': model.read_in.vocab, 'hidden_size': model.read_in.width,
-      'max_position_embeddings': model.read_in.length, 'loops': model.loops, 'tie_word_embeddings': False,
-      'use_cache': False, 'description': description.encode(model), 'shapes': shapes,
+      'num_attention_heads': model.read_in.width // head, 'num_key_value_heads': groups, 'head_dim': head,
+      'max_position_embeddings': model.read_in.length, 'loops': model.loops,
+      'tie_word_embeddings': 'lm_head.weight' not in shapes, 'description': description.encode(model), 'shapes': shapes,
   }
 
 
@@ -129,8 +135,8 @@ def _decoder_config_and_tensors(model, decoder, flat):
   return config, {entry.key: maker(entry) for entry in entries}
 
 
-def _reader(leaf) -> Callable[[], np.ndarray]:
-  return lambda: processes.fetch(leaf)
+def _reader(place: own.Place, leaf) -> Callable[[], np.ndarray]:
+  return lambda: place.turn(processes.fetch(place.of(leaf)))
 
 
 def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
@@ -140,11 +146,12 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   if text is None and not files:
     return {}
   about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,
+           'model_input_names': ['input_ids', 'attention_mask'], 'padding_side': 'left',
            'clean_up_tokenization_spaces': False, description.MODEL_TYPE: KINDS.get(type(tokenizer), 'json')}
   if text is not None:
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
     files[TOKENIZER] = text.encode()
-    about['eos_token'] = added[tokenizer.eos]
+    about['eos_token'] = about['pad_token'] = added[tokenizer.eos]
   return files | {TOKENIZER_CONFIG: about}
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from loopformer import reading, sharding, storage
-from loopformer.convert import description, gguf, llama, table, tensors
+from loopformer.convert import description, gguf, llama, own, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
@@ -21,7 +21,6 @@ from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 AGAIN = 'download it again'
-WHOLE = ('I64', 'I32', 'I16', 'I8', 'U8', 'BOOL')  # dtypes, as files call them, that no weight has
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
@@ -57,9 +56,9 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     with reading.naming(path, AGAIN):
       decoder = gguf.read_config(metadata, held, path)
       naming = gguf.NAMINGS[decoder.family]
-      own = None if (path.parent / TOKENIZER).exists() else gguf.read_tokenizer(metadata, path)
+      inside = None if (path.parent / TOKENIZER).exists() else gguf.read_tokenizer(metadata, path)
     both, end = path, {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
-    tokenizer = own or read_tokenizer(path.parent, end)
+    tokenizer = inside or read_tokenizer(path.parent, end)
   else:
     config = _read_json(path / CONFIG)
     held = tensors.read_folder(path)
@@ -69,10 +68,10 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
         raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
                           'again; leave them out')
       with reading.naming(path / CONFIG, AGAIN):
-        model = description.decode(config, path / CONFIG)
+        model = own.untied(description.decode(config, path / CONFIG), held)
         model = model if loops is None else model.clone(loops=loops)
         layers = max((stack.depth for stack in model.stacks().values()), default=0)
-        if layers > max((axis for shape in held.shapes.values() for axis in shape), default=0):
+        if layers > max((len(held), *(axis for shape in held.shapes.values() for axis in shape))):
           raise ConfigError(f'{both}: a stack is said to have {layers} layers, more than any tensor has rows; the '
                             'configuration and the weights are not of one model')
         put = sharding.placer(mesh, parameter_roles(model))
@@ -96,7 +95,7 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
   given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
   head = given.pop(HEAD, None) if decoder.tied else None
   tensors.compare(table.shapes(entries, decoder.sizes)[0], given, path)
-  _check_floats(held, given, path)
+  own.check_floats(held, given, path)
   if head is not None and not np.array_equal(held[HEAD], held['model.embed_tokens.weight']):
     raise ConfigError(f'{path}: tensor {HEAD!r} differs from the embedding, though tie_word_embeddings is true; set '
                       'that to false in config.json')
@@ -105,16 +104,8 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
 
 def read_own(model: Looped, held: Tensors, path: Any, put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters under our own names."""
-  shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='.')
-  tensors.compare({name: leaf.shape for name, leaf in shapes.items()}, held.shapes, path)
-  _check_floats(held, shapes, path)
-  return unflatten_dict({name: put(name.replace('.', '/'), held[name].astype(np.float32)) for name in shapes}, sep='.')
-
-
-def _check_floats(held, names, path):
-  for name in names:
-    if held.dtypes[name] in WHOLE:
-      raise ConfigError(f'{path}: tensor {name!r} has dtype {held.dtypes[name]}; save it as floating point')
+  shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  return own.read({name: leaf.shape for name, leaf in shapes.items()}, held, path, put)
 
 
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
