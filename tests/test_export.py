@@ -556,7 +556,7 @@ def test_logits_of_other_parameters_differ(workdir, tmp_path):
 
 
 def test_command_line_fails_where_logits_differ_by_more_than_allowed(workdir, tmp_path):
-  code = 'from experiments.tools import export as e; e.TOLERANCE = -1.0; e.define_flags(); e.app.run(e.main)'
+  code = 'from experiments.tools import export as e; e.TOLERANCE = -1.0; e.define_flags(); e.command.run(e.main)'
   done = subprocess.run([sys.executable, '-c', code, f'--workdir={workdir}', f'--out={tmp_path}/out', '--check'],
                         cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 1 and 'it is more than -1' in done.stderr
