@@ -120,7 +120,8 @@ def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> o
 
   Moments start at the first gradient and its square, and are corrected as if they had started at zero: the first
   updates are about 2.2 long. v is at least `floor`, and stays so: where gradients are far below its root, updates are
-  in proportion to them. The mean is over a tensor, each layer of a stack apart.
+  in proportion to them. The mean is over a tensor, or a group of them that is one (`Role.group`); each layer of a stack
+  apart.
   """
 
   def init(params):
@@ -133,13 +134,25 @@ def scale_by_atan(b1: float, b2: float, roles: Roles, floor: float = 1e-12) -> o
     def moment(b, old, new):
       return jnp.where(t == 1, new, b * old + (1 - b) * new)
 
-    def one(path, g, m, v):
-      square = jnp.mean(g * g / v, tuple(range(roles.at(path).layered, g.ndim)), keepdims=True)
-      return jnp.arctan2(m, jnp.sqrt(v / (1 - b2 ** t))) / (1 - b1 ** t) / jnp.maximum(1, jnp.sqrt(square))
+    def tensor(path):
+      group = roles.at(path).group
+      return (*path[:-1], group) if group else tuple(path)
 
+    def add(path, g, v):
+      total = jnp.sum(g * g / v, tuple(range(roles.at(path).layered, g.ndim)), keepdims=True)
+      before, count = squares.get(tensor(path), (0.0, 0))
+      squares[tensor(path)] = before + total, count + g.size // total.size
+
+    def one(path, m, v):
+      total, count = squares[tensor(path)]
+      size = (1 - b1 ** t) * jnp.maximum(1, jnp.sqrt(total / count))
+      return jnp.arctan2(m, jnp.sqrt(v / (1 - b2 ** t))) / size
+
+    squares = {}  # of each tensor: the sum of g^2 / v, and of how many numbers; of each layer
     m = jax.tree.map(lambda m, g: moment(b1, m, g), state.m, grads)
     v = jax.tree.map(lambda v, g: jnp.maximum(moment(b2, v, g * g), floor), state.v, grads)
-    return jax.tree_util.tree_map_with_path(one, grads, m, v), AtanState(t, m, v)
+    jax.tree_util.tree_map_with_path(add, grads, v)
+    return jax.tree_util.tree_map_with_path(one, m, v), AtanState(t, m, v)
 
   return optax.GradientTransformation(init, update)
 

@@ -28,11 +28,13 @@ class Role:
     once (flat.flattened), and which Muon may update.
   tensor: None, or the axis, counted from the last, that the devices of a tensor group divide.
   layered: whether its first axis numbers the layers of a stack; the stack says so.
+  group: '', or the name of what it and others beside it are to optimisers that look at whole tensors: one of these.
   """
   decayed: bool | None = None
   dtype: Any = None
   tensor: int | None = None
   layered: bool = False
+  group: str = ''
 
 
 class Roles(dict[tuple[str, ...], Role]):

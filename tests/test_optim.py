@@ -7,10 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from loopformer import optim, sharding
+from loopformer import config as configs, optim, sharding
 from loopformer.model import parameter_roles
-from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, WSD, WarmupCosine, routes
-from loopformer.roles import Roles
+from loopformer.nn.layers import ByProjection, Orthogonal, unfused_kernel
+from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, WSD, WarmupCosine, routes, scale_by_atan
+from loopformer.roles import Role, Roles
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import parts
@@ -535,3 +536,50 @@ def test_the_stage_that_a_run_begins_in_is_no_switch(monkeypatch):
 def test_a_switch_that_cannot_be_made_is_refused(options, message):
   with pytest.raises(ConfigError, match=message):
     Switched(of=AdamW(), **options)
+
+
+def test_biases_that_are_one_tensor_in_the_papers_code_are_clipped_as_one():
+  """Huginn's q and k; the mean of g^2 / v is over both, so a burst in the one shortens the other's update."""
+  names = {('attn', f'{name}_bias'): Role(decayed=False, layered=True, group='qk_bias' if name in 'qk' else '')
+           for name in 'qkv'}
+  quiet, burst = jnp.full((2, 3, 4), 0.1), jnp.full((2, 3, 4), 0.1).at[0].set(30.0)
+
+  def second(grads, roles):
+    part = scale_by_atan(0.9, 0.95, roles)
+    state = part.init(grads[0])
+    for step in grads:
+      updates, state = part.update(step, state)
+    return updates['attn']
+
+  grads = [{'attn': dict.fromkeys(('q_bias', 'k_bias', 'v_bias'), quiet)},
+           {'attn': {'q_bias': burst, 'k_bias': quiet, 'v_bias': quiet}}]
+  whole = [{'attn': {'qk': jnp.concatenate([g['attn']['q_bias'], g['attn']['k_bias']], 1)}} for g in grads]
+  found, expected = second(grads, Roles(names)), second(whole, Roles({('attn', 'qk'): Role(layered=True)}))['qk']
+  np.testing.assert_allclose(jnp.concatenate([found['q_bias'], found['k_bias']], 1), expected, rtol=1e-6)
+  assert (jnp.abs(found['k_bias'][0]) < 0.9 * jnp.abs(found['v_bias'][0])).all()
+  np.testing.assert_allclose(found['k_bias'][1], found['v_bias'][1], rtol=1e-6)
+  model = parts.looped(parts.plain(biased=('q', 'k', 'v')))
+  declared = {path[-1]: role.group for path, role in parameter_roles(model).items() if path[-1].endswith('_bias')}
+  assert declared == {'q_bias': 'qk_bias', 'k_bias': 'qk_bias', 'v_bias': ''}
+
+
+@pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2), (6, 1)])
+def test_projections_are_drawn_as_matrices_of_their_own(heads, groups):
+  kernel = ByProjection(Orthogonal(0.1), heads, groups)(jax.random.key(0), (24, (heads + 2 * groups) * 24 // heads))
+  for matrix in unfused_kernel(kernel, heads, groups, 'heads'):
+    values = np.linalg.svd(matrix.reshape(24, -1), compute_uv=False)
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+  together = np.linalg.svd(Orthogonal(0.1)(jax.random.key(0), kernel.shape)[:, :24], compute_uv=False)
+  assert together.min() < 0.9 * together.max()
+
+
+def test_parcae_starts_and_moves_as_its_code_does():
+  """Singular values of its embedding are equal; its value gates are Muon's."""
+  config = configs.load('parcae:140m')
+  assert config.model.read_in.init == config.model.bridge.init == Orthogonal(config.model.read_in.std)
+  table = config.model.read_in.init(jax.random.key(0), (64, 16))
+  values = np.linalg.svd(table, compute_uv=False)
+  np.testing.assert_allclose(values, values[0], rtol=1e-5)
+  taken = paths(routes(parts.shapes(config.model), parameter_roles(config.model), config.optim.matrices))
+  assert {route for path, route in taken.items() if path.endswith('/gate')} == {'muon'}
+  assert {route for path, route in taken.items() if path.endswith('/embedding')} == {'adam'}

@@ -38,7 +38,8 @@ from loopformer.nn.attention import SelfAttention, ValueEmbed
 from loopformer.nn.blocks import Block, Chain, PreNorm, SandwichNorm
 from loopformer.nn.embed import Head, TiedHead, Tokens, TwiceNormedHead
 from loopformer.nn.inject import Add, Concat, Diagonal
-from loopformer.nn.layers import MLP, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, gelu, squared_relu
+from loopformer.nn.layers import (MLP, ByProjection, GatedMLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, gelu,
+                                   squared_relu)
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
@@ -126,24 +127,27 @@ def small(given: dict) -> Experiment:
 def published(given: dict) -> Experiment:
   """The nanochat-like layers of the paper's Transformer setup (section 2)."""
   layers, width, rate, steps = SIZES[given['size']]
-  parcae, std = given['kind'] == 'parcae', math.sqrt(2 / (5 * width))
+  parcae, std, heads = given['kind'] == 'parcae', math.sqrt(2 / (5 * width)), width // 128
+  orthogonal = Orthogonal(std)
+  read_in = Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std, init=orthogonal)
 
   def block(valued: bool) -> Block:
-    attn = SelfAttention(heads=width // 128, init=Orthogonal(std), out_init=Normal(0.0), position=Rotary(base=50_000.0),
-                         norm_qk=UnitNorm(), values=ValueEmbed(vocab=VOCAB) if valued else None)
-    mlp = MLP(hidden=4 * width, init=Orthogonal(std), out_init=Normal(0.0), activation=squared_relu)
+    attn = SelfAttention(heads=heads, init=ByProjection(orthogonal, heads, heads), out_init=Normal(0.0),
+                         position=Rotary(base=50_000.0), norm_qk=UnitNorm(),
+                         values=ValueEmbed(vocab=VOCAB) if valued else None)
+    mlp = MLP(hidden=4 * width, init=orthogonal, out_init=Normal(0.0), activation=squared_relu)
     return Block(attn=attn, mlp=mlp, norm=RMSNorm(1e-5), dtype='bfloat16')
 
   # Layer i of all N has value embeddings where i and N - 1 are both even or both odd: here N is even, and so every odd.
   pair = Chain((block(False), block(True)))
   third = Stack(pair, layers // 2)
   if parcae:
-    model = Looped(read_in=Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std),
+    model = Looped(read_in=read_in,
                    cell=Recur(third, INJECT[given['inject']]), read_out=TiedHead(RMSNorm(1e-5)), loops=MEAN,
                    prelude=Stack(pair, layers // 2, norm=RMSNorm(1e-5) if given['norm'] else None), coda=third,
-                   start=Noise(std=std), bridge=Linear(width, init=Orthogonal(std)))
+                   start=Noise(std=std), bridge=Linear(width, init=orthogonal))
   else:
-    model = Looped(read_in=Tokens(vocab=VOCAB, width=width, length=LENGTH, std=std),
+    model = Looped(read_in=read_in,
                    cell=Plain(Stack(pair, 3 * layers // 2)), read_out=TiedHead(RMSNorm(1e-5)), loops=1)
   schedule = WSD(peak=given['rate'] or rate, warmup=0, cooldown=0.5)
   once = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
@@ -153,7 +157,7 @@ def published(given: dict) -> Experiment:
       objective=objective(MEAN, GRADED, given) if parcae else once,
       task=Text(tokenizer=TrainedPieces(vocab=VOCAB), length=LENGTH),
       train=Train(steps=steps, batch=256, accumulate=8, log_every=100, eval_every=1000, save_every=1000),
-      optim=Muon(schedule=schedule, heads=width // 128,
+      optim=Muon(schedule=schedule, heads=heads, matrices=('attn', 'mlp', 'gate'),  # of values: a matrix like others
                  others=AdamW(schedule=schedule, b1=0.8, b2=0.95, eps=1e-10, decay=0.0)),
       evals=Depths(budgets=(1, 4, 8, 16) if parcae else (1,)))
 

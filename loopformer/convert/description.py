@@ -30,8 +30,8 @@ COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, 
             layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary)
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
-BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.Halves, kernels.Blockwise, kernels.Fused,
-          kernels.Cudnn, kernels.Splash, loop.KeepAll,
+BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves,
+          kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, loop.KeepAll,
           loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memories.PerLoop, Autoregressive)
 
 

@@ -42,7 +42,7 @@ from loopformer.nn.attention import SelfAttention, ValueEmbed, check_heads
 from loopformer.nn.blocks import Block, Chain
 from loopformer.nn.embed import TiedHead, Tokens
 from loopformer.nn.inject import Diagonal
-from loopformer.nn.layers import MLP, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, squared_relu
+from loopformer.nn.layers import MLP, ByProjection, Linear, Normal, Orthogonal, RMSNorm, UnitNorm, squared_relu
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
@@ -131,12 +131,13 @@ class Parcae:
     """The unbound model, initialised as published."""
     vocab, width = sizes['V'], sizes['D']
     std = math.sqrt(2 / (5 * width))
+    orthogonal = Orthogonal(std)
 
     def block(valued: bool) -> Block:
-      attn = SelfAttention(heads=sizes['H'], groups=sizes['G'], init=Orthogonal(std), out_init=Normal(0.0),
-                           position=Rotary(base=50_000.0), norm_qk=UnitNorm(),
+      attn = SelfAttention(heads=sizes['H'], groups=sizes['G'], init=ByProjection(orthogonal, sizes['H'], sizes['G']),
+                           out_init=Normal(0.0), position=Rotary(base=50_000.0), norm_qk=UnitNorm(),
                            values=ValueEmbed(vocab=vocab, features=GATED) if valued else None)
-      mlp = MLP(hidden=sizes['F'], init=Orthogonal(std), out_init=Normal(0.0), activation=squared_relu)
+      mlp = MLP(hidden=sizes['F'], init=orthogonal, out_init=Normal(0.0), activation=squared_relu)
       return Block(attn=attn, mlp=mlp, norm=RMSNorm(1e-5), dtype=dtype)
 
     def stack(first: int, count: int, norm: RMSNorm | None = None) -> Stack:
@@ -145,10 +146,10 @@ class Parcae:
       return Stack(chain, count // each, norm=norm)
 
     prelude, core, coda = (sizes[letter] for letter in 'PKC')
-    return Looped(read_in=Tokens(vocab=vocab, width=width, length=sizes['T'], std=std),
+    return Looped(read_in=Tokens(vocab=vocab, width=width, length=sizes['T'], std=std, init=orthogonal),
                   cell=Recur(stack(prelude, core), Diagonal()), read_out=TiedHead(RMSNorm(1e-5)), loops=loops,
                   prelude=stack(0, prelude, RMSNorm(1e-5)), coda=stack(prelude + core, coda), start=Noise(std=std),
-                  bridge=Linear(width, init=Orthogonal(std)))
+                  bridge=Linear(width, init=orthogonal))
 
 
 def _sizes(counts, *, vocab, width, length, hidden, heads, groups) -> dict[str, int]:

@@ -84,7 +84,8 @@ class SelfAttention(nn.Module):
   def _biased(self, name, x):
     if name not in self.biased:
       return x
-    bias = roles.param(self, f'{name}_bias', nn.initializers.zeros, x.shape[2:], Role(decayed=False))  # [heads, d]
+    role = Role(decayed=False, group='qk_bias' if name in ('q', 'k') else '')  # one tensor in Huginn's code
+    bias = roles.param(self, f'{name}_bias', nn.initializers.zeros, x.shape[2:], role)  # [heads, d]
     return x + bias.astype(x.dtype)
 
   def flops(self, width: int, length: int) -> float:

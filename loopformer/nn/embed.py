@@ -1,6 +1,8 @@
 """Ways in and out of the model: embeddings of tokens and vectors, and heads."""
 from __future__ import annotations
 
+from typing import Any
+
 from flax import linen as nn
 import jax.numpy as jnp
 
@@ -50,7 +52,7 @@ class TokenEmbed(nn.Module):
 class Tokens(nn.Module):
   """x = scale * E[tokens], E ~ N(0, std^2): positions, if any, are attention's (positions.py), or none.
 
-  length: the longest sequence that the model is meant for; nothing in it depends on that.
+  length: the longest sequence that the model is meant for; nothing in it depends on that. init: what draws E instead.
   """
   vocab: int
   width: int
@@ -58,9 +60,11 @@ class Tokens(nn.Module):
   std: float = 0.02
   scale: float = 1.0
   dtype: str = 'float32'
+  init: Any = None
 
   def setup(self):
-    self.embedding = roles.param(self, 'embedding', Normal(self.std), (self.vocab, self.width), Role(tensor=-2))
+    init = self.init or Normal(self.std)
+    self.embedding = roles.param(self, 'embedding', init, (self.vocab, self.width), Role(tensor=-2))
 
   def __call__(self, tokens: Array, pos: Array) -> Array:
     """i32[B, T] -> [B, T, D]."""

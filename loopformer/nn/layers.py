@@ -48,6 +48,22 @@ class Orthogonal:
     return nn.initializers.orthogonal(self.std * math.sqrt(max(shape)))(key, shape, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class ByProjection:
+  """Initialiser of the kernel [.., D, outputs] of a fused projection (`unfused`): its queries, keys and values are drawn
+  by `of` as matrices of their own."""
+  of: Any
+  heads: int
+  groups: int
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    *lead, outputs = shape
+    head, counts = outputs // (self.heads + 2 * self.groups), (self.heads, self.groups, self.groups)
+    drawn = [self.of(own, (*lead, count * head), dtype).reshape(*lead, self.groups, count // self.groups, head)
+             for own, count in zip(jax.random.split(key, 3), counts)]
+    return jnp.concatenate(drawn, -2).reshape(shape)
+
+
 @jax.custom_vjp
 def dense(x: Array, kernel: Array, gain: Array | None = None) -> Array:
   """gain [O] * (x [..., I] @ kernel [I, O]) -> [..., O], accumulated in float32 and returned in the dtype of x.
