@@ -26,7 +26,7 @@ from loopformer.inference.engine import warn_beyond
 from loopformer.inference.exits import check, compiled
 from loopformer.training import metrics, processes
 from loopformer.training.processes import say
-from loopformer.types import Array, ConfigError, Params, Plan, whole
+from loopformer.types import Array, ConfigError, Params, Plan, real, whole
 
 SHORTEST = 16  # tokens of the shortest compiled row; each further one is twice as long
 COLUMNS = 16  # continuation tokens of a row whose logits exist at a time
@@ -257,10 +257,11 @@ class Scorer:
       wanted = next((whole(name, how[name], 1) for name in LIMITS if how.get(name) is not None), NEW)
       new = min(wanted, max(most - len(ids), most // 2))
       until = how.get('until') or ()
-      sample = how.get('do_sample', float(how.get('temperature', 0)) > 0)
+      heat = None if how.get('temperature') is None else real('temperature', how['temperature'], '[0, inf)')
+      sample = how.get('do_sample', bool(heat))
       engine.submit(ids[-(most - new):], budget=self.steps, max_new_tokens=new, number=number,
                     stop=[text for text in ([until] if isinstance(until, str) else until) if text],
-                    temperature=float(how.get('temperature', 1)) if sample else 0.0,
+                    temperature=(1.0 if heat is None else heat) if sample else 0.0,
                     top_k=how.get('top_k'), top_p=how.get('top_p'))
     tell, texts, done = self._progress(len(requests), 'continued'), [''] * len(requests), 0
     for piece in engine.stream():

@@ -136,6 +136,13 @@ def test_the_harness_continues_with_the_space(model):
   assert scorer.generate([('the cat', {'max_gen_toks': 8})]) == texts and texts[0].startswith(' ')
 
 
+@pytest.mark.parametrize('how', [{'temperature': float('nan')}, {'temperature': -1}, {'temperature': 'warm'}, {'max_gen_toks': 2.5},
+                                 {'max_gen_toks': 0}, {'top_p': 2, 'do_sample': True}, {'top_k': 1.5}], ids=str)
+def test_what_the_harness_cannot_ask_for(how, model):
+  with pytest.raises(ConfigError, match=f'^{next(iter(how))} = '):
+    Scorer(*model, ByteTokenizer(), steps=2, batch=2).generate([('the cat', how)])
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_drawn_nor_likeliest():
   logits = jax.numpy.zeros((4, 10)).at[:, 7:].set(100.0)
   for how in (dict(temperature=0.0), dict(), dict(top_k=9), dict(top_p=0.5)):
