@@ -4,6 +4,7 @@
     python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
     python -m experiments.main --mode=harness --workdir=runs/tiny --tasks=piqa_1500 --include=tasks --depths=1,8
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8 --exit=kl:1e-3
+    python -m experiments.main --mode=import --from=SmolLM2-135M --workdir=runs/smol
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
@@ -52,17 +53,29 @@ def define(kind, name, default, modes, about, **options):
   kind(name, default, f'{modes}: {about}', **options)
 
 
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'plan', 'configs'], 'What to do; configs lists '
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'import', 'plan', 'configs'], 'What to do; configs lists '
                   'the configurations that come with the library, with --config=NAME what is said of one.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
                     'data, checkpoints, results; plan and configs need none.')
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
-                          'generate, harness: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
+                          'generate, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
                           'divided over.')
 define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the library, such as loopformer:tiny, or '
        'file.py:argument, which defines get_config.')
+define(flags.DEFINE_string, 'from', None, 'import', 'a Hugging Face folder, a .gguf file, or with --kind a checkpoint of a '
+       "paper's own code.")
+define(flags.DEFINE_string, 'kind', None, 'import', 'whose code wrote the checkpoint, as of convert.from_official: loopformer, '
+       'base, base_loop, tmlt, parcae, huginn or ouro.')
+define(flags.DEFINE_string, 'dtype', None, 'import', 'of matrix products: float32 (the default) or bfloat16.')
+define(flags.DEFINE_integer, 'loops', None, 'import', "steps of the loop; the model's own by default.", lower_bound=1)
+define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.', lower_bound=0)
+define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
+define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
+       lower_bound=1)
+define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
+       lower_bound=1)
 define(flags.DEFINE_integer, 'step', None, 'eval, generate, harness', 'which checkpoint; the last by default.',
        lower_bound=0)
 define(flags.DEFINE_list, 'depths', None, 'eval, harness', "budgets, such as 1,2,4,8; the configuration's by default.")
@@ -99,7 +112,7 @@ define(flags.DEFINE_string, 'profile', None, 'train', 'first and last step of a 
        'WORKDIR/profile takes.')
 define(flags.DEFINE_bool, 'verify', False, 'train', 'read all data first, and compare them with what was prepared.')
 machines.define_flags()
-READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'harness'])
+READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'harness', 'import'])
 define(flags.DEFINE_integer, 'devices', 1, 'plan', 'how many devices the mesh has.', lower_bound=1)
 define(flags.DEFINE_string, 'topology', None, 'plan', 'a machine whose own compiler compiles the program, such as v5e:4x4 '
        'or h100:8 (extra `tpu`; docs/plan.md).')
@@ -286,6 +299,30 @@ def run_harness(workdir: Path):
                       mesh=machines.mesh_of(configs.read(workdir), FLAGS.set))
 
 
+# Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
+IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'prelude': False, 'coda': False, 'heads': True, 'length': True}
+
+
+def run_import(workdir: Path):
+  """Makes a work folder of a model that comes from elsewhere: configuration, weights as step 0, tokenizer."""
+  source = FLAGS['from'].value
+  if source is None:
+    raise ConfigError('--from is missing: name a Hugging Face folder, a .gguf file, or a checkpoint with --kind')
+  if (workdir / configs.FILE).exists():
+    raise ConfigError(f'workdir = {workdir}: it holds a run; give a new folder')
+  if configs.is_workdir(storage.path(source)):
+    raise ConfigError(f'--from={source}: it is a work folder already, which every mode reads as it is')
+  given = {name: FLAGS[name].value for name in IMPORT if FLAGS[name].present}
+  for name in given:
+    if IMPORT[name] not in (None, 'kind' in given):
+      raise ConfigError(f'--{name}: is read {"with" if IMPORT[name] else "without"} --kind alone; leave it out')
+  machines.connect()
+  loaded = loopformer.load(source, mesh=machines.mesh_for_import(FLAGS.set), **given)
+  loaded.save(workdir)
+  say(f'{configs.describe(loaded.config.model)}\nparameters: {parameter_count(loaded.model):,}; '
+      f'{"a" if loaded.tokenizer else "no"} tokenizer; written to {workdir}')
+
+
 def run_plan():
   """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
   from experiments.tools import ahead, estimate
@@ -413,13 +450,14 @@ def main(argv):
     check_flags(FLAGS.mode, given_flags())
     workdir = FLAGS.workdir and storage.path(FLAGS.workdir)
     if workdir:
-      storage.check_workdir(workdir, writes=FLAGS.mode == 'train')
+      storage.check_workdir(workdir, writes=FLAGS.mode in ('train', 'import'))
     keep_compiled(workdir)
     if FLAGS.mode in ('plan', 'configs'):
       {'plan': run_plan, 'configs': run_configs}[FLAGS.mode]()
     else:
       with configs.trusting(FLAGS.trust):
-        {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness}[FLAGS.mode](workdir)
+        {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness,
+         'import': run_import}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')
   except Exception as error:

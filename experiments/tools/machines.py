@@ -49,6 +49,16 @@ def check_set(assignments: Sequence[str], command: str):
                         'mesh.tensor may be set')
 
 
+def mesh_for_import(assignments: Sequence[str]) -> jax.sharding.Mesh | None:
+  """The mesh that --set tells of, or all devices, which divide the weights; None for one device."""
+  check_set(assignments, '--mode=import')
+  mesh = Mesh() if assignments else Mesh(data=1, fsdp=-1)
+  for assignment in assignments:
+    mesh = configs.override(mesh, assignment.strip().removeprefix('mesh.'))
+  made = mesh.make(jax.devices())
+  return made if made.size > 1 else None
+
+
 def mesh_of(config: Any, assignments: Sequence[str], devices: list[jax.Device] | None = None
             ) -> jax.sharding.Mesh | None:
   """The mesh for a trained model; None for one device.

@@ -20,7 +20,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   """What a checkpoint holds, as it is nested there.
 
   Args:
-    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt or .pth, or a mapping, which is
+    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt, .pth or .bin, or a mapping, which is
       returned as it is.
 
   Raises:
@@ -87,10 +87,23 @@ def _torch(path: Path) -> Any:
   except ImportError as error:
     raise ImportError(f"reading {path} needs torch: install the extra 'peer'") from error
   # Official training checkpoints also hold an instance of the model module's GPTConfig. An empty class of that name
-  # lets the safe unpickler pass over it; nothing of the file is executed.
+  # lets the safe unpickler pass over it; nothing of the file is executed. Losses and learning rates stand beside the
+  # weights as NumPy's numbers.
   inert = [type('GPTConfig', (), {'__module__': f'models.{module}'}) for module in OFFICIAL_MODULES]
-  with torch.serialization.safe_globals(inert):
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)  # mmap: optimizer states stay on disk
+  multiarray = np._core.multiarray
+  plain = [(getattr(multiarray, name), f'numpy.{folder}.multiarray.{name}')
+           for folder in ('core', '_core') for name in ('scalar', '_reconstruct')]
+  kinds = [type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')]
+  with torch.serialization.safe_globals([*inert, *plain, np.ndarray, np.dtype, *kinds, (_latin, '_codecs.encode')]):
+    zipped = zipfile.is_zipfile(path)  # mapped: optimiser states stay on disk; the format before 1.6 cannot be
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
 
 
-READERS = {'.safetensors': _safetensors, '.npz': _npz, '.pt': _torch, '.pth': _torch}
+def _latin(text: str, encoding: str = 'latin1') -> bytes:
+  """How pickles of old protocols write bytes, and nothing else that the codecs of Python can do."""
+  if encoding != 'latin1':
+    raise ValueError(f'bytes as {encoding!r}')
+  return text.encode('latin1')
+
+
+READERS = {'.safetensors': _safetensors, '.npz': _npz, '.pt': _torch, '.pth': _torch, '.bin': _torch}

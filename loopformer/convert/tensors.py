@@ -1,6 +1,6 @@
 """Files of tensors that are read and written one tensor at a time; shapes are known before anything is allocated.
 
-Files are read by the package safetensors. They are written here, because the package wants all tensors of a file at
+Files are read by the package safetensors, or by PyTorch (`pytorch_model.bin`). They are written here, because the package wants all tensors of a file at
 once: eight bytes with the length of a header, the header (JSON: dtype, shape and place of every tensor), then the
 tensors, row by row. Large models lie in several such files, beside an index.
 """
@@ -11,17 +11,20 @@ import json
 import math
 import os
 from pathlib import Path
+import sys
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from loopformer import reading
+from loopformer.convert import files
 from loopformer.types import ConfigError, config_dataclass
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
           'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
 NAME, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+BIN, BIN_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
 Shape = tuple[int, ...]
 
 
@@ -60,28 +63,33 @@ class Tensors(Mapping):
 
 
 def read_folder(folder: Path) -> Tensors:
-  """The tensors of model.safetensors, or of the files that its index names.
+  """The tensors of model.safetensors, of the files that its index names, or of pytorch_model.bin and its index.
 
   Raises:
     ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, or a tensor
       that the index has and its file has not.
   """
-  if (folder / NAME).exists():
-    return Tensors(read_file(folder / NAME))
-  if not (folder / INDEX).exists():
-    raise ConfigError(f'folder = {folder}: neither {NAME} nor {INDEX} in it; give the folder of a model whose weights '
-                      'are saved as safetensors')
-  places = reading.read_json(folder / INDEX, 'download it again').get('weight_map')
+  for file, index, read in ((NAME, INDEX, read_file), (BIN, BIN_INDEX, read_torch)):
+    if (folder / file).exists():
+      return Tensors(read(folder / file))
+    if (folder / index).exists():
+      return _read_indexed(folder, index, read)
+  raise ConfigError(f'folder = {folder}: no {NAME}, {INDEX}, {BIN} or {BIN_INDEX} in it; give the folder of a model '
+                    'with its weights')
+
+
+def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]) -> Tensors:
+  places = reading.read_json(folder / index, 'download it again').get('weight_map')
   if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-    raise ConfigError(f'{folder / INDEX} is damaged: it has no weight_map of names of files; download it again')
+    raise ConfigError(f'{folder / index} is damaged: it has no weight_map of names of files; download it again')
   held = {}
   for name in sorted(set(places.values())):
     if Path(name).name != name or not (folder / name).is_file():
-      raise ConfigError(f'{folder / INDEX}: it names {name!r}, which is not in the folder; download it again')
-    held[name] = read_file(folder / name)
+      raise ConfigError(f'{folder / index}: it names {name!r}, which is not in the folder; download it again')
+    held[name] = read(folder / name)
   for tensor, name in places.items():
     if tensor not in held[name]:
-      raise ConfigError(f'{folder / name}: tensor {tensor!r}, which {INDEX} places there, is not in it; '
+      raise ConfigError(f'{folder / name}: tensor {tensor!r}, which {index} places there, is not in it; '
                         'download it again')
   return Tensors({tensor: held[name][tensor] for tensor, name in places.items()})
 
@@ -114,6 +122,28 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return read
 
   return {name: Tensor(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in rows.items()}
+
+
+def read_torch(path: Path) -> dict[str, Tensor]:
+  """The tensors of one file of PyTorch's, which is mapped into memory.
+
+  Raises:
+    ConfigError: the file is damaged, is no state dict, or holds what is no tensor of numbers.
+  """
+  held = {name: tensor for name, tensor in files.read(path).items() if hasattr(tensor, 'dtype')}
+  codes = {f'torch.{np.dtype(kind).name}': code for code, kind in DTYPES.items()} | {'torch.bool': 'BOOL'}
+
+  def reader(tensor):
+    if codes[str(tensor.dtype)] == 'BF16':  # NumPy's own has none
+      return lambda: tensor.contiguous().view(dtype=sys.modules['torch'].int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy
+
+  for name, tensor in held.items():
+    if str(tensor.dtype) not in codes or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+      raise ConfigError(f'{path}: tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}, which is not read, or '
+                        'more than the file holds; save it again as safetensors')
+  return {name: Tensor(shape=tuple(tensor.shape), dtype=codes[str(tensor.dtype)], read=reader(tensor))
+          for name, tensor in held.items()}
 
 
 def compare(expected: Mapping[str, Shape], given: Mapping[str, Shape], where: Any):
