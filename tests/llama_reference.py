@@ -15,6 +15,9 @@ CONFIGS = {
     'biased': BASE | {'model_type': 'llama', 'attention_bias': True},
     'qwen2': BASE | {'model_type': 'qwen2', 'use_sliding_window': False, 'sliding_window': 8},
     'qwen3': BASE | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+    'llama3': BASE | {'model_type': 'llama', 'rope_scaling': {
+        'rope_type': 'llama3', 'factor': 4.0, 'low_freq_factor': 0.6, 'high_freq_factor': 1.3,
+        'original_max_position_embeddings': 12}},
     'rope_parameters': {k: v for k, v in BASE.items() if k != 'rope_theta'} | {
         'model_type': 'llama', 'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0}},
 }
@@ -46,10 +49,20 @@ def rms(x, scale, eps):
   return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
-def turn(x, base):
-  """Rotary positions, half by half: [T, heads, d]."""
+def turn(x, base, scaling):
+  """Rotary positions, half by half: [T, heads, d]; scaling: of Llama 3.1, by the wavelength of each pair."""
   half = x.shape[-1] // 2
-  angle = np.arange(len(x))[:, None, None] * base ** (-np.arange(half) / half)
+  turns = base ** (-np.arange(half) / half)
+  if scaling:
+    factor, low, high, original = (scaling[name] for name in ('factor', 'low_freq_factor', 'high_freq_factor',
+                                                              'original_max_position_embeddings'))
+    for i, wave in enumerate(2 * np.pi / turns):
+      if wave > original / low:
+        turns[i] /= factor
+      elif wave >= original / high:
+        smooth = (original / wave - low) / (high - low)
+        turns[i] = (1 - smooth) * turns[i] / factor + smooth * turns[i]
+  angle = np.arange(len(x))[:, None, None] * turns
   a, b = x[..., :half], x[..., half:]
   return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
@@ -78,7 +91,8 @@ def _one(sd, config, tokens, order):
     q, k, v = project('q', h, H), project('k', h, groups), project('v', h, groups)
     if 'self_attn.q_norm.weight' in layer:
       q, k = rms(q, layer['self_attn.q_norm.weight'], eps), rms(k, layer['self_attn.k_norm.weight'], eps)
-    q, k = turn(q, base), turn(k, base)
+    scaling = config.get('rope_scaling')
+    q, k = turn(q, base, scaling), turn(k, base, scaling)
     heads = []
     for head in range(H):
       group = head // (H // groups)

@@ -7,7 +7,7 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer.convert import from_pretrained, tensors
+from loopformer.convert import export, from_pretrained, tensors
 from loopformer.data.tokenizer import ByteTokenizer
 from tests import llama_reference as reference
 from tests.llama_reference import CONFIGS
@@ -100,3 +100,17 @@ def test_what_cannot_be_imported(flags, message, state, tmp_path):
   source = published(tmp_path / 'llama', state, 'safetensors')
   status, out, err = run_here(tmp_path / 'run', '--mode=import', *(flag.replace('SOURCE', str(source)) for flag in flags))
   assert status == 1 and message in err and 'Traceback' not in err and not (tmp_path / 'run/config.json').exists()
+
+
+def test_llama_3_comes_in_and_goes_out(tmp_path):
+  """Its scaled positions: transformers' own class computes what was exported as we do."""
+  transformers = pytest.importorskip('transformers')
+  config = CONFIGS['llama3']
+  reference.save(tmp_path / 'llama', config, reference.weights(config))
+  model, params, _ = from_pretrained(tmp_path / 'llama')
+  assert export(model, params, None, tmp_path / 'out').model_type == 'llama'
+  assert from_pretrained(tmp_path / 'out')[0] == model
+  tokens = np.random.default_rng(0).integers(0, reference.V, (2, reference.T))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')(torch.from_numpy(tokens)).logits
+  np.testing.assert_allclose(loopformer.logits(model, params, tokens), theirs.detach(), atol=2e-4)
+  np.testing.assert_allclose(reference.logits(reference.weights(config), config, tokens), theirs.detach(), atol=2e-4)

@@ -18,7 +18,7 @@ from loopformer.inference.sampler import Autoregressive
 from loopformer.model import Looped
 from loopformer.nn import attention, blocks, condition, inject, kernels, layers, stack
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
-from loopformer.nn.positions import Rotary
+from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'
@@ -27,7 +27,7 @@ COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, 
             starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
             blocks.SandwichNorm, blocks.Chain,
             attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
-            layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary)
+            layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary, StretchedRotary)
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves,

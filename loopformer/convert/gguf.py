@@ -17,6 +17,7 @@ import numpy as np
 from loopformer.convert.llama import ALL, FAMILIES, Decoder, Naming
 from loopformer.convert.tensors import Tensor, Tensors
 from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe, json_tokenizer
+from loopformer.nn.positions import Rotary
 from loopformer.types import ConfigError
 
 NAMES = {
@@ -147,7 +148,7 @@ def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> De
     return Decoder(family=family, vocab=tensors.shapes['token_embd.weight'][0], width=width,
                    hidden=of('feed_forward_length'), layers=of('block_count'), heads=heads,
                    groups=of('attention.head_count_kv', heads), length=of('context_length'),
-                   base=of('rope.freq_base', 10_000.0), eps=of('attention.layer_norm_rms_epsilon'),
+                   rotary=Rotary(base=float(of('rope.freq_base', 10_000.0))), eps=of('attention.layer_norm_rms_epsilon'),
                    tied='output.weight' not in tensors, biased=biased)
   except ConfigError as error:
     raise ConfigError(f'{path}: {error}') from error

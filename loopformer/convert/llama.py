@@ -32,7 +32,7 @@ from loopformer.nn.attention import SelfAttention, check_heads
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Head, TiedHead, Tokens
 from loopformer.nn.layers import GatedMLP, RMSNorm
-from loopformer.nn.positions import Rotary
+from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, config_dataclass
 from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
@@ -57,7 +57,7 @@ FAMILIES = {
 
 @config_dataclass
 class Decoder:
-  """All that a decoder is besides its weights. length: the longest sequence; base: of the rotary positions."""
+  """All that a decoder is besides its weights. length: the longest sequence; rotary: its positions."""
   family: str
   vocab: int
   width: int
@@ -66,7 +66,7 @@ class Decoder:
   heads: int
   groups: int
   length: int
-  base: float
+  rotary: Rotary
   eps: float
   tied: bool
   biased: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ def model_of(decoder: Decoder, *, loops: int = 1, prelude: int = 0, coda: int = 
   out_std = 0.02 / math.sqrt(2 * decoder.layers)
 
   def stack(depth: int) -> Stack:  # with a block of its own: one instance in two stacks would be one set of weights
-    heads = dict(heads=decoder.heads, groups=decoder.groups, out_std=out_std, position=Rotary(base=decoder.base))
+    heads = dict(heads=decoder.heads, groups=decoder.groups, out_std=out_std, position=decoder.rotary)
     attn = SelfAttention(**heads, biased=decoder.biased, norm=RMSNorm(decoder.eps) if decoder.normed else None)
     mlp = GatedMLP(hidden=decoder.hidden, out_std=out_std)
     return Stack(Block(attn=attn, mlp=mlp, norm=RMSNorm(decoder.eps), dtype=dtype), depth)
@@ -200,7 +200,7 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
     # A tied head has no rows of its own to say how many they are.
     decoder = Decoder(family=family, vocab=model.read_in.vocab, width=model.read_in.width, hidden=block.mlp.hidden,
                       layers=sum(stack.depth for stack in stacks), heads=attn.heads, groups=attn.groups or attn.heads,
-                      length=model.read_in.length, base=attn.position.base, eps=model.read_out.norm.eps,
+                      length=model.read_in.length, rotary=_rotary(attn.position), eps=model.read_out.norm.eps,
                       tied=not hasattr(model.read_out, 'outputs'), biased=biased)
   except AttributeError as error:
     return None, f'{type(error.obj).__name__} stands where a part with {error.name!r} is wanted'
@@ -215,6 +215,11 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
   if decoder.biased not in ((), QKV, ALL):
     return None, f'cell.core.block.attn.biased = {decoder.biased}, none of (), {QKV}, {ALL}'
   return decoder, ''
+
+
+def _rotary(position: Any) -> Rotary:
+  """The positions, if they are such as a decoder can have."""
+  return position if type(position) in (Rotary, StretchedRotary) else Rotary(base=position.base)
 
 
 # What a decoder computes does not depend on these: how weights began, how gradients and attention are computed, and in
@@ -269,7 +274,7 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
     raise ConfigError(f'{where}: attention_bias = True: {family} is read without biases; choose a model without')
   try:
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
-                   groups=config.get('num_key_value_heads') or heads, base=float(_rope(config, where)),
+                   groups=config.get('num_key_value_heads') or heads, rotary=_rope(config, where),
                    length=config.get('max_position_embeddings', 2048), eps=float(config.get('rms_norm_eps', 1e-6)),
                    tied=config.get('tie_word_embeddings', False), biased=family_biased)
   except ConfigError as error:
@@ -290,28 +295,40 @@ def _refuse(config, where):
                         'earlier tokens, and weights as they are; choose a model of this form')
 
 
-def _rope(config, where) -> float:
-  """The base of the rotary positions."""
+STRETCH = {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
+           'original': 'original_max_position_embeddings'}  # fields of StretchedRotary -> of rope_scaling
+
+
+def _rope(config, where) -> Rotary:
+  """The rotary positions."""
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind != 'default':
-    raise ConfigError(f'{where}: rope_scaling = {kind}: only rotary positions as they are can be read; choose a model '
-                      'without scaling')
+  if kind not in ('default', 'llama3'):
+    raise ConfigError(f'{where}: rope_scaling = {kind}: rotary positions can be read as they are, or scaled as llama3; '
+                      'choose a model of this form')
   factor = config.get('partial_rotary_factor', rope.get('partial_rotary_factor', 1.0))
   if factor != 1.0:
     raise ConfigError(f'{where}: partial_rotary_factor = {factor}: only rotary positions of whole heads can be read')
-  return rope.get('rope_theta', config.get('rope_theta', 10_000.0))
+  base = float(rope.get('rope_theta', config.get('rope_theta', 10_000.0)))
+  if kind == 'default':
+    return Rotary(base=base)
+  missing = [name for name in STRETCH.values() if rope.get(name) is None]
+  if missing:
+    raise ConfigError(f'{where}: rope_scaling = llama3: {missing[0]} is missing; it must have {", ".join(STRETCH.values())}')
+  return StretchedRotary(base=base, **{name: rope[theirs] for name, theirs in STRETCH.items()})
 
 
 def write_config(decoder: Decoder) -> dict[str, Any]:
   """The config.json of a decoder, as old and as new versions of transformers read it."""
-  family = FAMILIES[decoder.family]
+  family, rotary = FAMILIES[decoder.family], decoder.rotary
+  stretch = {theirs: getattr(rotary, name) for name, theirs in STRETCH.items()} if type(rotary) is StretchedRotary else {}
+  kind = {'rope_type': 'llama3' if stretch else 'default'} | stretch
   return {
       'architectures': [family.architecture], 'model_type': decoder.family, 'vocab_size': decoder.vocab,
       'hidden_size': decoder.width, 'intermediate_size': decoder.hidden, 'num_hidden_layers': decoder.layers,
       'num_attention_heads': decoder.heads, 'num_key_value_heads': decoder.groups,
       'head_dim': decoder.width // decoder.heads, 'hidden_act': 'silu', 'max_position_embeddings': decoder.length,
-      'rms_norm_eps': decoder.eps, 'rope_theta': decoder.base,
-      'rope_parameters': {'rope_type': 'default', 'rope_theta': decoder.base},
+      'rms_norm_eps': decoder.eps, 'rope_theta': rotary.base,
+      'rope_parameters': kind | {'rope_theta': rotary.base}, **({'rope_scaling': kind} if stretch else {}),
       'tie_word_embeddings': decoder.tied, 'attention_bias': decoder.biased == ALL, 'mlp_bias': False,
   }

@@ -463,7 +463,11 @@ def _attention(part, w, x, ctx):
 def _turn(part, x, pos):
   """Pairs of channels (2 i, 2 i + 1) turn by pos * base^(-2 i / d)."""
   half = x.shape[-1] // 2
-  angle = pos[..., None].float() * part['base'] ** (-torch.arange(half, device=x.device).float() / half)
+  turns = part['base'] ** (-torch.arange(half, device=x.device).float() / half)
+  if _kind(part) == 'StretchedRotary':
+    kept = (part['original'] * turns / (2 * math.pi) - part['low']) / (part['high'] - part['low'])
+    turns = turns * (kept.clamp(0, 1) + (1 - kept.clamp(0, 1)) / part['factor'])
+  angle = pos[..., None].float() * turns
   cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
   even, odd = x[..., 0::2], x[..., 1::2]
   return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

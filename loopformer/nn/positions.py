@@ -6,9 +6,11 @@ loop.
 """
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 
-from loopformer.types import Array, ConfigError, config_dataclass
+from loopformer.types import Array, ConfigError, config_dataclass, real, whole
 
 
 @config_dataclass
@@ -26,10 +28,14 @@ class Rotary:
       raise ConfigError(f'{where}heads = {heads}: at width {width} a head has {width // heads} channels, an odd '
                         'number, and rotary positions turn pairs of them; choose heads or width so that it is even')
 
+  def turns(self, half: int) -> Array:
+    """f32[half]: by what each pair turns from one position to the next, in radians."""
+    return self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
   def rotate(self, x: Array, pos: Array) -> Array:
     """[B, T, H, d], i32[B, T] -> [B, T, H, d]."""
     half = x.shape[-1] // 2
-    angle = pos[..., None].astype(jnp.float32) * self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = pos[..., None].astype(jnp.float32) * self.turns(half)
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -38,6 +44,32 @@ class Rotary:
   def augment_qk(self, q: Array, k: Array, v: Array, pos_BS: Array, heads: int = 2) -> tuple[Array, Array, Array]:
     """Nothing to add."""
     return q, k, v
+
+
+@config_dataclass
+class StretchedRotary(Rotary):
+  """Rotary positions of a model that was trained on longer texts afterwards, as Llama 3.1 (`rope_type` llama3).
+
+  Pairs that turn less than `low` times in the `original` positions turn `factor` times more slowly, those that turn more
+  than `high` times as before, and those between by a mean of the two.
+  """
+  factor: float = 8.0
+  low: float = 1.0
+  high: float = 4.0
+  original: int = 8192
+
+  def __post_init__(self):
+    super().__post_init__()
+    real('position.factor', self.factor, '[1, inf)')
+    real('position.low', self.low, '(0, inf)')
+    real('position.high', self.high, f'({self.low}, inf)')
+    whole('position.original', self.original, 1)
+
+  def turns(self, half: int) -> Array:
+    """As of Rotary."""
+    turns = super().turns(half)
+    kept = jnp.clip((self.original * turns / (2 * math.pi) - self.low) / (self.high - self.low), 0, 1)
+    return turns * (kept + (1 - kept) / self.factor)
 
 
 @config_dataclass
