@@ -224,6 +224,9 @@ def run_eval(workdir: Path):
   if FLAGS.exits:
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   count = FLAGS.eval_batches or config.train.eval_batches
+  if not config.task.splits:
+    raise ConfigError(f'workdir = {workdir}: its task ({type(config.task).__name__}) has no examples to evaluate on; '
+                      '--mode=harness evaluates an imported model')
   tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
   lengths = None if tokenizer is None else text_bytes(tokenizer)
   for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
@@ -265,7 +268,9 @@ def run_generate(workdir: Path):
   """Prints a continuation of every prompt."""
   model, params, tokenizer, _ = load(workdir)
   if tokenizer is None:
-    raise ConfigError(f'workdir = {workdir}: its task has vectors as inputs, and no text that could be generated')
+    raise ConfigError(f'workdir = {workdir}: ' + (
+        'no tokenizer came with its model; import it again with tokenizer.json or tokenizer.model beside the weights'
+        if model.read_in.vocab else 'its task has vectors as inputs, and no text that could be generated'))
   budget, draft = (given and loops_or_sizes(given, flag)
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
@@ -376,6 +381,8 @@ def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:
   if sizes[0] % 1:  # NaN for what is no finite number, which is true too
     raise ConfigError(f'{flag}={text}: neither a whole number of loops nor step sizes with sum one; give loops, such as '
                       '2, or sizes, such as 0.5,0.25,0.25')
+  if sizes[0] > plans.LONGEST:
+    raise ConfigError(f'{flag}={text}: more than {plans.LONGEST} loops; give fewer')
   return int(sizes[0])
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -38,16 +39,19 @@ class Loaded(NamedTuple):
       ConfigError: a run is in the folder already.
     """
     from loopformer import config as configs
-    from loopformer.training.checkpoint import Checkpoints
+    from loopformer.training.checkpoint import FOLDER, Checkpoints
     workdir = storage.path(workdir)
     storage.check_workdir(workdir, writes=True)
     if (workdir / configs.FILE).exists():
       raise ConfigError(f'workdir = {workdir}: it holds a run; give a new folder')
-    configs.save(dataclasses.replace(self.config, model=self.model), workdir)
+    if (workdir / FOLDER).exists():
+      raise ConfigError(f'workdir = {workdir}: it holds checkpoints and no configuration, as of an import that was '
+                        f'interrupted; remove {workdir / FOLDER}, or give a new folder')
     if self.tokenizer is not None:
       self.tokenizer.save(workdir / TOKENIZER)
     with Checkpoints(workdir) as checkpoints:
       checkpoints.save(0, self.params, None, {}, {})
+    configs.save(dataclasses.replace(self.config, model=self.model), workdir)  # last: it makes the folder one of a run
 
 
 def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, trust: bool = False,
@@ -69,7 +73,12 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
       what the converters refuse; an option that a run does not have.
   """
   from loopformer import config as configs
-  path = storage.path(source)
+  if not isinstance(source, (str, os.PathLike)) and 'kind' not in options:
+    raise ConfigError(f'source = {source!r}: give a path')
+  path = storage.path(source) if isinstance(source, (str, os.PathLike)) else Path()
+  if isinstance(source, (str, os.PathLike)) and not storage.remote(path) and not path.exists():
+    raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face folder, '
+                      'or a file of weights')
   if 'kind' in options or path.suffix == '.gguf' or not configs.is_workdir(path) and (path / configs.FILE).is_file():
     if step is not None:
       raise ConfigError(f'step = {step}: {source} is no work folder, and has no steps; leave it out')
@@ -129,13 +138,16 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
   warn_beyond(model, steps)
   if not model.read_in.vocab:
     raise ConfigError('model: its inputs are vectors, and it has no next token; call model.apply, as evaluate.py does')
-  tokens = np.asarray(tokens)
-  if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ConfigError(f'tokens: {tokens.dtype}{list(tokens.shape)}; give integers of shape [B, T]')
+  try:
+    tokens = np.asarray(tokens)
+  except ValueError as error:  # rows of unlike lengths
+    raise ConfigError(f'tokens: no array ({error}); give integers of shape [B, T]') from error
+  if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+    raise ConfigError(f'tokens: {tokens.dtype}{list(tokens.shape)}; give integers of shape [B, T], one at least')
   if tokens.shape[1] > model.read_in.length:
     raise ConfigError(f'tokens: {tokens.shape[1]} a row, more than the {model.read_in.length} positions of the model '
                       '(read_in.length); shorten them')
-  if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.read_in.vocab:
+  if not 0 <= tokens.min() <= tokens.max() < model.read_in.vocab:
     raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has '
                       f'{model.read_in.vocab} (read_in.vocab)')
   with sharding.on(sharding.mesh_of(params)):

@@ -47,7 +47,7 @@ from loopformer.types import SEEDS, ConfigError, Planner, config_dataclass, real
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Where parts and the functions that they may name come from; others are found where trust is given.
-PARTS, FUNCTIONS = ('loopformer', 'experiments'), ('loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
+PARTS, FUNCTIONS = ('loopformer.', 'experiments.configs.'), ('loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
 _TRUST = contextvars.ContextVar('trust', default=False)
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
@@ -336,6 +336,8 @@ def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
   called = _kind_name(declared)
   words = set(re.findall(r'\w+', called)) - {'tuple', 'None'}
   if not words or not words <= PLAIN:
+    if declared is not None:
+      _check_parts(value, called, where)
     return set()
   try:
     fit(_plain(value), _type_of(declared, cls))
@@ -343,6 +345,19 @@ def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
     wanted = 'finite numbers' if 'float' in words else 'whole numbers' if 'int' in words else 'a value of that kind'
     raise ConfigError(f'{where} = {value!r}: expected {called}; give {wanted}') from None
   return words
+
+
+def _check_parts(value: Any, called: str, where: str):
+  """Raises ConfigError where a plain value stands in a field whose declared type, `called`, has parts alone."""
+  words, held = set(re.findall(r'\w+', called)), {'': value}
+  if words & {'Mapping', 'dict'}:
+    words -= {'str'}  # the names
+    held = {f'.{name}': item for name, item in value.items()} if isinstance(value, Mapping) else held
+  elif 'tuple' in words and isinstance(value, (tuple, list)):
+    held = {f'[{index}]': item for index, item in enumerate(value)}
+  for inner, item in held.items() if not words & PLAIN else ():
+    if isinstance(item, (bool, int, float, str, tuple, list, np.generic)):
+      raise ConfigError(f'{where}{inner} = {item!r}: expected a part ({called}), which is written as an object with its $part')
 
 
 def _plain(value: Any) -> Any:
@@ -602,11 +617,11 @@ def _find(name: str, workdir: Any, part: bool) -> Callable:
       raise ConfigError(f'{workdir / FILE}: it names {name}, whose code is in {file}; read that file, and give --trust '
                         '(trust=True) to run it')
     _import_file(published or file)
-  elif not copied and not trusted and module.split('.')[0] not in PARTS and (part or module not in FUNCTIONS):
+  elif not copied and not trusted and not f'{module}.'.startswith(PARTS) and (part or module not in FUNCTIONS):
     raise refused  # before anything is imported
   try:
     found = moved.find(name)
-  except (ImportError, AttributeError, ValueError, TypeError) as error:
+  except Exception as error:  # of a module that is imported for it, such as one of another command
     raise ConfigError(f'{workdir / FILE}: it names {name}, which this version of loopformer does not have ({error}); '
                       'use the version that wrote it') from error
   if trusted or part and name in moved.FACTORIES:
@@ -614,7 +629,7 @@ def _find(name: str, workdir: Any, part: bool) -> Callable:
   own = getattr(found, '__module__', None) or ''  # a name may lead through a module to what that has imported
   if part:
     own_part = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, nn.Module))
-    known = own_part and (own == module if copied else own.split('.')[0] in PARTS)
+    known = own_part and (own == module if copied else f'{own}.'.startswith(PARTS))
   else:
     known = own == module and (copied or module in FUNCTIONS)
   if not known:

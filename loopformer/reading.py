@@ -45,7 +45,8 @@ def decoded(data: bytes, where: Any, remedy: str = 'save it as UTF-8') -> str:
     ConfigError: it is not UTF-8.
   """
   head = data[:1000]
-  if data.startswith(WIDE) or len(head) > 3 and not (head[::2].strip(b'\0') and head[1::2].strip(b'\0')):
+  nulls = max(head[::2].count(0), head[1::2].count(0))  # every other byte of most letters is 0 there
+  if data.startswith(WIDE) or len(head) > 3 and 4 * nulls > len(head):
     raise ConfigError(f'{where} is not UTF-8, but looks like UTF-16 or UTF-32; {remedy}')
   try:
     return data.decode('utf-8').lstrip(MARK)

@@ -96,7 +96,17 @@ def path(name: str | os.PathLike) -> Any:
 
 def absolute(name: str | os.PathLike) -> Any:
   """The same path from every current folder."""
-  return path(name) if remote(name) else path(name).absolute()
+  return path(name) if remote(name) else Path(os.path.abspath(path(name)))
+
+
+def whole(name: str) -> bool:
+  """Whether a path or glob means the same from every current folder."""
+  return remote(name) or os.path.isabs(os.path.expanduser(name))
+
+
+def within(root: str, name: str) -> str:
+  """A path or glob that starts from a folder, unless it is whole."""
+  return name if remote(name) else os.path.join(root, os.path.expanduser(name))
 
 
 def remote(name: str | os.PathLike) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 import math
+import os
 import re
 import sys
 
@@ -18,8 +19,10 @@ FLAGS = flags.FLAGS
 
 def run(main):
   """Reads the flags, and runs `main(argv)`."""
-  for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors='backslashreplace')  # a console of few letters loses them, never a result
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed, as daemons have it
+      setattr(sys, name, open(os.devnull, 'w'))
+    getattr(sys, name).reconfigure(errors='backslashreplace')  # a console of few letters loses them, never a result
   interrupts.run(lambda: app.run(functools.partial(begin, main), flags_parser=parse))
 
 
@@ -42,7 +45,8 @@ def parse(argv: list[str]) -> list[str]:
       sys.exit(f'error: {" ".join(words[1:])}: not a flag; flags begin with --, see --help')
     for name in FLAGS:
       if isinstance(FLAGS[name].value, float) and not math.isfinite(FLAGS[name].value):
-        raise flags.IllegalFlagValueError(f'flag --{name}={FLAGS[name].value}: ')
+        given = [word for word in argv if word.lstrip('-').startswith(f'{name}=')]
+        raise flags.IllegalFlagValueError(f'flag --{given[-1].lstrip("-") if given else name}: ')
     return words
   except flags.IllegalFlagValueError as error:
     sys.exit(f'error: {_told(str(error))}')
@@ -52,9 +56,10 @@ def parse(argv: list[str]) -> list[str]:
 
 def _told(text: str) -> str:
   """What a flag was given, and what it takes: absl says how its conversion failed."""
-  found = re.match(r'flag (--(\w+)=.*?): ', text, re.DOTALL)
+  found = re.match(r'flag (--(\w+)(?:=.*?)?): ', text, re.DOTALL)
   takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
-  kinds = {'an integer': 'a whole number', 'a number': 'a finite number'}
+  kinds = {'an integer': 'a whole number', 'a number': 'a finite number', 'a non-negative number': 'a finite number, 0 or '
+           'more'}
   for kind, words in kinds.items():
     takes = takes and takes.replace(kind, words)
   return f'{found[1]}: must be {takes}' if takes else text.replace('\n', '; ')

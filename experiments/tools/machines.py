@@ -52,10 +52,10 @@ def check_set(assignments: Sequence[str], command: str):
 def mesh_for_import(assignments: Sequence[str]) -> jax.sharding.Mesh | None:
   """The mesh that --set tells of, or all devices, which divide the weights; None for one device."""
   check_set(assignments, '--mode=import')
-  mesh = Mesh() if assignments else Mesh(data=1, fsdp=-1)
+  held = {'mesh': Mesh() if assignments else Mesh(data=1, fsdp=-1)}
   for assignment in assignments:
-    mesh = configs.override(mesh, assignment.strip().removeprefix('mesh.'))
-  made = mesh.make(jax.devices())
+    held = configs.override(held, assignment)
+  made = held['mesh'].make(jax.devices())
   return made if made.size > 1 else None
 
 

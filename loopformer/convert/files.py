@@ -45,6 +45,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     raise
   except Exception as error:  # the readers have no common class of error for a damaged file
     reason = (str(error).splitlines() or [''])[0]
+    if type(error).__name__ == 'UnpicklingError':  # which advises to run it
+      reason = 'it holds more than tensors, numbers and texts, or is damaged; nothing of it was run'
     raise ConfigError(f'source = {path}: cannot be read ({type(error).__name__}: {reason}); save the state dict alone, '
                       'as .safetensors or by torch.save(model.state_dict(), path)') from error
   if not isinstance(held, Mapping):

@@ -74,6 +74,8 @@ class Decoder:
   def __post_init__(self):
     for name in ('vocab', 'width', 'hidden', 'layers', 'heads', 'groups', 'length'):
       check_count(name, getattr(self, name))
+      if name != 'layers' and getattr(self, name) >= 2 ** 31:  # too many layers are found by counting tensors
+        raise ConfigError(f'{name} = {getattr(self, name)}: no tensor has so many rows')
     check_heads(self.heads, self.groups, self.width)
     if self.width // self.heads % 2:
       raise ConfigError(f'heads = {self.heads}: their width {self.width // self.heads} is odd, and rotary positions '

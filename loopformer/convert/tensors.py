@@ -130,7 +130,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
   Raises:
     ConfigError: the file is damaged, is no state dict, or holds what is no tensor of numbers.
   """
-  held = {name: tensor for name, tensor in files.read(path).items() if hasattr(tensor, 'dtype')}
+  held = {name: tensor.detach() for name, tensor in files.read(path).items() if hasattr(tensor, 'detach')}
   codes = {f'torch.{np.dtype(kind).name}': code for code, kind in DTYPES.items()} | {'torch.bool': 'BOOL'}
 
   def reader(tensor):
@@ -139,6 +139,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     return tensor.numpy
 
   for name, tensor in held.items():
+    if 'strided' not in str(tensor.layout) or tensor.is_meta:
+      raise ConfigError(f'{path}: tensor {name!r} is {tensor.layout} on {tensor.device}; save it again with its numbers, as '
+                        'safetensors')
     if str(tensor.dtype) not in codes or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
       raise ConfigError(f'{path}: tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}, which is not read, or '
                         'more than the file holds; save it again as safetensors')

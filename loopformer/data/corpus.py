@@ -108,7 +108,7 @@ class Files:
   @property
   def paths(self) -> tuple[str, ...]:
     """Fields that hold paths."""
-    return () if all(map(_whole, (*self.train, *self.validation_files))) else ('root',)
+    return () if all(map(storage.whole, (*self.train, *self.validation_files))) else ('root',)
 
   def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
     """All documents; what is skipped is counted in `left_out` by why."""
@@ -134,13 +134,13 @@ class Files:
 
   def _found(self, field: str, left_out: collections.Counter | None = None) -> list[storage.File]:
     """Every file that the globs of a field match, once, in order of path."""
-    files, names, again = {}, collections.defaultdict(set), set()
+    files, names, passed = {}, collections.defaultdict(set), collections.defaultdict(set)
     for pattern in getattr(self, field):
-      found = _matches(pattern, self.root, again)
+      found = _matches(pattern, self.root, passed)
       if not found:
         remedy = f'give a glob of files in it, such as {os.path.join(pattern, "**", "*.txt")!r}'
         folder = not storage.remote(pattern) and os.path.isdir(self._at(pattern))
-        where = '' if _whole(pattern) else f' in {self.root or os.getcwd()}'
+        where = '' if storage.whole(pattern) else f' in {self.root or os.getcwd()}'
         raise FileNotFoundError(f'Files.{field}: {pattern!r} is a folder; {remedy}' if folder else
                                 f'Files.{field}: no file matches {pattern!r}{where}; correct the glob')
       for path, (identity, file) in found.items():
@@ -152,8 +152,8 @@ class Files:
         files[path] = file
         names[identity].add(path)
     if left_out is not None:
-      left_out += collections.Counter({'links to folders that were met before': len(again),
-                                       'further names of files': len(files) - len(names)})
+      left_out += collections.Counter({why: len(paths) for why, paths in passed.items()})
+      left_out += collections.Counter({'further names of files': len(files) - len(names)})
     kept = (min(own, key=lambda name: _links(self._at(name))) if len(own) > 1 else own.pop() for own in names.values())
     return [files[path] for path in sorted(kept)]
 
@@ -227,7 +227,7 @@ class Files:
 
   def _at(self, name: str) -> str:
     """Where a file or glob of this name lies."""
-    return name if storage.remote(name) else os.path.join(self.root, os.path.expanduser(name))
+    return storage.within(self.root, name)
 
   def _missing(self, where: str, present: list[str]) -> ValueError:
     return ValueError(
@@ -279,21 +279,17 @@ def _first(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _whole(pattern: str) -> bool:
-  """Whether a glob means the same from every folder."""
-  return storage.remote(pattern) or os.path.isabs(os.path.expanduser(pattern))
-
-
-def _matches(pattern: str, root: str, again: set[str]) -> dict[str, tuple]:
+def _matches(pattern: str, root: str, passed: dict[str, set]) -> dict[str, tuple]:
   """Every file that a glob matches: name -> (what it is known by whatever its name, the file).
 
-  root: where the glob starts from, if it does not name it; names leave it out. Adds to `again` the links to folders that
-  were met before.
+  root: where the glob starts from, if it does not name it; names leave it out. passed: what is passed over, by why.
   """
   if not storage.remote(pattern):
     own = os.path.join(root, os.path.expanduser(pattern))
-    paths = filter(os.path.isfile, _named(os.path.join(own, '*') if os.path.basename(own) == '**' else own, again))
-    before = 0 if _whole(pattern) else len(os.path.join(root, ''))
+    found = list(_named(os.path.join(own, '*') if os.path.basename(own) == '**' else own, passed))
+    passed['links to nothing'] |= {path for path in found if not os.path.exists(path)}
+    paths = filter(os.path.isfile, found)
+    before = 0 if storage.whole(pattern) else len(os.path.join(root, ''))
     return {path[before:]: (_identity(path), storage.described(path[before:], path)) for path in paths}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
@@ -308,27 +304,27 @@ def _identity(path: str) -> tuple:
   return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)
 
 
-def _named(pattern: str, again: set[str]) -> list[str]:
+def _named(pattern: str, passed: dict[str, set]) -> list[str]:
   """What a glob of this machine matches; a name that is there is matched by itself, whatever brackets stand in it."""
   if not glob.has_magic(pattern):
     return [pattern] if os.path.lexists(pattern) else []
   head, name = os.path.split(pattern)
-  tops = [top for top in _named(head, again) if os.path.isdir(top or os.curdir)] if head else ['']
+  tops = [top for top in _named(head, passed) if os.path.isdir(top or os.curdir)] if head else ['']
   if name == '**':
-    return [folder for top in tops for folder in _folders(top, again)]
+    return [folder for top in tops for folder in _folders(top, passed)]
   return [os.path.join(top, found) for top in tops for found in
           ([name] if os.path.lexists(os.path.join(top, name)) else glob.glob(name, root_dir=top or None))]
 
 
-def _folders(top: str, again: set[str]) -> Iterator[str]:
+def _folders(top: str, passed: dict[str, set]) -> Iterator[str]:
   """A folder and those in it that are not hidden, each once: by a name without links where it has one."""
   seen, waiting = set(), [top]
   while waiting:
     links = []
     for begin in waiting:
-      for folder, inner, _ in os.walk(begin or os.curdir):
+      for folder, inner, _ in os.walk(begin or os.curdir, onerror=_refuse):
         if _identity(folder) in seen:
-          again.add(folder)
+          passed['links to folders that were met before'].add(folder)
           inner.clear()
           continue
         seen.add(_identity(folder))
@@ -337,6 +333,10 @@ def _folders(top: str, again: set[str]) -> Iterator[str]:
         links += [path for path in (os.path.join(folder, name) for name in inner) if os.path.islink(path)]
         yield folder
     waiting = links
+
+
+def _refuse(error: OSError):
+  raise ConfigError(f'Files: {error.filename}: its files cannot be listed ({error.strerror}); see to its permissions') from error
 
 
 def _links(path: str) -> tuple[int, str]:

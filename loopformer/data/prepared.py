@@ -179,11 +179,12 @@ def _wrong(manifest: dict) -> str | None:
     return f'{bad[0]} is no text'
   if manifest.get('dtype') not in DTYPES or manifest.get('record') != RECORD:
     return f'dtype={manifest.get("dtype")!r}, record={manifest.get("record")!r}: not one of {DTYPES}, {RECORD}'
-  if not isinstance(sources, dict) or not {'count', 'sha256', 'files'} <= sources.keys() or not all(
-      isinstance(row, list) and len(row) == 3 for row in sources['files'] or ()):
+  if not isinstance(sources, dict) or not {'count', 'sha256', 'files'} <= sources.keys() or not isinstance(
+      sources['files'], list | None) or not all(map(_is_source, sources['files'] or ())):
     return 'sources are not described'
-  if not isinstance(manifest.get('left_out', {}), dict):
-    return 'left_out is no object'
+  left_out = manifest.get('left_out', {})
+  if not isinstance(left_out, dict) or not _counted(left_out, *left_out):
+    return 'left_out holds no counts'
   if not isinstance(splits, dict) or set(splits) != set(SPLITS):
     return f'splits are not {", ".join(SPLITS)}'
   for split, counts in splits.items():
@@ -194,10 +195,18 @@ def _wrong(manifest: dict) -> str | None:
     for shard in shards:  # a name that leads nowhere else
       if not re.fullmatch(rf'{split}-\d+-of-\d+\.array_record', str(shard.get('name'))):
         return f'{shard.get("name")!r} is no name of a shard'
+    if not counts['tokens']:
+      return f'the split {split} has no tokens'
     tokens, records = (sum(shard[name] for shard in shards) for name in ('tokens', 'records'))
     if tokens != counts['tokens'] or records != -(-tokens // RECORD):
       return f'the shards of {split} have {tokens} tokens in {records} records, the split {counts["tokens"]}'
   return None
+
+
+def _is_source(row) -> bool:
+  """Whether it is [name, size, hash or None]."""
+  return isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and type(row[1]) is int and isinstance(
+    row[2], str | None)
 
 
 def _counted(described, *names: str) -> bool:

@@ -384,7 +384,12 @@ class GivenPieces:
   """Part: a sentencepiece .model file; FileNotFoundError if absent, ValueError if it cannot end a document."""
 
   path: str
-  paths = ('path',)
+  root: str = dataclasses.field(default='', repr=False)  # the folder that it starts from, as of corpus.Files
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Fields that hold paths."""
+    return () if storage.whole(self.path) else ('root',)
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts
@@ -399,11 +404,12 @@ class GivenPieces:
     return [_source(self.path, self._read())]
 
   def _read(self) -> bytes:
-    if not storage.path(self.path).exists():
+    path = storage.path(storage.within(self.root, self.path))
+    if not path.exists():
       raise FileNotFoundError(
         f'GivenPieces.path={self.path!r}: no such file; give the path of a sentencepiece .model file'
       )
-    return reading.contents(self.path, 'give the path of a sentencepiece .model file')
+    return reading.contents(path, 'give the path of a sentencepiece .model file')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -413,7 +419,12 @@ class GivenJson:
 
   path: str
   eos: str
-  paths = ('path',)
+  root: str = dataclasses.field(default='', repr=False)  # the folder that it starts from, as of corpus.Files
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Fields that hold paths."""
+    return () if storage.whole(self.path) else ('root',)
 
   def build(self, texts: Iterable[str]) -> Tokenizer:
     del texts
@@ -425,9 +436,10 @@ class GivenJson:
     return [_source(self.path, self._read().encode())]
 
   def _read(self) -> str:
-    if not storage.path(self.path).exists():
+    path = storage.path(storage.within(self.root, self.path))
+    if not path.exists():
       raise FileNotFoundError(f'GivenJson.path={self.path!r}: no such file; give the path of a tokenizer.json')
-    return json_text(self.path)
+    return json_text(path)
 
 
 def _source(path: str, contents: bytes) -> storage.File:

@@ -390,6 +390,7 @@ class Engine:
                loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None,
                num_draft: int = 4,
                max_steps: int = 16):
+    _check_text(model, tokenizer)
     limit = model.read_in.length
     for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops),
                         ('length', length)):
@@ -460,13 +461,13 @@ class Engine:
     whole('max_new_tokens', max_new_tokens, 1)
     for name, value in (('seed', seed), ('number', number)):
       whole(name, value, 0, SEEDS - 1)
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    if isinstance(stop, str) or not isinstance(stop, Iterable) or not all(isinstance(text, str) and text for text in stop):
       raise ConfigError(f'stop = {stop!r}: give a list of texts, none of them empty')
     steps = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(steps) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
                         f'engine with loops={len(steps)}')
-    ids = self._ids(prompt) or [self.tokenizer.eos]
+    ids = _ids(prompt, self._requests, self.tokenizer, self._vocab) or [self.tokenizer.eos]
     if len(ids) + max_new_tokens > self.length:
       raise ConfigError(f'prompt {self._requests} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that '
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
@@ -476,18 +477,6 @@ class Engine:
                                   number, tuple(stop)))
     self._requests += 1
     return self._requests - 1
-
-  def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-    """Of a prompt. Raises ConfigError where it has others than the tokenizer and the model know."""
-    if isinstance(prompt, str):
-      ids = self.tokenizer.encode(prompt)
-      if max(ids, default=0) >= self._vocab:
-        raise ConfigError(f'prompt {self._requests}: the tokenizer gives the id {max(ids)}, but the model has '
-                          f'{self._vocab} (read_in.vocab); give the tokenizer that it was trained with')
-      return ids
-    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
-      raise ConfigError(f'prompt {self._requests} = {prompt!r}: give a text, or a list of ids')
-    return [whole(f'prompt {self._requests}: the id', token, 0, self._vocab - 1) for token in prompt]
 
   def stream(self) -> Iterator[TextChunk]:
     """Pieces of text as they come, until no request is left; more may be submitted meanwhile."""
@@ -596,10 +585,31 @@ class Engine:
     return TextChunk(request.number, piece, request.done)
 
 
+def _ids(prompt: str | Sequence[int], number: int, tokenizer: Any, vocab: int) -> list[int]:
+  """Of a prompt. Raises ConfigError where it has others than tokenizer and model know, `vocab` of them."""
+  if isinstance(prompt, str):
+    ids = tokenizer.encode(prompt)
+    if max(ids, default=0) >= vocab:
+      raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} (read_in.vocab); '
+                        'give the tokenizer that it was trained with')
+    return ids
+  if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+    raise ConfigError(f'prompt {number} = {prompt!r}: give a text, or a list of ids')
+  return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in prompt]
+
+
 def _pending(text: str, stops: Sequence[str]) -> int:
   """Characters at the end that may still change: the beginning of a stop, or of a letter of several bytes."""
   open_ = len(text) - len(text.rstrip('\ufffd'))
   return max([open_, *(n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+
+
+def _check_text(model: Any, tokenizer: Any):
+  """Raises ConfigError where there is no text that could be generated."""
+  if tokenizer is None or not model.read_in.vocab:
+    raise ConfigError('tokenizer = None: no text can be generated; give one, such as loopformer.data.tokenizer.GivenPieces('
+                      'path=...).build(())' if model.read_in.vocab else
+                      'model: its inputs are vectors, and it has no text that could be generated')
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -607,14 +617,14 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str], *,
+def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str | Sequence[int]], *,
              budget: int | Sequence[float] | None = None, max_new_tokens: int = 64, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (),
              exit: Any = None, draft: int | Sequence[float] | None = None, rows: int = 32) -> list[str]:
   """Continues prompts. For many calls keep an `Engine`, which sets up weights and caches once.
 
   Args:
-    prompts: texts, of any lengths; an empty one starts a document.
+    prompts: texts, or lists of ids, of any lengths; an empty one starts a document.
     budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; the model's own by default.
     max_new_tokens: at most this many tokens each; a row ends early where the model ends the document.
     temperature, top_k, top_p: 0 takes the likeliest token.
@@ -632,13 +642,17 @@ def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str],
   Raises:
     ConfigError: a prompt with its continuation does not fit the model's positions; a schedule or control out of range.
   """
-  if isinstance(prompts, str):
+  if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
     raise ConfigError(f'prompts = {prompts!r}: give a list of texts')
+  _check_text(model, tokenizer)
+  whole('rows', rows, 1)
+  prompts = list(prompts)
   steps = plans.resolve(model.loops if budget is None else budget, 'budget')
   warn_beyond(model, steps)
   if not prompts:
     return []
-  encoded = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
+  vocab = min(tokenizer.vocab_size, model.read_in.vocab)
+  encoded = [_ids(prompt, number, tokenizer, vocab) or [tokenizer.eos] for number, prompt in enumerate(prompts)]
   room = max(map(len, encoded)) + whole('max_new_tokens', max_new_tokens, 1)
   length = min(_rounded(room), model.read_in.length)
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows), length=length,

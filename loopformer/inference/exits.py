@@ -133,6 +133,8 @@ def check(model: Any, exit_policy: Any, name: str):
 
   Steps are traced with abstract values: nothing is computed, and nothing compiled.
   """
+  if not hasattr(exit_policy, 'decides'):
+    raise ConfigError(f'{name} = {exit_policy!r}: give an exits.Adaptive, such as Adaptive(rule=KL(threshold=1e-3))')
   if not exit_policy.decides:
     raise ConfigError(f'{name} = {exit_policy}: it picks from the states of a whole plan, and does not stop token by token; '
                       'use exits.Adaptive with a rule, or no exit for all steps')

@@ -156,7 +156,8 @@ class Scorer:
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, steps: int | Sequence[float] | None = None,
                exit: Any = None, batch: int = 16, log: Callable[[str], None] | None = None):
     if tokenizer is None or not model.read_in.vocab:
-      raise ConfigError('model: its inputs are vectors, and it has no text that could be scored')
+      raise ConfigError('tokenizer = None: no text can be scored; import the model again with its tokenizer beside it'
+                        if model.read_in.vocab else 'model: its inputs are vectors, and it has no text that could be scored')
     if tokenizer.vocab_size > model.read_in.vocab:
       raise ConfigError(f'tokenizer: {tokenizer.vocab_size} ids, but the model has {model.read_in.vocab} '
                         '(read_in.vocab); give the tokenizer that it was trained with')

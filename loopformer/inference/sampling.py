@@ -66,7 +66,7 @@ def _threshold(scaled, control):
   probability = jax.nn.softmax(jnp.where(within, order, -jnp.inf), -1)
   before = jnp.cumsum(probability, -1) - probability  # of all likelier tokens; the likeliest is always kept
   kept = (within & (before < control.top_p[:, None])).sum(-1)
-  return jnp.take_along_axis(order, kept[:, None] - 1, -1)
+  return jnp.take_along_axis(order, jnp.maximum(kept, 1)[:, None] - 1, -1)  # a top_p next to 0 leaves one
 
 
 def sample(logits: Array, keys: Array) -> Array:

@@ -127,6 +127,7 @@ class Caught:
     self.words = words
     self.told = threading.Event()
     self.stepping = False  # whether there is something to save
+    self.reached = None  # the last step that was begun
     self.heard = 0  # interrupts that the watching thread has heard of since
     self._interrupts = 0
     self._old = {}

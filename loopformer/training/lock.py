@@ -73,10 +73,14 @@ class Lock:
                     f'nothing was heard of this one for {PATIENCE:.0f} s; this one ends, and writes nothing more there')
 
   def _take(self):
-    exclusive = not storage.remote(self._path)  # not every maker's store knows of files that are not there yet
+    tries, exclusive = 0, not storage.remote(self._path)  # not every maker's store knows of files that are not there yet
     while not storage.create(self._path, self._own):
       found = self._read()
       if found is None:  # its owner has just ended
+        tries += 1
+        if tries > 20:
+          raise ConfigError(f'{self._path}: it cannot be made, and is not there (a link that leads nowhere?); remove it')
+        time.sleep(POLL / 20)
         continue
       if found[0] == self._own:  # an answer of the store was lost
         break
@@ -94,7 +98,7 @@ class Lock:
     """The text and the time of the lock that is there."""
     def look():
       try:
-        return self._path.read_text(), storage.written(self._path)
+        return self._path.read_text(errors='replace'), storage.written(self._path)
       except FileNotFoundError:
         return None
 

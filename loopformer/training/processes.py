@@ -82,7 +82,7 @@ def say(text: str):
     print(text, flush=True)
   except UnicodeEncodeError:
     print(text.encode('ascii', 'backslashreplace').decode(), flush=True)
-  except BrokenPipeError:
+  except OSError:  # a pipe without a reader, a full disk
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

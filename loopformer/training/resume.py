@@ -48,7 +48,9 @@ def check(config: Any, workdir: Any):
   told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
   told = f'workdir = {workdir} holds a run of another configuration: {told}. '
   if others:
-    raise ConfigError(f'{told}Give another --workdir, or the configuration that the run was started with')
+    moved = any(path.endswith('.root') for path, *_ in others)
+    raise ConfigError(f'{told}Give another --workdir, or the configuration that the run was started with'
+                      + (' (none at all, to go on from another current folder)' if moved else ''))
   old, new = saved.train, config.train
   if new.extended != old.extended:
     if new.extended != (*old.extended, old.steps):

@@ -164,7 +164,8 @@ def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, St
   shardings = sharding.shardings(shapes, mesh, roles)
   byte_lengths = tokenizer and jax.device_put(text_bytes(tokenizer), NamedSharding(mesh, P()))
   control = config.control.start()
-  with Checkpoints(workdir, options.keep, best) as checkpoints:
+  caught = interrupts.Caught(lambda: _words(workdir, caught.reached))
+  with caught, Checkpoints(workdir, options.keep, best) as checkpoints:  # the last save is waited for while signals are
     target = abstract(shapes, shardings)
     if checkpoints.latest() == 0:  # what `Loaded.save` wrote: parameters alone, to start from
       params, first, restored = checkpoints.restore_params(0, target.params)[1], 0, None
@@ -197,16 +198,28 @@ def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, St
         given, frozen[name] = restore_model(teacher.folder, teacher.model(config.model), mesh)
         log(f'the teacher of {teacher.folder} is as it was at step {given}')
     run = _Run(config, workdir, mesh, functools.partial(step, frozen=frozen), writer, checkpoints, held_out,
-               byte_lengths, rows, log, control, _Profile(workdir / 'profile', profile), held)
+               byte_lengths, rows, log, control, _Profile(workdir / 'profile', profile), held, caught)
     try:
       with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
         stack.callback(run.profile.stop)
-        return end, run(state, stream, first)
+        state = run(state, stream, first)
     except Unsaved:
       raise
     except OSError as error:
       raise OSError(f'{error}; {checkpoints.resumes()}') from error
+  if end < options.steps and not processes.all_agree(not (run.stopped or caught.told.is_set())):
+    log(f'stopped by a signal after step {end}; the same command resumes there')
+    raise SystemExit(0)
+  return end, state
+
+
+def _words(workdir: Any, reached: int | None) -> str:
+  """What is to be said where a run is ended at once. reached: the last step that was begun, None if none was."""
+  saved = trained(workdir)
+  return ('before the first step' if reached is None else f'after step {reached}') + '; ' + (
+      f'the last good checkpoint is step {saved}, where the same command resumes' if saved else
+      'nothing was saved yet, so the same command begins again')
 
 
 def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> State:
@@ -267,51 +280,43 @@ class _Run:
   control_state: dict  # the controller's
   profile: _Profile
   held: Callable[[], None]  # raises where another run has the folder
-  reached: int | None = None  # the last step that was begun
+  caught: interrupts.Caught
   stopped: bool = False  # a process was told to stop, and all know
 
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
     self.clock = clock = _Clock(self.config, first)
     pending = None
-    with interrupts.Caught(self._words) as caught:
-      for number in range(first + 1, options.steps + 1):
-        self.profile.at(number)
-        with clock.timed('data'):
-          rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), caught.told.is_set(), np.float32)}
-        with clock.timed('step'):
-          batch = sharding.put_batch(rows, self.mesh, options.accumulate)
-          stage = self.config.control.stage(self.control_state)
-          state, values = self.step(state, batch, stage)
-        self.reached, caught.stepping = number, True
-        self.held()
+    for number in range(first + 1, options.steps + 1):
+      self.profile.at(number)
+      with clock.timed('data'):
+        rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), self.caught.told.is_set(), np.float32)}
+      with clock.timed('step'):
+        batch = sharding.put_batch(rows, self.mesh, options.accumulate)
+        stage = self.config.control.stage(self.control_state)
+        state, values = self.step(state, batch, stage)
+      self.caught.reached, self.caught.stepping = number, True
+      self.held()
+      self._report(pending)
+      pending = (number, values)
+      last, evaluated = number == options.steps, {}
+      self.stopped |= jax.process_count() == 1 and self.caught.told.is_set()  # several agree one step later
+      if number % options.eval_every == 0 or last:
         self._report(pending)
-        pending = (number, values)
-        last, evaluated = number == options.steps, {}
-        self.stopped |= jax.process_count() == 1 and caught.told.is_set()  # several agree one step later
-        if number % options.eval_every == 0 or last:
-          self._report(pending)
-          pending = None
-          with clock.timed('eval'), jax.set_mesh(self.mesh):  # over which kernels divide their rows
-            evaluated = self._evaluate(number, sharding.gathered(averages.exchanged(state.params, state.optimizer)[0]))
-        if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
-          self._report(pending)  # a state is saved once its loss is known to be finite
-          pending = None
-          with clock.timed('save'):
-            self.writer.flush()  # rows of steps that are saved are not written again
-            params, optimizer_state = averages.exchanged(state.params, state.optimizer)
-            self.checkpoints.save(number, params, optimizer_state, stream.get_state(), self.control_state, evaluated)
-        if self.stopped and not last:
-          self.log(f'stopped by a signal after step {number}; the same command resumes there')
-          raise SystemExit(0)
+        pending = None
+        with clock.timed('eval'), jax.set_mesh(self.mesh):  # over which kernels divide their rows
+          evaluated = self._evaluate(number, sharding.gathered(averages.exchanged(state.params, state.optimizer)[0]))
+      if number % options.save_every == 0 or last or self.stopped or (options.best and evaluated):
+        self._report(pending)  # a state is saved once its loss is known to be finite
+        pending = None
+        with clock.timed('save'):
+          self.writer.flush()  # rows of steps that are saved are not written again
+          params, optimizer_state = averages.exchanged(state.params, state.optimizer)
+          self.checkpoints.save(number, params, optimizer_state, stream.get_state(), self.control_state, evaluated)
+      if self.stopped and not last:
+        self.log(f'stopped by a signal after step {number}; the same command resumes there')
+        raise SystemExit(0)
     return state
-
-  def _words(self) -> str:
-    """What is to be said where the run is ended at once."""
-    saved = trained(self.workdir)
-    return (('before the first step' if self.reached is None else f'after step {self.reached}') + '; ' + (
-        f'the last good checkpoint is step {saved}, where the same command resumes' if saved else
-        'nothing was saved yet, so the same command begins again'))
 
   def _report(self, pending):
     if pending is None:

@@ -28,14 +28,15 @@ import pytest
 from experiments.configs import loopformer as paper
 from experiments.tools import records
 from loopformer import config as configs, storage
-from loopformer.convert import export, from_official, from_pretrained, ouro
+from loopformer.convert import export, from_official, from_pretrained, ouro, tensors
 from loopformer.data import prepared
 from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import Bytes, GivenJson, GivenPieces, TrainedPieces, load_tokenizer
-from loopformer.training import checkpoint, metrics
+from loopformer.tasks.text import Text
+from loopformer.training import checkpoint, lock, metrics
 from loopformer.training.checkpoint import Best, Checkpoints
 from loopformer.types import ConfigError
-from tests import llama_reference, parts, test_checkpoint, test_convert, test_llama
+from tests import llama_reference, parts, test_checkpoint, test_config, test_convert, test_llama
 
 TINY = paper.get_config('tiny')
 ROOM = 1 << 30  # bytes that reading a small file may ask for, of which little is used
@@ -516,3 +517,112 @@ def test_an_export_of_more_layers_than_rows_is_not_built(tmp_path):
       from_pretrained(tmp_path)
     assert 'config.json' in str(error.value)
     (tmp_path / 'config.json').write_bytes(whole)
+
+
+# Of the right form, and of other contents ---------------------------------------------------------------------------
+
+
+def places(value, path=()):
+  """The paths of all values in JSON."""
+  yield path
+  for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+  """The same JSON with another value at a path; DELETED: none."""
+  if not path:
+    return new
+  copied = dict(value) if isinstance(value, dict) else list(value)
+  if len(path) == 1 and new is DELETED:
+    del copied[path[0]]
+  else:
+    copied[path[0]] = changed(value[path[0]], path[1:], new)
+  return copied
+
+
+DELETED = object()
+VALUES = (None, 5, -1.5, '', 'x', [], [1], {}, True, DELETED)
+
+
+def test_a_manifest_of_other_values_is_read_or_named(tmp_path):
+  """By whoever reuses it: a right result, or one line with its path."""
+  (tmp_path / 'a.txt').write_text('some text and more\n' * 400)
+  (tmp_path / 'b.txt').write_text('other text\n' * 400)
+  task = Text(corpus=Files(train=(f'{tmp_path}/*.txt',)), tokenizer=Bytes(), length=16)
+  task.prepare(tmp_path, lambda line: None)
+  file = tmp_path / 'data/manifest.json'
+  whole = json.loads(file.read_text())
+  for path in list(places(whole))[1:]:
+    for new in VALUES:
+      file.write_text(json.dumps(changed(whole, path, new)))
+      try:
+        task.prepare(tmp_path, lambda line: None)
+      except (ValueError, OSError) as error:  # a changed name or size of a source is another corpus
+        assert str(tmp_path / 'data') in str(error), (path, new, error)
+
+
+def test_a_configuration_of_plain_values_where_parts_belong(tmp_path):
+  configs.save(test_config.TINY, tmp_path)
+  whole = json.loads((tmp_path / configs.FILE).read_text())
+
+  def at(path):
+    value = whole
+    for key in path:
+      value = value[key]
+    return value
+
+  parted = [path for path in places(whole) if isinstance(at(path), dict) and '$part' in at(path)]
+  assert len(parted) > 15
+  for path in parted:
+    for new in (5, -1.5, 'x', [], [1], True):
+      (tmp_path / configs.FILE).write_text(json.dumps(changed(whole, path, new)))
+      with pytest.raises(ConfigError, match=configs.FILE):
+        configs.read(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['experiments.main:main', 'experiments.compare:X', 'experiments.benchmark.__main__:X',
+                                  'experiments.studies.adaptive:main'])
+def test_names_of_commands_are_not_parts(name, tmp_path):
+  """Which define flags when they are imported: they are not."""
+  token = configs._TRUST.set(False)
+  try:
+    configs.save(test_config.TINY, tmp_path)
+    whole = json.loads((tmp_path / configs.FILE).read_text())
+    (tmp_path / configs.FILE).write_text(json.dumps(changed(whole, ('control',), {'$part': name})))
+    with pytest.raises(ConfigError, match=f'config.json: it names {name}, which is no part of this library'):
+      configs.read(tmp_path)
+  finally:
+    configs._TRUST.reset(token)
+  assert name.startswith('experiments.main') or name.partition(':')[0] not in sys.modules
+
+
+@pytest.mark.parametrize('kind', ['parameter', 'sparse', 'meta'])
+def test_tensors_of_pytorch_that_are_not_plain(kind, tmp_path):
+  torch = pytest.importorskip('torch')
+  made = {'parameter': lambda: torch.nn.Parameter(torch.ones(2)), 'sparse': lambda: torch.eye(2).to_sparse(),
+          'meta': lambda: torch.ones(2, device='meta')}[kind]()
+  torch.save({'w': made}, tmp_path / 'x.bin')
+  if kind == 'parameter':
+    assert tensors.read_torch(tmp_path / 'x.bin')['w'].read().tolist() == [1, 1]
+  else:
+    with pytest.raises(ConfigError, match="x.bin: (tensor 'w' is|cannot be read)|x.bin.*cannot be read"):
+      tensors.read_torch(tmp_path / 'x.bin')
+
+
+@pytest.mark.parametrize('contents', [b'\xff\xfe', b'', b'[]', b'{"process": "x"}', None])
+def test_a_damaged_lock_is_no_trace(contents, tmp_path, monkeypatch):
+  """What cannot be asked counts as dead after a while; a link that leads nowhere is named."""
+  monkeypatch.setattr(lock, 'PATIENCE', 0.2)
+  monkeypatch.setattr(lock, 'POLL', 0.05)
+  monkeypatch.setattr(lock, 'SETTLE', 0.0)
+  file = tmp_path / lock.FILE
+  if contents is None:
+    file.symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(ConfigError, match=f'{file}: it cannot be made'):
+      with lock.Lock(tmp_path, print):
+        pass
+  else:
+    file.write_bytes(contents)
+    with lock.Lock(tmp_path, print):
+      assert json.loads(file.read_text())['process'] == os.getpid()

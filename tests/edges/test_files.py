@@ -54,7 +54,8 @@ SAME = {
         {'x/a.txt': 'one', 'd/b.txt': 'two', 'd/x@': '../x'}, ['d/**/*.txt'], ['d/x/a.txt', 'd/b.txt'], {}),
     'the link comes first in the alphabet': (TWO | {'a@': 'd'}, ['**/*.txt'], ['d/a.txt', 'd/b.txt'], AGAIN),
     'a link to a file': (TWO | {'d/A.txt@': 'a.txt'}, ['d/*'], ['d/a.txt', 'd/b.txt'], {'further names of files': 1}),
-    'a link to nothing, as an editor leaves it': (TWO | {'d/c.txt@': 'gone'}, ['d/*'], ['d/a.txt', 'd/b.txt'], {}),
+    'a link to nothing, as an editor leaves it': (TWO | {'d/c.txt@': 'gone'}, ['d/*'], ['d/a.txt', 'd/b.txt'],
+                                                  {'links to nothing': 1}),
     'a hard link, as of a package cache': (TWO | {'d/c.txt=': 'd/a.txt'}, ['d/*'], ['d/a.txt', 'd/b.txt'],
                                            {'further names of files': 1}),
     'globs that overlap': (TWO, ['d/*', 'd/a*', 'd/**/*.txt'], ['d/a.txt', 'd/b.txt'], {}),
@@ -126,6 +127,7 @@ def test_equal_texts_are_on_one_side(tmp_path, monkeypatch):
 # What lies in the folder, the globs, words of the message.
 REFUSED = {
     'UTF-16, as a shell of Windows writes it': ({'a.txt': 'one'.encode('utf-16')}, '*', 'a.txt is not UTF-8.*UTF-16'),
+    'UTF-16 with letters of more bytes': ({'a.txt': 'ab\u2014cd, ef'.encode('utf-16-le')}, '*', 'a.txt is not UTF-8.*UTF-16'),
     'UTF-16 without a mark': ({'a.txt': 'one two'.encode('utf-16-le')}, '*', 'a.txt is not UTF-8.*UTF-16'),
     'the other order': ({'a.md': b'\xfe\xff' + 'one'.encode('utf-16-be')}, '*', 'a.md is not UTF-8.*UTF-16'),
     'UTF-32': ({'a.txt': 'one'.encode('utf-32')}, '*', 'a.txt is not UTF-8.*UTF-32'),
@@ -199,7 +201,7 @@ def test_globs_match_what_they_do_elsewhere(tree, parts, absolute):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(tree)
     pattern = os.path.join(*([str(tree)] if absolute else []), *parts)
-    assert set(_matches(pattern, '', set())) == set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    assert set(_matches(pattern, '', collections.defaultdict(set))) == set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 @hypothesis.given(st.lists(st.one_of(

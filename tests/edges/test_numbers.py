@@ -23,8 +23,8 @@ NAN, INF = float('nan'), float('inf')
 @pytest.mark.parametrize('word, expected', [
     ('--seed=2.7', 'a whole number in the range [0, 4294967295]'), ('--seed=-1', 'in the range [0, 4294967295]'),
     ('--seed=4294967296', 'in the range'), ('--seed=1e3', 'a whole number'), ('--seed=', 'a whole number'),
-    ('--temperature=nan', 'a non-negative number'), ('--temperature=inf', 'a non-negative number'),
-    ('--temperature=-0.1', 'a non-negative number'), ('--temperature=warm', 'a non-negative number'),
+    ('--temperature=nan', 'a finite number, 0 or more'), ('--temperature=1e999', 'a finite number, 0 or more'),
+    ('--temperature=-0.1', 'a finite number, 0 or more'), ('--temperature=warm', 'a finite number, 0 or more'),
     ('--top_p=1.01', 'a finite number in the range [0, 1]'), ('--top_p=nan', 'in the range [0, 1]'),
     ('--top_k=0', 'a positive integer'), ('--top_k=2.0', 'a positive integer'),
     ('--max_new_tokens=0', 'a positive integer'), ('--step=-1', 'a non-negative integer'),
@@ -57,7 +57,7 @@ def test_flags_that_there_are_not(words, expected):
   assert end.value.code.startswith('error: ') and expected in end.value.code and '\n' not in end.value.code
 
 
-@pytest.mark.parametrize('text', ['2.7', 'nan', 'inf', '-1', '0', '', 'two', '0.5,0.4', '1e999', '0.5,nan', '2,3', '1.5,-0.5'])
+@pytest.mark.parametrize('text', ['2.7', 'nan', 'inf', '-1', '0', '', 'two', '0.5,0.4', '1e999', '1e30', '0.5,nan', '2,3', '1.5,-0.5'])
 def test_budgets_of_the_command_line(text):
   with pytest.raises(ConfigError, match=r'--budget|budget') as error:
     plans.resolve(main.loops_or_sizes(text, '--budget'), '--budget')
@@ -108,7 +108,8 @@ GENERATION = [dict(temperature=NAN), dict(temperature=INF), dict(temperature='wa
               dict(top_p=True), dict(top_k=True), dict(top_k=2.0), dict(seed=2 ** 32), dict(seed=True), dict(seed=NAN),
               dict(max_new_tokens=INF), dict(max_new_tokens=True), dict(budget=True), dict(budget=NAN), dict(budget='2'),
               dict(budget=[]), dict(budget=[0.5, NAN]), dict(budget=[0.5, INF]), dict(budget=10 ** 9), dict(stop=['']),
-              dict(stop='x'), dict(stop=[3]), dict(stop=[None])]
+              dict(stop='x'), dict(stop=[3]), dict(stop=[None]), dict(stop=None), dict(rows=2.5), dict(rows=0),
+              dict(exit='kl:1e-3')]
 
 
 @pytest.mark.parametrize('options', GENERATION, ids=str)
@@ -116,6 +117,31 @@ def test_generation(options):
   name, = options
   with pytest.raises(ConfigError, match=f'^{name} (= |is empty)'):
     loopformer.generate(test_generate.MODEL, test_generate.PARAMS, test_generate.TOKENIZER, ['abc'], **options)
+
+
+@pytest.mark.parametrize('prompts, message', [('abc', "prompts = 'abc'"), (None, 'prompts = None'), (b'abc', 'prompts = b'),
+                                              ([['a']], "prompt 0: the id = 'a'"), (['a', 3], 'prompt 1 = 3'),
+                                              ([[10 ** 6]], 'prompt 0: the id = 1000000')], ids=str)
+def test_prompts(prompts, message):
+  with pytest.raises(ConfigError, match=message):
+    loopformer.generate(test_generate.MODEL, test_generate.PARAMS, test_generate.TOKENIZER, prompts)
+
+
+def test_without_a_tokenizer():
+  with pytest.raises(ConfigError, match='tokenizer = None: no text can be generated'):
+    loopformer.generate(test_generate.MODEL, test_generate.PARAMS, None, ['a'])
+
+
+@pytest.mark.parametrize('tokens', [[[1, 2], [3]], [1, 2], [[]], [[1.5]], [['a']], [[10 ** 6]], [[-1]], None], ids=str)
+def test_tokens_of_logits(tokens):
+  with pytest.raises(ConfigError, match='^tokens: '):
+    loopformer.logits(test_generate.MODEL, test_generate.PARAMS, tokens)
+
+
+@pytest.mark.parametrize('source', [None, 3, '/no/such/folder', '/no/such.gguf', '/no/such.pt'])
+def test_what_is_loaded(source):
+  with pytest.raises(ConfigError, match=f'{source}: (there is no such file or folder|give a path)'):
+    loopformer.load(source)
 
 
 @pytest.mark.parametrize('rule', [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,

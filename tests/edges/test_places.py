@@ -91,7 +91,7 @@ def test_paths_are_stored_whole(home, tmp_path, monkeypatch):
                           '  return dataclasses.replace(config, task=task)\n')
   here = Path.cwd()
   config = configs.absolute(configs.load('c.py', ['train.start=~/runs/first']))
-  assert dict(configs.paths(config)) == {'task.tokenizer.path': str(here / 'pieces.model'), 'task.folder': str(here / 'data'),
+  assert dict(configs.paths(config)) == {'task.tokenizer.root': str(here), 'task.folder': str(here / 'data'),
                                          'train.start': str(home / 'runs/first')}
   configs.save(config, 'run')
   monkeypatch.chdir(tmp_path)
@@ -195,6 +195,13 @@ def test_a_console_of_few_letters():
   assert done.returncode == 0 and done.stdout == b'caf\\xe9 \\U0001f600\n', done.stderr
 
 
+def test_consoles_that_are_closed():
+  """As daemons and cron have them."""
+  done = subprocess.run(f'{sys.executable} -c "from experiments.tools import command; command.run(lambda argv: print(1))" '
+                        '>&- 2>&-', shell=True, cwd=parts.ROOT)
+  assert done.returncode == 0
+
+
 def test_a_console_that_is_gone():
   """`command | head`: the work goes on to its end."""
   done = python('import os, sys\nr, w = os.pipe()\nos.dup2(w, 1)\nos.close(r)\n'
@@ -287,6 +294,7 @@ def test_a_run_is_found_from_another_folder(home, tmp_path, monkeypatch):
   shutil.rmtree(here / 'texts [1]')
   (here / 'pieces.model').unlink()
   read.task.prepare(here / 'run', said.append)
+  assert (read.task.tokenizer.root, repr(read.task.tokenizer)) == (str(here), "GivenPieces(path='pieces.model')")
   assert any('what was prepared from it is used as it is' in line for line in said)
   with pytest.raises(FileNotFoundError):  # is asked for the sources
     read.task.verify(here / 'run', said.append)

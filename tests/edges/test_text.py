@@ -145,10 +145,17 @@ def test_what_the_harness_cannot_ask_for(how, model):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn_nor_likeliest():
   logits = jax.numpy.zeros((4, 10)).at[:, 7:].set(100.0)
-  for how in (dict(temperature=0.0), dict(), dict(top_k=9), dict(top_p=0.5)):
+  for how in (dict(temperature=0.0), dict(), dict(top_k=9), dict(top_p=0.5), dict(top_p=1e-50)):
     control = jax.tree.map(lambda leaf: np.repeat(leaf, 4), controls(7, **how))
     assert np.isinf(sampling_logits(logits, control)[:, 7:]).all()
     assert np.isfinite(sampling_logits(logits, control)[:, :7]).any(-1).all()
+
+
+@pytest.mark.parametrize('top_p', [1e-10, 1e-40, 1e-50])
+def test_next_to_no_probability_leaves_the_likeliest(top_p):
+  control = jax.tree.map(lambda leaf: np.repeat(leaf, 1), controls(7, top_p=top_p))
+  left = np.isfinite(sampling_logits(jax.numpy.arange(7.0)[None], control))
+  assert left.tolist() == [[False] * 6 + [True]]
 
 
 @pytest.mark.parametrize('prompt, message', [
