@@ -7,13 +7,13 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer.convert import export, from_pretrained, tensors
+from loopformer.convert import export, from_pretrained, tensors, to_official
 from loopformer.data.tokenizer import ByteTokenizer
+from loopformer.model import init_params
 from tests import llama_reference as reference
 from tests.llama_reference import CONFIGS
 from tests.test_cli import run_here
 
-torch = pytest.importorskip('torch')
 CONFIG = CONFIGS['llama'] | {'vocab_size': 259, 'eos_token_id': 256}
 
 
@@ -33,6 +33,7 @@ def published(folder, state, how):
   (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|endoftext|>'}))
   if how == 'safetensors':
     return folder
+  torch = pytest.importorskip('torch')
   (folder / tensors.NAME).unlink()
   held = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
   if 'bfloat16' in how:
@@ -75,8 +76,7 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
 
 def test_a_checkpoint_of_the_papers_code(tmp_path):
   """As its trainer writes it: weights, and beside them NumPy's numbers."""
-  from loopformer.convert import to_official
-  from loopformer.model import init_params
+  torch = pytest.importorskip('torch')
   model = configs.load('loopformer:tiny,loops=2').model
   params = init_params(model, jax.random.key(0))
   held = {name: torch.from_numpy(np.array(value)) for name, value in to_official('loopformer', model, params).items()}
@@ -104,7 +104,7 @@ def test_what_cannot_be_imported(flags, message, state, tmp_path):
 
 def test_llama_3_comes_in_and_goes_out(tmp_path):
   """Its scaled positions: transformers' own class computes what was exported as we do."""
-  transformers = pytest.importorskip('transformers')
+  torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
   config = CONFIGS['llama3']
   reference.save(tmp_path / 'llama', config, reference.weights(config))
   model, params, _ = from_pretrained(tmp_path / 'llama')
