@@ -404,7 +404,7 @@ def test_bad_arguments(change, words):
 
 
 def test_bad_files(tmp_path):
-  for name, words in {'absent.npz': 'no such file', 'weights.bin': r"'\.bin'.*\.safetensors, \.npz"}.items():
+  for name, words in {'absent.npz': 'no such file', 'weights.onnx': r"'\.onnx'.*\.safetensors, \.npz"}.items():
     with pytest.raises(ConfigError, match=f'{name}.*{words}'):
       from_official('loopformer', tmp_path / name, heads=HEADS)
   for suffix, module in {'.npz': 'numpy', '.safetensors': 'safetensors', '.pt': 'torch'}.items():
