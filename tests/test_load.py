@@ -74,8 +74,11 @@ def test_what_a_source_does_not_have_is_refused(sources, tmp_path):
   configs.save(CONFIG, tmp_path)
   with pytest.raises(ConfigError, match='loops: a work folder says itself how its model is made'):
     loopformer.load(tmp_path, loops=2)
-  with pytest.raises(ConfigError, match='no config.json in it'):
+  with pytest.raises(ConfigError, match='nothing: there is no such file or folder'):
     loopformer.load(tmp_path / 'nothing')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ConfigError, match='no config.json in it'):
+    loopformer.load(tmp_path / 'empty')
   (tmp_path / 'damaged').mkdir()
   (tmp_path / 'damaged/config.json').write_text('{"$part": ')
   with pytest.raises(ValueError):
