@@ -98,7 +98,7 @@ class Lock:
     """The text and the time of the lock that is there."""
     def look():
       try:
-        return self._path.read_text(errors='replace'), storage.written(self._path)
+        return self._path.read_bytes().decode(errors='replace'), storage.written(self._path)
       except FileNotFoundError:
         return None
 
