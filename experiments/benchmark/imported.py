@@ -18,11 +18,12 @@ from loopformer import plans
 from loopformer.convert.llama import Decoder, write_config
 from loopformer.convert.pretrained import from_pretrained
 from loopformer.inference.engine import Engine
+from loopformer.nn.positions import Rotary
 from loopformer.training import metrics
 
 PEER = 'transformers'
 SMOL = Decoder(family='llama', vocab=49152, width=576, hidden=1536, layers=30, heads=9, groups=3, length=2048,
-               base=1e5, eps=1e-5, tied=True)  # SmolLM2-135M's shape
+               rotary=Rotary(base=1e5), eps=1e-5, tied=True)  # SmolLM2-135M's shape
 
 
 def imported_suite(repeats: int, decoder: Decoder = SMOL, batches: Iterable[int] = (1, 8), prompt: int = 64,
