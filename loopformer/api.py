@@ -73,10 +73,11 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
       what the converters refuse; an option that a run does not have.
   """
   from loopformer import config as configs
-  if not isinstance(source, (str, os.PathLike)) and 'kind' not in options:
+  named = isinstance(source, (str, os.PathLike))
+  if not named and 'kind' not in options:  # with it, a dict of arrays is taken too
     raise ConfigError(f'source = {source!r}: give a path')
-  path = storage.path(source) if isinstance(source, (str, os.PathLike)) else Path()
-  if isinstance(source, (str, os.PathLike)) and not storage.remote(path) and not path.exists():
+  path = storage.path(source) if named else Path()
+  if named and not storage.remote(path) and not path.exists():
     raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face folder, '
                       'or a file of weights')
   if 'kind' in options or path.suffix == '.gguf' or not configs.is_workdir(path) and (path / configs.FILE).is_file():
