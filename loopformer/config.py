@@ -53,7 +53,7 @@ _TRUST = contextvars.ContextVar('trust', default=False)
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
         'evals', 'mesh')
 # What numbers of a name may be in every part, whole ones and others; what a part asks besides it says itself.
-WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
+WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'head', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
                        'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1))
 WHOLE |= {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
 REAL = {

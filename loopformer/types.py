@@ -364,6 +364,7 @@ class Attention(Protocol):
 
   heads: int
   groups: int | None
+  head: int | None  # the width of a head; None: the layer's divided by `heads`
   kernel: Kernel
   position: Position | None
 
@@ -396,7 +397,7 @@ class Position(Protocol):
   """Where queries and keys learn their places."""
 
   def check(self, heads: int, width: int, where: str):
-    """Raises ConfigError where heads cannot be served."""
+    """Raises ConfigError where heads, `width` wide together, cannot be served."""
 
   def rotate(self, x: Array, pos: Array) -> Array:
     """Queries or keys [B, T, H, d] at positions i32[B, T] -> the same shape."""

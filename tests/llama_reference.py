@@ -15,6 +15,14 @@ CONFIGS = {
     'biased': BASE | {'model_type': 'llama', 'attention_bias': True},
     'qwen2': BASE | {'model_type': 'qwen2', 'use_sliding_window': False, 'sliding_window': 8},
     'qwen3': BASE | {'model_type': 'qwen3', 'tie_word_embeddings': False},
+    'wide': BASE | {'model_type': 'llama', 'head_dim': 12},
+    'narrow': BASE | {'model_type': 'mistral', 'head_dim': 6, 'num_key_value_heads': 1, 'sliding_window': T},
+    'qwen3_wide': BASE | {'model_type': 'qwen3', 'head_dim': 16},
+    'olmo2': BASE | {'model_type': 'olmo2', 'num_key_value_heads': G, 'tie_word_embeddings': False},
+    'nanbeige': BASE | {'model_type': 'nanbeige', 'head_dim': 16, 'tie_word_embeddings': False, 'num_loops': 2,
+                        'loop_loss_weights': [], 'skip_loop_final_norm': False},
+    'nanbeige_skip': BASE | {'model_type': 'nanbeige', 'tie_word_embeddings': False, 'num_loops': 3,
+                             'skip_loop_final_norm': True},
     'llama3': BASE | {'model_type': 'llama', 'rope_scaling': {
         'rope_type': 'llama3', 'factor': 4.0, 'low_freq_factor': 0.6, 'high_freq_factor': 1.3,
         'original_max_position_embeddings': 12}},
@@ -26,20 +34,23 @@ CONFIGS = {
 def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
   """Random float32 tensors under their names; scales near one, all else wide enough that every part is felt."""
   rng = np.random.default_rng(seed)
-  d, groups = D // H, config['num_key_value_heads']
+  d, groups = config.get('head_dim', D // H), config['num_key_value_heads']
   shapes = {'model.embed_tokens.weight': (V, D), 'model.norm.weight': (D,)}
   if not config['tie_word_embeddings']:
     shapes['lm_head.weight'] = (V, D)
   biased = {'qwen2': 'qkv'}.get(config['model_type'], 'qkvo' if config.get('attention_bias') else '')
   for i in range(config['num_hidden_layers']):
-    layer = {'input_layernorm.weight': (D,), 'post_attention_layernorm.weight': (D,),
+    first = 'post_feedforward_layernorm' if config['model_type'] == 'olmo2' else 'input_layernorm'
+    layer = {f'{first}.weight': (D,), 'post_attention_layernorm.weight': (D,),
              'mlp.gate_proj.weight': (F, D), 'mlp.up_proj.weight': (F, D), 'mlp.down_proj.weight': (D, F)}
-    for name, rows in (('q', D), ('k', groups * d), ('v', groups * d), ('o', D)):
-      layer[f'self_attn.{name}_proj.weight'] = (rows, D)
+    for name, rows in (('q', H * d), ('k', groups * d), ('v', groups * d), ('o', D)):
+      layer[f'self_attn.{name}_proj.weight'] = (rows, H * d if name == 'o' else D)
       if name in biased:
         layer[f'self_attn.{name}_proj.bias'] = (rows,)
     if config['model_type'] == 'qwen3':
       layer |= {'self_attn.q_norm.weight': (d,), 'self_attn.k_norm.weight': (d,)}
+    if config['model_type'] == 'olmo2':
+      layer |= {'self_attn.q_norm.weight': (H * d,), 'self_attn.k_norm.weight': (groups * d,)}
     shapes |= {f'model.layers.{i}.{name}': shape for name, shape in layer.items()}
   return {name: ((1 if 'norm' in name else 0) + 0.3 * rng.standard_normal(shape)).astype(np.float32)
           for name, shape in shapes.items()}
@@ -75,36 +86,49 @@ def logits(sd: dict[str, np.ndarray], config: dict, tokens: np.ndarray, order=No
 
 
 def _one(sd, config, tokens, order):
+  eps, x = config['rms_norm_eps'], sd['model.embed_tokens.weight'][tokens]
+  for loop in range(last := config.get('num_loops', 1)):
+    for i in order:
+      x = _layer({name.removeprefix(f'model.layers.{i}.'): value for name, value in sd.items()}, config, x)
+    if loop + 1 == last or not config.get('skip_loop_final_norm'):
+      x = rms(x, sd['model.norm.weight'], eps)
+  return x @ sd.get('lm_head.weight', sd['model.embed_tokens.weight']).T
+
+
+def _layer(layer, config, x):
+  """x [T, D] after a layer; its norms stand before the branches, or where there is no input_layernorm after them."""
   eps, groups = config['rms_norm_eps'], config['num_key_value_heads']
   base = config.get('rope_theta') or config['rope_parameters']['rope_theta']
-  d = D // H
-  x = sd['model.embed_tokens.weight'][tokens]
-  mask = np.where(np.tril(np.ones(2 * (len(tokens),))) > 0, 0, -np.inf)
-  for i in order:
-    layer = {name.removeprefix(f'model.layers.{i}.'): value for name, value in sd.items()}
+  d, post = config.get('head_dim', D // H), 'input_layernorm.weight' not in layer
+  mask = np.where(np.tril(np.ones(2 * (len(x),))) > 0, 0, -np.inf)
 
-    def project(name, x, heads):
-      return (x @ layer[f'self_attn.{name}_proj.weight'].T + layer.get(f'self_attn.{name}_proj.bias', 0)
-              ).reshape(len(x), heads, d)
+  def normed(name, x):
+    return rms(x, layer[f'{name}.weight'], eps)
 
-    h = rms(x, layer['input_layernorm.weight'], eps)
-    q, k, v = project('q', h, H), project('k', h, groups), project('v', h, groups)
-    if 'self_attn.q_norm.weight' in layer:
-      q, k = rms(q, layer['self_attn.q_norm.weight'], eps), rms(k, layer['self_attn.k_norm.weight'], eps)
-    scaling = config.get('rope_scaling')
-    q, k = turn(q, base, scaling), turn(k, base, scaling)
-    heads = []
-    for head in range(H):
-      group = head // (H // groups)
-      score = q[:, head] @ k[:, group].T / np.sqrt(d) + mask
-      weight = np.exp(score - score.max(-1, keepdims=True))
-      heads.append(weight / weight.sum(-1, keepdims=True) @ v[:, group])
-    x = x + np.concatenate(heads, -1) @ layer['self_attn.o_proj.weight'].T + layer.get('self_attn.o_proj.bias', 0)
-    h = rms(x, layer['post_attention_layernorm.weight'], eps)
-    gate = h @ layer['mlp.gate_proj.weight'].T
-    x = x + (gate / (1 + np.exp(-gate)) * (h @ layer['mlp.up_proj.weight'].T)) @ layer['mlp.down_proj.weight'].T
-  x = rms(x, sd['model.norm.weight'], eps)
-  return x @ sd.get('lm_head.weight', sd['model.embed_tokens.weight']).T
+  def project(name, x, heads):
+    y = x @ layer[f'self_attn.{name}_proj.weight'].T + layer.get(f'self_attn.{name}_proj.bias', 0)
+    scale = layer.get(f'self_attn.{name}_norm.weight')
+    if scale is not None and len(scale) == heads * d and post:
+      y, scale = rms(y, scale, eps), None
+    y = y.reshape(len(x), heads, d)
+    return y if scale is None else rms(y, scale, eps)
+
+  h = x if post else normed('input_layernorm', x)
+  q, k, v = project('q', h, H), project('k', h, groups), project('v', h, groups)
+  scaling = config.get('rope_scaling')
+  q, k = turn(q, base, scaling), turn(k, base, scaling)
+  heads = []
+  for head in range(H):
+    group = head // (H // groups)
+    score = q[:, head] @ k[:, group].T / np.sqrt(d) + mask
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    heads.append(weight / weight.sum(-1, keepdims=True) @ v[:, group])
+  branch = np.concatenate(heads, -1) @ layer['self_attn.o_proj.weight'].T + layer.get('self_attn.o_proj.bias', 0)
+  x = x + (normed('post_attention_layernorm', branch) if post else branch)
+  h = x if post else normed('post_attention_layernorm', x)
+  gate = h @ layer['mlp.gate_proj.weight'].T
+  branch = (gate / (1 + np.exp(-gate)) * (h @ layer['mlp.up_proj.weight'].T)) @ layer['mlp.down_proj.weight'].T
+  return x + (normed('post_feedforward_layernorm', branch) if post else branch)
 
 
 def mean_nll(logits: np.ndarray, tokens: np.ndarray) -> float:

@@ -20,13 +20,13 @@ from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.model import Looped, init_params
 from loopformer.nn.attention import SelfAttention, ValueEmbed
-from loopformer.nn.blocks import Block, Chain, PeriNorm, SandwichNorm
+from loopformer.nn.blocks import Block, Chain, PeriNorm, PostNorm, SandwichNorm
 from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import Head, TokenEmbed, Tokens
 from loopformer.nn.inject import Add, Concat, Diagonal, NoInjection
 from loopformer.nn.kernels import Blockwise, Fused
-from loopformer.nn.layers import (MLP, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm, gelu_tanh,
-                                  squared_relu)
+from loopformer.nn.layers import (MLP, AcrossHeads, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm,
+                                  gelu_tanh, squared_relu)
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import LatentAttention
@@ -105,6 +105,12 @@ def peri(attn, hidden: int = 24) -> Block:
   return Block(attn=attn, mlp=GatedMLP(hidden=hidden), norm=RMSNorm(1e-6), placement=PeriNorm())
 
 
+def olmo() -> Block:
+  """A layer of OLMo 2's kind, whose heads have a width of their own."""
+  attn = SelfAttention(heads=4, groups=2, head=6, position=Rotary(), norm=AcrossHeads(RMSNorm()))
+  return Block(attn=attn, mlp=GatedMLP(hidden=24), norm=RMSNorm(), placement=PostNorm())
+
+
 def shifted(gate=QueryGate(), window_left: int = 3, mix=Mix(embed=0.7, hidden=0.4), dtype: str = 'float32', **options
             ) -> dict:
   """Cell, memory and head of a Parallel Loop Transformer."""
@@ -145,6 +151,7 @@ ROWS = {
     'ouro': Row(looped(Halting(Normed(Stack(peri(SelfAttention(heads=2, position=Rotary())), N), RMSNorm(1e-6))),
                        read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
+    'olmo': Row(looped(Plain(Stack(olmo(), N)), read_in=nowhere(), coda=Stack(olmo(), 1)), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),
     'mor_token': Row(looped(Routed(stack(N), TokenChoice(recursions=L)), prelude=stack(1)), steps=False),

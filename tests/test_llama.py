@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import loopformer
-from loopformer import plans
+from loopformer import config as configs, plans
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_pretrained, gguf, retrofit, tensors
 from loopformer.model import Looped, init_params
@@ -51,15 +51,15 @@ def close(model, params, expected, tolerance=2e-4, steps=None):
 def test_logits_are_the_reference(name, tmp_path):
   model, params, tokenizer = imported(tmp_path, name)
   expected = reference.logits(weights(name), CONFIGS[name], TOKENS)
-  assert np.abs(expected).max() > 3 and tokenizer is None and model.loops == 1
+  assert np.abs(expected).max() > 3 and tokenizer is None and model.loops == CONFIGS[name].get('num_loops', 1)
   close(model, params, expected)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == (
       jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes))
 
 
-def halves_as_pairs(value):
-  return value.reshape(-1, 2, D // H // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+def halves_as_pairs(value, d=D // H):
+  return value.reshape(-1, 2, d // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
 # What parity would miss if the reference did not feel it: each changes the weights as one mistake would.
@@ -73,6 +73,10 @@ MISTAKES = {
     'bias of q in pairs': ('qwen2', lambda key, value: halves_as_pairs(value) if 'q_proj.bias' in key else value),
     'bias of the output dropped': ('biased', lambda key, value: 0 * value if 'o_proj.bias' in key else value),
     'norm of q in pairs': ('qwen3', lambda key, value: halves_as_pairs(value) if 'q_norm' in key else value),
+    'heads of the output': ('wide', lambda key, value: np.roll(value, 12, 1) if 'o_proj' in key else value),
+    'norm of all queries in pairs': ('olmo2', lambda key, value: halves_as_pairs(value) if 'q_norm' in key else value),
+    'norms of the branches': ('olmo2', lambda key, value: value / value if 'post_attention' in key else value),
+    'norm of every loop': ('nanbeige', lambda key, value: value / value if key == 'model.norm.weight' else value),
     'norm of k dropped': ('qwen3', lambda key, value: value / value if 'k_norm' in key else value),
 }
 
@@ -186,7 +190,16 @@ def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
 CONFIG_ERRORS = {
     'architecture': ({'model_type': 'gpt_neox'}, ["model_type = 'gpt_neox'", 'llama']),
     'no width': ({'hidden_size': None}, ['hidden_size is missing']),
-    'width of heads': ({'head_dim': 16}, ['head_dim = 16', '8 wide']),
+    'width of heads': ({'head_dim': 16}, ['self_attn.q_proj.weight', f'expected [{16 * H}, {D}]']),
+    'odd heads': ({'head_dim': 7}, ['heads = 4: their width 7 is odd']), 'no heads': ({'num_attention_heads': 0}, ['num_attention_heads = 0']),
+    'half a head': ({'head_dim': 8.5}, ['head_dim = 8.5: give an integer']),
+    'capped': ({'final_logit_softcapping': 30.0}, ['final_logit_softcapping = 30.0']),
+    'scaled': ({'embedding_multiplier': 12.0}, ['embedding_multiplier = 12.0']),
+    'looped': ({'num_loops': 2}, ['num_loops = 2: its layers run several times']),
+    'biased norms': ({'model_type': 'olmo2', 'attention_bias': True}, ['attention_bias = True: olmo2']),
+    'no loops': ({'model_type': 'nanbeige'}, ['num_loops is missing']),
+    'mini-hyper': ({'model_type': 'nanbeige', 'num_loops': 2, 'enable_mhc': True}, ['enable_mhc = True']),
+    'shared keys': ({'model_type': 'nanbeige', 'num_loops': 2, 'loop_share_kv': True}, ['loop_share_kv = True']),
     'heads': ({'num_attention_heads': 5}, ['heads = 5']),
     'groups': ({'num_key_value_heads': 3}, ['groups = 3']),
     'scaling': ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, ['rope_scaling = llama3', 'low_freq_factor is']),
@@ -197,7 +210,7 @@ CONFIG_ERRORS = {
     'partial': ({'partial_rotary_factor': 0.5}, ['partial_rotary_factor = 0.5']),
     'activation': ({'hidden_act': 'gelu'}, ['hidden_act = gelu']),
     'bias': ({'mlp_bias': True}, ['mlp_bias = True']),
-    'window': ({'model_type': 'mistral', 'sliding_window': 4}, ['sliding_window = 4']),
+    'window': ({'model_type': 'mistral', 'sliding_window': 4}, ['sliding_window = 4', 'max_position_embeddings = 4 (it is 16)']),
     'windows': ({'layer_types': ['sliding_attention']}, ['layer_types']),
     'quantised': ({'quantization_config': {'bits': 4}}, ['quantization_config']),
 }
@@ -316,6 +329,7 @@ THEIRS = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_h
           'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
           'self_attn.o_proj': 'attn_output', 'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
           'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+POST = {'post_attention_layernorm': 'post_attention_norm', 'post_feedforward_layernorm': 'post_ffw_norm'}
 VOCAB = [*map(chr, range(97, 97 + 26)), 'Ġ', '1', '2', 'ab', 'abc', 'Ġa', '12', '<|end|>'] + [
     f'<|{i}|>' for i in range(V - 34)]
 TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': VOCAB,
@@ -331,14 +345,17 @@ def gguf_of(name, kind='F32', metadata=(), permute=True, drop=()):
                f'{arch}.embedding_length': D, f'{arch}.feed_forward_length': F, f'{arch}.attention.head_count': H,
                f'{arch}.attention.head_count_kv': config['num_key_value_heads'],
                f'{arch}.attention.layer_norm_rms_epsilon': config['rms_norm_eps'],
-               f'{arch}.rope.freq_base': config['rope_theta'], **TOKENIZER} | dict(metadata)
+               f'{arch}.rope.freq_base': config['rope_theta'], f'{arch}.attention.key_length': config.get('head_dim'),
+               f'{arch}.num_loops': config.get('num_loops'),
+               f'{arch}.skip_loop_final_norm': config.get('skip_loop_final_norm'), **TOKENIZER} | dict(metadata)
   tensors, meant = {}, {}
+  theirs_of = THEIRS | POST if arch == 'olmo2' else THEIRS
   for key, value in weights(name).items():
     own = key
-    for theirs, ours in THEIRS.items():
+    for theirs, ours in theirs_of.items():
       own = own.replace(theirs, ours)
-    swapped = permute and arch == 'llama' and any(f'{x}_proj' in key for x in 'qk')  # as llama.cpp's converter does
-    data, value = packed(halves_as_pairs(value) if swapped else value, 'F32' if value.ndim == 1 else kind)
+    swapped = permute and arch in ('llama', 'nanbeige') and any(f'{x}_proj' in key for x in 'qk')  # as llama.cpp's converter does
+    data, value = packed(halves_as_pairs(value, config.get('head_dim', D // H)) if swapped else value, 'F32' if value.ndim == 1 else kind)
     tensors[own] = (value.shape, 'F32' if value.ndim == 1 else kind, data)
     meant[key] = pairs_as_halves(value) if swapped else value
   return gguf_bytes({key: value for key, value in described.items() if value is not None},
@@ -360,10 +377,20 @@ def test_gguf_of_every_kind_gives_the_reference_mean_nll(kind, tmp_path):
   close(model, params, expected)
 
 
-@pytest.mark.parametrize('name', ['untied', 'biased', 'qwen2', 'qwen3'])
+@pytest.mark.parametrize('name', ['untied', 'biased', 'qwen2', 'qwen3', 'qwen3_wide', 'olmo2', 'nanbeige', 'nanbeige_skip'])
 def test_gguf_of_every_family_is_the_folder(name, tmp_path):
   (tmp_path / 'model.gguf').write_bytes(gguf_of(name)[0])
-  same(from_pretrained(tmp_path / 'model.gguf')[1], imported(tmp_path / 'folder', name)[1])
+  model, params, _ = from_pretrained(tmp_path / 'model.gguf')
+  expected = imported(tmp_path / 'folder', name)
+  texts = ({line for line in configs.describe(of).splitlines() if '.eps = ' not in line} for of in (model, expected[0]))
+  assert next(texts) == next(texts)  # a file has epsilons in 32 bits
+  same(params, expected[1])
+
+
+def test_a_file_of_a_looped_model_that_does_not_say_how_often_is_refused(tmp_path):
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('nanbeige', metadata={'nanbeige.num_loops': None})[0])
+  with pytest.raises(ConfigError, match='model.gguf: nanbeige.num_loops is missing'):
+    from_pretrained(tmp_path / 'model.gguf')
 
 
 def test_rows_of_queries_and_keys_that_were_not_permuted_show_in_the_mean_nll(tmp_path):
@@ -388,7 +415,8 @@ def test_quantised_tensors_are_those_of_the_package(tmp_path):
 GGUF_ERRORS = {
     'architecture': (dict(metadata={'general.architecture': 'gemma'}), ["general.architecture = 'gemma'"]),
     'no width': (dict(metadata={'llama.embedding_length': None}), ['llama.embedding_length is missing']),
-    'width of heads': (dict(metadata={'llama.attention.key_length': 16}), ['llama.attention.key_length = 16']),
+    'width of heads': (dict(metadata={'llama.attention.key_length': 16}), ['attn_q.weight', f'expected [{16 * H}, {D}]']),
+    'width of values': (dict(metadata={'llama.attention.value_length': 16}), ['llama.attention.value_length = 16']),
     'scaling': (dict(metadata={'llama.rope.scaling.type': 'yarn'}), ['rope.scaling = yarn']),
     'missing': (dict(drop=['blk.2.ffn_up.weight']), ["'blk.2.ffn_up.weight'", f'[{F}, {D}]']),
     'no embedding': (dict(drop=['token_embd.weight']), ["'token_embd.weight' is missing"]),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from loopformer import config as configs, loop, memories, moved, starts
-from loopformer.cells.plain import Plain
+from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
 from loopformer.inference.sampler import Autoregressive
@@ -22,12 +22,12 @@ from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'
-COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Timed, Recur, condition.Trajectory,
+COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, condition.Trajectory,
             condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
             starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
-            blocks.SandwichNorm, blocks.Chain,
+            blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm, blocks.Chain,
             attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
-            layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, Rotary, StretchedRotary)
+            layers.UnitNorm, layers.RMSNorm, layers.AcrossHeads, layers.LayerNorm, Rotary, StretchedRotary)
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves,

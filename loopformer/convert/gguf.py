@@ -2,8 +2,8 @@
 gguf.
 
 Of Llama's own architecture llama.cpp stores the rows of queries and keys so that rotary pairs are neighbours, as they
-are in this library: they are taken as they lie. Of Qwen it stores them half by half, as Hugging Face does. Mistaking
-one for the other leaves a model that still names capitals but has ten times the perplexity: the mean NLL shows it.
+are in this library: they are taken as they lie (of Nanbeige too). Of Qwen and OLMo it stores them half by half, as
+Hugging Face does. Mistaking one for the other leaves a model that still names capitals but has ten times the perplexity: the mean NLL shows it.
 """
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ NAMES = {
     **{f'self_attn.{x}_proj.{kind}': f'attn_{x}.{kind}' for x in 'qkv' for kind in ('weight', 'bias')},
     **{f'self_attn.{x}_norm.weight': f'attn_{x}_norm.weight' for x in 'qk'},
 }
-NAMINGS = {family: Naming(layer='blk.{}.', names=NAMES, turn='fr' if family == 'llama' else 'rf')
-           for family in FAMILIES if family != 'mistral'}  # which calls itself llama there
+POST = {'post_attention_layernorm.weight': 'post_attention_norm.weight',
+        'post_feedforward_layernorm.weight': 'post_ffw_norm.weight'}  # norms after the branches
+NAMINGS = {family: Naming(layer='blk.{}.', names=NAMES | (POST if kind.post else {}),
+                          turn='fr' if family in ('llama', 'nanbeige') else 'rf')
+           for family, kind in FAMILIES.items() if family != 'mistral'}  # which calls itself llama there
 
 
 def read(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -133,19 +136,26 @@ def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> De
     return metadata.get(f'{family}.{name}', *default)
 
   width, heads = of('embedding_length'), of('attention.head_count')
-  for name in ('rope.dimension_count', 'attention.key_length', 'attention.value_length'):
-    if of(name, None) not in (None, width / heads):
-      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: heads here, and what turns in them, are '
-                        f'{width / heads:g} wide; choose a model for which this holds')
+  head = of('attention.key_length', width / heads)
+  for name in ('rope.dimension_count', 'attention.value_length'):
+    if of(name, None) not in (None, head):
+      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: values, and what turns in a head, are as wide as keys here, '
+                        f'{head:g}; choose a model for which this holds')
+  kind = FAMILIES[family]
+  if kind.looped and f'{family}.num_loops' not in metadata:
+    raise ConfigError(f'{path}: {family}.num_loops is missing, and no shape of the weights shows how often the layers run; '
+                      'take a file that a newer converter wrote')
   scaling = 'rope_freqs.weight' if 'rope_freqs.weight' in tensors else of('rope.scaling.type', 'none')
   if scaling != 'none':
     raise ConfigError(f'{path}: {family}.rope.scaling = {scaling}: only rotary positions as they are can be read; '
                       'choose a model without scaling')
   if 'token_embd.weight' not in tensors:
     raise ConfigError(f"{path}: tensor 'token_embd.weight' is missing; download the file again")
-  biased = FAMILIES[family].biased or (ALL if 'blk.0.attn_output.bias' in tensors else ())
+  biased = kind.biased or (ALL if 'blk.0.attn_output.bias' in tensors else ())
   try:
     return Decoder(family=family, vocab=tensors.shapes['token_embd.weight'][0], width=width,
+                   head=None if head * heads == width else head, loops=of('num_loops') if kind.looped else 1,
+                   between=kind.looped and not of('skip_loop_final_norm', False),
                    hidden=of('feed_forward_length'), layers=of('block_count'), heads=heads,
                    groups=of('attention.head_count_kv', heads), length=of('context_length'),
                    rotary=Rotary(base=float(of('rope.freq_base', 10_000.0))), eps=of('attention.layer_norm_rms_epsilon'),

@@ -1,4 +1,5 @@
-"""Decoders of Llama's kind (Llama, Mistral, Qwen2, Qwen3, SmolLM2) as looped models, and the way back.
+"""Decoders of Llama's kind (Llama, Mistral, Qwen2, Qwen3, OLMo 2, SmolLM2) as looped models, and the way back; and
+Nanbeige, whose stack runs several times.
 
     model.embed_tokens.weight             V D   read_in/embedding; lm_head.weight V D read_out/kernel, if not tied
     model.norm.weight                     D     read_out/norm
@@ -6,10 +7,13 @@
       input_layernorm.weight              D     norm_attn
       post_attention_layernorm.weight     D     norm_mlp
       self_attn.{q, k, v}_proj.weight     .. D  attn/qkv; .bias: attn/{q, k, v}_bias (Qwen2)
-      self_attn.{q, k}_norm.weight        d     attn/norm_{q, k} (Qwen3)
-      self_attn.o_proj.weight             D D   attn/out
+      self_attn.{q, k}_norm.weight        d     attn/norm_{q, k} (Qwen3); of all heads together, H d and G d (OLMo 2)
+      self_attn.o_proj.weight             D Hd  attn/out
       mlp.{gate, up}_proj.weight          F D   mlp/up: the half that passes the SiLU first
       mlp.down_proj.weight                D F   mlp/down
+
+In OLMo 2 norms stand after the branches: post_attention_layernorm is n2, post_feedforward_layernorm n4, and there is no
+input_layernorm. Nanbeige's model.norm ends every loop: cell/norm.
 
 PyTorch's matrices are [out, in], ours [in, out]. Rotary positions turn pairs of channels: in Llama a pair is a channel
 of the first half of a head and one of the second, here (`positions.Rotary`) they are neighbours. So the channels of
@@ -25,13 +29,13 @@ from typing import Any
 from flax import linen as nn
 
 from loopformer import config as configs
-from loopformer.cells.plain import Plain
+from loopformer.cells.plain import Normed, Plain
 from loopformer.convert.table import HEAD, Entry, Row, Span, check_count, row
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
-from loopformer.nn.blocks import Block
+from loopformer.nn.blocks import Block, PostNorm, PreNorm
 from loopformer.nn.embed import Head, TiedHead, Tokens
-from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.layers import AcrossHeads, GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, config_dataclass
@@ -40,10 +44,18 @@ from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
 
 @config_dataclass
 class Family:
-  """A kind of decoder. biased: which projections always have a bias; normed: whether queries and keys have norms."""
+  """A kind of decoder.
+
+  biased: which projections always have a bias; qk: what norm queries and keys have, 'head', each head its own, 'heads',
+  all heads one, or '' none; post: whether norms stand after the branches, and none before them; eps: of norms, where a
+  config.json does not say; looped: whether the stack runs as often as `num_loops` says, with a norm after each time.
+  """
   architecture: str
   biased: tuple[str, ...] = ()
-  normed: bool = False
+  qk: str = ''
+  post: bool = False
+  eps: float = 1e-6
+  looped: bool = False
 
 
 QKV, ALL = ('q', 'k', 'v'), ('q', 'k', 'v', 'out')
@@ -51,13 +63,19 @@ FAMILIES = {
     'llama': Family(architecture='LlamaForCausalLM'),
     'mistral': Family(architecture='MistralForCausalLM'),
     'qwen2': Family(architecture='Qwen2ForCausalLM', biased=QKV),
-    'qwen3': Family(architecture='Qwen3ForCausalLM', normed=True),
+    'qwen3': Family(architecture='Qwen3ForCausalLM', qk='head'),
+    'olmo2': Family(architecture='Olmo2ForCausalLM', qk='heads', post=True, eps=1e-5),
+    'nanbeige': Family(architecture='NanbeigeForCausalLM', eps=1e-5, looped=True),
 }
 
 
 @config_dataclass
 class Decoder:
-  """All that a decoder is besides its weights. length: the longest sequence; rotary: its positions."""
+  """All that a decoder is besides its weights.
+
+  head: the width of a head, None: `width` divided by `heads`; length: the longest sequence; rotary: its positions; loops:
+  how often the stack runs; between: whether there is a norm after each time, or after the last alone.
+  """
   family: str
   vocab: int
   width: int
@@ -70,29 +88,37 @@ class Decoder:
   eps: float
   tied: bool
   biased: tuple[str, ...] = ()
+  head: int | None = None
+  loops: int = 1
+  between: bool = False
 
   def __post_init__(self):
-    for name in ('vocab', 'width', 'hidden', 'layers', 'heads', 'groups', 'length'):
+    for name in ('vocab', 'width', 'hidden', 'layers', 'heads', 'groups', 'length', 'loops', *(['head'] if self.head else [])):
       check_count(name, getattr(self, name))
       if name != 'layers' and getattr(self, name) >= 2 ** 31:  # too many layers are found by counting tensors
         raise ConfigError(f'{name} = {getattr(self, name)}: no tensor has so many rows')
-    check_heads(self.heads, self.groups, self.width)
-    if self.width // self.heads % 2:
-      raise ConfigError(f'heads = {self.heads}: their width {self.width // self.heads} is odd, and rotary positions '
+    check_heads(self.heads, self.groups, self.heads * self.head if self.head else self.width)
+    if self.head_width % 2:
+      raise ConfigError(f'heads = {self.heads}: their width {self.head_width} is odd, and rotary positions '
                         'turn pairs of channels; this model cannot be read')
+
+  @property
+  def head_width(self) -> int:
+    """d, the width of a head."""
+    return self.head or self.width // self.heads
 
   @property
   def sizes(self) -> dict[str, int]:
     """By the letters of the layouts. q: queries, key and value of a group; e: its queries; r, f: halves of a head and
     places in one; m: gate and up."""
-    head, each = self.width // self.heads, self.heads // self.groups
-    return dict(V=self.vocab, D=self.width, E=self.width, F=self.hidden, N=self.layers, H=self.heads, G=self.groups,
+    head, each = self.head_width, self.heads // self.groups
+    return dict(V=self.vocab, D=self.width, F=self.hidden, N=self.layers, H=self.heads, G=self.groups,
                 d=head, r=2, f=head // 2, q=each + 2, e=each, m=2)
 
   @property
-  def normed(self) -> bool:
-    """Whether queries and keys have norms."""
-    return FAMILIES[self.family].normed
+  def kind(self) -> Family:
+    """What its family is."""
+    return FAMILIES[self.family]
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +142,7 @@ HUGGING_FACE = Naming()
 def end_rows(decoder: Decoder) -> list[Row]:
   """The weights outside layers."""
   rows = [row('model.embed_tokens.weight', 'read_in/embedding', 'V D'),
-          row('model.norm.weight', 'read_out/norm/scale', 'D')]
+          row('model.norm.weight', 'cell/norm/scale' if decoder.between else 'read_out/norm/scale', 'D')]
   return rows if decoder.tied else [*rows, row(HEAD, 'read_out/kernel', 'V D')]
 
 
@@ -124,13 +150,15 @@ def layer_rows(decoder: Decoder, turn: str) -> list[Row]:
   """The weights of a layer, whose heads lie as `turn` says (`Naming`)."""
   queries, key, value = (Span(letter='q', start=start, count=count) for start, count in ((0, 'e'), (-2, 1), (-1, 1)))
   gate, up = (Span(letter='m', start=start, count=1) for start in (0, 1))
+  kind = decoder.kind
+  placed = ((('post_attention_layernorm', 'n2'), ('post_feedforward_layernorm', 'n4')) if kind.post else
+            (('input_layernorm', 'norm_attn'), ('post_attention_layernorm', 'norm_mlp')))
   rows = [
-      row('input_layernorm.weight', 'norm_attn/scale', 'D'),
-      row('post_attention_layernorm.weight', 'norm_mlp/scale', 'D'),
+      *(row(f'{theirs}.weight', f'{ours}/scale', 'D') for theirs, ours in placed),
       row('self_attn.q_proj.weight', 'attn/qkv/kernel', f'Gq{turn} D', 'D Gqfr', span=queries),
       row('self_attn.k_proj.weight', 'attn/qkv/kernel', f'Gq{turn} D', 'D Gqfr', span=key),
       row('self_attn.v_proj.weight', 'attn/qkv/kernel', 'Gqd D', 'D Gqd', span=value),
-      row('self_attn.o_proj.weight', 'attn/out/kernel', 'E D', 'D E'),
+      row('self_attn.o_proj.weight', 'attn/out/kernel', 'D Hd', 'Hd D'),
       row('mlp.gate_proj.weight', 'mlp/up/kernel', 'mF D', 'D mF', span=gate),
       row('mlp.up_proj.weight', 'mlp/up/kernel', 'mF D', 'D mF', span=up),
       row('mlp.down_proj.weight', 'mlp/down/kernel', 'D F', 'F D'),
@@ -139,8 +167,9 @@ def layer_rows(decoder: Decoder, turn: str) -> list[Row]:
             'k': row('self_attn.k_proj.bias', 'attn/k_bias', f'G{turn}', 'G fr'),
             'v': row('self_attn.v_proj.bias', 'attn/v_bias', 'Gd', 'G d'),
             'out': row('self_attn.o_proj.bias', 'attn/out/bias', 'D')}
-  norms = [row(f'self_attn.{name}_norm.weight', f'attn/norm_{name}/scale', turn, 'fr') for name in 'qk']
-  return rows + [biases[name] for name in decoder.biased] + (norms if decoder.normed else [])
+  norms = [row(f'self_attn.{name}_norm.weight', f'attn/norm_{name}/scale', heads + turn, f'{heads}fr')
+           for name, heads in (zip('qk', 'HG') if kind.qk == 'heads' else zip('qk', ('', '')))]
+  return rows + [biases[name] for name in decoder.biased] + (norms if kind.qk else [])
 
 
 def entries(decoder: Decoder, places: Sequence[tuple[str, int]], naming: Naming = HUGGING_FACE) -> list[Entry]:
@@ -171,22 +200,32 @@ def cut(decoder: Decoder, prelude: int, coda: int) -> tuple[int, int, int]:
   return prelude, decoder.layers - prelude - coda, coda
 
 
-def model_of(decoder: Decoder, *, loops: int = 1, prelude: int = 0, coda: int = 0, dtype: str = 'float32') -> Looped:
-  """The unbound model: the layers between prelude and coda are the loop, of one step if nothing else is said."""
+def model_of(decoder: Decoder, *, loops: int | None = None, prelude: int = 0, coda: int = 0, dtype: str = 'float32') -> Looped:
+  """The unbound model: the layers between prelude and coda are the loop, of the decoder's own steps if nothing else is
+  said.
+
+  Raises:
+    ConfigError: no layer is left for the loop, or the whole stack is one already.
+  """
   counts = cut(decoder, prelude, coda)
+  if decoder.kind.looped and (prelude or coda):
+    raise ConfigError(f'prelude = {prelude}, coda = {coda}: {decoder.family} loops over all of its layers; leave them out')
   out_std = 0.02 / math.sqrt(2 * decoder.layers)
 
   def stack(depth: int) -> Stack:  # with a block of its own: one instance in two stacks would be one set of weights
-    heads = dict(heads=decoder.heads, groups=decoder.groups, out_std=out_std, position=decoder.rotary)
-    attn = SelfAttention(**heads, biased=decoder.biased, norm=RMSNorm(decoder.eps) if decoder.normed else None)
+    heads = dict(heads=decoder.heads, groups=decoder.groups, head=decoder.head, out_std=out_std, position=decoder.rotary)
+    norm = RMSNorm(decoder.eps)
+    attn = SelfAttention(**heads, biased=decoder.biased, norm={'': None, 'head': norm, 'heads': AcrossHeads(norm)}[kind.qk])
     mlp = GatedMLP(hidden=decoder.hidden, out_std=out_std)
-    return Stack(Block(attn=attn, mlp=mlp, norm=RMSNorm(decoder.eps), dtype=dtype), depth)
+    return Stack(Block(attn=attn, mlp=mlp, norm=norm, placement=PostNorm() if kind.post else PreNorm(), dtype=dtype), depth)
 
+  kind = decoder.kind
   before, core, after = (stack(depth) if depth else None for depth in counts)
-  norm = RMSNorm(decoder.eps)
-  return Looped(read_in=Tokens(vocab=decoder.vocab, width=decoder.width, length=decoder.length), cell=Plain(core),
+  norm = Identity() if decoder.between else RMSNorm(decoder.eps)
+  return Looped(read_in=Tokens(vocab=decoder.vocab, width=decoder.width, length=decoder.length),
+                cell=Normed(core, RMSNorm(decoder.eps)) if decoder.between else Plain(core),
                 read_out=TiedHead(norm) if decoder.tied else Head(outputs=decoder.vocab, norm=norm),
-                loops=loops, prelude=before, coda=after)
+                loops=decoder.loops if loops is None else loops, prelude=before, coda=after)
 
 
 def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
@@ -197,10 +236,13 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
   try:
     block = model.cell.core.block
     attn, stacks = block.attn, model.stacks().values()
-    biased = tuple(getattr(attn, 'biased', ()))
-    family = 'qwen3' if getattr(attn, 'norm', None) is not None else 'qwen2' if biased == QKV else 'llama'
+    biased, width = tuple(getattr(attn, 'biased', ())), model.read_in.width
+    normed = getattr(attn, 'norm', None) is not None
+    family = ('olmo2' if getattr(block, 'placement', None) == PostNorm() else 'qwen3' if normed else
+              'qwen2' if biased == QKV else 'llama')
+    head = attn.head if attn.head is None or attn.head * attn.heads != width else None
     # A tied head has no rows of its own to say how many they are.
-    decoder = Decoder(family=family, vocab=model.read_in.vocab, width=model.read_in.width, hidden=block.mlp.hidden,
+    decoder = Decoder(family=family, vocab=model.read_in.vocab, width=width, head=head, hidden=block.mlp.hidden,
                       layers=sum(stack.depth for stack in stacks), heads=attn.heads, groups=attn.groups or attn.heads,
                       length=model.read_in.length, rotary=_rotary(attn.position), eps=model.read_out.norm.eps,
                       tied=not hasattr(model.read_out, 'outputs'), biased=biased)
@@ -236,8 +278,11 @@ def _essence(model: nn.Module) -> dict[str, str]:
   for path in [path for path, text in rows.items() if text in KERNELS]:
     rows = {other: text for other, text in rows.items() if other != path and not other.startswith(f'{path}.')}
   for path, text in list(rows.items()):
+    heads = rows.get(path.rpartition('.')[0] + '.heads')
     if path.endswith('attn.groups') and text == 'None':
-      rows[path] = rows[path.removesuffix('groups') + 'heads']
+      rows[path] = heads
+    if path.endswith('attn.head') and text != 'None' and int(text) * int(heads) == model.read_in.width:
+      rows[path] = 'None'
   return rows
 
 
@@ -267,34 +312,62 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   if missing:
     raise ConfigError(f'{where}: {missing[0]} is missing; it must have {", ".join(names)}')
   vocab, width, hidden, layers, heads = (config[name] for name in names)
-  if config.get('head_dim') not in (None, width / heads):
-    raise ConfigError(f'{where}: head_dim = {config["head_dim"]}: heads here are hidden_size / num_attention_heads = '
-                      f'{width / heads:g} wide; choose a model for which this holds')
   _refuse(config, where)
-  family_biased = FAMILIES[family].biased or (ALL if config.get('attention_bias') else ())
-  if FAMILIES[family].normed and family_biased:
+  kind = FAMILIES[family]
+  biased = kind.biased or (ALL if config.get('attention_bias') else ())
+  if (kind.qk or kind.looped) and biased:
     raise ConfigError(f'{where}: attention_bias = True: {family} is read without biases; choose a model without')
+  if kind.looped and config.get('num_loops') is None:
+    raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; write it')
   try:
+    for name, value in (('num_attention_heads', heads), ('head_dim', config.get('head_dim') or 1)):
+      check_count(name, value)
+    head = config.get('head_dim') or None
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
+                   head=None if head is None or head * heads == width else head,
                    groups=config.get('num_key_value_heads') or heads, rotary=_rope(config, where),
-                   length=config.get('max_position_embeddings', 2048), eps=float(config.get('rms_norm_eps', 1e-6)),
-                   tied=config.get('tie_word_embeddings', False), biased=family_biased)
+                   length=config.get('max_position_embeddings', 2048), eps=float(config.get('rms_norm_eps', kind.eps)),
+                   tied=config.get('tie_word_embeddings', False), biased=biased,
+                   loops=config['num_loops'] if kind.looped else 1,
+                   between=kind.looped and not config.get('skip_loop_final_norm', False))
   except ConfigError as error:
     raise ConfigError(f'{where}: {error}') from error
 
 
+# Fields of which another value than these makes another model of the same weights.
+PLAIN = {
+    'hidden_act': (None, 'silu', 'swish'), 'mlp_bias': (None, False), 'quantization_config': (None,),
+    **dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping', 'logit_softcap', 'clip_qkv', 'qk_layernorm',
+                     'use_qk_norm'), (None, False)),
+    **dict.fromkeys(('embedding_multiplier', 'residual_multiplier', 'logits_scaling', 'embed_scale'), (None, 1)),
+}
+# Fields by which configurations say that layers run several times, and parts of Nanbeige's code that its weights have off.
+LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops')
+OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layers', 'loop_middle_layers', 'loop_share_kv')
+
+
 def _refuse(config, where):
-  sliding = config.get('use_sliding_window', config['model_type'] == 'mistral') and config.get('sliding_window')
-  for name, value, wrong in (
-      ('hidden_act', config.get('hidden_act', 'silu'), config.get('hidden_act', 'silu') not in ('silu', 'swish')),
-      ('mlp_bias', True, config.get('mlp_bias')),
-      ('sliding_window', config.get('sliding_window'), sliding),
-      ('layer_types', config.get('layer_types'), set(config.get('layer_types') or ()) - {'full_attention'}),
-      ('quantization_config', config.get('quantization_config'), config.get('quantization_config')),
-  ):
-    if wrong:
-      raise ConfigError(f'{where}: {name} = {value}: read are MLPs with SiLU and without bias, attention to all '
-                        'earlier tokens, and weights as they are; choose a model of this form')
+  for name, plain in PLAIN.items():
+    if config.get(name) not in plain:
+      raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, scores, logits and '
+                        'embeddings that are neither capped nor scaled, and weights as they are; choose a model of this form')
+  looped = FAMILIES[config['model_type']].looped
+  for name in LOOPED if not looped else ():
+    if config.get(name) not in (None, 1):
+      raise ConfigError(f'{where}: {name} = {config[name]}: its layers run several times, and a {config["model_type"]} has '
+                        'each once; write the model_type of its own code, or give kind')
+  for name in OPTIONS + tuple(name for name in config if name.startswith('enable_')) if looped else ():
+    if config.get(name):
+      raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known here; '
+                        'choose a model for which it is off')
+  window, length = config.get('sliding_window'), config.get('max_position_embeddings', 2048)
+  slides = config.get('use_sliding_window', config['model_type'] == 'mistral') or (
+      set(config.get('layer_types') or ()) - {'full_attention'})
+  if slides and (window is None and config.get('layer_types') or window is not None and window < length):
+    name = 'sliding_window' if window is not None else 'layer_types'
+    raise ConfigError(f'{where}: {name} = {config[name]}: attention is read to all earlier tokens alone; choose a model of this '
+                      'form' + ('' if window is None else f', or write max_position_embeddings = {window} (it is {length}), '
+                                'up to which both are the same'))
 
 
 STRETCH = {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
@@ -329,7 +402,7 @@ def write_config(decoder: Decoder) -> dict[str, Any]:
       'architectures': [family.architecture], 'model_type': decoder.family, 'vocab_size': decoder.vocab,
       'hidden_size': decoder.width, 'intermediate_size': decoder.hidden, 'num_hidden_layers': decoder.layers,
       'num_attention_heads': decoder.heads, 'num_key_value_heads': decoder.groups,
-      'head_dim': decoder.width // decoder.heads, 'hidden_act': 'silu', 'max_position_embeddings': decoder.length,
+      'head_dim': decoder.head_width, 'hidden_act': 'silu', 'max_position_embeddings': decoder.length,
       'rms_norm_eps': decoder.eps, 'rope_theta': rotary.base,
       'rope_parameters': kind | {'rope_theta': rotary.base}, **({'rope_scaling': kind} if stretch else {}),
       'tie_word_embeddings': decoder.tied, 'attention_bias': decoder.biased == ALL, 'mlp_bias': False,

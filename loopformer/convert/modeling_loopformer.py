@@ -371,7 +371,7 @@ def _loop(cell, w, x, e, ctx, sizes):
     if kind == 'Recur':
       x = _inject(cell['inject'], _child(w, 'inject'), x, e)
     x = _stack(cell['core'], w.core, x, ctx, code)
-    if kind == 'Recur':
+    if kind in ('Recur', 'Normed'):
       x = _norm(cell['norm'], _child(w, 'norm'), x)
     states.append(x)
   return states
@@ -425,10 +425,14 @@ def _block(part, w, x, ctx, mod):
     for i, block in enumerate(part['blocks']):
       x = _block(block, getattr(w, f'blocks_{i}'), x, ctx, mod)
     return x
-  if _kind(part['placement']) == 'SandwichNorm':
+  placement = _kind(part['placement'])
+  if placement != 'PreNorm':
     norms = [lambda x, n=n: _norm(part['norm'], _child(w, n), x) for n in ('n1', 'n2', 'n3', 'n4')]
-    x = norms[1](x + _attention(part['attn'], w.attn, norms[0](x), ctx))
-    return norms[3](x + _mlp(part['mlp'], w.mlp, norms[2](x)))
+    before = (lambda x: x, lambda x: x) if placement == 'PostNorm' else norms[::2]
+    branches = (lambda x: _attention(part['attn'], w.attn, x, ctx), lambda x: _mlp(part['mlp'], w.mlp, x))
+    for read, branch, norm in zip(before, branches, norms[1::2]):
+      x = norm(x + branch(read(x))) if placement == 'SandwichNorm' else x + norm(branch(read(x)))
+    return x
   g_a, g_m, s_a, s_m = (1.0, 1.0, 0.0, 0.0) if mod is None else mod
   x = x + g_a * _attention(part['attn'], w.attn, _norm(part['norm'], _child(w, 'norm_attn'), x) * (1 + s_a), ctx)
   return x + g_m * _mlp(part['mlp'], w.mlp, _norm(part['norm'], _child(w, 'norm_mlp'), x) * (1 + s_m))
@@ -437,7 +441,7 @@ def _block(part, w, x, ctx, mod):
 def _attention(part, w, x, ctx):
   """Causal; the product holds, for every group of heads, its queries, then a key and a value."""
   heads, groups = part['heads'], part['groups'] or part['heads']
-  head, each = x.shape[-1] // heads, heads // groups
+  head, each = part.get('head') or x.shape[-1] // heads, heads // groups
   qkv = w.qkv(x).unflatten(-1, (groups, each + 2, head))
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   biases = (_child(w, f'{name}_bias') for name in 'qkv')
@@ -489,6 +493,8 @@ def _norm(part, w, x):
   kind = _kind(part)
   if kind == 'Identity':
     return x
+  if kind == 'AcrossHeads':
+    return _norm(part['of'], w, x.flatten(-2)).view_as(x)
   x = x.float()
   if kind == 'LayerNorm':
     x = x - x.mean(-1, keepdim=True)

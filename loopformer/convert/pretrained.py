@@ -83,7 +83,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   if decoder.layers > len(held):
     raise ConfigError(f'{both}: it is said to have {decoder.layers} layers, but there are {len(held)} tensors; the '
                       'configuration and the weights are not of one model')
-  model = llama.model_of(decoder, loops=loops or 1, prelude=prelude, coda=coda, dtype=dtype)
+  model = llama.model_of(decoder, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
   put = sharding.placer(mesh, parameter_roles(model))
   counts = map(range, llama.cut(decoder, prelude, coda))
   return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, both, put), tokenizer

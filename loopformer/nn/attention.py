@@ -17,7 +17,7 @@ from loopformer.types import KV, Array, ConfigError, Context
 
 def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Context) -> tuple[Array, Array, Array]:
   """x [B, T, D] -> q [B, T, H, d], k and v [B, T, G, d]: the first products of an attention, inside its `__call__`."""
-  outputs = (attn.heads + 2 * groups) * (x.shape[-1] // attn.heads)
+  outputs = (attn.heads + 2 * groups) * heads_of(attn, x.shape[-1])[1]
   return attn.linear.copy(name='qkv')(x, outputs, init, ctx, divided=-1, heads=(attn.heads, groups))
 
 
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
   these (positions.py), if not from the input. norm_qk: one for both, after that; with a learned scale, which positions
   would mix within pairs, that is another function. biased: which of q, k, v, out have a bias. values: an embedding of
   tokens that is added to values.
-  linear: what makes its products.
+  linear: what makes its products. head: the width of a head, if it is not the layer's divided by `heads` (Qwen3).
   """
   heads: int
   groups: int | None = None
@@ -59,6 +59,7 @@ class SelfAttention(nn.Module):
   out_init: Any = None
   linear: Any = Dense()
   norm: nn.Module | None = None
+  head: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, kv: KV | None, layer: Array | int,
@@ -103,14 +104,16 @@ def check_heads(heads: int, groups: int, width: int, where: str = ''):
 
 def heads_of(attn: nn.Module, width: int) -> tuple[int, int]:
   """(G, d): heads of keys and values, and their width."""
-  return attn.groups or attn.heads, width // attn.heads
+  return attn.groups or attn.heads, attn.head or width // attn.heads
 
 
 def check_attention(attn: nn.Module, width: int, where: str):
-  """Raises ConfigError where heads do not divide the width, or groups the heads, or positions do not suit the heads."""
-  check_heads(attn.heads, attn.groups or attn.heads, width, where)
+  """Raises ConfigError where heads without a width of their own do not divide the layer's, or groups the heads, or
+  positions do not suit the heads."""
+  groups, head = heads_of(attn, width)
+  check_heads(attn.heads, groups, width if attn.head is None else attn.heads * head, where)
   if attn.position is not None:
-    attn.position.check(attn.heads, width, where)
+    attn.position.check(attn.heads, attn.heads * head, where)
 
 
 def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV | None,
@@ -133,4 +136,5 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV
 def attention_flops(attn: nn.Module, width: int, length: int) -> float:
   """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
   groups, head = heads_of(attn, width)
-  return 2.0 * width * (2 * width + 2 * groups * head) + 4.0 * width * (length + 1) / 2
+  inner = attn.heads * head
+  return 2.0 * width * (2 * inner + 2 * groups * head) + 4.0 * inner * (length + 1) / 2

@@ -11,7 +11,7 @@ from typing import Any, Callable
 from flax import linen as nn
 
 from loopformer.nn.attention import SelfAttention, check_attention, heads_of
-from loopformer.nn.layers import DTYPES, MLP, LayerNorm, RMSNorm, gelu_tanh
+from loopformer.nn.layers import DTYPES, MLP, Identity, LayerNorm, RMSNorm, gelu_tanh
 from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 
 
@@ -78,13 +78,23 @@ class PeriNorm:
     return x + norm(branch).astype(x.dtype)
 
 
+@config_dataclass
+class PostNorm:
+  """x + m(branch(x)) (OLMo 2): branches read the state as it is, and what they give is normed."""
+  modulated, norms = False, ((None, 'n2'), (None, 'n4'))
+
+  def join(self, x: Array, branch: Array, norm: Callable[[Array], Array]) -> Array:
+    """As PreNorm."""
+    return x + norm(branch).astype(x.dtype)
+
+
 class Block(Layer):
   """One transformer layer; `placement` says where its norms stand, each of which is a clone of `norm`."""
   attn: Any
   mlp: Any
   norm: nn.Module = RMSNorm()
   dtype: str = 'float32'
-  placement: PreNorm | SandwichNorm | PeriNorm = PreNorm()
+  placement: PreNorm | SandwichNorm | PeriNorm | PostNorm = PreNorm()
 
   @property
   def modulated(self) -> bool:
@@ -95,7 +105,7 @@ class Block(Layer):
     """x [B, T, D], mod None or [4, D] (g_a, g_m, s_a, s_m) -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
     (norm_a, *after_a), (norm_m, *after_m) = (
-        [self.norm.copy(name=name) for name in names] for names in self.placement.norms)
+        [Identity() if name is None else self.norm.copy(name=name) for name in names] for names in self.placement.norms)
     branch, kv = self.attn(self._scaled(norm_a(x), s_a), ctx, kv, layer, g_a)
     x = self.placement.join(x, branch, *after_a)
     return self.placement.join(x, self.mlp(self._scaled(norm_m(x), s_m), g_m, ctx), *after_m), kv

@@ -178,6 +178,16 @@ class RMSNorm(nn.Module):
     return (UnitNorm(self.eps)(x.astype(jnp.float32)) * scale).astype(x.dtype)
 
 
+class AcrossHeads(nn.Module):
+  """A norm of all heads of a token together, [..., H, d] as [..., H d] (queries and keys of OLMo 2)."""
+  of: nn.Module = RMSNorm()
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    # In the scope of this module: its scale lies where it would without it.
+    return self.of.copy(parent=self.scope)(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+
 class LayerNorm(nn.Module):
   """(x - mean) / sqrt(variance + eps) * scale + bias, in float32."""
   eps: float = 1e-5
@@ -263,7 +273,8 @@ def unfused_kernel(kernel: Array, heads: int, groups: int, given: str) -> tuple[
   """
   width, outputs = kernel.shape[-2:]
   if heads % groups or width % heads or outputs * heads != width * (heads + 2 * groups):
-    raise ConfigError(f'{given} do not fit the projection {kernel.shape}; give those of the model\'s attention')
+    raise ConfigError(f'{given} do not fit the projection {kernel.shape}; give those of the model\'s attention, or leave '
+                      'them out where its heads have a width of their own (head)')
   return unfused(kernel, heads, groups)
 
 

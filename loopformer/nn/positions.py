@@ -23,10 +23,10 @@ class Rotary:
       raise ConfigError(f'position.base = {self.base}: must be above 1')
 
   def check(self, heads: int, width: int, where: str):
-    """Raises ConfigError where the width of a head is odd."""
+    """Raises ConfigError where the width of a head is odd; width: of all heads together."""
     if width // heads % 2:
       raise ConfigError(f'{where}heads = {heads}: at width {width} a head has {width // heads} channels, an odd '
-                        'number, and rotary positions turn pairs of them; choose heads or width so that it is even')
+                        'number, and rotary positions turn pairs of them; choose heads, head or width so that it is even')
 
   def turns(self, half: int) -> Array:
     """f32[half]: by what each pair turns from one position to the next, in radians."""

@@ -142,6 +142,7 @@ class LatentAttention(nn.Module):
   kernel: kernels.Kernel = kernels.Fused()
   position: Any = None
   latent: nn.Module = Elementwise()
+  head = None  # a head is as wide as the layer divided by `heads`
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, kv: Flight, layer: Array | int,

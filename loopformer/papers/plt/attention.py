@@ -71,6 +71,7 @@ class GatedAttention(nn.Module):
   kernel: kernels.Kernel = kernels.Fused()
   position: Any = Rotary()
   linear: Any = Dense()
+  head = None  # a head is as wide as the layer divided by `heads`
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, view: Any, layer: Array | int,
