@@ -151,7 +151,7 @@ ROWS = {
     'ouro': Row(looped(Halting(Normed(Stack(peri(SelfAttention(heads=2, position=Rotary())), N), RMSNorm(1e-6))),
                        read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
-    'olmo': Row(looped(Plain(Stack(olmo(), N)), read_in=nowhere(), coda=Stack(olmo(), 1)), timed=False),
+    'olmo': Row(looped(Normed(Stack(olmo(), N), RMSNorm()), read_in=nowhere(), coda=Stack(olmo(), 1)), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),
     'mor_token': Row(looped(Routed(stack(N), TokenChoice(recursions=L)), prelude=stack(1)), steps=False),

@@ -21,10 +21,10 @@ from loopformer.data.tokenizer import ByteTokenizer, GivenJson, JsonTokenizer, T
 from loopformer.memories import First
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.blocks import Block
+from loopformer.nn.blocks import Block, PostNorm
 from loopformer.nn.embed import Head, TiedHead, Tokens
 from loopformer.nn.inject import NoInjection
-from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.layers import AcrossHeads, GatedMLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.tasks.generated import SymbolTokenizer
@@ -39,10 +39,15 @@ needs_transformers = pytest.mark.skipif(
     not (importlib.util.find_spec('transformers') and importlib.util.find_spec('torch')), reason='needs transformers')
 
 
-def stack(depth: int, *, normed=False, biased=(), groups=G, order=None) -> Stack:
-  options = dict(heads=H, groups=groups, position=Rotary(base=50.0))
+def stack(depth: int, *, normed=False, biased=(), groups=G, order=None, head=None) -> Stack:
+  options = dict(heads=H, groups=groups, head=head, position=Rotary(base=50.0))
   attn = SelfAttention(**options, biased=biased, norm=RMSNorm(1e-2) if normed else None)
   return Stack(Block(attn=attn, mlp=GatedMLP(hidden=F), norm=RMSNorm(1e-2)), depth, order=order)
+
+
+def olmo2(depth: int) -> Stack:
+  attn = SelfAttention(heads=H, groups=G, position=Rotary(base=50.0), norm=AcrossHeads(RMSNorm(1e-2)))
+  return Stack(Block(attn=attn, mlp=GatedMLP(hidden=F), norm=RMSNorm(1e-2), placement=PostNorm()), depth)
 
 
 def looped(core: Stack, *, tied=True, **options) -> Looped:
@@ -61,6 +66,10 @@ DECODERS = {
     'biased': (looped(stack(2, biased=('q', 'k', 'v', 'out'))), 'llama', [0, 1] * 3),
     'qwen2': (looped(stack(2, biased=('q', 'k', 'v'))), 'qwen2', [0, 1] * 3),
     'qwen3': (looped(stack(2, normed=True), tied=False), 'qwen3', [0, 1] * 3),
+    'qwen3_wide': (looped(stack(1, normed=True, head=16)), 'qwen3', [0] * 3),
+    'wide': (looped(stack(1, head=12), prelude=stack(1, head=12)), 'llama', [0, 1, 1, 1]),
+    'same_head': (looped(stack(1, head=D // H)), 'llama', [0] * 3),
+    'olmo2': (looped(olmo2(2), tied=False, loops=2), 'olmo2', [0, 1] * 2),
 }
 
 
@@ -93,7 +102,7 @@ def test_a_plain_loop_is_an_unrolled_decoder(name, tmp_path):
   np.testing.assert_allclose(reference.logits(held, config, TOKENS), expected, rtol=0, atol=2e-4)
   for i, layer in enumerate(order):  # equal layers have equal weights
     first = order.index(layer)
-    for part in ('self_attn.q_proj.weight', 'mlp.down_proj.weight', 'input_layernorm.weight'):
+    for part in ('self_attn.q_proj.weight', 'mlp.down_proj.weight', 'post_attention_layernorm.weight'):
       np.testing.assert_array_equal(held[f'model.layers.{i}.{part}'], held[f'model.layers.{first}.{part}'])
 
 
@@ -123,6 +132,7 @@ CHANGES = {  # of a decoder; each is a function that no decoder of transformers 
     'another prelude': (looped(stack(1), prelude=stack(1, groups=H)), 'prelude.block.attn.groups'),
     'one norm of q and k': (looped(stack(1).clone(block=stack(1).block.clone(
         attn=SelfAttention(heads=H, position=Rotary(), norm_qk=RMSNorm())))), 'norm_qk'),
+    'norms and biases': (looped(stack(1, normed=True, biased=('q', 'k', 'v'))), 'biased'),
     'some biases': (looped(stack(1, biased=('q',))), 'biased'),
     'zeros': (looped(stack(1), start=parts.Zeros()), 'start'),
 }

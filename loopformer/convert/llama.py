@@ -256,8 +256,9 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
   for path in dict.fromkeys([*given, *wanted]):
     if given.get(path) != wanted.get(path):
       return None, f'{path} = {given.get(path, "absent")}, not {wanted.get(path, "absent")}'
-  if decoder.biased not in ((), QKV, ALL):
-    return None, f'cell.core.block.attn.biased = {decoder.biased}, none of (), {QKV}, {ALL}'
+  known = ((),) if decoder.kind.qk else ((), QKV, ALL)
+  if decoder.biased not in known:
+    return None, f'cell.core.block.attn.biased = {decoder.biased}, none of {", ".join(map(str, known))}'
   return decoder, ''
 
 
