@@ -426,7 +426,7 @@ def test_pickled_objects_are_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize('suffix, module, extra', [
-    ('.safetensors', 'safetensors.numpy', 'hf'),
+    ('.safetensors', 'safetensors', 'hf'),
     ('.pt', 'torch', 'peer'),
     ('.pth', 'torch', 'peer'),
 ])

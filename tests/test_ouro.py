@@ -507,12 +507,10 @@ def test_weights_round_trip_and_have_the_tree_of_init(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_sizes_are_read_and_published_heads_are_of_width_128():
+def test_sizes_are_read():
   model, _ = converted()
   assert (model.read_in.vocab, model.read_in.width, model.cell.core.depth) == (50, 48, 2)
   assert (model.cell.core.block.mlp.hidden, model.loops, model.read_in.length) == (80, 4, 65_536)
-  wide = {key: np.zeros([256 if n == 48 else n for n in shape], np.float32) for key, shape in shapes(1).items()}
-  assert from_official('ouro', wide)[0].cell.core.block.attn.heads == 2
 
 
 BAD = {
@@ -542,7 +540,7 @@ def test_bad_weights_are_named(case):
     assert word in str(error.value)
 
 
-@pytest.mark.parametrize('heads, message', [(None, 'heads is missing.*48'), (5, 'heads = 5 does not divide'),
+@pytest.mark.parametrize('heads, message', [(None, 'heads is missing: no shape'), (5, 'heads = 5 does not divide'),
                                             (16, 'heads = 16: their width 3 is odd')])
 def test_bad_heads_are_named(heads, message):
   with pytest.raises(ConfigError, match=message):

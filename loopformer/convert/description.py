@@ -21,7 +21,7 @@ from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedH
 from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
-MODEL_TYPE = 'loopformer'
+MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, condition.Trajectory,
             condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
             starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,

@@ -1,18 +1,23 @@
 """Checkpoint files as mappings of names to arrays; the libraries that read them are extras, imported when needed."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import math
 import os
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 import zipfile
 
+import ml_dtypes
 import numpy as np
 
 from loopformer import reading, storage
+from loopformer.convert.table import Unread
 from loopformer.types import ConfigError
 
+DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
+          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}  # as safetensors calls them
 OFFICIAL_MODULES = ('base', 'base_loop', 'loopformer', 'tmlt')
 
 
@@ -20,8 +25,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   """What a checkpoint holds, as it is nested there.
 
   Args:
-    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt, .pth or .bin, or a mapping, which is
-      returned as it is.
+    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt, .pth or .bin, whose arrays are read
+      when they are asked for; or a mapping, which is returned as it is.
 
   Raises:
     ConfigError: no such file, a format that is not read, or a file that cannot be read.
@@ -39,20 +44,40 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   if not path.is_file():
     what = 'it is a folder, not a file' if path.is_dir() else 'there is no such file'
     raise ConfigError(f'source = {path}: {what}; check the path')
-  try:
+  with _reading(path):
     held = READERS[path.suffix](path)
+  if not isinstance(held, Mapping):
+    raise ConfigError(f'source = {path}: holds a {type(held).__name__}, not a state dict; '
+                      'save it by torch.save(model.state_dict(), path)')
+  return held
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+  """Inside it errors are told of the file: its readers have no common class of them where it is damaged."""
+  try:
+    yield
   except ImportError:
     raise
-  except Exception as error:  # the readers have no common class of error for a damaged file
+  except Exception as error:
     reason = (str(error).splitlines() or [''])[0]
     if type(error).__name__ == 'UnpicklingError':  # which advises to run it
       reason = 'it holds more than tensors, numbers and texts, or is damaged; nothing of it was run'
     raise ConfigError(f'source = {path}: cannot be read ({type(error).__name__}: {reason}); save the state dict alone, '
                       'as .safetensors or by torch.save(model.state_dict(), path)') from error
-  if not isinstance(held, Mapping):
-    raise ConfigError(f'source = {path}: holds a {type(held).__name__}, not a state dict; '
-                      'save it by torch.save(model.state_dict(), path)')
-  return held
+
+
+def _unread(path: Path, about: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable[[str], np.ndarray]
+            ) -> dict[str, Unread]:
+  """What a file holds by name, shapes and dtypes of which are known, one array read at a time."""
+  def reader(name):
+    def one() -> np.ndarray:
+      with _reading(path):
+        return read(name)
+
+    return one
+
+  return {name: Unread(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in about.items()}
 
 
 def naming(source: Any) -> contextlib.AbstractContextManager:
@@ -62,7 +87,8 @@ def naming(source: Any) -> contextlib.AbstractContextManager:
   return reading.naming(f'source = {source}', 'save the state dict alone')
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
+def _npz(path: Path) -> dict[str, Unread]:
+  about = {}
   with zipfile.ZipFile(path) as archive:
     for member in archive.infolist():  # what is said of an array is believed, and room made for it, before it is read
       with archive.open(member) as file:
@@ -71,16 +97,31 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
         shape, _, dtype = read(file)
         if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
           raise ValueError(f'{member.filename} is no array of shape {shape}')
-  with np.load(path, allow_pickle=False) as arrays:
-    return dict(arrays)
+        if dtype.hasobject:
+          raise ValueError(f'{member.filename} holds objects')
+        about[member.filename.removesuffix('.npy')] = shape, dtype
+
+  def read(name):
+    with np.load(path, allow_pickle=False) as arrays:
+      return arrays[name]
+
+  return _unread(path, about, read)
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
+def _safetensors(path: Path) -> dict[str, Unread]:
   try:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
   except ImportError as error:
     raise ImportError(f"reading {path} needs safetensors: install the extra 'hf'") from error
-  return load_file(path)
+  with safe_open(path, 'np') as file:
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    about = {name: (tuple(row.get_shape()), np.dtype(DTYPES[row.get_dtype()])) for name, row in slices.items()}
+
+  def read(name):
+    with safe_open(path, 'np') as file:
+      return file.get_tensor(name)
+
+  return _unread(path, about, read)
 
 
 def _torch(path: Path) -> Any:

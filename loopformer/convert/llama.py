@@ -308,12 +308,12 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   if family not in FAMILIES:
     raise ConfigError(f'{where}: model_type = {family!r}: the architectures that are read are {", ".join(FAMILIES)} '
                       'and loopformer; convert another one yourself')
+  _refuse(config, where)
   names = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
   missing = [name for name in names if config.get(name) is None]
   if missing:
     raise ConfigError(f'{where}: {missing[0]} is missing; it must have {", ".join(names)}')
   vocab, width, hidden, layers, heads = (config[name] for name in names)
-  _refuse(config, where)
   kind = FAMILIES[family]
   biased = kind.biased or (ALL if config.get('attention_bias') else ())
   if (kind.qk or kind.looped) and biased:
@@ -343,7 +343,7 @@ PLAIN = {
     **dict.fromkeys(('embedding_multiplier', 'residual_multiplier', 'logits_scaling', 'embed_scale'), (None, 1)),
 }
 # Fields by which configurations say that layers run several times, and parts of Nanbeige's code that its weights have off.
-LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops')
+LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops', 'max_model_loops')
 OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layers', 'loop_middle_layers', 'loop_share_kv')
 
 

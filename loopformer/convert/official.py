@@ -9,6 +9,7 @@ Letters of the layouts (see table.py):
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -19,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import sharding
+from loopformer import reading, sharding, storage
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.convert import files, table
+from loopformer.convert import files, published, table, tensors
 from loopformer.convert.huginn import Huginn
 from loopformer.convert.ouro import Ouro
 from loopformer.convert.parcae import Parcae
@@ -82,6 +83,11 @@ def _loop_index(core: Stack, width: int) -> nn.Module:
   return Timed(core, LoopIndex(width), Modulation(core.depth))
 
 
+ORIGINAL = (('transformer.attn.', 'transformer.h.blocks.0.attn.'), ('transformer.mlp.', 'transformer.h.blocks.0.mlp.'),
+            ('adaLN_modulation.', 'transformer.h.blocks.0.adaLN_modulation.'), ('timestep_embedder.', 'time_embedder.'),
+            ('transformer.ln_f.', 'transformer.norm_f.'))
+
+
 @config_dataclass
 class Kind:
   """An official model. `stack`: what precedes the number of a layer; `rows`, `layer_rows`: its weights."""
@@ -93,7 +99,10 @@ class Kind:
   loops: int = 8
 
   def rename(self, key: str) -> str:
-    """Both names of the list of layers are read."""
+    """Both names of the list of layers are read; and of a model with one layer, those of the original code of timestep
+    encoding (kevin671/tmlt), where that is no list."""
+    for theirs, ours in ORIGINAL:
+      key = key.replace(theirs, ours, 1) if key.startswith(theirs) else key
     return key.replace('transformer.h.blocks.', self.stack)
 
   def buffer(self, key: str, array: np.ndarray) -> bool:
@@ -172,37 +181,68 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
 
   Args:
     kind: 'loopformer', 'base', 'base_loop', 'tmlt', 'parcae', 'huginn' or 'ouro'.
-    source: a .safetensors (extra `hf`), .npz, .pt or .pth (extra `peer`) file, or a dict of NumPy arrays or tensors.
-    heads: attention heads, which no shape of LoopFormer's shows; may be left out where a checkpoint tells them
-      (`model_args`), and for parcae, huginn and, if they are of width 128 as published, ouro.
-    loops: the most loops that it was trained for; 8 for the looped kinds, 1 for base, 32 (the mean) for huginn, 4 for
-      ouro.
-    length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of the checkpoint's rotary
-      table, or else the published one (2048, 4096, 65,536).
+    source: a .safetensors (extra `hf`), .npz, .pt or .pth (extra `peer`) file; a folder with one, or with an index of
+      several, whose config.json, if there is one of the kind, is obeyed (published.py); or a dict of NumPy arrays or
+      tensors.
+    heads: attention heads, which no shape of LoopFormer's and Ouro's shows; may be left out where a checkpoint tells them
+      (`model_args`, config.json), and for parcae and huginn.
+    loops: the most loops that it was trained for; what the checkpoint says, or else 8 for the looped kinds, 1 for base, 32
+      (the mean) for huginn, 4 for ouro.
+    length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of config.json, of the checkpoint's
+      rotary table, or else the published one (2048, 4096, 65,536).
     dtype: of the matrix products, 'float32', 'bfloat16' or 'float16'.
-    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`; the file itself
-      is read whole by every process.
+    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
+      one at a time (stacks of layers whole) by every process.
 
   Raises:
-    ConfigError: a bad argument, an unreadable file, or a key that is missing, surplus or misshapen.
+    ConfigError: a bad argument, an unreadable file, a key that is missing, surplus or misshapen, or a config.json of
+      another model.
     ImportError: the extra that reads the format is not installed.
   """
-  kind, where = _kind(kind), f'kind = {kind!r}'
-  loops = kind.loops if loops is None else loops
-  table.check_count('loops', loops)
+  name, kind, where = kind, _kind(kind), f'kind = {kind!r}'
+  if loops is not None:
+    table.check_count('loops', loops)
   if length is not None:
     table.check_count('length', length)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: choose one of {", ".join(DTYPES)}')
-  with files.naming(source):
-    return _read(kind, where, files.read(source), heads, loops, length, dtype, mesh)
+  folder = storage.path(source) if isinstance(source, (str, os.PathLike)) else None
+  if folder is None or not folder.is_dir():
+    with files.naming(source):
+      return _read(kind, where, files.read(source), heads, loops, length, dtype, mesh)
+  folder = storage.fetched(folder)
+  with reading.naming(folder, 'download it again'):
+    told = _told(folder, name)
+    return _read(kind, where, tensors.read_any(folder), heads, loops, length, dtype, mesh, told, folder / CONFIG)
 
 
-def _read(kind, where, held, heads, loops, length, dtype, mesh) -> tuple[Looped, Params]:
+CONFIG = 'config.json'
+
+
+def _told(folder: Path, kind: str) -> published.Told | None:
+  """What the config.json of a folder says, if there is one of a kind. Raises ConfigError where it is of another."""
+  if not (folder / CONFIG).is_file():
+    return None
+  config = reading.read_json(folder / CONFIG, 'download it again')
+  named = published.kind_of(config)
+  if named not in (None, kind):
+    raise ConfigError(f'kind = {kind!r}: {folder / CONFIG} is that of kind {named}; leave kind out')
+  with reading.naming(folder / CONFIG, 'download it again'):
+    return None if named is None else published.read(config, folder / CONFIG)
+
+
+def _read(kind, where, held, heads, loops, length, dtype, mesh, told=None, config=None) -> tuple[Looped, Params]:
+  if told is not None:
+    if None not in (heads, told.heads) and heads != told.heads:
+      raise ConfigError(f'heads = {heads}: {config} says {told.heads}; leave heads out')
+    heads, loops, length = heads or told.heads, loops or told.loops, length or told.length
   heads = _heads(heads, held)
+  loops = loops or _loops(held) or kind.loops
   weights, buffers = table.named(held, kind.rename, kind.buffer)
   arrays = table.tied(weights) if _tied(kind) else weights
   sizes = kind.measure(arrays, buffers, heads, length, where)
+  if told is not None:
+    told.check(sizes, config)
   entries = kind.entries(sizes)
   table.compare(table.shapes(entries, sizes)[0], {key: a.shape for key, a in arrays.items()}, where)
   for key, array in arrays.items():
@@ -243,6 +283,15 @@ def _kind(kind: str) -> Kind | Parcae | Huginn | Ouro:
   if kind not in KINDS:
     raise ConfigError(f'kind = {kind!r}: choose one of {", ".join(KINDS)}')
   return KINDS[kind]
+
+
+def _loops(held: Mapping[str, Any]) -> int | None:
+  """The number of loops that a training checkpoint tells: of the original code of timestep encoding, in `config`."""
+  for about in (held.get('model_args'), held.get('config')):
+    if isinstance(about, Mapping) and about.get('n_loop') is not None:
+      table.check_count('n_loop', about['n_loop'])
+      return int(about['n_loop'])
+  return None
 
 
 def _heads(heads: int | None, held: Mapping[str, Any]) -> int | None:

@@ -41,7 +41,7 @@ from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, config_dataclass
 from loopformer.nn.blocks import Block, PeriNorm
 
-LENGTH, BASE, WIDTH_OF_HEAD, EPSILON = 65_536, 1e6, 128, 1e-6
+LENGTH, BASE, EPSILON = 65_536, 1e6, 1e-6
 EMBEDDING = 'embed_tokens.weight'
 # Letters: q query, key, value; r, f halves of a head and places in one; m gate and up; i one.
 ENDS = (
@@ -86,14 +86,14 @@ class Ouro:
 
   def measure(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray], heads: int | None,
               length: int | None, where: str) -> dict[str, int]:
-    """The sizes that the shapes show; heads, which they do not, are of width 128 unless they are given."""
+    """The sizes that the shapes show, and heads, which they do not."""
     vocab, width = table.measured(arrays, EMBEDDING, '[V, D]', where)
     hidden, _ = table.measured(arrays, 'layers.0.mlp.gate_proj.weight', '[F, D]', where)
-    if heads is None and width % WIDTH_OF_HEAD:
-      raise ConfigError(f'heads is missing: the published heads of width {WIDTH_OF_HEAD} do not divide the width '
-                        f'{width}; give heads=..., num_attention_heads of config.json')
+    if heads is None:
+      raise ConfigError('heads is missing: no shape of the checkpoint shows the number of attention heads; give heads=..., '
+                        'num_attention_heads of config.json (16 in the published models)')
     return _sizes(vocab=vocab, width=width, hidden=hidden, depth=table.layers(arrays, 'layers.'),
-                  heads=heads or width // WIDTH_OF_HEAD, length=length or LENGTH)
+                  heads=heads, length=length or LENGTH)
 
   def sizes_of(self, model: Looped) -> dict[str, int]:
     """The sizes of a model of the kind."""

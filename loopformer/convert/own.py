@@ -17,7 +17,7 @@ from pathlib import Path
 from flax.traverse_util import unflatten_dict
 import numpy as np
 
-from loopformer.convert import tensors
+from loopformer.convert import table, tensors
 from loopformer.convert.tensors import Shape, Tensors
 from loopformer.model import Looped
 from loopformer.nn.embed import Head, TiedHead
@@ -85,7 +85,7 @@ def read(shapes: Mapping[str, Shape], held: Tensors, where: Path, put: Callable[
 
 
 def _array(names, named, held, shape):
-  array = np.empty(shape, np.float32)
+  array = table.empty(shape)
   for name in names:
     place = named[name]
     array[... if place.slot is None else place.slot] = place.turn(held[name])

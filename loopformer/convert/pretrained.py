@@ -1,4 +1,5 @@
-"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, and what `export` wrote."""
+"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, looped models as they are published, and
+what `export` wrote."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from loopformer import reading, sharding, storage
-from loopformer.convert import description, gguf, llama, own, table, tensors
+from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
@@ -28,15 +29,16 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
                     ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
-  Llama, Mistral, Qwen2 and Qwen3 (and models that call themselves so, such as SmolLM2) become `Looped` with a plain
-  cell and one loop. A plain stack is what `retrofit` takes; with `prelude` and `coda`, the layers between them are the
-  loop. What `export` wrote under our own names comes back as it was, bit for bit.
+  Llama, Mistral, Qwen2, Qwen3 and OLMo 2 (and models that call themselves so, such as SmolLM2) become `Looped` with a
+  plain cell and one loop. A plain stack is what `retrofit` takes; with `prelude` and `coda`, the layers between them are
+  the loop. Looped models that say in config.json whose they are (Ouro, Nanbeige, Parcae, Huginn, LoopFormer's) are read as
+  they run there. What `export` wrote under our own names comes back as it was, bit for bit.
 
   Args:
     folder: of config.json and model.safetensors (or the files of its index), or a .gguf file; of a bucket, it is copied
       to `storage.cache()` first.
-    loops: steps of the loop; one for a plain decoder, the model's own for an export of ours.
-    prelude, coda: the first and the last so many layers are outside the loop; 0 for an export of ours.
+    loops: steps of the loop; one for a plain decoder, the model's own for others.
+    prelude, coda: the first and the last so many layers are outside the loop; 0 for a model that is looped already.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
@@ -61,9 +63,17 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     tokenizer = inside or read_tokenizer(path.parent, end)
   else:
     config = _read_json(path / CONFIG)
+    ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
+    kind = None if ours else published.kind_of(config)
+    if kind is not None:
+      if prelude or coda:
+        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
+                          'again; leave them out')
+      tokenizer = read_tokenizer(path, config)
+      return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
-    if config.get('model_type') == description.MODEL_TYPE:
+    if ours:
       if prelude or coda:
         raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
                           'again; leave them out')

@@ -14,11 +14,34 @@ import numpy as np
 
 from loopformer.types import ConfigError, config_dataclass
 
+Sizes = Mapping[str, int]
+Shape = tuple[int, ...]
 NESTED = ('model', 'state_dict', 'model_state_dict')
 PREFIXES = re.compile(r'^(?:(?:_orig_mod|module|model|gpt)\.)+')
 EMBEDDING, HEAD = 'transformer.wte.weight', 'lm_head.weight'
-Sizes = Mapping[str, int]
-Shape = tuple[int, ...]
+
+
+@config_dataclass
+class Unread:
+  """An array that lies in a file: its shape and dtype are known, and np.asarray reads it, anew each time."""
+  shape: Shape
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self.read(), dtype)
+
+
+def empty(shape: Shape) -> np.ndarray:
+  """An f32 array whose memory JAX takes over on a CPU without a copy: it begins at a multiple of 64 bytes."""
+  size = 4 * math.prod(shape)
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start:start + size].view(np.float32).reshape(shape)
 
 
 @config_dataclass
@@ -117,9 +140,9 @@ def to_ours(entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], sizes: S
     parts.setdefault(e.path, []).append(e)
 
   def one(path, shape):
-    array = np.empty(shape, np.float32)
+    array = empty(shape)
     for e in parts[path]:
-      source, target = e.row.views(arrays[e.key], e.of({path: array}), sizes)
+      source, target = e.row.views(np.asarray(arrays[e.key]), e.of({path: array}), sizes)
       target[...] = source
     return put(path, array)
 
@@ -137,8 +160,8 @@ def to_theirs(entries: Sequence[Entry], flat: Mapping[str, np.ndarray], sizes: S
 
 
 def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callable[[str, np.ndarray], bool],
-          ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """(weights, buffers) of the innermost state dict, under their bare keys."""
+          ) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(weights, buffers) of the innermost state dict, under their bare keys; those of files are unread (`Unread`)."""
   while inner := [held[key] for key in NESTED if isinstance(held.get(key), Mapping)]:
     held = inner[0]
   weights, buffers, full = {}, {}, {}
@@ -156,14 +179,20 @@ def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callabl
   return weights, buffers
 
 
-def _array(value: Any) -> np.ndarray:
-  """A tensor (NumPy has no bfloat16: by way of float32) or anything like an array, as NumPy."""
-  if hasattr(value, 'detach'):
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-      raise ValueError('it is a view of fewer numbers than its shape has')
-    value = value.detach().cpu()
-    value = (value.float() if value.is_floating_point() else value).numpy()
-  return np.asarray(value)
+def _array(value: Any) -> np.ndarray | Unread:
+  """A tensor (NumPy has no bfloat16: by way of float32), or anything like an array, as NumPy."""
+  if isinstance(value, Unread):
+    return value
+  if not hasattr(value, 'detach'):
+    return np.asarray(value)
+  value = value.detach()
+  if value.is_meta or 'strided' not in str(value.layout):
+    raise ValueError(f'it is {value.layout} on {value.device}')
+  if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    raise ValueError('it is a view of fewer numbers than its shape has')
+  floating = value.is_floating_point()
+  dtype = np.dtype('float32' if floating else str(value.dtype).removeprefix('torch.'))
+  return Unread(shape=tuple(value.shape), dtype=dtype, read=lambda: (value.float() if floating else value).cpu().numpy())
 
 
 def tied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,7 +201,7 @@ def tied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
   rest = {key: array for key, array in arrays.items() if key != HEAD}
   head, embedding = arrays[HEAD], rest.setdefault(EMBEDDING, arrays[HEAD])
-  if not np.array_equal(head, embedding):
+  if not np.array_equal(np.asarray(head), np.asarray(embedding)):
     raise ConfigError(f'key {HEAD!r} of shape {list(head.shape)} differs from {EMBEDDING!r} of shape '
                       f'{list(embedding.shape)}; the head of these models is tied: remove it, or convert a tied model')
   return rest

@@ -7,6 +7,7 @@ tensors, row by row. Large models lie in several such files, beside an index.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import json
 import math
 import os
@@ -19,10 +20,10 @@ import numpy as np
 
 from loopformer import reading
 from loopformer.convert import files
+from loopformer.convert.files import DTYPES
+from loopformer.convert.table import Unread
 from loopformer.types import ConfigError, config_dataclass
 
-DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
-          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
 NAME, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 BIN, BIN_INDEX = 'pytorch_model.bin', 'pytorch_model.bin.index.json'
 Shape = tuple[int, ...]
@@ -76,6 +77,23 @@ def read_folder(folder: Path) -> Tensors:
       return _read_indexed(folder, index, read)
   raise ConfigError(f'folder = {folder}: no {NAME}, {INDEX}, {BIN} or {BIN_INDEX} in it; give the folder of a model '
                     'with its weights')
+
+
+def read_any(folder: Path) -> Mapping[str, Any]:
+  """What the weights of a folder hold: the tensors of `read_folder`, or of its only file of weights, whatever its name.
+
+  Raises:
+    ConfigError: as of `read_folder` and `files.read`, or several files of other names.
+  """
+  if any((folder / name).exists() for name in (NAME, INDEX, BIN, BIN_INDEX)):
+    held = read_folder(folder)
+    return {name: Unread(shape=held.shapes[name], dtype=np.dtype(DTYPES[held.dtypes[name]]),
+                         read=functools.partial(held.__getitem__, name)) for name in held}
+  found = sorted(path for path in folder.iterdir() if path.suffix in files.READERS)
+  if len(found) != 1:
+    raise ConfigError(f'folder = {folder}: ' + (f'{len(found)} files of weights, {found[0].name} among them' if found else
+                      'no file of weights') + f' and no {NAME}, {INDEX}, {BIN} or {BIN_INDEX}; name one file')
+  return files.read(found[0])
 
 
 def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]) -> Tensors:
