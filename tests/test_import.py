@@ -1,5 +1,6 @@
 """Models from elsewhere as work folders, by command: files as they are published, and every mode on what they become."""
 import json
+import os
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from loopformer import config as configs
 from loopformer.convert import export, from_pretrained, tensors, to_official
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import init_params
-from tests import llama_reference as reference
+from tests import llama_reference as reference, parts
 from tests.llama_reference import CONFIGS
 from tests.test_cli import run_here
 
@@ -102,15 +103,71 @@ def test_what_cannot_be_imported(flags, message, state, tmp_path):
   assert status == 1 and message in err and 'Traceback' not in err and not (tmp_path / 'run/config.json').exists()
 
 
-def test_llama_3_comes_in_and_goes_out(tmp_path):
-  """Its scaled positions: transformers' own class computes what was exported as we do."""
+@pytest.mark.parametrize('name', ['llama3', 'narrow', 'qwen3_wide', 'olmo2'])
+def test_what_comes_in_goes_out_and_comes_back(name, tmp_path):
+  """Transformers' own class computes what was exported as we do and as the equations say, and we read what it writes: scaled
+  positions, heads of a width of their own, norms of each head and of all, before branches and after them."""
   torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
-  config = CONFIGS['llama3']
-  reference.save(tmp_path / 'llama', config, reference.weights(config))
-  model, params, _ = from_pretrained(tmp_path / 'llama')
-  assert export(model, params, None, tmp_path / 'out').model_type == 'llama'
+  config = CONFIGS[name]
+  reference.save(tmp_path / 'given', config, reference.weights(config))
+  model, params, _ = from_pretrained(tmp_path / 'given')
+  family = 'llama' if name == 'narrow' else config['model_type']  # a Mistral without a window
+  assert export(model, params, None, tmp_path / 'out').model_type == family
   assert from_pretrained(tmp_path / 'out')[0] == model
   tokens = np.random.default_rng(0).integers(0, reference.V, (2, reference.T))
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')(torch.from_numpy(tokens)).logits
+  hosted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  theirs = hosted(torch.from_numpy(tokens)).logits
   np.testing.assert_allclose(loopformer.logits(model, params, tokens), theirs.detach(), atol=2e-4)
   np.testing.assert_allclose(reference.logits(reference.weights(config), config, tokens), theirs.detach(), atol=2e-4)
+  hosted.save_pretrained(tmp_path / 'again')
+  back, weights, _ = from_pretrained(tmp_path / 'again')
+  assert back == model
+  jax.tree.map(np.testing.assert_array_equal, weights, params)
+
+
+PEAK = """
+import sys
+import jax
+import loopformer
+from loopformer import convert
+from loopformer.data import tokenizer
+
+def megabytes(field):
+  with open('/proc/self/status') as file:
+    return next(int(line.split()[1]) for line in file if line.startswith(field)) / 2**10
+
+jax.block_until_ready(jax.numpy.zeros(3))
+with open('/proc/self/clear_refs', 'w') as file:
+  file.write('5')  # the peak begins anew
+before = megabytes('VmRSS')
+params = loopformer.load(sys.argv[1], **({'kind': 'ouro', 'heads': 4} if sys.argv[1].endswith('.npz') else {})).params
+jax.block_until_ready(params)
+print((megabytes('VmHWM') - before) / (sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20))
+"""
+
+
+@pytest.mark.parametrize('form', ['llama', 'ouro', 'ouro.npz'])
+def test_weights_are_never_held_twice(form, tmp_path):
+  """Peak of a process that reads 160 MB of weights, by the size of what it gives: stacks are filled tensor by tensor."""
+  if not os.access('/proc/self/clear_refs', os.W_OK):
+    pytest.skip('no peak of memory is told here')
+  width, hidden, layers, vocab = 512, 2048, 9, 2000
+  shapes = {'model.embed_tokens.weight': (vocab, width), 'model.norm.weight': (width,), 'lm_head.weight': (vocab, width)}
+  norms = ['input_layernorm', 'post_attention_layernorm']
+  if form != 'llama':
+    norms += ['input_layernorm_2', 'post_attention_layernorm_2']
+    shapes |= {'model.early_exit_gate.weight': (1, width), 'model.early_exit_gate.bias': (1,)}
+  for i in range(layers):
+    shapes |= {f'model.layers.{i}.{name}.weight': (width,) for name in norms}
+    shapes |= {f'model.layers.{i}.self_attn.{c}_proj.weight': (width, width) for c in 'qkvo'}
+    shapes |= {f'model.layers.{i}.mlp.{name}_proj.weight': (hidden, width) for name in ('gate', 'up')}
+    shapes[f'model.layers.{i}.mlp.down_proj.weight'] = (width, hidden)
+  held = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+  config = {'model_type': 'llama', 'hidden_size': width, 'intermediate_size': hidden, 'num_hidden_layers': layers,
+            'num_attention_heads': 4, 'vocab_size': vocab, 'tie_word_embeddings': False}
+  source = tmp_path / form
+  if form == 'ouro.npz':
+    np.savez(source, **held)
+  else:
+    reference.save(source, config | ({'model_type': 'ouro', 'total_ut_steps': 4} if form == 'ouro' else {}), held, 3)
+  assert float(parts.python(PEAK, str(source))) < 1.3

@@ -30,6 +30,7 @@ from flax import linen as nn
 
 from loopformer import config as configs
 from loopformer.cells.plain import Normed, Plain
+from loopformer.convert import published
 from loopformer.convert.table import HEAD, Entry, Row, Span, check_count, row
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
@@ -306,8 +307,8 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   """
   family = config.get('model_type')
   if family not in FAMILIES:
-    raise ConfigError(f'{where}: model_type = {family!r}: the architectures that are read are {", ".join(FAMILIES)} '
-                      'and loopformer; convert another one yourself')
+    raise ConfigError(f'{where}: model_type = {family!r}: the architectures that are read are {", ".join(FAMILIES)}, '
+                      f'{", ".join(published.PUBLISHED)} and exports of ours; convert another one yourself')
   _refuse(config, where)
   names = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
   missing = [name for name in names if config.get(name) is None]

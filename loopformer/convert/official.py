@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-import chex
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -250,10 +249,10 @@ def _read(kind, where, held, heads, loops, length, dtype, mesh, told=None, confi
       raise ConfigError(f'key {key!r} has dtype {array.dtype}; save it as floating point')
   model = kind.model(sizes, loops, dtype)
   put = sharding.placer(mesh, parameter_roles(model))
-  params = unflatten_dict(table.to_ours(entries, arrays, sizes, put), sep='/')
-  chex.assert_trees_all_equal_shapes_and_dtypes(
-      params, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
-  return model, params
+  flat = table.to_ours(entries, arrays, sizes, put)
+  expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  assert {path: leaf.shape for path, leaf in flat.items()} == {path: leaf.shape for path, leaf in expected.items()}
+  return model, unflatten_dict(flat, sep='/')
 
 
 def to_official(kind: str, model: Looped, params: Params) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from loopformer.cells.recur import Recur
 from loopformer.model import Looped, init_params
 from loopformer.nn.inject import Concat
 from loopformer.types import Array, ConfigError, Params
-from loopformer.nn.blocks import PreNorm
+from loopformer.nn.blocks import PostNorm, PreNorm
 
 SOURCE = 'cell/core/block/'
 TARGETS = {'prelude': 'prelude/block/', 'core': SOURCE, 'coda': 'coda/block/'}
@@ -91,9 +91,9 @@ def _check_model(model: Looped, chosen: Mapping[str, tuple[int, ...]]):
   stacks = {'prelude': model.prelude, 'core': model.cell.core, 'coda': model.coda}
   for name, stack in stacks.items():
     kind = None if stack is None else getattr(stack.block, 'placement', stack.block)
-    if kind not in (None, PreNorm()):
-      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks '
-                        '(Block) alone')
+    if kind not in (None, PreNorm(), PostNorm()):
+      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks, or those '
+                        'of OLMo 2 (PostNorm), alone')
     depth = 0 if stack is None else stack.depth
     if depth != len(chosen[name]):
       raise ConfigError(f'{name} = {chosen[name]}: {len(chosen[name])} layers, but the model has {depth} there; '
