@@ -64,8 +64,8 @@ flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configu
                           'divided over.')
 define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the library, such as loopformer:tiny, or '
        'file.py:argument, which defines get_config.')
-define(flags.DEFINE_string, 'from', None, 'import', 'a folder with config.json and weights, as models are published, a .gguf file, or with --kind a checkpoint of a '
-       "paper's own code.")
+define(flags.DEFINE_string, 'from', None, 'import', 'a folder with config.json and weights, as models are published, a '
+       ".gguf file, or with --kind a checkpoint of a paper's own code.")
 define(flags.DEFINE_string, 'kind', None, 'import', 'whose code wrote the checkpoint, as of convert.from_official: loopformer, '
        'base, base_loop, tmlt, parcae, huginn or ouro.')
 define(flags.DEFINE_string, 'dtype', None, 'import', 'of matrix products: float32 (the default) or bfloat16.')

@@ -193,7 +193,7 @@ def on(mesh: jax.sharding.Mesh | None) -> ContextManager[Any]:
 
 def placer(mesh: jax.sharding.Mesh | None, roles: Roles) -> Callable[[str, Any], Array]:
   """(path of a parameter, its array on the host) -> the array on the devices of a mesh, each of which gets its own part
-  alone; None: on the default device, which may take over the memory of the array: nobody must write to it afterwards."""
+  alone; None: on the default device, which may take over the memory of the array: nobody must write to it then."""
   if mesh is None:
     return lambda path, array: jax.device_put(array, may_alias=True)
 

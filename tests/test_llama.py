@@ -15,12 +15,7 @@ from loopformer import config as configs, plans
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_pretrained, gguf, retrofit, tensors
 from loopformer.model import Looped, init_params
-from loopformer.nn.attention import SelfAttention
-from loopformer.nn.blocks import Block
-from loopformer.nn.embed import TiedHead, Tokens
 from loopformer.nn.inject import Concat
-from loopformer.nn.layers import GatedMLP, RMSNorm
-from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError
 from tests import llama_reference as reference
@@ -115,15 +110,15 @@ def test_decodes_with_a_cache_what_the_parallel_pass_computes(tmp_path):
   np.testing.assert_allclose(np.concatenate(rows, 1), loopformer.logits(model, params, TOKENS), rtol=0, atol=1e-4)
 
 
-def test_a_plain_import_can_be_retrofitted(tmp_path):
-  _, params, _ = imported(tmp_path)
+@pytest.mark.parametrize('name', ['llama', 'olmo2'])
+def test_a_plain_import_can_be_retrofitted(name, tmp_path):
+  source, params, _ = imported(tmp_path, name)
 
   def stack():
-    attn = SelfAttention(heads=H, groups=G, position=Rotary(base=50.0))
-    return Stack(Block(attn=attn, mlp=GatedMLP(hidden=F), norm=RMSNorm(1e-2)), 1)
+    return Stack(source.cell.core.block.clone(), 1)
 
-  model = Looped(read_in=Tokens(vocab=V, width=D, length=T), cell=Recur(stack(), Concat()), prelude=stack(),
-                 coda=stack(), read_out=TiedHead(RMSNorm(1e-2)))
+  model = Looped(read_in=source.read_in, cell=Recur(stack(), Concat()), prelude=stack(), coda=stack(),
+                 read_out=source.read_out)
   looped = retrofit(params, model, prelude=(0,), core=(1,), coda=(2,))
   assert np.isfinite(loopformer.logits(model, looped, TOKENS)).all()
   np.testing.assert_array_equal(looped['coda']['block']['attn']['qkv']['kernel'][0],
@@ -191,7 +186,8 @@ CONFIG_ERRORS = {
     'architecture': ({'model_type': 'gpt_neox'}, ["model_type = 'gpt_neox'", 'llama']),
     'no width': ({'hidden_size': None}, ['hidden_size is missing']),
     'width of heads': ({'head_dim': 16}, ['self_attn.q_proj.weight', f'expected [{16 * H}, {D}]']),
-    'odd heads': ({'head_dim': 7}, ['heads = 4: their width 7 is odd']), 'no heads': ({'num_attention_heads': 0}, ['num_attention_heads = 0']),
+    'odd heads': ({'head_dim': 7}, ['heads = 4: their width 7 is odd']),
+    'no heads': ({'num_attention_heads': 0}, ['num_attention_heads = 0']),
     'half a head': ({'head_dim': 8.5}, ['head_dim = 8.5: give an integer']),
     'capped': ({'final_logit_softcapping': 30.0}, ['final_logit_softcapping = 30.0']),
     'scaled': ({'embedding_multiplier': 12.0}, ['embedding_multiplier = 12.0']),
@@ -210,7 +206,8 @@ CONFIG_ERRORS = {
     'partial': ({'partial_rotary_factor': 0.5}, ['partial_rotary_factor = 0.5']),
     'activation': ({'hidden_act': 'gelu'}, ['hidden_act = gelu']),
     'bias': ({'mlp_bias': True}, ['mlp_bias = True']),
-    'window': ({'model_type': 'mistral', 'sliding_window': 4}, ['sliding_window = 4', 'max_position_embeddings = 4 (it is 16)']),
+    'window': ({'model_type': 'mistral', 'sliding_window': 4}, [
+        'sliding_window = 4', 'max_position_embeddings = 4 (it is 16)']),
     'windows': ({'layer_types': ['sliding_attention']}, ['layer_types']),
     'quantised': ({'quantization_config': {'bits': 4}}, ['quantization_config']),
 }
@@ -354,8 +351,10 @@ def gguf_of(name, kind='F32', metadata=(), permute=True, drop=()):
     own = key
     for theirs, ours in theirs_of.items():
       own = own.replace(theirs, ours)
-    swapped = permute and arch in ('llama', 'nanbeige') and any(f'{x}_proj' in key for x in 'qk')  # as llama.cpp's converter does
-    data, value = packed(halves_as_pairs(value, config.get('head_dim', D // H)) if swapped else value, 'F32' if value.ndim == 1 else kind)
+    # As llama.cpp's converter does:
+    swapped = permute and arch in ('llama', 'nanbeige') and any(f'{x}_proj' in key for x in 'qk')
+    given = halves_as_pairs(value, config.get('head_dim', D // H)) if swapped else value
+    data, value = packed(given, 'F32' if value.ndim == 1 else kind)
     tensors[own] = (value.shape, 'F32' if value.ndim == 1 else kind, data)
     meant[key] = pairs_as_halves(value) if swapped else value
   return gguf_bytes({key: value for key, value in described.items() if value is not None},
@@ -377,7 +376,8 @@ def test_gguf_of_every_kind_gives_the_reference_mean_nll(kind, tmp_path):
   close(model, params, expected)
 
 
-@pytest.mark.parametrize('name', ['untied', 'biased', 'qwen2', 'qwen3', 'qwen3_wide', 'olmo2', 'nanbeige', 'nanbeige_skip'])
+@pytest.mark.parametrize('name', ['untied', 'biased', 'qwen2', 'qwen3', 'qwen3_wide', 'olmo2', 'nanbeige',
+                                  'nanbeige_skip'])
 def test_gguf_of_every_family_is_the_folder(name, tmp_path):
   (tmp_path / 'model.gguf').write_bytes(gguf_of(name)[0])
   model, params, _ = from_pretrained(tmp_path / 'model.gguf')

@@ -1,4 +1,4 @@
-"""Looped models as they are published: folders whose config.json says whose code they are for, and how their models run."""
+"""Looped models as they are published: folders whose config.json says whose code they are for, and how they run."""
 import functools
 import json
 import math
@@ -16,29 +16,36 @@ from tests import llama_reference, reference, test_convert_recurrent as recurren
 from tests.test_cli import run_here
 
 TOKENS = np.random.default_rng(5).integers(0, 48, (2, 9))
-NANO = {'n_layer': 2, 'n_head': reference.HEADS, 'n_embd': 48, 'block_size': 16, 'vocab_size': 50, 'intermediate_dim': 80,
+NANO = {'n_layer': 2, 'n_head': reference.HEADS, 'n_embd': 48, 'block_size': 16, 'vocab_size': 50,
+        'intermediate_dim': 80,
         'bias': False, 'dropout': 0.0}
 CONFIGS = {
     'ouro': {'architectures': ['OuroForCausalLM'], 'model_type': 'ouro', 'hidden_size': 48, 'intermediate_size': 80,
-             'num_hidden_layers': 2, 'num_attention_heads': 6, 'num_key_value_heads': 6, 'head_dim': 8, 'vocab_size': 50,
+             'num_hidden_layers': 2, 'num_attention_heads': 6, 'num_key_value_heads': 6, 'head_dim': 8,
+             'vocab_size': 50,
              'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'rope_scaling': None,
              'tie_word_embeddings': False, 'max_position_embeddings': 32, 'use_sliding_window': False,
-             'layer_types': ['full_attention'] * 2, 'total_ut_steps': 3, 'early_exit_threshold': 1.0, 'eos_token_id': 2},
+             'layer_types': ['full_attention'] * 2, 'total_ut_steps': 3, 'early_exit_threshold': 1.0,
+             'eos_token_id': 2},
     'nanbeige': llama_reference.CONFIGS['nanbeige'] | {'architectures': ['NanbeigeForCausalLM']},
-    'huginn': {'architectures': ['RavenForCausalLM'], 'model_type': 'huginn_raven', 'architecture_class_name': 'RecurrentGPT',
+    'huginn': {'architectures': ['RavenForCausalLM'], 'model_type': 'huginn_raven',
+               'architecture_class_name': 'RecurrentGPT',
                'block_class_name': 'SandwichBlock', 'norm_class_name': 'RMSNorm_llama', 'norm_eps': 1e-6,
                'mlp_class_name': 'GatedMLP', 'nonlin_name': 'SiLU', 'n_embd': 48, 'n_heads': 6, 'head_dim': 8,
                'intermediate_size': 80, 'vocab_size': 50, 'padded_vocab_size': 50, 'block_size': 64, 'bias': False,
                'qk_bias': True, 'rope_base': 50_000.0, 'injection_type': 'linear', 'state_init': 'like-init',
                'init_values': {'embed_scale': 6.9282}, 'tie_embeddings': True, 'n_layers_in_prelude': 2,
                'n_layers_in_recurrent_block': 4, 'n_layers_in_coda': 2, 'mean_recurrence': 5, 'test_time_noise': 0},
-    'parcae': {'_class_name': 'ParcaeConfig', 'architecture_class_name': 'Parcae', 'block_class_name': 'TransformerPreNormBlock',
+    'parcae': {'_class_name': 'ParcaeConfig', 'architecture_class_name': 'Parcae',
+               'block_class_name': 'TransformerPreNormBlock',
                'norm_class_name': 'RMSNorm', 'norm_eps': 1e-5, 'mlp_class_name': 'BaseMLP', 'nonlin_name': 'ReLU2',
-               'n_embd': 48, 'num_attention_heads': 6, 'num_key_value_heads': 3, 'intermediate_size': 80, 'vocab_size': 50,
+               'n_embd': 48, 'num_attention_heads': 6, 'num_key_value_heads': 3, 'intermediate_size': 80,
+               'vocab_size': 50,
                'block_size': 64, 'bias': False, 'qk_norm': True, 'logit_softcap': None, 'prelude_norm': True,
                'injection_type': 'diagonal', 'state_init': 'like-init', 'recurrent_embedding_dimension': 48,
                'n_layers_in_prelude': 2, 'n_layers_in_recurrent_block': 4, 'n_layers_in_coda': 2, 'mean_recurrence': 3,
-               'rope_settings': {'use_rope': True, 'rope_condense_ratio': 1, 'rope_base': 50_000}, 'tie_embeddings': True},
+               'rope_settings': {'use_rope': True, 'rope_condense_ratio': 1, 'rope_base': 50_000},
+               'tie_embeddings': True},
     'loopformer': NANO | {'architectures': ['LoopFormerGPTForCausalLM'], 'model_type': 'loopformer'},
     'base_loop': NANO | {'model_type': 'base_loop_ee', 'max_model_loops': 5},
     'tmlt': NANO | {'model_type': 'tmlt', 'n_loop': 3},
@@ -74,7 +81,8 @@ def expected(name):
 def published(folder, name, files=1, **changes):
   """A folder as its authors upload it; a change to None takes a field away."""
   config = {key: value for key, value in (CONFIGS[name] | changes).items() if value is not None}
-  llama_reference.save(folder, config, {key: np.ascontiguousarray(value) for key, value in weights(name).items()}, files)
+  held = {key: np.ascontiguousarray(value) for key, value in weights(name).items()}
+  llama_reference.save(folder, config, held, files)
   return folder
 
 
@@ -132,8 +140,10 @@ def original():
   """A state dict of the original code of timestep encoding: one layer, and no list of layers."""
   sizes = reference.SIZES | {'k': 1}
   ours = reference.random_state_dict('tmlt', **sizes)
-  theirs = {key.replace('transformer.h.blocks.0.adaLN', 'adaLN').replace('transformer.h.blocks.0.', 'transformer.').replace(
-      'time_embedder', 'timestep_embedder').replace('norm_f', 'ln_f'): value for key, value in ours.items()}
+  theirs = dict(ours)
+  for old, new in (('transformer.h.blocks.0.adaLN', 'adaLN'), ('transformer.h.blocks.0.', 'transformer.'),
+                   ('time_embedder', 'timestep_embedder'), ('norm_f', 'ln_f')):
+    theirs = {key.replace(old, new): value for key, value in theirs.items()}
   assert {'transformer.attn.c_attn.weight', 'adaLN_modulation.1.bias', 'timestep_embedder.mlp.2.bias',
           'transformer.ln_f.weight', 'transformer.mlp.c_proj.weight'} <= set(theirs)
   return theirs, ours
@@ -144,7 +154,8 @@ def test_the_original_timestep_encoded_model(tmp_path):
   torch = pytest.importorskip('torch')
   theirs, ours = original()
   torch.save({'model': {f'_orig_mod.{key}': torch.from_numpy(value) for key, value in theirs.items()},
-              'model_args': {'n_head': 6, 'n_embd': 48}, 'config': {'n_loop': 7, 'model_type': 'tmlt'}}, tmp_path / 'ckpt.pt')
+              'model_args': {'n_head': 6, 'n_embd': 48}, 'config': {'n_loop': 7, 'model_type': 'tmlt'}},
+              tmp_path / 'ckpt.pt')
   model, params, _, _ = loopformer.load(tmp_path / 'ckpt.pt', kind='tmlt')
   assert model.loops == 7 and model.cell.core.depth == 1
   wanted = reference.forward(ours, 'tmlt', TOKENS, (1 / 7,) * 7, 6)
@@ -167,10 +178,13 @@ def test_a_looped_configuration_is_never_that_of_a_plain_model(name, tmp_path):
 
 
 REFUSED = [
-    ('ouro', {'num_key_value_heads': 3}, 'num_key_value_heads = 3'), ('ouro', {'rope_theta': 1e4}, 'rope_theta = 10000'),
+    ('ouro', {'num_key_value_heads': 3}, 'num_key_value_heads = 3'),
+    ('ouro', {'rope_theta': 1e4}, 'rope_theta = 10000'),
     ('ouro', {'early_exit_threshold': 0.5}, 'early_exit_threshold = 0.5: .*--exit=gate:THRESHOLD'),
-    ('ouro', {'rope_scaling': {'factor': 2.0}}, 'rope_scaling = '), ('ouro', {'attention_bias': True}, 'attention_bias = True'),
-    ('ouro', {'layer_types': ['sliding_attention']}, 'layer_types = '), ('ouro', {'total_ut_steps': 0}, 'total_ut_steps = 0'),
+    ('ouro', {'rope_scaling': {'factor': 2.0}}, 'rope_scaling = '),
+    ('ouro', {'attention_bias': True}, 'attention_bias = True'),
+    ('ouro', {'layer_types': ['sliding_attention']}, 'layer_types = '),
+    ('ouro', {'total_ut_steps': 0}, 'total_ut_steps = 0'),
     ('ouro', {'total_ut_steps': None}, 'total_ut_steps is missing, and no shape'),
     ('ouro', {'num_attention_heads': None, 'num_key_value_heads': None}, 'heads is missing: no shape'),
     ('ouro', {'final_logit_softcapping': 30.0}, 'final_logit_softcapping = 30'),
@@ -178,8 +192,10 @@ REFUSED = [
     ('huginn', {'block_class_name': 'TransformerPreNormBlock'}, 'block_class_name = TransformerPreNormBlock'),
     ('huginn', {'tie_embeddings': False}, 'tie_embeddings = False'), ('huginn', {'qk_bias': False}, 'qk_bias = False'),
     ('huginn', {'init_values': {'embed_scale': 1.0}}, 'init_values.embed_scale = 1.0'),
-    ('huginn', {'rope_base': 1e4}, 'rope_base = 10000'), ('huginn', {'mean_recurrence': None}, 'mean_recurrence is missing'),
-    ('parcae', {'injection_type': 'linear'}, 'injection_type = linear'), ('parcae', {'logit_softcap': 15.0}, 'logit_softcap = 15'),
+    ('huginn', {'rope_base': 1e4}, 'rope_base = 10000'),
+    ('huginn', {'mean_recurrence': None}, 'mean_recurrence is missing'),
+    ('parcae', {'injection_type': 'linear'}, 'injection_type = linear'),
+    ('parcae', {'logit_softcap': 15.0}, 'logit_softcap = 15'),
     ('parcae', {'qk_norm': False}, 'qk_norm = False'), ('parcae', {'prelude_norm': False}, 'prelude_norm = False'),
     ('parcae', {'rope_settings': {'use_rope': False}}, 'rope_settings.use_rope = False'),
     ('loopformer', {'bias': True}, 'bias = True'), ('loopformer', {'n_head': None}, 'heads is missing: no shape'),
@@ -200,7 +216,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize('name, change, message', REFUSED, ids=[f'{name} {" ".join(change)}' for name, change, _ in REFUSED])
+@pytest.mark.parametrize('name, change, message', REFUSED, ids=[
+    f'{name} {" ".join(change)}' for name, change, _ in REFUSED])
 def test_a_setting_that_makes_another_model_is_refused_by_name(name, change, message, tmp_path):
   published(tmp_path, name, **change)
   with pytest.raises(ConfigError, match=message) as error:
@@ -239,11 +256,14 @@ def test_another_kind_and_other_files_are_named(tmp_path):
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 SHEETS = {  # fields of published configurations, and parameters counted by hand from them
-    'TinyLlama-1.1B': (dict(model_type='llama', vocab_size=32_000, hidden_size=2048, intermediate_size=5632, rms_norm_eps=1e-5,
+    'TinyLlama-1.1B': (dict(model_type='llama', vocab_size=32_000, hidden_size=2048, intermediate_size=5632,
+                            rms_norm_eps=1e-5,
                             num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4), 1_100_048_384),
-    'Llama-2-7b': (dict(model_type='llama', vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, rms_norm_eps=1e-5,
+    'Llama-2-7b': (dict(model_type='llama', vocab_size=32_000, hidden_size=4096, intermediate_size=11_008,
+                        rms_norm_eps=1e-5,
                         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32), 6_738_415_616),
-    'SmolLM2-135M': (dict(model_type='llama', vocab_size=49_152, hidden_size=576, intermediate_size=1536, rms_norm_eps=1e-5,
+    'SmolLM2-135M': (dict(model_type='llama', vocab_size=49_152, hidden_size=576, intermediate_size=1536,
+                          rms_norm_eps=1e-5,
                           num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000,
                           tie_word_embeddings=True), 134_515_008),
     'Llama-3.2-1B': (dict(model_type='llama', vocab_size=128_256, hidden_size=2048, intermediate_size=8192, head_dim=64,

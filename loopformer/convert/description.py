@@ -22,8 +22,8 @@ from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
-COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, condition.Trajectory,
-            condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
+COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur,
+            condition.Trajectory, condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
             starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
             blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm, blocks.Chain,
             attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,

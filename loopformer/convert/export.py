@@ -111,7 +111,8 @@ def _own_config(model, shapes) -> dict[str, Any]:
       'architectures': [architecture], 'model_type': description.MODEL_TYPE,
       'auto_map': {'AutoConfig': f'{module}.LoopformerConfig', 'AutoModelForCausalLM': f'{module}.{architecture}'},
       'vocab_size': model.read_in.vocab, 'hidden_size': model.read_in.width,
-      'num_attention_heads': getattr(block, 'blocks', (block,))[0].attn.heads, 'num_key_value_heads': groups, 'head_dim': head,
+      'num_attention_heads': getattr(block, 'blocks', (block,))[0].attn.heads, 'num_key_value_heads': groups,
+      'head_dim': head,
       'max_position_embeddings': model.read_in.length, 'loops': model.loops,
       'tie_word_embeddings': 'lm_head.weight' not in shapes, 'description': description.encode(model), 'shapes': shapes,
   }

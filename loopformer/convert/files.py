@@ -17,7 +17,7 @@ from loopformer.convert.table import Unread
 from loopformer.types import ConfigError
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
-          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}  # as safetensors calls them
+          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}  # in safetensors
 OFFICIAL_MODULES = ('base', 'base_loop', 'loopformer', 'tmlt')
 
 
@@ -25,8 +25,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
   """What a checkpoint holds, as it is nested there.
 
   Args:
-    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt, .pth or .bin, whose arrays are read
-      when they are asked for; or a mapping, which is returned as it is.
+    source: a path, of this machine or of a bucket, that ends in .safetensors, .npz, .pt, .pth or .bin, whose arrays are
+      read when they are asked for; or a mapping, which is returned as it is.
 
   Raises:
     ConfigError: no such file, a format that is not read, or a file that cannot be read.

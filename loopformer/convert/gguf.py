@@ -3,7 +3,8 @@ gguf.
 
 Of Llama's own architecture llama.cpp stores the rows of queries and keys so that rotary pairs are neighbours, as they
 are in this library: they are taken as they lie (of Nanbeige too). Of Qwen and OLMo it stores them half by half, as
-Hugging Face does. Mistaking one for the other leaves a model that still names capitals but has ten times the perplexity: the mean NLL shows it.
+Hugging Face does. Mistaking one for the other leaves a model that still names capitals but has ten times the perplexity:
+the mean NLL shows it.
 """
 from __future__ import annotations
 
@@ -139,12 +140,12 @@ def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> De
   head = of('attention.key_length', width / heads)
   for name in ('rope.dimension_count', 'attention.value_length'):
     if of(name, None) not in (None, head):
-      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: values, and what turns in a head, are as wide as keys here, '
-                        f'{head:g}; choose a model for which this holds')
+      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: values, and what turns in a head, are as wide as keys '
+                        f'here, {head:g}; choose a model for which this holds')
   kind = FAMILIES[family]
   if kind.looped and f'{family}.num_loops' not in metadata:
-    raise ConfigError(f'{path}: {family}.num_loops is missing, and no shape of the weights shows how often the layers run; '
-                      'take a file that a newer converter wrote')
+    raise ConfigError(f'{path}: {family}.num_loops is missing, and no shape of the weights shows how often the layers '
+                      'run; take a file that a newer converter wrote')
   scaling = 'rope_freqs.weight' if 'rope_freqs.weight' in tensors else of('rope.scaling.type', 'none')
   if scaling != 'none':
     raise ConfigError(f'{path}: {family}.rope.scaling = {scaling}: only rotary positions as they are can be read; '

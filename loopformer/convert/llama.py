@@ -74,8 +74,8 @@ FAMILIES = {
 class Decoder:
   """All that a decoder is besides its weights.
 
-  head: the width of a head, None: `width` divided by `heads`; length: the longest sequence; rotary: its positions; loops:
-  how often the stack runs; between: whether there is a norm after each time, or after the last alone.
+  head: the width of a head, None: `width` divided by `heads`; length: the longest sequence; rotary: its positions;
+  loops: how often the stack runs; between: whether there is a norm after each time, or after the last alone.
   """
   family: str
   vocab: int
@@ -94,7 +94,8 @@ class Decoder:
   between: bool = False
 
   def __post_init__(self):
-    for name in ('vocab', 'width', 'hidden', 'layers', 'heads', 'groups', 'length', 'loops', *(['head'] if self.head else [])):
+    own = ('head',) if self.head else ()
+    for name in ('vocab', 'width', 'hidden', 'layers', 'heads', 'groups', 'length', 'loops', *own):
       check_count(name, getattr(self, name))
       if name != 'layers' and getattr(self, name) >= 2 ** 31:  # too many layers are found by counting tensors
         raise ConfigError(f'{name} = {getattr(self, name)}: no tensor has so many rows')
@@ -201,7 +202,8 @@ def cut(decoder: Decoder, prelude: int, coda: int) -> tuple[int, int, int]:
   return prelude, decoder.layers - prelude - coda, coda
 
 
-def model_of(decoder: Decoder, *, loops: int | None = None, prelude: int = 0, coda: int = 0, dtype: str = 'float32') -> Looped:
+def model_of(decoder: Decoder, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
+             dtype: str = 'float32') -> Looped:
   """The unbound model: the layers between prelude and coda are the loop, of the decoder's own steps if nothing else is
   said.
 
@@ -210,15 +212,17 @@ def model_of(decoder: Decoder, *, loops: int | None = None, prelude: int = 0, co
   """
   counts = cut(decoder, prelude, coda)
   if decoder.kind.looped and (prelude or coda):
-    raise ConfigError(f'prelude = {prelude}, coda = {coda}: {decoder.family} loops over all of its layers; leave them out')
+    raise ConfigError(f'prelude = {prelude}, coda = {coda}: {decoder.family} loops over all of its layers; leave them '
+                      'out')
   out_std = 0.02 / math.sqrt(2 * decoder.layers)
 
   def stack(depth: int) -> Stack:  # with a block of its own: one instance in two stacks would be one set of weights
-    heads = dict(heads=decoder.heads, groups=decoder.groups, head=decoder.head, out_std=out_std, position=decoder.rotary)
+    heads = dict(heads=decoder.heads, groups=decoder.groups, head=decoder.head, position=decoder.rotary)
     norm = RMSNorm(decoder.eps)
-    attn = SelfAttention(**heads, biased=decoder.biased, norm={'': None, 'head': norm, 'heads': AcrossHeads(norm)}[kind.qk])
-    mlp = GatedMLP(hidden=decoder.hidden, out_std=out_std)
-    return Stack(Block(attn=attn, mlp=mlp, norm=norm, placement=PostNorm() if kind.post else PreNorm(), dtype=dtype), depth)
+    normed = {'': None, 'head': norm, 'heads': AcrossHeads(norm)}[kind.qk]
+    attn = SelfAttention(**heads, out_std=out_std, biased=decoder.biased, norm=normed)
+    mlp, placement = GatedMLP(hidden=decoder.hidden, out_std=out_std), PostNorm() if kind.post else PreNorm()
+    return Stack(Block(attn=attn, mlp=mlp, norm=norm, placement=placement, dtype=dtype), depth)
 
   kind = decoder.kind
   before, core, after = (stack(depth) if depth else None for depth in counts)
@@ -320,9 +324,10 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   if (kind.qk or kind.looped) and biased:
     raise ConfigError(f'{where}: attention_bias = True: {family} is read without biases; choose a model without')
   if kind.looped and config.get('num_loops') is None:
-    raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; write it')
+    raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; write '
+                      'it')
   try:
-    for name, value in (('num_attention_heads', heads), ('head_dim', config.get('head_dim') or 1)):
+    for name, value in (*((name, config[name]) for name in names), ('head_dim', config.get('head_dim') or 1)):
       check_count(name, value)
     head = config.get('head_dim') or None
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
@@ -343,33 +348,38 @@ PLAIN = {
                      'use_qk_norm'), (None, False)),
     **dict.fromkeys(('embedding_multiplier', 'residual_multiplier', 'logits_scaling', 'embed_scale'), (None, 1)),
 }
-# Fields by which configurations say that layers run several times, and parts of Nanbeige's code that its weights have off.
-LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops', 'max_model_loops')
-OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layers', 'loop_middle_layers', 'loop_share_kv')
+# Fields by which configurations say that layers run several times, and parts of Nanbeige's code that are off in its
+# weights.
+LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops',
+          'max_model_loops')
+OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layers', 'loop_middle_layers',
+           'loop_share_kv')
 
 
 def _refuse(config, where):
   for name, plain in PLAIN.items():
     if config.get(name) not in plain:
-      raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, scores, logits and '
-                        'embeddings that are neither capped nor scaled, and weights as they are; choose a model of this form')
+      raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, scores, logits '
+                        'and embeddings that are neither capped nor scaled, and weights as they are; choose a model of '
+                        'this form')
   looped = FAMILIES[config['model_type']].looped
   for name in LOOPED if not looped else ():
     if config.get(name) not in (None, 1):
-      raise ConfigError(f'{where}: {name} = {config[name]}: its layers run several times, and a {config["model_type"]} has '
-                        'each once; write the model_type of its own code, or give kind')
+      raise ConfigError(f'{where}: {name} = {config[name]}: its layers run several times, and a {config["model_type"]} '
+                        'has each once; write the model_type of its own code, or give kind')
   for name in OPTIONS + tuple(name for name in config if name.startswith('enable_')) if looped else ():
     if config.get(name):
-      raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known here; '
-                        'choose a model for which it is off')
+      raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known '
+                        'here; choose a model for which it is off')
   window, length = config.get('sliding_window'), config.get('max_position_embeddings', 2048)
   slides = config.get('use_sliding_window', config['model_type'] == 'mistral') or (
       set(config.get('layer_types') or ()) - {'full_attention'})
   if slides and (window is None and config.get('layer_types') or window is not None and window < length):
     name = 'sliding_window' if window is not None else 'layer_types'
-    raise ConfigError(f'{where}: {name} = {config[name]}: attention is read to all earlier tokens alone; choose a model of this '
-                      'form' + ('' if window is None else f', or write max_position_embeddings = {window} (it is {length}), '
-                                'up to which both are the same'))
+    remedy = '' if window is None else (f', or write max_position_embeddings = {window} (it is {length}), up to which '
+                                        'both are the same')
+    raise ConfigError(f'{where}: {name} = {config[name]}: attention is read to all earlier tokens alone; choose a model '
+                      f'of this form{remedy}')
 
 
 STRETCH = {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',

@@ -183,15 +183,15 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
     source: a .safetensors (extra `hf`), .npz, .pt or .pth (extra `peer`) file; a folder with one, or with an index of
       several, whose config.json, if there is one of the kind, is obeyed (published.py); or a dict of NumPy arrays or
       tensors.
-    heads: attention heads, which no shape of LoopFormer's and Ouro's shows; may be left out where a checkpoint tells them
-      (`model_args`, config.json), and for parcae and huginn.
-    loops: the most loops that it was trained for; what the checkpoint says, or else 8 for the looped kinds, 1 for base, 32
-      (the mean) for huginn, 4 for ouro.
-    length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of config.json, of the checkpoint's
-      rotary table, or else the published one (2048, 4096, 65,536).
+    heads: attention heads, which no shape of LoopFormer's and Ouro's shows; may be left out where a checkpoint tells
+      them (`model_args`, config.json), and for parcae and huginn.
+    loops: the most loops that it was trained for; what the checkpoint says, or else 8 for the looped kinds, 1 for base,
+      32 (the mean) for huginn, 4 for ouro.
+    length: the longest sequence that it is meant for, of parcae, huginn and ouro; that of config.json, of the
+      checkpoint's rotary table, or else the published one (2048, 4096, 65,536).
     dtype: of the matrix products, 'float32', 'bfloat16' or 'float16'.
-    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
-      one at a time (stacks of layers whole) by every process.
+    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are
+      read one at a time (stacks of layers whole) by every process.
 
   Raises:
     ConfigError: a bad argument, an unreadable file, a key that is missing, surplus or misshapen, or a config.json of

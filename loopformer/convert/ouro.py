@@ -90,8 +90,8 @@ class Ouro:
     vocab, width = table.measured(arrays, EMBEDDING, '[V, D]', where)
     hidden, _ = table.measured(arrays, 'layers.0.mlp.gate_proj.weight', '[F, D]', where)
     if heads is None:
-      raise ConfigError('heads is missing: no shape of the checkpoint shows the number of attention heads; give heads=..., '
-                        'num_attention_heads of config.json (16 in the published models)')
+      raise ConfigError('heads is missing: no shape of the checkpoint shows the number of attention heads; give '
+                        'heads=..., num_attention_heads of config.json (16 in the published models)')
     return _sizes(vocab=vocab, width=width, hidden=hidden, depth=table.layers(arrays, 'layers.'),
                   heads=heads, length=length or LENGTH)
 

@@ -1,5 +1,5 @@
-"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, looped models as they are published, and
-what `export` wrote."""
+"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, looped models as they are published,
+and what `export` wrote."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
   Llama, Mistral, Qwen2, Qwen3 and OLMo 2 (and models that call themselves so, such as SmolLM2) become `Looped` with a
-  plain cell and one loop. A plain stack is what `retrofit` takes; with `prelude` and `coda`, the layers between them are
-  the loop. Looped models that say in config.json whose they are (Ouro, Nanbeige, Parcae, Huginn, LoopFormer's) are read as
-  they run there. What `export` wrote under our own names comes back as it was, bit for bit.
+  plain cell and one loop. A plain stack is what `retrofit` takes; with `prelude` and `coda`, the layers between them
+  are the loop. Looped models that say in config.json whose they are (Ouro, Nanbeige, Parcae, Huginn, LoopFormer's) are
+  read as they run there. What `export` wrote under our own names comes back as it was, bit for bit.
 
   Args:
     folder: of config.json and model.safetensors (or the files of its index), or a .gguf file; of a bucket, it is copied

@@ -1,10 +1,10 @@
 """Looped models as they are published: whose code a config.json is for, and how its model runs.
 
 A folder of Llama's kind is read by llama.py (Nanbeige too), what `export` wrote by own.py. The others are the kinds of
-official.py, known here by `model_type`, by the names of classes in `architectures`, or by Parcae's `_class_name`. Fields are
-those that the kinds' public code writes (of Ouro and Huginn its configuration classes, of Parcae `ParcaeConfig`, of
-LoopFormer `GPTConfig`); what they say of heads, loops and length is obeyed, sizes are compared with the weights, and a field
-under which the same weights would be another model is refused by its name.
+official.py, known here by `model_type`, by the names of classes in `architectures`, or by Parcae's `_class_name`. Fields
+are those that the kinds' public code writes (of Ouro and Huginn its configuration classes, of Parcae `ParcaeConfig`, of
+LoopFormer `GPTConfig`); what they say of heads, loops and length is obeyed, sizes are compared with the weights, and a
+field under which the same weights would be another model is refused by its name.
 """
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OFF = (None, False, 0)
 class Published:
   """How a kind is published.
 
-  names: what calls it so; heads, loops, length: the field of each, loops under any of these names, and no length where the
-  weights show it; needed: whether there must be one of loops; sizes: field -> the letter of the size that the weights show; plain: field -> the values that it may
-  have, the published one first.
+  names: what calls it so; heads, loops, length: the field of each, loops under any of these names, and no length where
+  the weights show it; needed: whether there must be one of loops; sizes: field -> the letter of the size that the weights
+  show; plain: field -> the values that it may have, the published one first.
   """
   names: tuple[str, ...]
   heads: str = 'num_attention_heads'
@@ -46,17 +46,19 @@ NANO = Published(names=(), heads='n_head', loops=('max_model_loops', 'max_loops'
 PUBLISHED = {
     'ouro': Published(
         names=('ouro', 'OuroForCausalLM'), loops=('total_ut_steps',), length='max_position_embeddings',
-        sizes={'hidden_size': 'D', 'num_hidden_layers': 'N', 'intermediate_size': 'F', 'vocab_size': 'V', 'head_dim': 'd'},
+        sizes={'hidden_size': 'D', 'num_hidden_layers': 'N', 'intermediate_size': 'F', 'vocab_size': 'V',
+               'head_dim': 'd'},
         plain={'early_exit_threshold': (1.0,), 'rope_parameters.rope_type': ('default',),
-               'rope_parameters.rope_theta': (1e6,), 'attention_bias': OFF, 'mlp_bias': OFF, 'use_sliding_window': OFF}),
+               'rope_parameters.rope_theta': (1e6,), 'attention_bias': OFF, 'mlp_bias': OFF,
+               'use_sliding_window': OFF}),
     'huginn': Published(
         names=('huginn_raven', 'RavenForCausalLM'), heads='n_heads', sizes={
             'n_embd': 'D', 'intermediate_size': 'F', 'padded_vocab_size': 'V', 'head_dim': 'd', **SECTIONS},
         plain={'architecture_class_name': ('RecurrentGPT',), 'block_class_name': ('SandwichBlock',),
                'norm_class_name': ('RMSNorm_llama',), 'norm_eps': (1e-6,), 'mlp_class_name': ('GatedMLP',),
-               'nonlin_name': ('SiLU',), 'injection_type': ('linear',), 'state_init': ('like-init',), 'qk_bias': (True,),
-               'rope_base': (50_000,), 'rope_theta': (50_000,), 'tie_embeddings': (True,), 'tie_word_embeddings': (True,),
-               'test_time_noise': OFF}),
+               'nonlin_name': ('SiLU',), 'injection_type': ('linear',), 'state_init': ('like-init',),
+               'qk_bias': (True,), 'rope_base': (50_000,), 'rope_theta': (50_000,), 'tie_embeddings': (True,),
+               'tie_word_embeddings': (True,), 'test_time_noise': OFF}),
     'parcae': Published(
         names=('parcae', 'Parcae', 'ParcaeConfig', 'ParcaeForCausalLM'), sizes={
             'n_embd': 'D', 'hidden_size': 'D', 'recurrent_embedding_dimension': 'D', 'intermediate_size': 'F',
@@ -66,8 +68,8 @@ PUBLISHED = {
                'norm_class_name': ('RMSNorm',), 'norm_eps': (1e-5,), 'mlp_class_name': ('BaseMLP',),
                'nonlin_name': ('ReLU2',), 'qk_norm': (True,), 'qk_bias': OFF, 'prelude_norm': (True,),
                'injection_type': ('diagonal',), 'state_init': ('like-init',), 'tie_embeddings': (True,),
-               'tie_word_embeddings': (True,), 'rope_settings.use_rope': (True,), 'rope_settings.rope_condense_ratio': (1,),
-               'rope_settings.rope_base': (50_000,), 'rope_base': (50_000,)}),
+               'tie_word_embeddings': (True,), 'rope_settings.use_rope': (True,),
+               'rope_settings.rope_condense_ratio': (1,), 'rope_settings.rope_base': (50_000,), 'rope_base': (50_000,)}),
     'loopformer': dataclasses.replace(NANO, names=('loopformer', 'LoopFormerGPTForCausalLM')),
     'base_loop': dataclasses.replace(NANO, names=('base_loop', 'base_loop_ee')),
     'tmlt': dataclasses.replace(NANO, names=('tmlt', 'tmlt_ee', 'TMLT')),
@@ -89,8 +91,8 @@ class Told:
     """Raises ConfigError where the weights have another size."""
     for letter, field, value in self.sizes:
       if value != sizes[letter]:
-        raise ConfigError(f'{where}: {field} = {value}, and the weights show {sizes[letter]}; the configuration and the '
-                          'weights are not of one model')
+        raise ConfigError(f'{where}: {field} = {value}, and the weights show {sizes[letter]}; the configuration and '
+                          'the weights are not of one model')
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
@@ -117,16 +119,16 @@ def read(config: Mapping[str, Any], where: Any) -> Told:
   if kind == 'ouro':
     ouro.settings(config)
   if others := set(config.get('layer_types') or ()) - {'full_attention'}:
-    raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; this model has '
-                      'no counterpart')
+    raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; this '
+                      'model has no counterpart')
   scale, width = _at(config, 'init_values.embed_scale'), config.get('n_embd')
   if kind == 'huginn' and None not in (scale, width) and not math.isclose(scale, math.sqrt(width), rel_tol=1e-4):
-    raise ConfigError(f'{where}: init_values.embed_scale = {scale}: the huginn models that are read scale embeddings by the '
-                      f'root of n_embd, {math.sqrt(width):g}; this one has no counterpart')
+    raise ConfigError(f'{where}: init_values.embed_scale = {scale}: the huginn models that are read scale embeddings by '
+                      f'the root of n_embd, {math.sqrt(width):g}; this one has no counterpart')
   loops = next((config[name] for name in how.loops if config.get(name) is not None), None)
   if loops is None and how.needed:
-    raise ConfigError(f'{where}: {how.loops[0]} is missing, and no shape of the weights shows how often the layers run; '
-                      'write it')
+    raise ConfigError(f'{where}: {how.loops[0]} is missing, and no shape of the weights shows how often the layers '
+                      'run; write it')
   heads, length = config.get(how.heads), config.get(how.length)
   for name, value in (*((name, config.get(name)) for name in how.loops), (how.heads, heads), (how.length, length)):
     if value is not None:

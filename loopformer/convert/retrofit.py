@@ -92,8 +92,8 @@ def _check_model(model: Looped, chosen: Mapping[str, tuple[int, ...]]):
   for name, stack in stacks.items():
     kind = None if stack is None else getattr(stack.block, 'placement', stack.block)
     if kind not in (None, PreNorm(), PostNorm()):
-      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks, or those '
-                        'of OLMo 2 (PostNorm), alone')
+      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks, or '
+                        'those of OLMo 2 (PostNorm), alone')
     depth = 0 if stack is None else stack.depth
     if depth != len(chosen[name]):
       raise ConfigError(f'{name} = {chosen[name]}: {len(chosen[name])} layers, but the model has {depth} there; '

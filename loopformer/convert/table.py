@@ -192,7 +192,8 @@ def _array(value: Any) -> np.ndarray | Unread:
     raise ValueError('it is a view of fewer numbers than its shape has')
   floating = value.is_floating_point()
   dtype = np.dtype('float32' if floating else str(value.dtype).removeprefix('torch.'))
-  return Unread(shape=tuple(value.shape), dtype=dtype, read=lambda: (value.float() if floating else value).cpu().numpy())
+  return Unread(shape=tuple(value.shape), dtype=dtype,
+                read=lambda: (value.float() if floating else value).cpu().numpy())
 
 
 def tied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

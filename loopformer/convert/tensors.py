@@ -91,8 +91,8 @@ def read_any(folder: Path) -> Mapping[str, Any]:
                          read=functools.partial(held.__getitem__, name)) for name in held}
   found = sorted(path for path in folder.iterdir() if path.suffix in files.READERS)
   if len(found) != 1:
-    raise ConfigError(f'folder = {folder}: ' + (f'{len(found)} files of weights, {found[0].name} among them' if found else
-                      'no file of weights') + f' and no {NAME}, {INDEX}, {BIN} or {BIN_INDEX}; name one file')
+    what = f'{len(found)} files of weights, {found[0].name} among them' if found else 'no file of weights'
+    raise ConfigError(f'folder = {folder}: {what} and no {NAME}, {INDEX}, {BIN} or {BIN_INDEX}; name one file')
   return files.read(found[0])
 
 

@@ -273,8 +273,8 @@ def unfused_kernel(kernel: Array, heads: int, groups: int, given: str) -> tuple[
   """
   width, outputs = kernel.shape[-2:]
   if heads % groups or width % heads or outputs * heads != width * (heads + 2 * groups):
-    raise ConfigError(f'{given} do not fit the projection {kernel.shape}; give those of the model\'s attention, or leave '
-                      'them out where its heads have a width of their own (head)')
+    raise ConfigError(f'{given} do not fit the projection {kernel.shape}; give those of the model\'s attention, or '
+                      'leave them out where its heads have a width of their own (head)')
   return unfused(kernel, heads, groups)
 
 

@@ -26,7 +26,8 @@ class Rotary:
     """Raises ConfigError where the width of a head is odd; width: of all heads together."""
     if width // heads % 2:
       raise ConfigError(f'{where}heads = {heads}: at width {width} a head has {width // heads} channels, an odd '
-                        'number, and rotary positions turn pairs of them; choose heads, head or width so that it is even')
+                        'number, and rotary positions turn pairs of them; choose heads, head or width so that it is '
+                        'even')
 
   def turns(self, half: int) -> Array:
     """f32[half]: by what each pair turns from one position to the next, in radians."""
