@@ -315,6 +315,7 @@ def test_every_variant_is_sound(variant):
     (['model.cell.core.block.attn.heads=5'], r'model\.loop: heads = 5 does not divide the width 128'),
     (['model.cell.core.block.attn.heads=4', 'model.cell.core.block.attn.groups=3'],
      r'groups = 3 does not divide heads = 4'),
+    (['model.cell.core.block.attn.head=0'], r'model\.cell\.core\.block\.attn\.head = 0: must be 1'),
     (['model.cell.core.block.dtype=float16'], r"block\.dtype = 'float16'; use one of float32, bfloat16"),
     (['task.length=129'], r'task\.length = 129 is more than model\.read_in\.length = 128'),
     (['model.loops=7'], r'a plan of 8 steps is longer than model\.loops = 7'),

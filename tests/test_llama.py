@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import loopformer
@@ -15,8 +16,12 @@ from loopformer import config as configs, plans
 from loopformer.cells.recur import Recur
 from loopformer.convert import from_pretrained, gguf, retrofit, tensors
 from loopformer.model import Looped, init_params
+from loopformer.nn.blocks import Block
 from loopformer.nn.inject import Concat
 from loopformer.nn.stack import Stack
+from loopformer.optim import on_unfused
+from loopformer.papers.melt.attention import LatentAttention
+from loopformer.papers.plt.attention import GatedAttention
 from loopformer.types import ConfigError
 from tests import llama_reference as reference
 from tests.llama_reference import CONFIGS, D, F, G, H, N, T, V
@@ -123,6 +128,29 @@ def test_a_plain_import_can_be_retrofitted(name, tmp_path):
   assert np.isfinite(loopformer.logits(model, looped, TOKENS)).all()
   np.testing.assert_array_equal(looped['coda']['block']['attn']['qkv']['kernel'][0],
                                 params['cell']['core']['block']['attn']['qkv']['kernel'][2])
+
+
+@pytest.mark.parametrize('name', ['llama', 'wide', 'qwen3_wide', 'nanbeige'])
+def test_heads_of_a_width_of_their_own_are_counted(name, tmp_path):
+  model, _, _ = imported(tmp_path, name)
+  d, loops = CONFIGS[name].get('head_dim', D // H), model.loops
+  layer = 2 * (D * (H + 2 * G) * d + H * d * D + 3 * D * F) + 4 * H * d * (T + 1) / 2  # products, and half of all scores
+  assert model.flops(T, loops) == loops * N * layer + 2 * D * V
+  assert model.cache(2, T)['loop'].k.size == loops * N * 2 * T * G * d
+
+
+def test_projections_of_heads_of_a_width_of_their_own_are_not_taken_apart(tmp_path):
+  model, params, _ = imported(tmp_path, 'wide')
+  with pytest.raises(ConfigError, match='optim.heads = 4, .* leave them out where its heads have a width of their own'):
+    on_unfused(optax.sgd(0.1), H, G).init(params)
+
+
+@pytest.mark.parametrize('attention', [GatedAttention, LatentAttention])
+def test_attentions_of_papers_refuse_it_by_name(attention):
+  with pytest.raises(TypeError, match="unexpected keyword argument 'head'"):
+    attention(heads=2, head=8)
+  with pytest.raises(ConfigError, match="attn.head = 8: .* has no field 'head'"):
+    configs.override(Block(attn=attention(heads=2), mlp=None), 'attn.head=8')
 
 
 # safetensors ---------------------------------------------------------------------------------------------------------
