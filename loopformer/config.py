@@ -305,7 +305,7 @@ def check(config: Experiment):
     if Planner not in type(roll.plan).__mro__:
       raise ConfigError(f'objective.rolls.{name}.plan = {_name_of(type(roll.plan))}: it is no planner; make it a subclass '
                         'of loopformer.types.Planner, which says what every planner tells')
-    if roll.plan.differentiated < roll.plan.expected and not model.cell.injects:
+    if roll.plan.differentiated < roll.plan.expected and not model.cell.injects and not roll.plan.detached:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())

@@ -18,7 +18,7 @@ from loopformer.types import Array, ConfigError, Context, Plan, Step, config_dat
 class Last:
   """Keep the last state alone."""
 
-  def __call__(self, x: Array) -> Any:
+  def __call__(self, x: Array, before: Array | None = None) -> Any:
     return None
 
 
@@ -26,15 +26,26 @@ class Last:
 class Every:
   """Keep the state after every step."""
 
-  def __call__(self, x: Array) -> Any:
+  def __call__(self, x: Array, before: Array | None = None) -> Any:
     return x
+
+
+@config_dataclass
+class Pairs:
+  """Keep the states before and after every step, [2, B, T, D]; of cells whose steps `run` takes one by one."""
+
+  def __call__(self, x: Array, before: Array | None = None) -> Any:
+    if before is None:
+      raise ConfigError('keep = Pairs(): the cell does not tell the state before a step; use a cell whose steps run one '
+                        'by one, such as Plain')
+    return jnp.stack([before, x])
 
 
 @config_dataclass
 class Norms:
   """Keep the mean length of the states of a sequence's tokens, f32[B], after every step."""
 
-  def __call__(self, x: Array) -> Any:
+  def __call__(self, x: Array, before: Array | None = None) -> Any:
     return jnp.linalg.norm(x.astype(jnp.float32), axis=-1).mean(-1)
 
 
@@ -189,7 +200,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
   of their own, t and dt f32[K, B]; active = bool[K, B] must then be True in the first rows of each.
   Returns (x, kv, kept states [K, ...] or None, auxiliaries [K, ...], steps that ran i32[]).
   """
-  first, k = jnp.int32(0), jnp.arange(plan.steps)
+  first, k, free = jnp.int32(0), jnp.arange(plan.steps), None
   if precomputed is None:
     precomputed = cell.precompute(plan)
   if plan.no_grad_steps is not None and not cell.is_initializing():
@@ -197,14 +208,18 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
       raise ConfigError('plan.no_grad_steps: these have no row in the plan, so a cell that depends on the schedule cannot '
                         'run them; use a plan without them')
     if kv is not None and plan.no_grad_steps.ndim:
-      raise ConfigError('plan.no_grad_steps: of each sequence, but a cache has one slot a step for all of them; use one number for '
-                        'all, i32[], or a plan whose rows say by `active` which steps each sequence takes')
+      raise ConfigError('plan.no_grad_steps: of each sequence or step, but a cache has one slot a step for all of them; use one '
+                        'number for all, i32[], or a plan whose rows say by `active` which steps each sequence takes')
+  if plan.no_grad_steps is not None and plan.no_grad_steps.ndim == 2:
+    free = plan.no_grad_steps[:, 0]
+    k += jnp.cumsum(free)
+  elif plan.no_grad_steps is not None and not cell.is_initializing():
     first, k = plan.no_grad_steps.max(), plan.no_grad_steps + (k[:, None] if plan.no_grad_steps.ndim else k)
     row = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=first, precomputed=None)
     x, kv = _without_gradient(cell, x, e, lambda k: row.replace(k=k, active=k < plan.no_grad_steps), first, ctx, kv)
   rows = Step(t=plan.t, dt=plan.dt, active=plan.active, k=k, precomputed=precomputed)
   ran = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
-  total = (ran + (0 if plan.no_grad_steps is None else plan.no_grad_steps)).max()
+  total = (ran + plan.free).max()
   if kv is not None and not cell.is_initializing():
     slots = memories.slots_of(kv)
     if ctx.memory.slots(plan.steps) > slots:  # steps without gradient, whose number is not known here, come on top
@@ -212,19 +227,32 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
                         'cache(..., loops=...) of all steps')
     x, kv = walk(cell, x, e, rows, ctx, kv, keep)
     return x, kv, None, {}, total
-  x, kv, xs, aux = scan(cell, x, e, rows, ctx, kv, keep, remat)
+  x, kv, xs, aux = scan(cell, x, e, rows, ctx, kv, keep, remat, free)
   return x, kv, xs, aux, total
 
 
-def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any):
-  """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries)."""
+def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any,
+         free: Array | None = None):
+  """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries).
+
+  free: None, or i32[K]: steps that run before each row. They have no gradient, nor has the state that a row begins with,
+  and the backward pass does not run them again.
+  """
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
   if cell.is_initializing():  # one step makes all parameters, and a scan would trace it twice more
     (x, kv), (xs, aux) = step(cell, (x, kv), jax.tree.map(lambda leaf: leaf[0], rows))
     return x, kv, jax.tree.map(lambda leaf: leaf[None], xs), jax.tree.map(lambda leaf: leaf[None], aux)
-  over = nn.scan(remat.step(lambda cell, carry, row: step(cell, carry, row)),
-                 variable_broadcast='params', split_rngs={'params': False}, length=rows.dt.shape[0])
-  (x, kv), (xs, aux) = over(cell, (x, kv), rows)
+  graded = remat.step(lambda cell, carry, row: step(cell, carry, row))
+
+  def detached(cell, carry, row_and_free):
+    (x, kv), (row, count) = carry, row_and_free
+    at = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=row.k - count, precomputed=None)
+    x, kv = _without_gradient(cell, x, e, lambda k: at.replace(k=at.k + k), count, ctx, kv)
+    return graded(cell, (x, kv), row)
+
+  over = nn.scan(graded if free is None else detached, variable_broadcast='params', split_rngs={'params': False},
+                 length=rows.dt.shape[0])
+  (x, kv), (xs, aux) = over(cell, (x, kv), rows if free is None else (rows, free))
   return x, kv, xs, aux
 
 
@@ -238,7 +266,7 @@ def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
 
 
 def _step(cell, carry, row, *, e, ctx, keep):
-  x, kv = carry
+  (x, kv), before = carry, carry[0]
   ctx = ctx.replace(step=row)
 
   def apply(cell, x, kv):
@@ -255,7 +283,7 @@ def _step(cell, carry, row, *, e, ctx, keep):
       return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     x, kv, aux = nn.cond(row.active.any(), apply, skip, cell, x, kv)
-  return (x, kv), (keep(cell.output(x)), aux)
+  return (x, kv), (keep(cell.output(x), cell.output(before)), aux)
 
 
 def _of_active(active, new, old):

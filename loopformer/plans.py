@@ -289,6 +289,40 @@ class Truncated(Planner):
 
 
 @config_dataclass
+class RandomSupervision(Planner):
+  """`graded` of `loops` steps, drawn without replacement: what LoopUS supervises (section 3). The others run without
+  gradient, none hands a gradient to the one before it, and those after the last of them do not run.
+
+  For loops whose step does not know the schedule. One compiled program serves every draw. What stands before the loop
+  gets no gradient; let the optimiser leave it alone (`training.frozen.Freeze`), lest it decays.
+  """
+  loops: int
+  graded: int
+  detached = True
+
+  def __post_init__(self):
+    whole('RandomSupervision.loops', self.loops, 1, LONGEST, why='a plan needs at least one step')
+    whole('RandomSupervision.graded', self.graded, 1, self.loops, why=f'of {self.loops} loops, at least one is supervised')
+
+  @property
+  def longest(self) -> int:
+    return self.graded
+
+  @property
+  def expected(self) -> float:
+    return self.graded * (self.loops + 1) / (self.graded + 1)
+
+  @property
+  def differentiated(self) -> float:
+    return float(self.graded)
+
+  def __call__(self, context: PlanContext) -> Plan:
+    drawn = jnp.sort(jax.random.choice(context.key, self.loops, (self.graded,), replace=False))
+    return Plan(t=jnp.zeros(self.graded), dt=jnp.ones(self.graded),
+                no_grad_steps=jnp.diff(drawn, prepend=-1)[:, None] - 1)
+
+
+@config_dataclass
 class Given(Planner):
   """As many steps as each sequence asks for in `batch['loops']`, up to `most` (length generalisation, section 3)."""
   most: int

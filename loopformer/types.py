@@ -39,7 +39,7 @@ class Plan:
   active: None (every step runs), bool[K] (False: the step is skipped by a real branch and costs nothing)
     or bool[K, B] (False: the step passes this sequence through unchanged; one that no sequence takes is skipped).
   no_grad_steps: None, i32[] or i32[B]: steps that run first, without gradient, as many as this number says (of each
-  sequence).
+  sequence); or i32[K, 1]: so many run before each of the K, none of which hands a gradient to those before it.
   rows: what else a planner says of each step, by name, leaves [K, ...]; a cell reads what it knows in
   `Cell.precompute`.
   """
@@ -53,6 +53,13 @@ class Plan:
   def steps(self) -> int:
     """K, the number of rows, skipped ones included."""
     return self.dt.shape[0]
+
+  @property
+  def free(self) -> Array | int:
+    """Steps without gradient in all, i32[] or i32[B]; 0 where there are none."""
+    if self.no_grad_steps is None:
+      return 0
+    return self.no_grad_steps.sum() if self.no_grad_steps.ndim == 2 else self.no_grad_steps
 
 
 @struct.dataclass
@@ -229,6 +236,12 @@ class Planner(Protocol):
   def differentiated(self) -> float:
     """Mean number of steps with a backward pass: all."""
     return self.expected
+
+  @property
+  def detached(self) -> bool:
+    """Whether it is meant that no gradient reaches the state that the loop begins with: that what stands before the loop
+    keeps its values (training/frozen.py)."""
+    return False
 
   @property
   def stages(self) -> tuple[int, ...]:

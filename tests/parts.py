@@ -29,6 +29,7 @@ from loopformer.nn.layers import (MLP, AcrossHeads, GatedMLP, Identity, LayerNor
                                   gelu_tanh, squared_relu)
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
+from loopformer.papers.loopus.cell import ConfidenceHead, Selective
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.mor.cell import ExpertChoice, Routed, TokenChoice
@@ -152,6 +153,8 @@ ROWS = {
                        read_in=nowhere(),
                        read_out=Head(outputs=V, norm=Identity())), timed=False),
     'olmo': Row(looped(Normed(Stack(olmo(), N), RMSNorm()), read_in=nowhere(), coda=Stack(olmo(), 1)), timed=False),
+    'loopus': Row(looped(Halting(Selective(plain(norm=RMSNorm(1e-6), position=Rotary())), gate=ConfidenceHead()),
+                         read_in=nowhere(), prelude=stack(1), coda=stack(1), read_out=Head(outputs=V)), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),
     'mor_token': Row(looped(Routed(stack(N), TokenChoice(recursions=L)), prelude=stack(1)), steps=False),

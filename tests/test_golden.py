@@ -31,6 +31,8 @@ ARGUMENTS = {
     'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
     'linear_icl': ['', 'predict=weights'],
     'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],
+    'loopus': ['pretrain', 'start=runs/pretrained', 'start=runs/pretrained,gate=accept', 'ungated,start=runs/pretrained',
+               'base,start=runs/pretrained'],
     'mor': ['tiny', 'tiny,kind=token', 'tiny,kind=token,balance=free,form=paper', 'tiny,kind=random',
             'tiny,kind=recursive', 'tiny,kind=recursive,sharing=sequence,layers=6', 'tiny,kind=vanilla',
             'tiny,memory=shared', 'tiny,auxiliary=1,router=mlp', 'tiny,z=0.001,gate=open', 'tiny,kind=token,z=0.001',

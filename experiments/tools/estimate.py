@@ -147,7 +147,7 @@ def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step:
     def draw(key, plan=roll.plan, stage=stage):
       drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))
       live = None if drawn.active is None else drawn.active.reshape(drawn.steps, -1).any(-1).sum()
-      return live, None if drawn.no_grad_steps is None else drawn.no_grad_steps.max()
+      return live, None if drawn.no_grad_steps is None else drawn.free.max()
 
     live, first = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), DRAWS))
     if live is not None:

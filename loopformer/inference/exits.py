@@ -33,9 +33,7 @@ class Final:
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
     trace = run_batch(model, params, batch, plan)
-    steps = plan.steps if plan.active is None else plan.active.sum(0)
-    steps += 0 if plan.no_grad_steps is None else plan.no_grad_steps
-    steps = jnp.broadcast_to(steps, trace.z.shape[:1])
+    steps = jnp.broadcast_to((plan.steps if plan.active is None else plan.active.sum(0)) + plan.free, trace.z.shape[:1])
     return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 

@@ -45,15 +45,21 @@ def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None, 
   Args:
     z: [..., D]; table: f32[V, D]; targets: i32[...]; chunk, dtype: as of `nll_sum`.
   """
+  return token_answers(z, table, targets, chunk, dtype)[0]
+
+
+def token_answers(z: Array, table: Array, targets: Array, chunk: int | None = None, dtype: Any = None
+                  ) -> tuple[Array, Array]:
+  """As `token_nll`, and whether the target is the likeliest answer, bool[...]."""
   z, table = jax.lax.stop_gradient((z.astype(dtype or z.dtype), table.astype(dtype or z.dtype)))
 
-  def nll(row):
+  def one(row):
     z_nD, target_n, _ = row
     logits_nV, lse_n = _logits(z_nD, table)
-    return lse_n - _pick(logits_nV, target_n)
+    return lse_n - _pick(logits_nV, target_n), logits_nV.argmax(-1) == target_n
 
   chunks = _chunks(z, targets, jnp.ones(targets.shape), chunk)
-  return jax.lax.map(nll, chunks).reshape(-1)[:targets.size].reshape(targets.shape)
+  return jax.tree.map(lambda leaf: leaf.reshape(-1)[:targets.size].reshape(targets.shape), jax.lax.map(one, chunks))
 
 
 def _chunks(z, targets, weights, chunk):

@@ -20,7 +20,7 @@ from loopformer.inference.evaluate import evaluate, motion
 from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
-from loopformer.training import averages, interrupts, metrics, processes
+from loopformer.training import averages, interrupts, metrics, processes, sections
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, Unsaved, abstract, restore_model, trained
 from loopformer.training.lock import Lock
 from loopformer.training.step import State, init_state, make_step
@@ -35,7 +35,8 @@ class Train:
   of their own.
   keep: so many last checkpoints stay, and the one of the best `best`, a number of the task's measure at a depth of
   `evals`, such as 'loss@8' (None: the last alone); with `best` every evaluated state is saved.
-  start: a work folder whose last checkpoint gives the first values of the parameters that both models have.
+  start: a work folder whose last checkpoint gives the first values of the parameters that both models have. As many layers
+  may be cut into prelude, loop and coda otherwise there; a head of its own starts as the embedding if it was tied there.
   extended: the numbers of steps that the run had before it was told to go on. Up to each of them the schedules are
   those of a run of so many steps, from the last one on those of a run of `steps`.
   """
@@ -229,8 +230,7 @@ def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> St
 
 def _like(given: Params, own: Params, name: str) -> Params:
   """Parameters placed as those of the run. Raises ConfigError where names or shapes are not those of the model."""
-  ours, theirs = ({jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
-                   for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (own, given))
+  ours, theirs = ({path: leaf.shape for path, leaf in _by_path(tree).items()} for tree in (own, given))
   for path in ours.keys() | theirs.keys():
     if ours.get(path) != theirs.get(path):
       raise ConfigError(f'{name}: {path} has the shape {theirs.get(path, "(absent)")} there, '
@@ -239,29 +239,42 @@ def _like(given: Params, own: Params, name: str) -> Params:
 
 
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
-  """The parameters with those of another run's last checkpoint in the places that both have."""
-  own = dict(jax.tree_util.tree_leaves_with_path(params))
-
-  def placed(path, leaf, elsewhere):
-    mine = own.get(path)
-    if mine is not None and mine.shape != leaf.shape:
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise ConfigError(f'{where} = {start}: {name} has the shape {leaf.shape} there, {mine.shape} here; give a run of '
-                        'the same sizes')
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=elsewhere if mine is None else mine.sharding)
-
+  """The parameters with those of another run's last checkpoint in the places that both have; its layers may be cut into
+  other sections (sections.py)."""
+  own = _by_path(params)
   if not (storage.path(start) / FOLDER).is_dir():
     raise ConfigError(f'{where} = {start}: no checkpoint was saved there; give the work folder of a run')
   with Checkpoints(start) as checkpoints:
     shapes = checkpoints.shapes()  # what is not ours is divided too, by its shapes alone
+    cut = sections.moved(*({path: leaf.shape for path, leaf in tree.items()} for tree in (_by_path(shapes), own)))
+
+    def placed(path, leaf, elsewhere):
+      path = _name(path)
+      mine = own.get(path)
+      if (section := sections.section_of(path)) is not None and path.removeprefix(section) in cut:
+        mine = None
+      if mine is not None and mine.shape != leaf.shape:
+        raise ConfigError(f'{where} = {start}: {path} has the shape {leaf.shape} there, {mine.shape} here; give a run of '
+                          'the same sizes')
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=elsewhere if mine is None else mine.sharding)
+
     step, given = checkpoints.restore_params(None, jax.tree_util.tree_map_with_path(
         placed, shapes, sharding.shardings(shapes, mesh, Roles())))
-  given = dict(jax.tree_util.tree_leaves_with_path(given))
+  given = sections.fitted(_by_path(given), own)
   taken = own.keys() & given.keys()
   if not taken:
     raise ConfigError(f'{where} = {start}: its model shares no parameter with this one')
-  log(f'{len(taken)} of {len(own)} parameters start from step {step} of {start}')
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: given.get(path, leaf), params)
+  log(f'{len(taken)} of {len(own)} parameters start from step {step} of {start}'
+      + (', its layers cut into other sections' if cut else ''))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: given.get(_name(path), leaf), params)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 @dataclasses.dataclass

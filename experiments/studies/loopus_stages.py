@@ -1,0 +1,146 @@
+"""LoopUS against continued training without loops: every arm from one decoder, on the same tokens.
+
+    python -m experiments.studies.loopus_stages --seeds=0,1 --workdir=runs/loopus --out=experiments/reports/loopus
+    python -m experiments.studies.loopus_stages --from=runs/smollm --encoder=0..1 --decoder=29 --workdir=runs/loopus_smollm \\
+        --out=runs/loopus_smollm/report --set train.steps=300 --set task.length=512 --set train.batch=32
+
+Without --from a decoder of six layers is trained first (experiments/configs/loopus.py). The arms: `base`, as many tokens
+without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one; `ungated`,
+without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own, and goes
+on where it was stopped. Writes results.json, table.md, depths.png, exits.png.
+"""
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+import subprocess
+import sys
+
+from absl import flags, logging
+import numpy as np
+
+from experiments.main import check_command, held_out
+from experiments.tools import command, plots, records
+import loopformer
+from loopformer import plans, storage
+from loopformer.inference import exits, measures
+from loopformer.inference.evaluate import Run, evaluate
+from loopformer.training import metrics
+from loopformer.types import ConfigError
+
+FLAGS = flags.FLAGS
+# experiments.main defines --workdir, --from, and --set, which acts on all arms.
+flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
+flags.DEFINE_string('encoder', None, 'With --from: layers before the loop, such as 0..1, or none.')
+flags.DEFINE_string('decoder', None, 'With --from: layers after the loop.')
+flags.DEFINE_list('budgets', ['1', '2', '3', '4', '6', '8', '12'], 'Loops to evaluate at.')
+flags.DEFINE_list('thresholds', ['0.3', '0.4', '0.5', '0.6'], 'Of confidence, at which a token leaves.')
+flags.DEFINE_integer('eval_rows', 512, 'Sequences held out to measure on.', lower_bound=1)
+flags.DEFINE_list('arms', ['base', 'loopus', 'accept', 'ungated'], 'Which of the four.')
+flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+ARMS = {'base': 'base', 'loopus': 'loopus', 'accept': 'loopus,gate=accept', 'ungated': 'ungated'}
+
+
+def run(argument: str, seed: int, workdir: Path, *changes: str):
+  """Runs or resumes one training run; its output goes to <workdir>/log.txt."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with storage.appending(workdir / 'log.txt') as log:
+    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config=loopus:{argument}', f'--workdir={workdir}',
+                    *(f'--set={change}' for change in (*changes, f'train.seed={seed}'))],
+                   stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def measure(folder: Path, budgets: list[int], thresholds: list[float], task_of=None) -> tuple[list[dict], list[dict]]:
+  """Rows by budget, and by threshold of exits where the model has a confidence head."""
+  model, params, _, config = loopformer.load(folder)
+  if task_of is not None:  # a decoder that was imported has no text of its own
+    config = task_of
+  batches = held_out(config, task_of and folder.parent / 'base-0' or folder, -(-FLAGS.eval_rows // config.train.batch))
+  schedules = {str(budget): plans.resolve(budget) for budget in budgets}
+  if 'gate' in params['cell']:
+    schedules |= {f'{threshold:g}': Run(plan=plans.Uniform(model.loops), exit=exits.Adaptive(
+        rule=exits.Confident(threshold=threshold))) for threshold in thresholds}
+  rows = evaluate(model, params, batches, schedules, None, measures.Tokens())
+  return rows[:len(budgets)], [{'threshold': float(row['schedule']), **row} for row in rows[len(budgets):]]
+
+
+def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[float]) -> dict:
+  """Trains and measures everything of one seed."""
+  changes = (*FLAGS['set'].value, f"task.folder='{workdir / 'data'}'")
+  if FLAGS['from'].value is None:
+    start = workdir / f'pretrain-{seed}'
+    run('pretrain', seed, start, f"task.folder='{workdir / 'data'}'")
+    source = f'start={start}'
+  else:
+    start = storage.path(FLAGS['from'].value)
+    source = f'from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}'
+  found, config = {}, None
+  for arm in FLAGS.arms:
+    folder = workdir / f'{arm}-{seed}'
+    run(f'{ARMS[arm]},{source}', seed + 1000, folder, *changes)  # other tokens than the decoder was trained on
+    rows, left = measure(folder, budgets, thresholds)
+    config = config or loopformer.load(folder).config
+    found[arm] = {'rows': rows, 'exits': left}
+    print(f'seed {seed}, {arm}: ' + ', '.join(f'{row["loss"]:.3f}' for row in rows), flush=True)
+  rows, _ = measure(start, budgets, thresholds, config)
+  return {'untrained': {'rows': rows, 'exits': []}, **found}
+
+
+def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
+  """Means over seeds, and half of their range: loss by arm and loops; loss and mean exit step by threshold."""
+  losses, left = collections.defaultdict(list), collections.defaultdict(list)
+  for found in results.values():
+    for arm, measured in found.items():
+      for row in measured['rows']:
+        losses[arm, int(row['budget'])].append(row['loss'])
+      for row in measured['exits']:
+        left[arm, row['threshold']].append((row['steps'], row['loss']))
+
+  def shown(values):
+    return f'{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}'
+
+  arms = list(next(iter(results.values())))
+  depths = [{'loops': budget, **{arm: shown(losses[arm, budget]) for arm in arms}}
+            for budget in sorted({budget for _, budget in losses})]
+  return depths, [{'arm': arm, 'threshold': threshold, 'mean exit step': shown([s for s, _ in pairs]),
+                   'loss': shown([loss for _, loss in pairs])} for (arm, threshold), pairs in left.items()]
+
+
+def draw(out: Path, results: dict[str, dict]):
+  """Loss against loops, a curve an arm, means over seeds."""
+  curves = collections.defaultdict(dict)
+  for found in results.values():
+    for arm, measured in found.items():
+      for row in measured['rows']:
+        curves[arm].setdefault(int(row['budget']), []).append(row['loss'])
+  plots.depths(out / 'depths.png', {arm: [
+      {'budget': budget, 'loss': float(np.mean(values)), 'spread': float(np.ptp(values)) / 2}
+      for budget, values in sorted(rows.items())] for arm, rows in curves.items()})
+
+
+def main(argv):
+  check_command('set', 'from')
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
+  given = [name for name in ('from', 'encoder', 'decoder') if FLAGS[name].value is not None]
+  if given and len(given) < 3:
+    raise ConfigError(f'--{given[0]}: --from, --encoder and --decoder are given together; experiments.studies.loopus_split '
+                      'proposes the latter two')
+  for arm in FLAGS.arms:
+    if arm not in ARMS:
+      raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')
+  workdir, out = storage.path(FLAGS.workdir).absolute(), storage.path(FLAGS.out)
+  out.mkdir(parents=True, exist_ok=True)
+  budgets, thresholds = [int(b) for b in FLAGS.budgets], [float(t) for t in FLAGS.thresholds]
+  results = {}
+  for seed in FLAGS.seeds:
+    results[seed] = run_seed(int(seed), workdir, budgets, thresholds)
+    depths, left = tables(results)
+    records.write(out / 'results.json', results)
+    storage.write(out / 'table.md', metrics.table(depths) + '\n\n' + metrics.table(left) + '\n')
+    draw(out, results)
+  print(metrics.table(depths))
+
+
+if __name__ == '__main__':
+  command.run(main)
