@@ -396,9 +396,13 @@ def test_the_rule_leaves_a_loop(turned):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('', "config argument start = '': loopus starts from a decoder"), ('pretrain,start=x', 'pretrain starts from nothing'),
-    ('from=x,start=y', 'leave out start'), ('from=x', "config argument encoder = '': name the layers"),
-    ('start=x,encoder=0..1', "encoder = '0..1': it is for from="), ('arm=none', "arm = 'none'"),
+    ('arm=base', 'config argument start is missing: base of size cpu needs the work folder of arm=pretrain'),
+    ('arm=pretrain,start=x', 'start = x: pretrain of size cpu does not read it'),
+    ('cpu,from=x', 'from = x: pretrain of size cpu does not read it'), ('gpu', 'config argument from is missing'),
+    ('gpu,from=x,encoder=0', 'config argument decoder is missing: .* layers outside the loop'),
+    ('gpu,from=x,encoder=0,decoder=3,start=y', 'start = y: loopus of size gpu does not read it'),
+    ('gpu,from=x,encoder=0,decoder=3,arm=pretrain', 'it makes the decoder of size cpu'), ('none', "size = 'none'"),
+    ('start=x,encoder=0..1', 'encoder = 0..1: loopus of size cpu'), ('arm=none', "arm = 'none'"),
     ('start=x,gate=open', "gate = 'open'"), ('start=x,graded=9', 'RandomSupervision.graded = 9')])
 def test_arguments_that_do_not_fit(argument, message):
   with pytest.raises(ConfigError, match=message):
@@ -413,7 +417,7 @@ def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   config = configs.Experiment(name='decoder', model=model, task=Imported(length=32), objective=Objective(
       rolls={'all': Rollout(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))}))
   Loaded(model, weights, ByteTokenizer(), config).save(tmp_path / 'base')
-  made = loopus.get_config(f'from={tmp_path / "base"},encoder=0..1,decoder=4,loops=4,graded=2')
+  made = loopus.get_config(f'gpu,from={tmp_path / "base"},encoder=0..1,decoder=4,loops=4,graded=2')
   assert made.model.prelude.depth == 2 and made.model.coda.depth == 1 and made.model.cell.core.depth == 2
   made = dataclasses.replace(
       made, task=dataclasses.replace(made.task, corpus=write_corpus(tmp_path / 'text'), length=16),
@@ -437,4 +441,4 @@ def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   assert isinstance(loaded.model.cell, Halting) and isinstance(loaded.model.cell.of, Selective)
   assert loopformer.generate(*loaded[:3], ['abc'], budget=2, max_new_tokens=2, temperature=0)
   with pytest.raises(ConfigError, match='a decoder whose layers run'):
-    loopus.get_config(f'from={tmp_path / "run"},encoder=0..1,decoder=4')
+    loopus.get_config(f'gpu,from={tmp_path / "run"},encoder=0..1,decoder=4')

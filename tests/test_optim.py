@@ -36,7 +36,7 @@ def test_decay_acts_on_matrices_and_embeddings_alone(name):
   assert {path: masked for path, masked in mask} == expected
   assert set(expected.values()) == {True, False}
   kept = {path[-1].key for path, decayed in mask if not decayed}
-  assert kept <= {'scale', 'bias', 'q_bias', 'k_bias', 'v_bias', 'log_a', 'dt'}
+  assert kept <= {'scale', 'bias', 'q_bias', 'k_bias', 'v_bias', 'log_a', 'dt', 'rates'}
 
 
 def test_a_step_without_gradient_shrinks_matrices_alone():

@@ -2,22 +2,24 @@
 (Park et al., arXiv 2605.11011).
 
     python -m experiments.main --mode=import --from=SmolLM2-135M --workdir=runs/base
-    python -m experiments.studies.loopus_split --workdir=runs/base
-    python -m experiments.main --config=loopus:from=runs/base,encoder=0..1,decoder=29 --workdir=runs/loopus
+    python -m experiments.studies.loopus_split --workdir=runs/base --text=README.md
+    python -m experiments.main --config=loopus:gpu,from=runs/base,encoder=0..1,decoder=29 --workdir=runs/loopus
 
-Argument: arm, then any of
+Argument: size, then any of
 
+    size     cpu    the sheet's experiment: a decoder of six layers of width 64 on bytes, of which the middle four loop
+             gpu    300 steps of 32 texts of 512 tokens, for a decoder of some 135M parameters
+             paper  as published, 3B tokens
     arm      loopus     a gate between steps, random deep supervision, a confidence head
              ungated    the same without the gate: every step's result is the next state (alpha = 1)
              base       the control that the paper lacks: as many tokens without loops, every layer once
-             pretrain   the first 1,000 steps of the small decoder that `start` names for the others
-    from     the work folder of a decoder (imported, or trained here) that is made to loop; '' for the sheet's experiment on
-             a CPU: six layers of width 64 on bytes, of which the middle four loop, from the folder that `start` names
-    start    without `from`: the work folder of `arm=pretrain`
-    encoder, decoder   with `from`: layers outside the loop, such as 0..1 and 27..27, or none
+             pretrain   of `cpu`, where there is no `start`: the decoder that the others start from, 1,000 steps
+    start    of `cpu`: the work folder of `arm=pretrain`
+    from     of the others: the work folder of a decoder that was imported, or trained here
+    encoder, decoder   of the others: layers outside the loop, such as 0..1 and 27..27, or none
     gate     s4d        as released: channel n decays at the rate n, and many hardly move at first
              accept     alpha begins near one in all channels, and the first loop near what the decoder gave
-    loops, graded       B and K: steps a text, and how many of them are supervised; 20 and 5, on a CPU 6 and 2
+    loops, graded       B and K: steps a text, and how many of them are supervised; the size's own by default
 
 Embedding and encoder get no gradient, and keep their values; a head that was tied to the embedding is one of its own.
 
@@ -52,40 +54,50 @@ from loopformer.training.frozen import Freeze
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+  """loops, graded: B and K; length: of a text, in tokens."""
+  loops: int
+  graded: int
+  length: int
+  train: Train
+  optim: AdamW
+
+
+def adam(peak: float, warmup: int) -> AdamW:
+  """PyTorch's defaults, with warm-up and cosine."""
+  return AdamW(schedule=WarmupCosine(peak=peak, end=0.0, warmup=warmup), b2=0.999, decay=0.01)
+
+
+SIZES = {
+    'cpu': Size(loops=6, graded=2, length=64, optim=adam(3e-4, 40),
+                train=Train(steps=400, batch=32, log_every=50, eval_every=200, eval_batches=16, save_every=200)),
+    'gpu': Size(loops=8, graded=2, length=512, optim=adam(5e-5, 30),
+                train=Train(steps=300, batch=32, accumulate=2, log_every=10, eval_every=100, save_every=100)),
+    'paper': Size(loops=20, graded=5, length=1024, optim=adam(5e-5, 300),
+                  train=Train(steps=23_000, batch=128, accumulate=16, log_every=20, eval_every=500, save_every=500)),
+}
 ARMS = ('loopus', 'ungated', 'base', 'pretrain')
 GATES = {'s4d': Rising(), 'accept': Normal(0.0)}
 BUDGETS = (1, 2, 3, 4, 6, 8, 12)
 
 
 def get_config(argument: str = '') -> Experiment:
-  """The experiment of an argument such as `start=runs/pretrained` or `base,from=runs/smollm,encoder=0..1,decoder=29`."""
-  given = arguments(argument, arm='loopus', **{'from': ''}, start='', encoder='', decoder='', gate='s4d', loops=0, graded=0)
-  arm, source, start = given['arm'], given['from'], given['start']
+  """The experiment of an argument such as `cpu,start=runs/pretrained` or `gpu,from=runs/base,encoder=0..1,decoder=29`."""
+  given = arguments(argument, size='cpu', arm='', start='', **{'from': ''}, encoder='', decoder='', gate='s4d', loops=0,
+                    graded=0)
+  size, own = choose('size', given['size'], SIZES), given['size'] == 'cpu'
+  arm = given['arm'] or ('pretrain' if own and not given['start'] else 'loopus')
   choose('arm', arm, dict.fromkeys(ARMS))
   choose('gate', given['gate'], GATES)
-  if source and (start or arm == 'pretrain'):
-    raise ConfigError(f'config argument from = {source}: it starts from that decoder; leave out start and pretrain')
-  if not source and (start == '') != (arm == 'pretrain'):
-    raise ConfigError(f'config argument start = {start!r}: ' + (
-        'pretrain starts from nothing; leave it out' if start else
-        f'{arm} starts from a decoder; give its work folder as from=, or that of arm=pretrain as start='))
-  for name in ('encoder', 'decoder'):
-    if bool(given[name]) != bool(source):
-      raise ConfigError(f'config argument {name} = {given[name]!r}: ' + (
-          'name the layers outside the loop, such as 0..1, or none (experiments.studies.loopus_split proposes some)' if source
-          else 'it is for from='))
-  if source:
-    decoder, task = imported(source, given['encoder'], given['decoder'])
-    loops, graded = given['loops'] or 20, given['graded'] or 5
-    run = Train(steps=23_000, batch=128, accumulate=16, log_every=20, eval_every=500, save_every=500, start=source)
-    optim = AdamW(schedule=WarmupCosine(peak=5e-5, end=0.0, warmup=300), b2=0.999, decay=0.01)
-  else:
-    decoder, task = small()
-    loops, graded = given['loops'] or 6, given['graded'] or 2
-    run = Train(steps=1000 if arm == 'pretrain' else 400, batch=32, log_every=50, eval_every=200, eval_batches=16,
-                save_every=200, start=start or None)
-    optim = (AdamW(schedule=WarmupCosine(peak=1e-3, end=1e-4, warmup=100), decay=0.01) if arm == 'pretrain' else
-             AdamW(schedule=WarmupCosine(peak=3e-4, end=0.0, warmup=40), b2=0.999, decay=0.01))
+  check(given, own, arm)
+  decoder, task = small() if own else imported(given['from'], given['encoder'], given['decoder'], size.length)
+  loops, graded = given['loops'] or size.loops, given['graded'] or size.graded
+  run, optim = dataclasses.replace(size.train, start=given['start'] or given['from'] or None), size.optim
+  if arm == 'pretrain':
+    run = dataclasses.replace(run, steps=1000)
+    optim = AdamW(schedule=WarmupCosine(peak=1e-3, end=1e-4, warmup=100), decay=0.01)
   looped = arm in ('loopus', 'ungated')
   if looped:
     middle = Selective(of=decoder.cell, share=Share(rates=GATES[given['gate']])) if arm == 'loopus' else decoder.cell
@@ -101,6 +113,20 @@ def get_config(argument: str = '') -> Experiment:
                     evals=Depths(budgets=BUDGETS))
 
 
+def check(given: dict, own: bool, arm: str):
+  """Raises ConfigError where arguments are not of this size or arm."""
+  for name, wanted, why in (
+      ('start', own and arm != 'pretrain', 'the work folder of arm=pretrain'), ('from', not own, 'the work folder of a decoder'),
+      *((name, not own, 'the layers outside the loop, such as 0..1, or none (experiments.studies.loopus_split proposes some)')
+        for name in ('encoder', 'decoder'))):
+    if wanted and not given[name]:
+      raise ConfigError(f'config argument {name} is missing: {arm} of size {given["size"]} needs {why}')
+    if given[name] and not wanted:
+      raise ConfigError(f'config argument {name} = {given[name]}: {arm} of size {given["size"]} does not read it; leave it out')
+  if arm == 'pretrain' and not own:
+    raise ConfigError(f'config argument arm = pretrain: it makes the decoder of size cpu; with from = {given["from"]} there is one')
+
+
 def small() -> tuple[Looped, Text]:
   """The sheet's decoder of six layers, cut, and its text."""
   width = 64
@@ -113,7 +139,7 @@ def small() -> tuple[Looped, Text]:
   return model, Text(tokenizer=Bytes(), length=64)
 
 
-def imported(folder: str, encoder: str, decoder: str) -> tuple[Looped, Text]:
+def imported(folder: str, encoder: str, decoder: str, length: int) -> tuple[Looped, Text]:
   """The decoder of a work folder, cut, with a head of its own, and text in its tokens."""
   model = configs.read(folder).model
   if not isinstance(model.cell, Plain):
@@ -123,4 +149,4 @@ def imported(folder: str, encoder: str, decoder: str) -> tuple[Looped, Text]:
   model = cut(model, *sections(depth, encoder, decoder))
   if isinstance(model.read_out, TiedHead):
     model = model.clone(read_out=Head(outputs=model.read_in.vocab, norm=model.read_out.norm))
-  return model, Text(tokenizer=Kept(folder=folder), length=min(1024, model.read_in.length))
+  return model, Text(tokenizer=Kept(folder=folder), length=min(length, model.read_in.length))

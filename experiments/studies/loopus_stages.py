@@ -22,7 +22,7 @@ import numpy as np
 from experiments.main import check_command, held_out
 from experiments.tools import command, plots, records
 import loopformer
-from loopformer import plans, storage
+from loopformer import config as configs, plans, storage
 from loopformer.inference import exits, measures
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.training import metrics
@@ -39,7 +39,7 @@ flags.DEFINE_integer('eval_rows', 512, 'Sequences held out to measure on.', lowe
 flags.DEFINE_list('arms', ['base', 'loopus', 'accept', 'ungated'], 'Which of the four.')
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
-ARMS = {'base': 'base', 'loopus': 'loopus', 'accept': 'loopus,gate=accept', 'ungated': 'ungated'}
+ARMS = {'base': 'arm=base', 'loopus': 'arm=loopus', 'accept': 'arm=loopus,gate=accept', 'ungated': 'arm=ungated'}
 
 
 def run(argument: str, seed: int, workdir: Path, *changes: str):
@@ -51,12 +51,11 @@ def run(argument: str, seed: int, workdir: Path, *changes: str):
                    stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def measure(folder: Path, budgets: list[int], thresholds: list[float], task_of=None) -> tuple[list[dict], list[dict]]:
-  """Rows by budget, and by threshold of exits where the model has a confidence head."""
-  model, params, _, config = loopformer.load(folder)
-  if task_of is not None:  # a decoder that was imported has no text of its own
-    config = task_of
-  batches = held_out(config, task_of and folder.parent / 'base-0' or folder, -(-FLAGS.eval_rows // config.train.batch))
+def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: list[float]) -> tuple[list[dict], list[dict]]:
+  """Rows by budget, and by threshold of exits where the model has a confidence head; config: whose task is measured on,
+  prepared in the folder `text`."""
+  model, params, _, _ = loopformer.load(folder)
+  batches = held_out(config, text, -(-FLAGS.eval_rows // config.train.batch))
   schedules = {str(budget): plans.resolve(budget) for budget in budgets}
   if 'gate' in params['cell']:
     schedules |= {f'{threshold:g}': Run(plan=plans.Uniform(model.loops), exit=exits.Adaptive(
@@ -70,21 +69,22 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
   changes = (*FLAGS['set'].value, f"task.folder='{workdir / 'data'}'")
   if FLAGS['from'].value is None:
     start = workdir / f'pretrain-{seed}'
-    run('pretrain', seed, start, f"task.folder='{workdir / 'data'}'")
-    source = f'start={start}'
+    run('cpu', seed, start, f"task.folder='{workdir / 'data'}'")
+    source = f'cpu,start={start}'
   else:
     start = storage.path(FLAGS['from'].value)
-    source = f'from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}'
-  found, config = {}, None
+    source = f'gpu,from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}'
+  found = {}
   for arm in FLAGS.arms:
     folder = workdir / f'{arm}-{seed}'
-    run(f'{ARMS[arm]},{source}', seed + 1000, folder, *changes)  # other tokens than the decoder was trained on
-    rows, left = measure(folder, budgets, thresholds)
-    config = config or loopformer.load(folder).config
+    run(f'{source},{ARMS[arm]}', seed + 1000, folder, *changes)  # other tokens than the decoder was trained on
+    config = configs.read(folder)
+    if not found:
+      found['untrained'] = {'rows': measure(start, config, folder, budgets, thresholds)[0], 'exits': []}
+    rows, left = measure(folder, config, folder, budgets, thresholds)
     found[arm] = {'rows': rows, 'exits': left}
     print(f'seed {seed}, {arm}: ' + ', '.join(f'{row["loss"]:.3f}' for row in rows), flush=True)
-  rows, _ = measure(start, budgets, thresholds, config)
-  return {'untrained': {'rows': rows, 'exits': []}, **found}
+  return found
 
 
 def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
