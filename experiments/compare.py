@@ -11,7 +11,6 @@ Every run is `experiments.main` in a process of its own, so that a comparison th
 import collections
 import concurrent.futures
 from pathlib import Path
-import subprocess
 import sys
 from typing import Any
 
@@ -47,14 +46,11 @@ def check_shown(show: str, tasks: dict[str, Any]):
 
 
 def train(spec: str, seed: int, workdir: Path):
-  """Runs or resumes one training run; its output goes to <workdir>/log.txt."""
-  workdir.mkdir(parents=True, exist_ok=True)
+  """Runs or resumes one training run, on data that all share."""
   changes = [*FLAGS['set'].value, f'train.seed={seed}']
   if hasattr(configs.load(spec).task, 'folder'):
     changes.append(f"task.folder='{FLAGS.workdir}/data'")
-  with storage.appending(workdir / 'log.txt') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
-                    *(f'--set={change}' for change in changes)], stdout=log, stderr=subprocess.STDOUT, check=True)
+  command.train(spec, workdir, *changes)
 
 
 def measure(workdir: Path, budgets: list[int] | None) -> dict:

@@ -8,11 +8,6 @@
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
-from loopformer.training import interrupts
-
-if __name__ == '__main__':
-  interrupts.watch()  # what follows takes seconds to import
-
 import ast
 import dataclasses
 import itertools
@@ -31,7 +26,7 @@ from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_count
-from loopformer.training import metrics, processes, resume
+from loopformer.training import interrupts, metrics, processes, resume
 from loopformer.training.processes import say
 from loopformer.training.train import NotFinite, train
 from loopformer.types import SEEDS, ConfigError

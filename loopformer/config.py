@@ -30,7 +30,7 @@ from typing import Any, Callable, Collection, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer import moved, reading, storage
+from loopformer import moved, reading, storage, types as sockets
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn import modules
@@ -61,6 +61,12 @@ REAL = {
                      'warmup'), '[0, inf)'),
     **dict.fromkeys(('clip', 'scale'), '(0, inf)'), **dict.fromkeys(('b1', 'b2', 'momentum', 'second'), '[0, 1)'),
 }
+# Fields that hold a part -> what it must be; others by the types that they are declared with.
+SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Cell, 'control': sockets.Control,
+           'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel, 'linear': sockets.Projection,
+           'measure': sockets.Measure, 'memory': sockets.Memory, 'optim': sockets.Optimiser, 'plan': sockets.Planner,
+           'position': sockets.Position, 'read_in': sockets.ReadIn, 'read_out': sockets.ReadOut, 'remat': sockets.Remat,
+           'rule': sockets.Rule, 'sampler': sockets.Sampler, 'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
@@ -338,6 +344,7 @@ def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
   if not words or not words <= PLAIN:
     if declared is not None:
       _check_parts(value, called, where)
+      _check_socket(name, value, declared, cls, where)
     return set()
   try:
     fit(_plain(value), _type_of(declared, cls))
@@ -358,6 +365,28 @@ def _check_parts(value: Any, called: str, where: str):
   for inner, item in held.items() if not words & PLAIN else ():
     if isinstance(item, (bool, int, float, str, tuple, list, np.generic)):
       raise ConfigError(f'{where}{inner} = {item!r}: expected a part ({called}), which is written as an object with its $part')
+
+
+def _check_socket(name: str, value: Any, declared: Any, cls: type, where: str):
+  """Raises ConfigError where a part stands in a field that is for others: it lacks what the socket of the field's name asks
+  for, or is one of the library's own and of none of the declared types."""
+  if not is_part(value) and not isinstance(value, nn.Module):
+    return
+  shown = _name_of(type(value))
+  if name in SOCKETS:
+    socket, has = SOCKETS[name], {*dir(value), *fields(value)}
+    for member in (*vars(socket), *socket.__annotations__):
+      if (member == '__call__' or not member.startswith('_')) and member not in has:
+        raise ConfigError(f'{where} = {shown}: no {socket.__name__}, because it has no {member}; give one of those')
+    return
+  try:
+    kind = _type_of(declared, cls)
+  except (NameError, TypeError):  # of names that are known to type checkers alone
+    return
+  kinds = [kind for kind in typing.get_args(kind) or (kind,) if kind is not type(None)]
+  known = Any not in kinds and all(map(inspect.isclass, kinds))
+  if known and shown.startswith(PARTS) and not isinstance(value, tuple(kinds)):
+    raise ConfigError(f'{where} = {shown}: expected {" or ".join(kind.__name__ for kind in kinds)}; give one of those')
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-import subprocess
-import sys
 
 from absl import flags, logging
 import numpy as np
@@ -42,15 +40,6 @@ flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 ARMS = {'base': 'arm=base', 'loopus': 'arm=loopus', 'accept': 'arm=loopus,gate=accept', 'ungated': 'arm=ungated'}
 
 
-def run(argument: str, seed: int, workdir: Path, *changes: str):
-  """Runs or resumes one training run; its output goes to <workdir>/log.txt."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with storage.appending(workdir / 'log.txt') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config=loopus:{argument}', f'--workdir={workdir}',
-                    *(f'--set={change}' for change in (*changes, f'train.seed={seed}'))],
-                   stdout=log, stderr=subprocess.STDOUT, check=True)
-
-
 def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: list[float]) -> tuple[list[dict], list[dict]]:
   """Rows by budget, and by threshold of exits where the model has a confidence head; config: whose task is measured on,
   prepared in the folder `text`."""
@@ -69,7 +58,7 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
   changes = (*FLAGS['set'].value, f"task.folder='{workdir / 'data'}'")
   if FLAGS['from'].value is None:
     start = workdir / f'pretrain-{seed}'
-    run('cpu', seed, start, f"task.folder='{workdir / 'data'}'")
+    command.train('loopus:cpu', start, f"task.folder='{workdir / 'data'}'", f'train.seed={seed}')
     source = f'cpu,start={start}'
   else:
     start = storage.path(FLAGS['from'].value)
@@ -77,7 +66,8 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
   found = {}
   for arm in FLAGS.arms:
     folder = workdir / f'{arm}-{seed}'
-    run(f'{source},{ARMS[arm]}', seed + 1000, folder, *changes)  # other tokens than the decoder was trained on
+    # Other tokens than the decoder was trained on.
+    command.train(f'loopus:{source},{ARMS[arm]}', folder, *changes, f'train.seed={seed + 1000}')
     config = configs.read(folder)
     if not found:
       found['untrained'] = {'rows': measure(start, config, folder, budgets, thresholds)[0], 'exits': []}

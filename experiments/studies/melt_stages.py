@@ -10,8 +10,6 @@ were converted are also measured as they were trained, by chunks of tokens. Writ
 from __future__ import annotations
 
 from pathlib import Path
-import subprocess
-import sys
 from typing import Iterator
 
 from absl import flags, logging
@@ -50,13 +48,8 @@ SHARED = {'rows of every loop': memories.PerLoop(), 'last loop, untrained': memo
 
 
 def train(argument: str, workdir: Path, seed: int, *changes: str):
-  """Runs or resumes a phase; its output goes to <workdir>/log.txt."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with storage.appending(workdir / 'log.txt') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={CONFIG}:{FLAGS.size}{argument}',
-                    f'--workdir={workdir}',
-                    *(f'--set={change}' for change in (*FLAGS['set'].value, f'train.seed={seed}', *changes))],
-                   stdout=log, stderr=subprocess.STDOUT, check=True)
+  """Runs or resumes a phase."""
+  command.train(f'{CONFIG}:{FLAGS.size}{argument}', workdir, *FLAGS['set'].value, f'train.seed={seed}', *changes)
 
 
 def nll(model, params, batches) -> float:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-import subprocess
-import sys
 
 from absl import flags, logging
 import jax
@@ -41,15 +39,6 @@ SHOWN = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 THRESHOLDS = (0.0, *np.geomspace(1e-4, 1.0, 61))  # gates are compared at the best of these
 GOOD = 0.99  # the accuracy at which they are
 EXAMPLES = 4096  # held out, to measure on
-
-
-def train(spec: str, seed: int, workdir: Path):
-  """Runs or resumes stage I; its output goes to <workdir>/log.txt."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with storage.appending(workdir / 'log.txt') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
-                    *(f'--set={change}' for change in (*FLAGS['set'].value, f'train.seed={seed}'))],
-                   stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
 def teach(config, params, seed: int, workdir: Path):
@@ -108,7 +97,7 @@ def run_seed(seed: int, workdir: Path) -> dict:
   found = {}
   for name, change in MODELS.items():
     folder = workdir / f'{name.replace(" ", "_")}-{seed}'
-    train(CONFIG + change, seed, folder)
+    command.train(CONFIG + change, folder, *FLAGS['set'].value, f'train.seed={seed}')
     model, params, _, config = loopformer.load(folder)
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, held_out=EXAMPLES))
     batches = held_out(config, folder, EXAMPLES // config.train.batch)

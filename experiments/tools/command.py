@@ -5,7 +5,9 @@ from collections.abc import Callable
 import functools
 import math
 import os
+from pathlib import Path
 import re
+import subprocess
 import sys
 
 from absl import app, flags
@@ -26,8 +28,34 @@ def run(main):
   interrupts.run(lambda: app.run(functools.partial(begin, main), flags_parser=parse))
 
 
+def train(spec: str, workdir: Path, *changes: str):
+  """Runs or resumes `experiments.main` in a process of its own, whose output goes to <workdir>/log.txt; at Ctrl-C it is
+  waited for, because it saves.
+
+  Args:
+    spec: the configuration; changes: as of --set.
+
+  Raises:
+    SystemExit: it failed; with a line that says where, and how its output ends.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  log = workdir / 'log.txt'
+  with storage.appending(log) as out:
+    process = subprocess.Popen([sys.executable, '-m', 'experiments.main', f'--config={spec}', f'--workdir={workdir}',
+                                *(f'--set={change}' for change in changes)], stdout=out, stderr=subprocess.STDOUT)
+    try:
+      status = process.wait()
+    except KeyboardInterrupt:
+      process.wait()
+      raise
+  if status:
+    last = (log.read_text(errors='replace').split('\n')[:-1] or [''])[-1]
+    raise SystemExit(f'error: the run of {spec} in {workdir} ended with status {status}, and {log.name} with: {last}')
+
+
 def begin(main: Callable, argv: list[str]):
   """Runs `main(argv)`, unless what it is to write could not be written where --out says."""
+  interrupts.unwind()
   try:
     if 'out' in FLAGS and FLAGS.out:
       storage.check(FLAGS.out, '--out', writes=True)

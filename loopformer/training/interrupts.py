@@ -44,7 +44,7 @@ def watch():
   threading.Thread(target=_listen, args=(hears,), name='interrupts', daemon=True).start()
 
 
-def unwind(words: Callable[[], str]):
+def unwind(words: Callable[[], str] = _Command.words):
   """From here on Ctrl-C raises KeyboardInterrupt, with which files are closed and removed; and ends the process, saying
   these words, where that takes longer than GRACE."""
   _Command.importing, _Command.words = False, staticmethod(words)

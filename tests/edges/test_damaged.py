@@ -581,6 +581,33 @@ def test_a_configuration_of_plain_values_where_parts_belong(tmp_path):
         configs.read(tmp_path)
 
 
+def test_a_configuration_of_parts_where_others_belong(tmp_path):
+  """A part that was moved by hand into another's place, everywhere: the file is named, or it is one that can stand there."""
+  configs.save(test_config.TINY, tmp_path)
+  whole = json.loads((tmp_path / configs.FILE).read_text())
+  held = {}
+
+  def gather(value, path=()):
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+      if isinstance(inner, dict) and '$part' in inner:
+        held[(*path, key)] = inner
+      gather(inner, (*path, key))
+
+  gather(whole)
+  configs.check(configs.read(tmp_path))
+  refused = 0
+  for path, own in held.items():
+    for new in {json.dumps(part): part for part in held.values()}.values():
+      if new['$part'] == own['$part']:
+        continue
+      (tmp_path / configs.FILE).write_text(json.dumps(changed(whole, path, new)))
+      try:
+        configs.check(configs.read(tmp_path))
+      except ConfigError:
+        refused += 1
+  assert refused > 0.9 * len(held) * (len({part['$part'] for part in held.values()}) - 1)
+
+
 @pytest.mark.parametrize('name', ['experiments.main:main', 'experiments.compare:X', 'experiments.benchmark.__main__:X',
                                   'experiments.studies.adaptive:main'])
 def test_names_of_commands_are_not_parts(name, tmp_path):

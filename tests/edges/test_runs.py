@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.tools import command
 from loopformer import config as configs, storage
 from loopformer.optim import WSD, AdamW, Muon, WarmupCosine
 from loopformer.training import checkpoint, lock, metrics, processes, resume, train as training
@@ -374,6 +375,25 @@ def test_a_command_ends_with_one_line(where, times, status, lines, commands):
   assert process.returncode == status
   assert err.splitlines() == (lines[-1:] if times == 2 else lines)  # the first was read above
   assert time.monotonic() - begun < 20
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='tells by /proc when a process listens')
+@pytest.mark.parametrize('module', ['experiments.main', 'experiments.compare', 'experiments.studies.ouro_stages',
+                                    'experiments.benchmark', 'experiments.tools.export'])
+def test_every_command_hears_while_it_imports(module):
+  process = subprocess.Popen([sys.executable, '-m', module], cwd=test_cli.ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+  while len(list(Path(f'/proc/{process.pid}/task').iterdir())) < 2:
+    time.sleep(0.01)
+  process.send_signal(INT)
+  assert process.communicate(timeout=60) == ('', 'interrupted before anything was begun\n')
+  assert process.returncode == 130
+
+
+def test_a_run_that_fails_in_a_study_is_told_by_its_last_line(tmp_path):
+  with pytest.raises(SystemExit, match=f'error: the run of loopformer:none in {tmp_path} ended with status 1, and log.txt '
+                                       "with: error: config argument size = 'none'"):
+    command.train('loopformer:none', tmp_path)
 
 
 @pytest.mark.slow
