@@ -11,6 +11,8 @@ from loopformer.cells import halting, plain, recur, timed
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
+from loopformer.papers.loopus.cell import Selective
+from loopformer.papers.loopus.terms import Supervision
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.melt.plans import Apart, Transition
@@ -31,13 +33,13 @@ from loopformer.training import control, frozen
 from loopformer.training.averages import Averaged
 
 PARTS = {
-    types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged,
+    types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     Transition, Apart],
-    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Routed, Shifted,
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Selective, Routed, Shifted,
                  Gated],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
-                 ponder.Ponder,
+                 ponder.Ponder, Supervision,
                  distill.Distill, Aligned, RouterBCE, Balance],
     types.Task: [Text, Generated, Imported],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock,
