@@ -21,6 +21,8 @@ import jax
 from experiments.tools import command, machines, plots, records
 import loopformer
 from loopformer import config as configs, memories, plans, sharding, storage
+from loopformer.data import chat as chats
+from loopformer.data.corpus import rows_of
 from loopformer.inference import exits
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
@@ -83,6 +85,9 @@ define(flags.DEFINE_string, 'exits', None, 'eval, harness', 'thresholds of rules
 define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every split; the configuration's by default.",
        lower_bound=1)
 define(flags.DEFINE_multi_string, 'prompt', [], 'generate', 'a prompt; may be repeated.')
+define(flags.DEFINE_bool, 'chat', False, 'generate', "prompts are what a user says, written by the tokenizer's chat template.")
+define(flags.DEFINE_string, 'messages', None, 'generate', 'a file of chats to answer, a row each: {"messages": [{"role": "user", '
+       '"content": ...}]}.')
 define(flags.DEFINE_string, 'budget', None, 'generate', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
 define(flags.DEFINE_list, 'tasks', None, 'harness', 'tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
 define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.tools.evaluation_data writes it; '
@@ -268,22 +273,39 @@ def run_generate(workdir: Path):
         if model.read_in.vocab else 'its task has vectors as inputs, and no text that could be generated'))
   budget, draft = (given and loops_or_sizes(given, flag)
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
-  prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
+  prompts, steps = given_prompts(), plans.resolve(model.loops if budget is None else budget, '--budget')
   exit_policy = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory)
   warn_beyond(model, steps)
-  room = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts) + FLAGS.max_new_tokens
+  encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else chats.begun(tokenizer, prompt, f'prompt {number}')
+             for number, prompt in enumerate(prompts)]
+  room = max(len(ids) or 1 for ids in encoded) + FLAGS.max_new_tokens
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
                                length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
-  for number, prompt in enumerate(prompts):
+  for number, prompt in enumerate(encoded):
     engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, engine.run()):
-    say(f'--- {FLAGS.budget or model.loops} loops\n{prompt}{text}')
+    told = prompt if isinstance(prompt, str) else ''.join(f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: '
+    say(f'--- {FLAGS.budget or model.loops} loops\n{told}{text}')
   if exit_policy is not None:
     stats = engine.stats
     say(f'--- mean loops a token: {stats["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {stats["passes"]} '
         'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
+
+
+def given_prompts() -> list:
+  """What is to be continued: texts, or the messages of chats. Raises ConfigError naming the flag, or file and row."""
+  if FLAGS.messages is None:
+    if FLAGS.chat and not FLAGS.prompt:
+      raise ConfigError('--chat: there is nothing that a user says; give --prompt, or a file by --messages')
+    return [[{'role': 'user', 'content': text}] for text in FLAGS.prompt] if FLAGS.chat else FLAGS.prompt or ['']
+  if FLAGS.prompt:
+    raise ConfigError('--prompt and --messages: give one of the two')
+  given = [messages for _, messages in rows_of(FLAGS.messages, FLAGS.messages)]
+  if not given:
+    raise ConfigError(f'--messages={FLAGS.messages}: it has no rows; write one a line')
+  return given
 
 
 def run_harness(workdir: Path):

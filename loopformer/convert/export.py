@@ -24,7 +24,8 @@ import numpy as np
 import loopformer
 from loopformer import storage
 from loopformer.convert import description, llama, own, table, tensors
-from loopformer.convert.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from loopformer.convert.pretrained import CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
 from loopformer.model import Looped, init_params
 from loopformer.nn.layers import DTYPES
@@ -32,8 +33,7 @@ from loopformer.training import processes
 from loopformer.types import ConfigError, Params, config_dataclass
 
 MODELING = 'modeling_loopformer.py'
-GENERATION = 'generation_config.json'
-WRITTEN = (CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, MODEL, MODELING, tensors.INDEX)
+WRITTEN = (CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, MODEL, MODELING, tensors.INDEX)
 WRITER = 'loopformer_version'  # a field of config.json by which an export is known
 KINDS = {ByteTokenizer: 'bytes', PieceTokenizer: 'pieces'}
 
@@ -84,12 +84,13 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
     held = {key: (place.shape, _reader(place, flat[place.path])) for key, place in places.items()}
   else:
     config, held = _decoder_config_and_tensors(model, decoder, flat)
-  eos = None if tokenizer is None else tokenizer.eos
+  eos, ends = (None, None) if tokenizer is None else (tokenizer.eos, list(tokenizer.ends))
+  ends = ends if ends is None or len(ends) > 1 else eos
   # The classes of transformers give the token of padding that config.json names no gradient, and ours ends texts.
   config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None if decoder else eos,
-             'eos_token_id': eos, 'use_cache': True, WRITER: loopformer.__version__}
+             'eos_token_id': ends, 'use_cache': True, WRITER: loopformer.__version__}
   files = {} if tokenizer is None else _tokenizer_files(tokenizer, model.read_in.length)
-  files[GENERATION] = {'bos_token_id': None, 'pad_token_id': eos, 'eos_token_id': eos, 'use_cache': True}
+  files[GENERATION] = {'bos_token_id': None, 'pad_token_id': eos, 'eos_token_id': ends, 'use_cache': True}
   if tokenizer is not None and tokenizer.vocab_size < model.outputs:  # rows of the head that no text has
     files[GENERATION]['suppress_tokens'] = list(range(tokenizer.vocab_size, model.outputs))
   if decoder is None:
@@ -143,6 +144,8 @@ def _reader(place: own.Place, leaf) -> Callable[[], np.ndarray]:
 
 def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   """File name -> contents, of a tokenizer that transformers' AutoTokenizer loads, where there is one."""
+  chat = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
+  tokenizer = chat.of if chat else tokenizer
   text = tokenizer.hugging_face()
   files = {MODEL: tokenizer.model} if KINDS.get(type(tokenizer)) == 'pieces' else {}
   if text is None and not files:
@@ -154,6 +157,10 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     added = {token['id']: token['content'] for token in json.loads(text)['added_tokens']}
     files[TOKENIZER] = text.encode()
     about['eos_token'] = about['pad_token'] = added[tokenizer.eos]
+    if chat:  # what its template reads, where it is not ours to say
+      about = {name: value for name, value in chat.names if value in added.values()} | about
+  if chat and chat.template is not None:
+    files[TEMPLATE] = chat.template.encode()
   return files | {TOKENIZER_CONFIG: about}
 
 

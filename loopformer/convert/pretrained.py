@@ -14,6 +14,7 @@ from loopformer import reading, sharding, storage
 from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
+from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
                                         json_tokenizer)
 from loopformer.model import Looped, init_params, parameter_roles
@@ -21,6 +22,8 @@ from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
+GENERATION, TEMPLATE, SPECIAL = 'generation_config.json', 'chat_template.jinja', 'special_tokens_map.json'
+NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')  # that templates read
 AGAIN = 'download it again'
 
 
@@ -52,7 +55,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     check_count('loops', loops)
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
-  path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG))
+  path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL))
   if path.suffix == '.gguf' and path.is_file():
     metadata, held = gguf.read(path)
     with reading.naming(path, AGAIN):
@@ -60,7 +63,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       naming = gguf.NAMINGS[decoder.family]
       inside = None if (path.parent / TOKENIZER).exists() else gguf.read_tokenizer(metadata, path)
     both, end = path, {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
-    tokenizer = inside or read_tokenizer(path.parent, end)
+    tokenizer = read_tokenizer(path.parent, end, inside, metadata.get('tokenizer.chat_template'))
   else:
     config = _read_json(path / CONFIG)
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
@@ -118,13 +121,42 @@ def read_own(model: Looped, held: Tensors, path: Any, put: Callable[[str, np.nda
   return own.read({name: leaf.shape for name, leaf in shapes.items()}, held, path, put)
 
 
-def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
-  """The tokenizer that lies in a folder, of an export of ours as it was; None where there is none.
+def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None = None, template: str | None = None
+                   ) -> Tokenizer | None:
+  """The tokenizer that lies in a folder, of an export of ours as it was, with the ids that end what a model says and the
+  template of its chats; None where there is none.
+
+  Args:
+    config: config.json, whose `eos_token_id` counts where no generation_config.json has one.
+    given, template: those of a file that holds its own.
 
   Raises:
-    ConfigError: nothing says which id ends a text.
+    ConfigError: nothing says which id ends a text, or an id that the tokenizer does not have.
   """
-  about = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
+  about, generation, special = (_read_json(folder / name) if (folder / name).exists() else {}
+                                for name in (TOKENIZER_CONFIG, GENERATION, SPECIAL))
+  found = given or _plain_tokenizer(folder, config, about)
+  if found is None:
+    return None
+  where = GENERATION if generation.get('eos_token_id') is not None else CONFIG
+  ends = (generation if where == GENERATION else config).get('eos_token_id')
+  ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+  wrong = [end for end in ends if type(end) is not int or not 0 <= end < found.vocab_size]
+  if wrong and len(ends) > 1:
+    raise ConfigError(f'{folder / where}: eos_token_id = {ends}: {wrong[0]!r} is none of the {found.vocab_size} ids of the '
+                      'tokenizer; correct it')
+  stops = tuple(end for end in dict.fromkeys(ends) if end != found.eos and end not in wrong)
+  template = _template(folder, about) or template
+  if not stops and template is None:
+    return found
+  names = {name: _content(special.get(name)) or _content(about.get(name)) for name in NAMED}
+  names = {'bos_token': _name_of(found, config.get('bos_token_id')), 'eos_token': _name_of(found, found.eos)} | {
+      name: value for name, value in names.items() if value}
+  return ChatTokenizer(of=found, stops=stops, template=template,
+                       names=tuple((name, value) for name, value in names.items() if value is not None))
+
+
+def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]) -> Tokenizer | None:
   if about.get(description.MODEL_TYPE) == 'bytes':
     return ByteTokenizer()
   if (folder / MODEL).exists() and (about.get(description.MODEL_TYPE) == 'pieces' or
@@ -134,12 +166,34 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
     return None
   text, named, numbered = json_text(folder / TOKENIZER), about.get('eos_token'), config.get('eos_token_id')
   if named:
-    name = str(named.get('content') if isinstance(named, dict) else named)
-    numbered = id_of(text, name, f'{folder / TOKENIZER}, whose {TOKENIZER_CONFIG} names eos_token')
+    numbered = id_of(text, str(_content(named)), f'{folder / TOKENIZER}, whose {TOKENIZER_CONFIG} names eos_token')
   if numbered is None or numbered == []:
     raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
                       'end; write one of them')
   return json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
+
+
+def _content(token: Any) -> Any:
+  """The text of a token, which stands there as it is or in an object."""
+  return token.get('content') if isinstance(token, dict) else token
+
+
+def _name_of(tokenizer: Tokenizer, token: Any) -> str | None:
+  """What a special token is called, by its id."""
+  return next((name for name, i in tokenizer.specials().items() if i == token), None)
+
+
+def _template(folder: Path, about: dict[str, Any]) -> str | None:
+  """The chat template of a folder; of several, the one that is called default."""
+  if (folder / TEMPLATE).exists():
+    return reading.text(folder / TEMPLATE, AGAIN)
+  found = about.get('chat_template')
+  if isinstance(found, list):
+    named = {row.get('name'): row.get('template') for row in found if isinstance(row, dict)}
+    found = named.get('default') or next(iter(named.values()), None)
+  if not isinstance(found, str | None):
+    raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template is {type(found).__name__}, not text; {AGAIN}')
+  return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

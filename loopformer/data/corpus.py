@@ -12,11 +12,13 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import json
 import os
 from pathlib import Path
 import sysconfig
 
 from loopformer import reading, storage
+from loopformer.data.chat import check_messages, is_answer
 from loopformer.types import ConfigError
 
 SUFFIXES = ('.txt', '.md', '.jsonl', '.parquet')
@@ -112,25 +114,12 @@ class Files:
 
   def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
     """All documents; what is skipped is counted in `left_out` by why."""
-    if not self.validation_files:
-      return _split(functools.partial(self._texts, 'train'), self.validation, left_out)
-    return self._given(collections.Counter() if left_out is None else left_out)
+    return _documents(self, self._texts, left_out)
 
   def sources(self) -> list[storage.File]:
     """Every file, in order of path; none is read."""
     found = {file.name: file for field in ('train', 'validation_files') for file in self._found(field)}
     return [found[path] for path in sorted(found)]
-
-  def _given(self, left_out):
-    held = set()
-    for name, text in self._texts('validation_files', left_out):
-      held.add(content_hash(text))
-      yield Document(name=name, split='validation', text=text)
-    for name, text in self._texts('train', left_out):
-      if content_hash(text) in held:
-        left_out['train documents that stand in validation'] += 1
-      else:
-        yield Document(name=name, split='train', text=text)
 
   def _found(self, field: str, left_out: collections.Counter | None = None) -> list[storage.File]:
     """Every file that the globs of a field match, once, in order of path."""
@@ -236,10 +225,104 @@ class Files:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversations:
+  """Part: chats with answers, by globs of .jsonl files: one a row, {"messages": [{"role", "content"}, ...]} or {"prompt",
+  "answer"}.
+
+  Splits as of `Files`. A document is the JSON of its messages, whichever way they were written. Rows without an answer (a
+  message of the role assistant with text) are refused, empty ones skipped and counted.
+  ConfigError or FileNotFoundError names the glob, or file and row, at fault.
+  root: as of `Files`.
+  """
+
+  train: tuple[str, ...]
+  validation_files: tuple[str, ...] = ()
+  validation: float = 0.05
+  root: str = dataclasses.field(default='', repr=False)
+
+  def __post_init__(self):
+    self._files  # which checks the fields
+
+  @property
+  def _files(self) -> Files:
+    return Files(train=self.train, validation_files=self.validation_files, validation=self.validation, root=self.root)
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Fields that hold paths."""
+    return self._files.paths
+
+  def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
+    """All documents; what is skipped is counted in `left_out` by why."""
+    return _documents(self, self._texts, left_out)
+
+  def sources(self) -> list[storage.File]:
+    """Every file, in order of path; none is read."""
+    return self._files.sources()
+
+  def _texts(self, field: str, left_out: collections.Counter):
+    files = self._files
+    for path in [file.name for file in files._found(field, left_out)]:
+      if _suffix(path) != '.jsonl':
+        raise ConfigError(f'Conversations.{field}: {path} is no .jsonl file; write a chat a row, or narrow the glob')
+      for row, messages in rows_of(files._at(path), path, left_out):
+        if not any(map(is_answer, messages)):
+          raise ConfigError(f'{path} row {row + 1}: its messages have no answer (of the role assistant, with text); add '
+                            'one, or remove the row')
+        yield f'{path}#{row}', json.dumps({'messages': messages}, ensure_ascii=False)
+
+
+def rows_of(where: str, name: str, left_out: collections.Counter | None = None) -> Iterator[tuple[int, list[dict]]]:
+  """(row from 0, messages) of a .jsonl file of chats, which messages call `name`; counts the rows that are empty.
+
+  Raises:
+    ConfigError: a row that is no JSON, or has neither messages nor prompt and answer, as texts.
+  """
+  with reading.opened(where, REMEDY) as file:
+    for row, line in enumerate(file):
+      told = f'{name} row {row + 1}'
+      text = reading.decoded(line, told, 'save the file as UTF-8').strip() if line.strip() else ''
+      if not text:
+        if left_out is not None:
+          left_out['empty rows'] += 1
+        continue
+      record = reading.parsed(text, told, 'correct or remove the row')
+      if 'messages' in record:
+        messages = record['messages']
+      elif 'prompt' in record:
+        answer = [{'role': 'assistant', 'content': record['answer']}] if 'answer' in record else []
+        messages = [{'role': 'user', 'content': record['prompt']}, *answer]
+      else:
+        raise ConfigError(f'{told} has neither messages nor prompt; it has {", ".join(record) or "nothing"}: give '
+                          '{"messages": [...]} or {"prompt": ..., "answer": ...}')
+      check_messages(messages, told)
+      yield row, messages
+
+
 def content_hash(text: str) -> int:
   """64 bits that depend on the contents alone."""
   data = text.encode('utf-8', 'surrogatepass')
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
+
+
+def _documents(part, texts: Callable, left_out: collections.Counter | None) -> Iterator[Document]:
+  """All documents of a corpus of files; texts: (field, left_out) -> (name, text) of those that its globs match."""
+  if not part.validation_files:
+    return _split(functools.partial(texts, 'train'), part.validation, left_out)
+  return _given(texts, collections.Counter() if left_out is None else left_out)
+
+
+def _given(texts: Callable, left_out: collections.Counter) -> Iterator[Document]:
+  held = set()
+  for name, text in texts('validation_files', left_out):
+    held.add(content_hash(text))
+    yield Document(name=name, split='validation', text=text)
+  for name, text in texts('train', left_out):
+    if content_hash(text) in held:
+      left_out['train documents that stand in validation'] += 1
+    else:
+      yield Document(name=name, split='train', text=text)
 
 
 def _split(read: Callable, share: float, left_out: collections.Counter | None) -> Iterator[Document]:

@@ -33,7 +33,9 @@ import numpy as np
 
 from loopformer import reading, storage
 from loopformer.data import checked
+from loopformer.data.chat import Unreadable
 from loopformer.data.tokenizer import Tokenizer, load_tokenizer
+from loopformer.types import ConfigError
 
 VERSION = 1
 RECORD = 4096  # tokens in a record
@@ -364,7 +366,12 @@ def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_ou
       found += 1
       continue
     entries = []
-    for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+    try:
+      encoded = tokenizer.encode_batch([d.text for d in batch])
+    except Unreadable as error:
+      file, _, row = batch[error.index].name.rpartition('#')
+      raise ConfigError(f'{file} row {int(row) + 1}: {error}') from error
+    for document, ids in zip(batch, encoded, strict=True):
       # By way of an array, which takes less than half the time of NumPy's own reading of a list.
       data = np.array(array.array('I', [*ids, tokenizer.eos])).astype(stored).tobytes()
       key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()

@@ -13,6 +13,7 @@ import heapq
 import io
 import json
 import os
+import re
 
 import numpy as np
 
@@ -28,6 +29,7 @@ META = '\u2581'  # how sentencepiece writes a space inside a piece
 BLOCK = 1_000_000  # characters encoded in one call: longer documents are cut at newlines
 LINE = 16_384  # characters of a training sentence: longer lines are cut
 BUILT_IN = ('bytes', 'pieces', 'json')
+AROUND = ('chat', 'marked')  # those that hold another (chat.py)
 END = '<|endoftext|>'  # what the end of a document is called where it must have a name
 
 
@@ -37,9 +39,26 @@ class Tokenizer(abc.ABC):
   vocab_size: int
   eos: int
 
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """The ids at which generation ends, `eos` first."""
+    return (self.eos,)
+
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
     """The ids of a text, without `eos`."""
+
+  def encode_special(self, text: str) -> list[int]:
+    """The same, where the names of special tokens stand for these tokens."""
+    specials = self.specials()
+    if not specials:
+      return self.encode(text)
+    parts = re.split('(' + '|'.join(map(re.escape, sorted(specials, key=len, reverse=True))) + ')', text)
+    return [i for part in parts if part for i in ([specials[part]] if part in specials else self.encode(part))]
+
+  def specials(self) -> dict[str, int]:
+    """Special tokens by what chat templates call them."""
+    return {}
 
   @abc.abstractmethod
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -113,11 +132,14 @@ class ByteTokenizer(Tokenizer):
     lengths[self.eos] = 0
     return lengths
 
+  def specials(self):
+    return {END: self.eos}
+
   def fingerprint(self):
     return hashlib.sha256(b'bytes 0..255, eos 256').hexdigest()
 
   def save(self, folder):
-    _write(folder, {'kind': 'bytes', 'fingerprint': self.fingerprint()})
+    write_about(folder, {'kind': 'bytes', 'fingerprint': self.fingerprint()})
 
   def hugging_face(self):
     """As it is, save that a text which spells `END` out has the end of the document there."""
@@ -197,11 +219,15 @@ class PieceTokenizer(Tokenizer):
       lengths[spaced] -= 1
     return lengths
 
+  def specials(self):
+    p = self._processor
+    return {p.id_to_piece(i): i for i in range(self.vocab_size) if p.is_control(i)}
+
   def fingerprint(self):
     return hashlib.sha256(b'sentencepiece' + self.model).hexdigest()
 
   def save(self, folder):
-    _write(folder, {'kind': 'pieces', 'fingerprint': self.fingerprint()})
+    write_about(folder, {'kind': 'pieces', 'fingerprint': self.fingerprint()})
     storage.write(storage.path(folder) / MODEL, self.model)
 
   def hugging_face(self):
@@ -280,6 +306,13 @@ class JsonTokenizer(Tokenizer):
     texts = [text.encode('utf-8', 'replace').decode('utf-8') for text in texts]
     return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+  def encode_special(self, text):
+    return self.encode(text)
+
+  def specials(self):
+    pieces, added = self._table
+    return {pieces[i]: i for i in added}
+
   def decode(self, ids):
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
@@ -312,7 +345,7 @@ class JsonTokenizer(Tokenizer):
     return hashlib.sha256(f'json, eos {self.eos}: {self.text}'.encode()).hexdigest()
 
   def save(self, folder):
-    _write(folder, {'kind': 'json', 'eos': self.eos, 'fingerprint': self.fingerprint()})
+    write_about(folder, {'kind': 'json', 'eos': self.eos, 'fingerprint': self.fingerprint()})
     storage.write(storage.path(folder) / JSON, self.text)
 
   def hugging_face(self):
@@ -520,10 +553,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   if not path.exists():
     raise FileNotFoundError(f'no tokenizer in {os.fspath(folder)!r}: {FILE} is absent; prepare the data first')
   saved = reading.read_json(path, 'delete the folder and prepare the data again')
-  if saved.get('kind') not in BUILT_IN:
-    raise ValueError(f'{path}: kind={saved.get("kind")!r} is none of {", ".join(BUILT_IN)}')
+  if saved.get('kind') not in (*BUILT_IN, *AROUND):
+    raise ValueError(f'{path}: kind={saved.get("kind")!r} is none of {", ".join((*BUILT_IN, *AROUND))}')
   tokenizer: Tokenizer
-  if saved['kind'] == 'bytes':
+  if saved['kind'] in AROUND:
+    from loopformer.data import chat
+    tokenizer = chat.around(saved, path.parent)
+  elif saved['kind'] == 'bytes':
     tokenizer = ByteTokenizer()
   elif saved['kind'] == 'json':
     tokenizer = json_tokenizer(json_text(path.with_name(JSON)), saved.get('eos'), path.with_name(JSON))
@@ -537,7 +573,8 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   return tokenizer
 
 
-def _write(folder, saved: dict) -> None:
+def write_about(folder: str | os.PathLike, saved: dict) -> None:
+  """Writes what `load_tokenizer` reads first: the kind of a tokenizer, and its fingerprint."""
   folder = storage.path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   storage.write(folder / FILE, json.dumps(saved, indent=1))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 import warnings
 
@@ -25,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from loopformer import backend, plans, sharding
+from loopformer.data import chat
 from loopformer.data.tokenizer import anchor, continuation
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
@@ -133,21 +135,21 @@ class PrefillBatch:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnames='rows')
-def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, draft_plan: Plan | None, eos: Array,
+def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, draft_plan: Plan | None, ends: Array,
             mesh: jax.sharding.Mesh | None = None) -> tuple[DecodeState, Array]:
   """Reads prompts into their rows, and draws the first token of each, i32[R].
 
-  mesh: of several devices that divide the rows; None for one.
+  ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one.
   """
   each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
   arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each,
                           number=each,
                           control=each, left=each)
-  return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, eos),
+  return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, ends),
                   (arriving, P(), P()), (each,))
 
 
-def _prefill(model, params, rows, new, draft_plan, eos):
+def _prefill(model, params, rows, new, draft_plan, ends):
   variables = {'params': params}
   index = jnp.arange(new.tokens.shape[1])
   pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
@@ -173,7 +175,7 @@ def _prefill(model, params, rows, new, draft_plan, eos):
   return DecodeState(plan=plan, precomputed=model.apply(variables, plan, method='precompute'), kv=kv, draft=draft,
                      last=put(rows.last, jnp.stack([before, first], -1)),
                      place=put(rows.place, new.shared + new.lengths),
-                     left=put(rows.left, jnp.where(first == eos, 0, new.left - 1)),
+                     left=put(rows.left, jnp.where(_among(first, ends), 0, new.left - 1)),
                      drawn=put(rows.drawn, jnp.ones_like(new.row)), keys=put(rows.keys, keys),
                      exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
 
@@ -195,6 +197,10 @@ def _put(kv, row, new):
                     pos=kv.pos.at[:, row].set(new.pos, mode='drop'))
 
 
+def _among(tokens, ends):
+  return (tokens[..., None] == ends).any(-1)
+
+
 def _fold(keys, numbers):
   return jax.vmap(jax.random.fold_in)(keys, numbers)
 
@@ -213,7 +219,7 @@ class Stats:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
 def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState,
            draft_plan: Plan | None,
-           threshold: Array | None, eos: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None
+           threshold: Array | None, ends: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None
            ) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
 
@@ -221,7 +227,7 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
     max_steps: at most so many passes of all loops.
     num_draft: tokens that the draft proposes before each; 0: none. draft_plan: the draft's schedule.
     exit_policy: None, or an exits.Adaptive that shortens passes; threshold: its own.
-    eos: i32[], ends a row. return_on_finish: bool[], whether to return as soon as a row is idle.
+    ends: i32[E], each of which ends a row. return_on_finish: bool[], whether to return as soon as a row is idle.
     mesh: of several devices that divide the rows, each of which stops by its own; None for one.
 
   Returns:
@@ -236,11 +242,11 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
     return rows, out, count, stats
 
   each = P(sharding.BATCH)
-  return _by_rows(own, mesh, model, params, rows, (draft_plan, threshold, eos, return_on_finish), (P(),) * 4,
+  return _by_rows(own, mesh, model, params, rows, (draft_plan, threshold, ends, return_on_finish), (P(),) * 4,
                   (each, each, P()))
 
 
-def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, threshold, eos, return_on_finish):
+def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, threshold, ends, return_on_finish):
   variables = {'params': params}
   batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
@@ -304,8 +310,8 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
       kept = jnp.zeros(batch, jnp.int32)
       tokens = sample(sampling_logits(logits_of(trace.z[:, 0]), rows.control), keys)[:, None]
     new = jnp.minimum(kept + 1, rows.left)  # how many of `tokens` are drawn in this round
-    ends = (tokens == eos) & (jnp.arange(num_draft + 1) < new[:, None])
-    new = jnp.where(ends.any(-1), ends.argmax(-1) + 1, new)
+    ended = _among(tokens, ends) & (jnp.arange(num_draft + 1) < new[:, None])
+    new = jnp.where(ended.any(-1), ended.argmax(-1) + 1, new)
     target = jnp.where(active[:, None] & (jnp.arange(num_draft + 1) < new[:, None]),
                        count[:, None] + jnp.arange(num_draft + 1), out.shape[1])
     out = out.at[at[:, None], target].set(tokens, mode='drop')
@@ -313,7 +319,7 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
     both = jnp.concatenate([current, tokens], 1)
     last = jnp.take_along_axis(both, jnp.maximum(new, 1)[:, None] - 1 + jnp.arange(2), 1)
     rows = rows.replace(kv=trace.kv, last=jnp.where(active[:, None], last, rows.last), place=rows.place + new,
-                        left=jnp.where(ends.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
+                        left=jnp.where(ended.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
     stats = Stats(tokens=stats.tokens + new.sum(), passes=stats.passes + active.sum(), loops=stats.loops + loops,
                   ran=stats.ran + ran, kept=stats.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
     return index + 1, rows, out, count + new, stats
@@ -324,7 +330,7 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
     return (index < max_steps) & sharding.agreed((rows.left > 0).any()) & ~(return_on_finish & idle)
 
   zero = jnp.int32(0)
-  out = jnp.full((batch, max_steps * (num_draft + 1)), eos, jnp.int32)
+  out = jnp.zeros((batch, max_steps * (num_draft + 1)), jnp.int32)
   carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Stats(zero, zero, zero, zero, zero))
   _, rows, out, count, stats = jax.lax.while_loop(going, round_, carry)
   return rows, out, count, stats
@@ -413,6 +419,7 @@ class Engine:
     model, params = flattened(model, params, transpose=self._per > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self._vocab = min(tokenizer.vocab_size, model.read_in.vocab)
+    self._ends = np.asarray(tokenizer.ends, np.int32)
     self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
     self.exit, self.num_draft = exit, num_draft if draft is not None else 0
     steps = None if draft is None else plans.resolve(draft, 'draft')
@@ -442,15 +449,16 @@ class Engine:
               'tokens a pass': tokens / max(passes, 1)}
     return {**result, 'accepted': kept / max(passes * self.num_draft, 1)} if self.num_draft else result
 
-  def submit(self, prompt: str | Sequence[int], *, budget: int | Sequence[float] | None = None,
+  def submit(self, prompt: str | Sequence[int] | Sequence[chat.Message], *, budget: int | Sequence[float] | None = None,
              max_new_tokens: int = 64, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
              seed: int = 0, number: int = 0, stop: Sequence[str] = ()) -> int:
     """Queues a request and returns its number, 0, 1, ...
 
     Args:
-      prompt: a text, or its ids; an empty one starts a document.
+      prompt: a text, its ids, or the messages of a chat ({'role': 'user', 'content': ...}), which the tokenizer's template
+        writes; an empty one starts a document.
       budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; all loops by default.
-      max_new_tokens: at most this many tokens; fewer where the model ends the document.
+      max_new_tokens: at most this many tokens; fewer where the model ends the document, or its turn (`Tokenizer.ends`).
       temperature, top_k, top_p: 0 takes the likeliest token.
       seed, number: of the draws, 0 to 2^32 - 1; `number` tells requests of one seed apart.
       stop: texts before the first of which the continuation ends.
@@ -526,7 +534,7 @@ class Engine:
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
-                                  jnp.int32(self.tokenizer.eos), self._mesh)
+                                  self._ends, self._mesh)
       del self._waiting[:len(batch)]
       token_of = dict(zip(places, processes.fetch(first).tolist()))
       for i, (row, request) in enumerate(batch):
@@ -553,14 +561,14 @@ class Engine:
     exit_policy, threshold = exits.compiled(self.exit)
     self._rows, out, count, stats = decode(
         self.model, self.max_steps, self.num_draft, exit_policy, self.params, self._rows, self.draft_plan, threshold,
-        jnp.int32(self.tokenizer.eos), jnp.bool_(bool(self._waiting)), self._mesh)
+        self._ends, jnp.bool_(bool(self._waiting)), self._mesh)
     out, count, stats = processes.fetch((out, count, stats))
     self._stats += [stats.tokens, stats.passes, stats.loops, stats.ran, stats.kept]
     stopped = []
     for row, request in enumerate(self._of):
       if request is not None and not request.done:
         piece = self._told(request, out[row, :count[row]].tolist())
-        if piece.done and len(request.drawn) < request.most and request.drawn[-1] != self.tokenizer.eos:
+        if piece.done and len(request.drawn) < request.most and request.drawn[-1] not in self.tokenizer.ends:
           stopped.append(row)  # by its text, of which the device knows nothing
         if piece.text or piece.done:
           yield piece
@@ -571,10 +579,8 @@ class Engine:
   def _told(self, request, tokens: list[int]) -> TextChunk:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
     request.drawn += tokens
-    request.done = len(request.drawn) >= request.most or self.tokenizer.eos in tokens
-    new = request.drawn
-    if self.tokenizer.eos in new:
-      new = new[:new.index(self.tokenizer.eos)]
+    new = list(itertools.takewhile(lambda token: token not in self.tokenizer.ends, request.drawn))
+    request.done = len(request.drawn) >= request.most or len(new) < len(request.drawn)
     text = continuation(self.tokenizer, request.anchor, new)
     cut = min((text.index(stop) for stop in request.stop if stop in text), default=None)
     if cut is not None:
@@ -585,16 +591,16 @@ class Engine:
     return TextChunk(request.number, piece, request.done)
 
 
-def _ids(prompt: str | Sequence[int], number: int, tokenizer: Any, vocab: int) -> list[int]:
+def _ids(prompt: Any, number: int, tokenizer: Any, vocab: int) -> list[int]:
   """Of a prompt. Raises ConfigError where it has others than tokenizer and model know, `vocab` of them."""
-  if isinstance(prompt, str):
-    ids = tokenizer.encode(prompt)
+  if isinstance(prompt, str) or chat.is_messages(prompt):
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else chat.begun(tokenizer, prompt, f'prompt {number}')
     if max(ids, default=0) >= vocab:
       raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} (read_in.vocab); '
                         'give the tokenizer that it was trained with')
     return ids
   if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
-    raise ConfigError(f'prompt {number} = {prompt!r}: give a text, or a list of ids')
+    raise ConfigError(f'prompt {number} = {prompt!r}: give a text, a list of ids, or one of messages')
   return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in prompt]
 
 
@@ -617,16 +623,18 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def generate(model: Any, params: Params, tokenizer: Any, prompts: Sequence[str | Sequence[int]], *,
+def generate(model: Any, params: Params, tokenizer: Any,
+             prompts: Sequence[str | Sequence[int] | Sequence[chat.Message]], *,
              budget: int | Sequence[float] | None = None, max_new_tokens: int = 64, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (),
              exit: Any = None, draft: int | Sequence[float] | None = None, rows: int = 32) -> list[str]:
   """Continues prompts. For many calls keep an `Engine`, which sets up weights and caches once.
 
   Args:
-    prompts: texts, or lists of ids, of any lengths; an empty one starts a document.
+    prompts: texts, lists of ids, or chats, lists of messages ({'role': 'user', 'content': ...}) that the tokenizer's
+      template writes; of any lengths; an empty one starts a document.
     budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; the model's own by default.
-    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document.
+    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document, or its turn.
     temperature, top_k, top_p: 0 takes the likeliest token.
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.

@@ -7,6 +7,7 @@ import os
 
 from loopformer import storage
 from loopformer.data import batches, prepared
+from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files, StandardLibrary
 from loopformer.data.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 from loopformer.inference import measures
@@ -21,7 +22,7 @@ class Text:
   """
 
   corpus: StandardLibrary | Files = StandardLibrary()
-  tokenizer: TrainedPieces | GivenPieces | Bytes = TrainedPieces()
+  tokenizer: TrainedPieces | GivenPieces | SavedTokenizer | Bytes = TrainedPieces()
   length: int = 128
   documents: batches.Joined | batches.Separate = batches.Joined()
   folder: str | None = None
@@ -68,8 +69,8 @@ class Text:
     eos = self.tokenizer_of(workdir).eos
     windows = grain.MapDataset.source(batches.Windows(stream, self.length, eos, self.documents))
     if split == 'train':
-      return windows.shuffle(_mixed(seed)).repeat()
-    return windows.shuffle(_mixed(0))
+      return windows.shuffle(mixed(seed)).repeat()
+    return windows.shuffle(mixed(0))
 
   def describe(self, workdir: str | os.PathLike) -> dict:
     """Counts for logging: {split: {tokens, bytes, documents}}."""
@@ -80,6 +81,6 @@ class Text:
     return str(storage.path(workdir) / 'data') if self.folder is None else self.folder
 
 
-def _mixed(seed: int) -> int:
+def mixed(seed: int) -> int:
   """A seed for grain, which adds the epoch's number to it: mixed, so that seeds 0 and 1 do not share epochs."""
   return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), 'big')
