@@ -66,7 +66,8 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
       are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
       `generate` and `logits` then run on that mesh. With several processes all of them call it.
     trust: whether code runs that lies in a work folder, or that is named there and is no part of the library.
-    options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`.
+    options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`; `relaxed`, a rank, with
+      `loops` ties the layers of a decoder (`convert.relaxed`).
 
   Raises:
     ConfigError: no run, or no complete checkpoint (of that step), in the folder; a mesh that does not divide the heads;
@@ -94,12 +95,19 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
     return _of_run(path, step, mesh)
 
 
-def _imported(source, mesh, kind: str | None = None, **options):
+def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None, **options):
   from loopformer import config as configs, convert
   from loopformer.objective import Objective, Rollout, Weighted
   from loopformer.tasks.imported import Imported
   from loopformer.terms.cross_entropy import CE
-  if kind is None:
+  if relaxed is not None:
+    if kind is not None or options.get('loops') is None:
+      raise ConfigError(f'relaxed = {relaxed}: layers of a Hugging Face folder or a .gguf file are tied over loops; give '
+                        'loops, and no kind')
+    loops = options.pop('loops')
+    model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
+    model, params = convert.relaxed(model, params, loops=loops, rank=relaxed)
+  elif kind is None:
     model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
   else:
     (model, params), tokenizer = convert.from_official(kind, source, mesh=mesh, **options), None

@@ -9,6 +9,7 @@
 from loopformer.convert.export import export
 from loopformer.convert.official import from_official, to_official
 from loopformer.convert.pretrained import from_pretrained
+from loopformer.convert.relaxed import relaxed
 from loopformer.convert.retrofit import retrofit
 
-__all__ = ['export', 'from_official', 'from_pretrained', 'retrofit', 'to_official']
+__all__ = ['export', 'from_official', 'from_pretrained', 'relaxed', 'retrofit', 'to_official']

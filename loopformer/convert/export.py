@@ -5,6 +5,8 @@
 
 A loop whose steps are all alike, of the layers that Llama has, is a Llama of N * L layers and is written as one; so is
 its relative with norms or biases (Qwen). Other models are written under our own names, with `modeling_loopformer.py`.
+Updates of low rank (nn/low_rank.py) are merged into the weights: those that all loops share, and of a plain loop those of
+each, as its layers are written out.
 """
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ from loopformer import storage
 from loopformer.convert import description, llama, own, table, tensors
 from loopformer.convert.pretrained import CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer
+from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer, ends_of
 from loopformer.model import Looped, init_params
+from loopformer.nn import low_rank
 from loopformer.nn.layers import DTYPES
 from loopformer.training import processes
 from loopformer.types import ConfigError, Params, config_dataclass
@@ -77,6 +80,11 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
   tensors.compare({path: leaf.shape for path, leaf in expected.items()},
                   {path: leaf.shape for path, leaf in flat.items()}, 'params')
+  model, params = low_rank.merged(model, params)
+  if low_rank.has_one_a_loop(model):
+    model, params = _written_out(model, params)
+  flat = flatten_dict(params, sep='/')
+  expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
   decoder, reason = llama.decoder_of(model)
   if decoder is None:
     places = own.places({path: leaf.shape for path, leaf in expected.items()})
@@ -84,7 +92,7 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
     held = {key: (place.shape, _reader(place, flat[place.path])) for key, place in places.items()}
   else:
     config, held = _decoder_config_and_tensors(model, decoder, flat)
-  eos, ends = (None, None) if tokenizer is None else (tokenizer.eos, list(tokenizer.ends))
+  eos, ends = (None, None) if tokenizer is None else (tokenizer.eos, list(ends_of(tokenizer)))
   ends = ends if ends is None or len(ends) > 1 else eos
   # The classes of transformers give the token of padding that config.json names no gradient, and ours ends texts.
   config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None if decoder else eos,
@@ -102,6 +110,16 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
     for _, make in held.values():  # in which all processes take part
       make()
   return Exported(model_type=config['model_type'], reason=reason, tokenizer=TOKENIZER in files)
+
+
+def _written_out(model, params):
+  """A loop with an update of low rank for every step, as layers that have weights of their own."""
+  written = low_rank.written_out(model, params)
+  decoder, reason = llama.decoder_of(written[0])
+  if decoder is not None:
+    return written
+  raise ConfigError(f'model: it has an update of low rank for every loop (LowRank.loops), and cannot be written out as a '
+                    f'plain decoder: {reason}; export a model whose loops share theirs (LowRank.loops = None)')
 
 
 def _own_config(model, shapes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,11 @@ class Tokenizer(abc.ABC):
   def hugging_face(self) -> str | None:
     """The same as a tokenizer.json of Hugging Face's `tokenizers`, its text; None where there is no such file."""
     return None
+
+
+def ends_of(tokenizer: Any) -> tuple[int, ...]:
+  """The ids at which generation ends, also of what has no more of a tokenizer than `encode`, `decode` and `eos`."""
+  return tokenizer.ends if isinstance(tokenizer, Tokenizer) else (tokenizer.eos,)
 
 
 def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 
 from loopformer import backend, plans, sharding
 from loopformer.data import chat
-from loopformer.data.tokenizer import anchor, continuation
+from loopformer.data.tokenizer import anchor, continuation, ends_of
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, verify_draft
@@ -419,7 +419,7 @@ class Engine:
     model, params = flattened(model, params, transpose=self._per > 1 or backend.current().sums_contiguous)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self._vocab = min(tokenizer.vocab_size, model.read_in.vocab)
-    self._ends = np.asarray(tokenizer.ends, np.int32)
+    self._ends = ends_of(tokenizer)
     self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
     self.exit, self.num_draft = exit, num_draft if draft is not None else 0
     steps = None if draft is None else plans.resolve(draft, 'draft')
@@ -534,7 +534,7 @@ class Engine:
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
-                                  self._ends, self._mesh)
+                                  np.asarray(self._ends, np.int32), self._mesh)
       del self._waiting[:len(batch)]
       token_of = dict(zip(places, processes.fetch(first).tolist()))
       for i, (row, request) in enumerate(batch):
@@ -561,14 +561,14 @@ class Engine:
     exit_policy, threshold = exits.compiled(self.exit)
     self._rows, out, count, stats = decode(
         self.model, self.max_steps, self.num_draft, exit_policy, self.params, self._rows, self.draft_plan, threshold,
-        self._ends, jnp.bool_(bool(self._waiting)), self._mesh)
+        np.asarray(self._ends, np.int32), jnp.bool_(bool(self._waiting)), self._mesh)
     out, count, stats = processes.fetch((out, count, stats))
     self._stats += [stats.tokens, stats.passes, stats.loops, stats.ran, stats.kept]
     stopped = []
     for row, request in enumerate(self._of):
       if request is not None and not request.done:
         piece = self._told(request, out[row, :count[row]].tolist())
-        if piece.done and len(request.drawn) < request.most and request.drawn[-1] not in self.tokenizer.ends:
+        if piece.done and len(request.drawn) < request.most and request.drawn[-1] not in self._ends:
           stopped.append(row)  # by its text, of which the device knows nothing
         if piece.text or piece.done:
           yield piece
@@ -579,7 +579,7 @@ class Engine:
   def _told(self, request, tokens: list[int]) -> TextChunk:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
     request.drawn += tokens
-    new = list(itertools.takewhile(lambda token: token not in self.tokenizer.ends, request.drawn))
+    new = list(itertools.takewhile(lambda token: token not in self._ends, request.drawn))
     request.done = len(request.drawn) >= request.most or len(new) < len(request.drawn)
     text = continuation(self.tokenizer, request.anchor, new)
     cut = min((text.index(stop) for stop in request.stop if stop in text), default=None)
