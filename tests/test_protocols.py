@@ -27,6 +27,8 @@ from loopformer.papers.plt.cell import Shifted
 from loopformer.papers.plt.streams import Streams
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.imported import Imported
+from loopformer.tasks.instructions import Instructions
+from loopformer.tasks.mixture import Mixture
 from loopformer.tasks.text import Text
 from loopformer.terms import cross_entropy, distill, expected, match, ponder, squared
 from loopformer.training import control, frozen
@@ -41,7 +43,7 @@ PARTS = {
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,
                  distill.Distill, Aligned, RouterBCE, Balance],
-    types.Task: [Text, Generated, Imported],
+    types.Task: [Text, Generated, Imported, Instructions, Mixture],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock,
                   LinearAttention],
     types.Attention: [attention.SelfAttention, LatentAttention],
