@@ -18,7 +18,7 @@ import numpy as np
 from experiments.tools import command, machines
 import loopformer
 from loopformer import config as configs, convert, storage
-from loopformer.convert.export import MODELING
+from loopformer.convert.export import MODELING, without_updates
 from loopformer.training import processes
 from loopformer.types import ConfigError
 
@@ -96,7 +96,7 @@ def run(workdir: Path, out: Path):
   machines.check_set(FLAGS.set, 'an export')
   machines.connect()
   model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step, machines.mesh_of(configs.read(workdir), FLAGS.set))
-  model = model if FLAGS.loops is None else model.clone(loops=FLAGS.loops)
+  model, params = without_updates(model if FLAGS.loops is None else model.clone(loops=FLAGS.loops), params)
   done = convert.export(model, params, tokenizer, out, dtype=FLAGS.dtype)
   kind = f'as {done.model_type}' + (f' (no decoder of transformers: {done.reason})' if done.reason else '')
   if processes.is_leader():

@@ -80,9 +80,7 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
   tensors.compare({path: leaf.shape for path, leaf in expected.items()},
                   {path: leaf.shape for path, leaf in flat.items()}, 'params')
-  model, params = low_rank.merged(model, params)
-  if low_rank.has_one_a_loop(model):
-    model, params = _written_out(model, params)
+  model, params = without_updates(model, params)
   flat = flatten_dict(params, sep='/')
   expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
   decoder, reason = llama.decoder_of(model)
@@ -112,8 +110,12 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   return Exported(model_type=config['model_type'], reason=reason, tokenizer=TOKENIZER in files)
 
 
-def _written_out(model, params):
-  """A loop with an update of low rank for every step, as layers that have weights of their own."""
+def without_updates(model: Looped, params: Params) -> tuple[Looped, Params]:
+  """The same function without updates of low rank, which are merged into the weights; where every loop has one of its own,
+  as layers that are written out. Raises ConfigError where they cannot be."""
+  model, params = low_rank.merged(model, params)
+  if not low_rank.has_one_a_loop(model):
+    return model, params
   written = low_rank.written_out(model, params)
   decoder, reason = llama.decoder_of(written[0])
   if decoder is not None:
