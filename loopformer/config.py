@@ -480,7 +480,7 @@ def _telling(path: Any) -> Iterator[None]:
     raise ConfigError(f'--config {path}: {where}{type(error).__name__}: {error}; correct the file') from error
 
 
-def arguments(text: str, **defaults: Any) -> dict[str, Any]:
+def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   """Reads a configuration's argument: `arguments('small,loops=4', size='tiny', loops=8)`.
 
   A word without `=` is the value of the first name. Raises ConfigError for names that are not among the defaults.

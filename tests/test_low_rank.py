@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import loopformer
+from loopformer import config as configs
 from loopformer.cells.plain import Normed
 from loopformer.convert import export, from_pretrained, relaxed
 from loopformer.model import parameter_roles
@@ -79,7 +80,7 @@ def test_a_model_is_adapted_once(decoder):
   with pytest.raises(ConfigError, match='have updates of low rank already'):
     adapted(adapted(decoder[0], 2), 2)
   with pytest.raises(ConfigError, match='none of its layers has a product that could be updated'):
-    adapted(parts.ROWS['linear_icl'].model, 2)
+    adapted(configs.load('linear_icl').model, 2)
 
 
 def test_an_update_beside_the_gates_is_not_merged():
@@ -158,7 +159,7 @@ def test_each_update_is_the_nearest_of_its_rank_to_what_tying_loses(decoder):
 
 @pytest.mark.parametrize('change, fields, message', [
     (lambda model: model, {'loops': 3}, 'loops = 3 does not divide the 4 layers'),
-    (lambda model: model, {'rank': D + 1}, rf'rank = {D + 1}: attn/out/kernel is a matrix of {D} x {D}'),
+    (lambda model: model, {'rank': D + 1}, rf'rank = {D + 1}: .*kernel is a matrix of {D} x'),
     (lambda model: model, {'rank': 0}, 'rank = 0'), (lambda model: model, {'loops': 0}, 'loops = 0'),
     (lambda model: model.clone(loops=2), {}, 'it is no plain decoder'),
     (lambda model: parts.ROWS['ouro'].model.clone(loops=1), {}, 'it is no plain decoder')])

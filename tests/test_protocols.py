@@ -33,6 +33,7 @@ from loopformer.tasks.text import Text
 from loopformer.terms import cross_entropy, distill, expected, match, ponder, squared
 from loopformer.training import control, frozen
 from loopformer.training.averages import Averaged
+from loopformer.training.masters import Masters
 
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
@@ -60,7 +61,7 @@ PARTS = {
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
     types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Freeze, frozen.ParamGroups,
-                      Averaged,
+                      Averaged, Masters,
                       LossFree],
     types.Control: [control.NoControl, control.Plateau],
     types.Measure: [measures.Tokens, measures.Answers, measures.Errors],

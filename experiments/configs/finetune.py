@@ -15,6 +15,7 @@ Argument: any of
     rank        of the update that every product of the layers learns, the rest frozen; 8; 0 trains all parameters
     each        1: an update for every loop; 0: one that all loops share, which exports merge into the weights
     steps, batch, peak (of the learning rate; 2e-4, of all parameters 2e-5), seed
+    bf16        1: projections are held in bfloat16, their masters in float32; of a model whose products are bfloat16
     average     what of an average of the weights stays at each step, such as 0.999; 0 keeps none
 
 How it is used: docs/finetune.md.
@@ -24,6 +25,7 @@ from loopformer.config import Experiment, arguments
 from loopformer.data.batches import Separate
 from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Conversations, Files
+from loopformer.inference.evaluate import Depths
 from loopformer.nn.low_rank import adapted, added
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.sharding import Mesh
@@ -33,6 +35,7 @@ from loopformer.tasks.text import Text
 from loopformer.training.averages import Averaged
 from loopformer.training.control import NoControl
 from loopformer.training.frozen import Freeze
+from loopformer.training.masters import Masters
 from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
@@ -42,7 +45,7 @@ MOST = 1024  # tokens of a row, if nothing else is said
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `from=runs/smol,data=chats.jsonl,rank=16`."""
   given = arguments(argument, **{'from': ''}, data='', text='', share=0.5, validation='', template='', length=0, rank=8,
-                    each=0, steps=1000, batch=8, peak=0.0, seed=0, average=0.0)
+                    each=0, steps=1000, batch=8, peak=0.0, seed=0, bf16=0, average=0.0)
   source = given['from']
   if not source or not (given['data'] or given['text']):
     raise ConfigError('config argument: from and data (or text) are missing; give them, such as '
@@ -53,8 +56,9 @@ def get_config(argument: str = '') -> Experiment:
                                       warmup=given['steps'] // 30), b2=0.999, decay=0.0)
   if given['rank']:
     optim = Freeze(of=optim, paths=added(model, old.model))
+  optim = Masters(of=optim) if given['bf16'] else optim
   return Experiment(
-      name=f'finetune {old.name}', model=model, objective=old.objective, evals=old.evals, control=NoControl(), mesh=Mesh(),
+      name=f'finetune {old.name}', model=model, objective=old.objective, evals=old.evals if old.task.splits else Depths(budgets=(model.loops,)), control=NoControl(), mesh=Mesh(),
       task=_task(given, source, given['length'] or min(model.read_in.length, MOST)),
       optim=Averaged(of=optim, decay=given['average']) if given['average'] else optim,
       train=Train(steps=given['steps'], batch=given['batch'], seed=given['seed'], start=source))

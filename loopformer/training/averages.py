@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from loopformer.roles import Roles
+from loopformer.training import masters
 from loopformer.types import Array, ConfigError, Params, config_dataclass
 
 
@@ -57,7 +58,8 @@ class Averaged:
 def exchanged(params: Params, optimizer: Any) -> tuple[Params, Any]:
   """Parameters and averages in each other's places: (those that answer, the optimiser's state with the others).
 
-  Twice it is nothing at all, and nothing where no averages are kept.
+  Twice it is nothing at all, and nothing where no averages are kept. Masters (masters.py) are exchanged so too, where no
+  averages of them are kept.
   """
   found = []
 
@@ -68,4 +70,4 @@ def exchanged(params: Params, optimizer: Any) -> tuple[Params, Any]:
     return state._replace(average=params)
 
   optimizer = jax.tree.map(swap, optimizer, is_leaf=lambda leaf: isinstance(leaf, AveragedState))
-  return (found[0] if found else params), optimizer
+  return (found[0], optimizer) if found else masters.exchanged(params, optimizer)

@@ -13,6 +13,7 @@ import optax
 from loopformer import sharding
 from loopformer.model import init_params, parameter_roles
 from loopformer.roles import Roles
+from loopformer.training import masters
 from loopformer.types import Array, PlanContext, Params
 
 
@@ -27,7 +28,8 @@ class State:
 def init_state(model: Any, optimizer: optax.GradientTransformation, seed: int) -> State:
   """A fresh state; run it under `jax.jit` with shardings, or `jax.eval_shape`."""
   params = init_params(model, jax.random.fold_in(jax.random.key(seed), 0))
-  return State(step=jnp.int32(0), params=params, optimizer=optimizer.init(params))
+  state = optimizer.init(params)
+  return State(step=jnp.int32(0), params=masters.shortened(params, state), optimizer=state)
 
 
 def _norms(grads: Params) -> dict[str, Array]:
@@ -75,7 +77,12 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
     context = objective.prepared(context)
     weights = total(objective.denominators(context.batch))
-    share = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
+    differentiated = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
+
+    def share(p, part):  # sums over microbatches and devices are in float32, whatever the parameters are in
+      values, grads = differentiated(p, part)
+      return values, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+
     if accumulate == 1:
       (loss, terms), grads = share(params, context)
     else:

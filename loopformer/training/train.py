@@ -20,7 +20,7 @@ from loopformer.inference.evaluate import evaluate, motion
 from loopformer.inference.measures import text_bytes
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
-from loopformer.training import averages, interrupts, metrics, processes, sections
+from loopformer.training import averages, interrupts, masters, metrics, processes, sections
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, Unsaved, abstract, restore_model, trained
 from loopformer.training.lock import Lock
 from loopformer.training.step import State, init_state, make_step
@@ -168,10 +168,11 @@ def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, St
   caught = interrupts.Caught(lambda: _words(workdir, caught.reached))
   with caught, Checkpoints(workdir, options.keep, best) as checkpoints:  # the last save is waited for while signals are
     target = abstract(shapes, shardings)
+    held_params, held_optimizer = averages.exchanged(target.params, target.optimizer)  # as checkpoints have them
     if checkpoints.latest() == 0:  # what `Loaded.save` wrote: parameters alone, to start from
-      params, first, restored = checkpoints.restore_params(0, target.params)[1], 0, None
+      params, first, restored = checkpoints.restore_params(0, held_params)[1], 0, None
     else:
-      first, restored = checkpoints.restore_last(target.params, target.optimizer, log)
+      first, restored = checkpoints.restore_last(held_params, held_optimizer, log)
     end = next((end for end in options.extended if end > first), options.steps)
     if end < options.steps:
       config = dataclasses.replace(config, train=dataclasses.replace(options, steps=end, extended=()))
@@ -225,7 +226,8 @@ def _words(workdir: Any, reached: int | None) -> str:
 
 def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> State:
   """The state of a run that starts from these parameters, of which an optimiser may keep averages."""
-  return state.replace(params=params, optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params))
+  own = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+  return state.replace(params=masters.shortened(params, own), optimizer=own)
 
 
 def _like(given: Params, own: Params, name: str) -> Params:
@@ -235,7 +237,8 @@ def _like(given: Params, own: Params, name: str) -> Params:
     if ours.get(path) != theirs.get(path):
       raise ConfigError(f'{name}: {path} has the shape {theirs.get(path, "(absent)")} there, '
                         f'{ours.get(path, "(absent)")} in the model; give parameters of the same model')
-  return jax.tree.map(lambda leaf, mine: jax.device_put(jnp.array(leaf, mine.dtype), mine.sharding), given, own)
+  return jax.tree.map(lambda leaf, mine: jax.device_put(
+      jnp.array(leaf, jnp.promote_types(mine.dtype, jnp.float32)), mine.sharding), given, own)
 
 
 def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable, where: str = 'train.start') -> Params:
