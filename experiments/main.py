@@ -69,6 +69,7 @@ define(flags.DEFINE_string, 'dtype', None, 'import', 'of matrix products: float3
 define(flags.DEFINE_integer, 'loops', None, 'import', "steps of the loop; the model's own by default.", lower_bound=1)
 define(flags.DEFINE_integer, 'relaxed', None, 'import', 'with --loops: layers are tied over so many loops, each of which has '
        'an update of this rank, the nearest to what tying loses.', lower_bound=1)
+define(flags.DEFINE_string, 'adapter', None, 'import', "a folder of a LoRA adapter of PEFT, which is added to the weights.")
 define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.', lower_bound=0)
 define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
 define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
@@ -324,7 +325,7 @@ def run_harness(workdir: Path):
 
 
 # Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
-IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'prelude': False, 'coda': False, 'heads': True, 'length': True}
+IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter': False, 'prelude': False, 'coda': False, 'heads': True, 'length': True}
 
 
 def run_import(workdir: Path):

@@ -12,6 +12,7 @@ import numpy as np
 
 from loopformer import reading, sharding, storage
 from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
+from loopformer.convert.adapters import with_adapter
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
@@ -28,7 +29,7 @@ AGAIN = 'download it again'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None
+                    dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None, adapter: str | Path | None = None
                     ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
@@ -46,6 +47,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
 
+    adapter: a folder of a LoRA adapter of PEFT, which is added to the weights of a decoder.
+
   Raises:
     ConfigError: no such folder, an architecture that is not read, or a tensor that is missing, surplus, misshapen or
       cut off; all that is found before weights are read.
@@ -53,6 +56,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   """
   if loops is not None:
     check_count('loops', loops)
+  if adapter is not None and str(folder).endswith('.gguf'):
+    raise ConfigError(f'adapter = {adapter}: tensors of a .gguf file have other names; give the Hugging Face folder')
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL))
@@ -72,9 +77,13 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       if prelude or coda:
         raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
                           'again; leave them out')
+      if adapter is not None:
+        raise ConfigError(f'adapter = {adapter}: {path} holds a looped model, and adapters are added to plain decoders alone; '
+                          'merge it with PEFT (merge_and_unload), and give what it saves')
       tokenizer = read_tokenizer(path, config)
       return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
+    held = held if adapter is None else with_adapter(held, adapter)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if ours:
       if prelude or coda:

@@ -52,6 +52,10 @@ class Tensors(Mapping):
   def __len__(self) -> int:
     return len(self._tensors)
 
+  def tensor(self, name: str) -> Tensor:
+    """One that has not been read."""
+    return self._tensors[name]
+
   @property
   def shapes(self) -> dict[str, Shape]:
     """name -> shape."""
