@@ -58,7 +58,8 @@ def get_config(argument: str = '') -> Experiment:
     optim = Freeze(of=optim, paths=added(model, old.model))
   optim = Masters(of=optim) if given['bf16'] else optim
   return Experiment(
-      name=f'finetune {old.name}', model=model, objective=old.objective, evals=old.evals if old.task.splits else Depths(budgets=(model.loops,)), control=NoControl(), mesh=Mesh(),
+      name=f'finetune {old.name}', model=model, objective=old.objective, control=NoControl(), mesh=Mesh(),
+      evals=old.evals if old.task.splits else Depths(budgets=(model.loops,)),
       task=_task(given, source, given['length'] or min(model.read_in.length, MOST)),
       optim=Averaged(of=optim, decay=given['average']) if given['average'] else optim,
       train=Train(steps=given['steps'], batch=given['batch'], seed=given['seed'], start=source))
@@ -69,10 +70,11 @@ def _task(given: dict, source: str, length: int):
   tokenizer, tasks = SavedTokenizer(path=source), {}
   if given['data']:
     held = (given['validation'],) if given['validation'] else ()
-    tasks['chats'] = Instructions(corpus=Conversations(train=(given['data'],), validation_files=held), tokenizer=tokenizer,
-                                  length=length, template=given['template'] or None)
+    corpus = Conversations(train=(given['data'],), validation_files=held)
+    tasks['chats'] = Instructions(corpus=corpus, tokenizer=tokenizer, length=length, template=given['template'] or None)
   if given['text']:
-    tasks['text'] = Text(corpus=Files(train=(given['text'],)), tokenizer=tokenizer, length=length, documents=Separate())
+    tasks['text'] = Text(corpus=Files(train=(given['text'],)), tokenizer=tokenizer, length=length,
+                         documents=Separate())
   if len(tasks) == 1:
     return next(iter(tasks.values()))
   return Mixture(of=tasks, weights={'chats': 1 - given['share'], 'text': given['share']})
