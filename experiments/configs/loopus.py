@@ -34,7 +34,8 @@ from loopformer import config as configs, loop, plans
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments, choose
-from loopformer.data.tokenizer import Bytes, Kept
+from loopformer.data.chat import SavedTokenizer
+from loopformer.data.tokenizer import Bytes
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
@@ -149,4 +150,4 @@ def imported(folder: str, encoder: str, decoder: str, length: int) -> tuple[Loop
   model = cut(model, *sections(depth, encoder, decoder))
   if isinstance(model.read_out, TiedHead):
     model = model.clone(read_out=Head(outputs=model.read_in.vocab, norm=model.read_out.norm))
-  return model, Text(tokenizer=Kept(folder=folder), length=min(length, model.read_in.length))
+  return model, Text(tokenizer=SavedTokenizer(path=folder), length=min(length, model.read_in.length))

@@ -481,32 +481,6 @@ class GivenJson:
     return json_text(path)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
-  """Part: the tokenizer of a work folder, of a model that was imported or trained there; FileNotFoundError if it has none.
-  """
-
-  folder: str
-  paths = ('folder',)
-
-  def build(self, texts: Iterable[str]) -> Tokenizer:
-    del texts
-    return load_tokenizer(self._place())
-
-  def sources(self) -> list[storage.File]:
-    """Its description, which holds its fingerprint: prepared data is stale once it changes."""
-    path = self._place() / FILE
-    return [_source(str(path), reading.contents(path, 'import or train the model again'))]
-
-  def _place(self) -> os.PathLike:
-    places = [storage.path(self.folder) / 'tokenizer', storage.path(self.folder) / 'data' / 'tokenizer']
-    found = [place for place in places if (place / FILE).exists()]
-    if not found:
-      raise FileNotFoundError(f'Kept.folder={self.folder!r}: no tokenizer in it; give the work folder of a model that came with '
-                              'one, or was trained on text')
-    return found[0]
-
-
 def _source(path: str, contents: bytes) -> storage.File:
   """A file that was read: it is small, so its stamp is its hash."""
   digest = hashlib.sha256(contents).hexdigest()
