@@ -13,11 +13,14 @@ import pytest
 from loopformer.tasks import algorithms
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment, Code
-from loopformer.tasks.edit_distance import EditDistance, LongestCommonSubsequence, common_subsequence, edit_distance
+from loopformer.tasks.edit_distance import (EditDistance, EditRows, LongestCommonSubsequence, common_subsequence,
+                                            edit_distance)
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.igsm import LEVELS, SymbolicGSM, evaluate
+from loopformer.tasks.increasing import Increasing
 from loopformer.tasks.markov import Complex, Markov, Medium, Simple
 from loopformer.tasks.p_hop import Last, NoRepeat, PHop, Uniform, find, hop
+from loopformer.tasks.reasoning import Chain, Rounds
 from loopformer.types import ConfigError
 
 # Answers found another way: from the symbols of the tokens, those of the targets that are asked for -------------------
@@ -102,6 +105,29 @@ def compared(of, words, places):
   return [str(table(first, second)[-1][-1] if isinstance(of, EditDistance) else common(first, second)), '<eos>']
 
 
+def reasoned(of, words, places):
+  """Of problems solved in rounds: edit distances by the table, counts of subsequences by trying all; as a chain, or the
+  answer alone at the end of the row."""
+  text = [word for word in words[:words.index('<sep>')] if word != '<end>']
+  if '|' in text:
+    first, second = ''.join(text).split('|')
+    chain = [str(cell) for row in table(first, second)[1:] for cell in (*row[1:], ',')]
+    answer = chain[-2]
+  else:
+    numbers = list(map(int, text))
+    counts = [max(len(some) for size in range(1, end + 2) for some in itertools.combinations(numbers[:end + 1], size)
+                  if some[-1] == numbers[end] and list(some) == sorted(set(some))) for end in range(len(numbers))]
+    answer, group, chain = str(max(counts)), of.of.group, []
+    counts += counts[-1:] * (-len(counts) % group)
+    for start in range(0, len(counts), group):
+      chain += [*map(str, counts[start:start + group]), '<sep>']
+  if isinstance(of, Rounds):
+    assert list(places) == [of.length - 1]
+    return [answer]
+  assert places[0] == words.index('<sep>')
+  return [*chain, answer, '<end>']
+
+
 def followed(of, words, places):
   assert list(places) == list(range(of.length))
   return [*words[1:], mock.ANY]  # the last letter is not among the tokens
@@ -126,6 +152,10 @@ ROWS = {  # name: generator, reference
   'edit distance': (EditDistance(letters=6, using=2), compared),
   'long edit distance': (EditDistance(), compared),
   'common subsequence': (LongestCommonSubsequence(letters=9, using=3), compared),
+  'chain of edit distance': (Chain(of=EditRows(longest=6)), reasoned),
+  'rounds of edit distance': (Rounds(of=EditRows(longest=6, room=7)), reasoned),
+  'chain of increasing': (Chain(of=Increasing(longest=7, group=3)), reasoned),
+  'rounds of increasing': (Rounds(of=Increasing(longest=8)), reasoned),
   'Markov': (Markov(), followed),
   'simple Markov': (Markov(difficulty=Simple()), followed),
   'medium Markov': (Markov(states=5, letters=7, difficulty=Medium()), followed),
@@ -162,6 +192,15 @@ def spoken(of, made):
 # All generators ------------------------------------------------------------------------------------------------------
 
 
+def extras(of):
+  """What examples of a generator have besides: dtype and shape."""
+  if isinstance(of, Rounds):
+    rounds = of.most, of.length
+    return {'loops': (np.int32, ()), 'segments': (np.int32, (of.length,)), 'rounds': (np.int32, rounds),
+            'round_weights': (np.float32, rounds)}
+  return {'loops': (np.int32, ())} if isinstance(of, ALGORITHMS) else {'information': (np.float32, ())}
+
+
 @every
 def test_shapes_and_dtypes(name):
   of = GENERATORS[name]
@@ -175,9 +214,9 @@ def test_shapes_and_dtypes(name):
     assert made['tokens'].min() >= 0 and made['tokens'].max() <= end
     assert made['targets'].min() >= 0 and made['targets'].max() <= end
     np.testing.assert_array_equal(made['positions'], np.arange(of.length))
-    extra = {'loops': np.int32} if isinstance(of, ALGORITHMS) else {'information': np.float32}
     for key in made.keys() - {'tokens', 'targets', 'weights', 'positions'}:
-      assert made[key].dtype == extra[key] and made[key].shape == ()
+      kind, shape = extras(of)[key]
+      assert made[key].dtype == kind and made[key].shape == shape
 
 
 @every

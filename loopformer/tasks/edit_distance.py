@@ -1,4 +1,4 @@
-"""Edit distance and longest common subsequence of two strings, as one token.
+"""Edit distance and longest common subsequence of two strings, as one token; edit distance row by row of its table.
 
 After timestep encoding (On expressive power of looped transformers, Xu and Sato, 2410.01405; section 5). Both write
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, by_place, exact, most_frequent
 from loopformer.tasks.generated import Example, sequence
+from loopformer.tasks.reasoning import Extent, Problem, Round, Sized
 from loopformer.types import ConfigError, config_dataclass, whole
 
 PAD, SEP, EOS, BAR = 0, 1, 2, 3
@@ -55,13 +56,18 @@ class EditDistance:
     return _symbols(3 * self.letters + LONGER)
 
   def __call__(self, rng: np.random.Generator) -> Example:
+    pair = self.pair(rng)
+    return _row(*pair, edit_distance(*pair), self.length)
+
+  def pair(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two strings, numbers of letters, the shorter first."""
     pair = None
     while pair is None:
       pair = self._pair(rng)
-    return _row(*pair, edit_distance(*pair), self.length)
+    return pair
 
   def _pair(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
-    """Two strings, the shorter first; None where they are refused."""
+    """As `pair`; None where they are refused."""
     n = self.letters
     alphabet = rng.permutation(LETTERS)[:FEWEST + rng.integers(self.using)]
     first = rng.choice(alphabet, n)
@@ -79,6 +85,49 @@ class EditDistance:
       n = min(len(first), len(second))
       return REPLACE * np.count_nonzero(first[:n] != second[:n]) + COST * abs(len(first) - len(second))
     return _floors(examples, compared)
+
+
+@config_dataclass
+class EditRows(Sized):
+  """Edit distance, a row of its table a round, for reasoning.py; after RELAY (2502.08482, section 4).
+
+      o t m l | o t t m l <sep>       0 2 4 6 7 ,   2 0 2 4 6 ,   4 2 3 2 4 ,   6 4 5 4 2 ,       the answer 2
+
+  Size: the letters of the first of EditDistance's strings. Rounds: a letter of the shorter string each, columns 1 to the
+  length of the longer one, and a comma. using: as of EditDistance.
+  """
+  shortest: int = SHORTER + 1
+  using: int = 8
+  least = SHORTER + 1
+
+  def __post_init__(self):
+    Sized.__post_init__(self)
+    EditDistance(letters=self.longest, using=self.using)
+
+  @property
+  def symbols(self) -> tuple[str, ...]:
+    return (*string.ascii_lowercase, '|', ',', '<sep>', *map(str, range(3 * self.limit + LONGER + 1)))
+
+  @property
+  def extent(self) -> Extent:
+    longer = self.room + LONGER
+    return Extent(prompt=self.room + longer + 2, round=longer + 1, rounds=self.room, chain=self.room * (longer + 1))
+
+  def draw(self, rng: np.random.Generator, size: int, task: str = '') -> Problem:
+    pair = EditDistance(letters=self.checked(size, task), using=self.using).pair(rng)
+    first, second = (''.join(string.ascii_lowercase[letter] for letter in letters) for letters in pair)
+    return self.solved(first, second, size)
+
+  def solved(self, first: str, second: str, size: int) -> Problem:
+    """The problem of two strings, the shorter one first."""
+    table = distances(*(np.array(list(text)) for text in (first, second)))
+    rounds = tuple((*map(str, row[1:]), ',') for row in table[1:])
+    return Problem(prompt=(*first, '|', *second, '<sep>'), rounds=rounds, answer=str(table[-1, -1]), size=size)
+
+  def concluded(self, rounds: Sequence[Round], task: str = '') -> str | None:
+    """The last number of the last row."""
+    numbers = [word for word in rounds[-1] if word.isdigit()] if rounds else []
+    return numbers[-1] if numbers else None
 
 
 @config_dataclass
@@ -113,15 +162,20 @@ class LongestCommonSubsequence:
 
 
 def edit_distance(first: np.ndarray, second: np.ndarray) -> int:
-  """D[n, m], where D[i, 0] = i, D[0, j] = j and
+  """D[n, m] of `distances`."""
+  return int(distances(first, second)[-1, -1])
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """i64[n + 1, m + 1]: the table D, where D[i, 0] = i, D[0, j] = j and
   D[i, j] = min(D[i-1, j] + 2, D[i, j-1] + 2, D[i-1, j-1] + (3 where letters differ, else 0))."""
   replace = REPLACE * (first[:, None] != second)
   paid = COST * np.arange(len(second) + 1)  # for insertions along a row
-  row = np.arange(len(second) + 1)
+  rows = [np.arange(len(second) + 1)]
   for i, costs in enumerate(replace, 1):
-    down = np.minimum(row[1:] + COST, row[:-1] + costs)
-    row = np.minimum.accumulate(np.concatenate([[i], down]) - paid) + paid
-  return int(row[-1])
+    down = np.minimum(rows[-1][1:] + COST, rows[-1][:-1] + costs)
+    rows.append(np.minimum.accumulate(np.concatenate([[i], down]) - paid) + paid)
+  return np.stack(rows)
 
 
 def common_subsequence(first: np.ndarray, second: np.ndarray) -> int:

@@ -104,16 +104,21 @@ class Rise:
 
 @config_dataclass
 class Grow:
-  """A curriculum: each of the generator's fields that `fields` names rises to its own value. Rows must keep their shape
-  meanwhile (generators have fields for the room that there is), so that one program serves all."""
+  """A curriculum: each of the generator's fields that `fields` names, `of.longest` that of its part `of`, rises to its own
+  value. Rows must keep their shape meanwhile (generators have fields for the room that there is), so that one program
+  serves all."""
   fields: Mapping[str, Rise]
 
   def check(self, of: Any):
     """Raises ConfigError where the generator has no such field, or its rows would change their shape."""
-    missing = [name for name in self.fields if not hasattr(of, name)]
-    if missing:
-      raise ConfigError(f'task.grow.fields names {missing[0]!r}, which {type(of).__name__} does not have; name some of '
-                        f'{", ".join(field.name for field in dataclasses.fields(of))}')
+    for name in self.fields:
+      inner = of
+      for word in name.split('.'):
+        names = [field.name for field in dataclasses.fields(inner)] if dataclasses.is_dataclass(inner) else []
+        if word not in names:
+          raise ConfigError(f'task.grow.fields names {name!r}, which {type(of).__name__} does not have; '
+                            f'{type(inner).__name__} has {", ".join(names) or "no fields"}')
+        inner = getattr(inner, word)
     first, last = ({name: array.shape for name, array in generator(np.random.default_rng(0)).items()}
                    for generator in (self.at(of, 0), of))
     changed = [name for name in last if first[name] != last[name]]
@@ -123,7 +128,16 @@ class Grow:
 
   def at(self, of: Any, index: int) -> Any:
     """The generator of example `index`."""
-    return dataclasses.replace(of, **{name: rise.at(index, getattr(of, name)) for name, rise in self.fields.items()})
+    for name, rise in self.fields.items():
+      of = _risen(of, name.split('.'), lambda last: rise.at(index, last))
+    return of
+
+
+def _risen(of, names, rise):
+  """The generator with another value of the field that a path of names leads to."""
+  name, *rest = names
+  old = getattr(of, name)
+  return dataclasses.replace(of, **{name: _risen(old, rest, rise) if rest else rise(old)})
 
 
 @dataclasses.dataclass(frozen=True)
