@@ -25,10 +25,14 @@ from loopformer.papers.ouro.terms import Improvement
 from loopformer.papers.plt.attention import GatedBlock
 from loopformer.papers.plt.cell import Shifted
 from loopformer.papers.plt.streams import Streams
+from loopformer.papers.relay.cell import Showing
+from loopformer.papers.relay.plans import RoundByRound
+from loopformer.papers.relay.terms import RoundCE
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.imported import Imported
 from loopformer.tasks.instructions import Instructions
 from loopformer.tasks.mixture import Mixture
+from loopformer.tasks.recorded import Recorded
 from loopformer.tasks.text import Text
 from loopformer.terms import cross_entropy, distill, expected, match, ponder, squared
 from loopformer.training import control, frozen
@@ -37,14 +41,14 @@ from loopformer.training.masters import Masters
 
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
-                    Transition, Apart],
+                    Transition, Apart, RoundByRound],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Selective, Routed, Shifted,
-                 Gated],
+                 Gated, Showing],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,
-                 distill.Distill, Aligned, RouterBCE, Balance],
-    types.Task: [Text, Generated, Imported, Instructions, Mixture],
+                 distill.Distill, Aligned, RouterBCE, Balance, RoundCE],
+    types.Task: [Text, Generated, Imported, Instructions, Mixture, Recorded],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock,
                   LinearAttention],
     types.Attention: [attention.SelfAttention, LatentAttention],

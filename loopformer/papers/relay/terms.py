@@ -1,0 +1,33 @@
+"""What teaches a loop to show the rounds of a solution (RELAY, section 3.1)."""
+from __future__ import annotations
+
+from typing import Mapping
+
+import jax.numpy as jnp
+
+from loopformer.papers.relay.cell import LOSS
+from loopformer.papers.relay.plans import WEIGHTS
+from loopformer.terms.term import Term
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
+
+
+@config_dataclass
+class RoundCE(Term):
+  """L_iter: a mean over problems by their weights of (1 / T) sum_t CE_t, CE_t being a mean over the tokens of round t.
+
+  A problem's steps after its T-th weigh nothing, and get no gradient. The rollout's plan is RoundByRound, its cell
+  Showing.
+  """
+  roll: str
+
+  def weight(self, batch: Batch) -> Array:
+    """f32[]: the weights of the problems."""
+    return batch[WEIGHTS].sum()
+
+  def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
+    aux = rolls[self.roll].aux
+    if LOSS not in aux:
+      raise ConfigError(f'objective: the rollout {self.roll!r} shows no rounds to learn; use a cell that does '
+                        '(papers/relay/cell.py: Showing) and a plan that knows them (papers/relay/plans.py: '
+                        'RoundByRound)')
+    return jnp.sum(aux[LOSS])
