@@ -337,12 +337,12 @@ def test_what_does_not_fit():
 
 def test_a_curriculum_reaches_the_source_inside():
   of = Rounds(of=LeftToRight(longest=4))
-  task = Generated(of=of, grow=Grow(fields={'of.longest': Rise(first=1, every=20)}))
+  task = Generated(of=of, grow=Grow(fields={'of/longest': Rise(first=1, every=20)}))
   source = task.source('train', 0)
   sizes = [int(source[i]['loops']) for i in range(200)]
   assert set(sizes[:20]) == {1} and set(sizes[20:40]) == {1, 2} and max(sizes) == 4
-  for name, message in (('of.deepest', 'LeftToRight has shortest'), ('of.sizes.deepest', 'Proportional has no fields'),
-                        ('of.longest.real', 'int has no fields')):
+  for name, message in (('of/deepest', 'LeftToRight has shortest'), ('of/sizes/deepest', 'Proportional has no fields'),
+                        ('of/longest/real', 'int has no fields')):
     with pytest.raises(ConfigError, match=f"'{name}', which Rounds does not have; {message}"):
       Generated(of=of, grow=Grow(fields={name: Rise(first=1, every=20)}))
 

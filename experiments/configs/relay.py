@@ -21,8 +21,8 @@ Argument: size, then any of
 experiments/reports/relay/.
 
 Departures and what the paper does not say: reduction of arithmetic from the left (the paper's example, not the
-benchmark's order); RMSNorm before the layers and the heads; the MLP's width 4 d; the answer is read at the last token; no dropout,
-which the library does not have (paper: 0.1); padding is no part of attention (the paper fixes one width).
+benchmark's order); RMSNorm before the layers and the heads; the MLP's width 4 d; the answer is read at the last token; no
+dropout, which the library does not have (paper: 0.1); padding is no part of attention (the paper fixes one width).
 """
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def get_config(argument: str = '') -> Experiment:
   of = form(of=problems(given['size'], task, kind, far=kind == 'tuned'))
   longest = form(of=problems(given['size'], task, kind, tests))
   vocab, width = len(of.symbols), size.width
-  grow = Grow(fields={'of.longest': Rise(first=of.of.least, every=size.grow)}) if (
+  grow = Grow(fields={'of/longest': Rise(first=of.of.least, every=size.grow)}) if (
       size.grow and task != 'all' and kind != 'tuned') else Same()
   pool = size.pool and size.pool * (3 if task == 'all' else 1)
   data = Generated(of=of, grow=grow, pool=pool, held_out=512 if size.grow else 1024,

@@ -4,8 +4,8 @@
 
 Of every seed: (I) a loop that shows rounds, a loop that answers alone, and a decoder that writes chains are trained.
 (II) The first loop writes chains of larger problems; those whose last round agrees with its answer are merged with
-original ones, by table, and the decoder is trained on by them. Controls: the decoder writes chains itself, a size further
-in every phase, and what is kept is what the second loop, or the truth, agrees with.
+original ones, by table, and the decoder is trained on by them. Controls: the decoder writes chains itself, a size
+further in every phase, and what is kept is what the second loop, or the truth, agrees with.
 
 What has been made stands in the work folder, and is not made again: the same command goes on where it was stopped.
 Writes results.json, table.md and relay.png. Times are of whole batches of problems, divided by their number.

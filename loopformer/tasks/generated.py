@@ -104,7 +104,7 @@ class Rise:
 
 @config_dataclass
 class Grow:
-  """A curriculum: each of the generator's fields that `fields` names, `of.longest` that of its part `of`, rises to its own
+  """A curriculum: each of the generator's fields that `fields` names, `of/longest` that of its part `of`, rises to its own
   value. Rows must keep their shape meanwhile (generators have fields for the room that there is), so that one program
   serves all."""
   fields: Mapping[str, Rise]
@@ -113,7 +113,7 @@ class Grow:
     """Raises ConfigError where the generator has no such field, or its rows would change their shape."""
     for name in self.fields:
       inner = of
-      for word in name.split('.'):
+      for word in name.split('/'):
         names = [field.name for field in dataclasses.fields(inner)] if dataclasses.is_dataclass(inner) else []
         if word not in names:
           raise ConfigError(f'task.grow.fields names {name!r}, which {type(of).__name__} does not have; '
@@ -129,7 +129,7 @@ class Grow:
   def at(self, of: Any, index: int) -> Any:
     """The generator of example `index`."""
     for name, rise in self.fields.items():
-      of = _risen(of, name.split('.'), lambda last: rise.at(index, last))
+      of = _risen(of, name.split('/'), lambda last: rise.at(index, last))
     return of
 
 

@@ -31,7 +31,7 @@ class RoundByRound(Planner):
   def __call__(self, context: PlanContext) -> Plan:
     rounds = context.batch[ROUNDS].shape[1]
     if rounds != self.most:
-      raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rounds} rounds; a plan has a row for '
-                        f'each, set RoundByRound.most to {rounds}')
+      raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rounds} rounds; a plan has a row '
+                        f'for each, set RoundByRound.most to {rounds}')
     plan = plans.Given(most=self.most)(context)
     return plan.replace(rows={name: jnp.swapaxes(context.batch[name], 0, 1) for name in (ROUNDS, WEIGHTS)})
