@@ -271,6 +271,17 @@ def test_tables_that_cannot_be_filled_are_told():
       chains.filled(table, TWO, 0, write, chains.correct, tries=5)
 
 
+def test_no_chain_is_kept_that_is_longer_than_any_may_be():
+  most = TWO.extent.chain
+  for extra, kept in ((0, 4), (1, 0)):
+    def write(some):
+      return [dataclasses.replace(p, rounds=(('0',) * (most + extra - 1), (p.answer,))) for p in some]
+
+    made, _ = chains.filled({'A': {3: 4}}, TWO, 0, write, lambda p, w: chains.consistent(TWO, p, w), tries=3)
+    assert len(made) == kept
+    assert all(Chain(of=TWO).example(problem) for problem in made)
+
+
 def test_chains_are_drawn_by_their_stream_alone():
   first = [problem for problem, _ in zip(chains.draws(TWO, 1, 3, 'A'), range(20))]
   assert first == [problem for problem, _ in zip(chains.draws(TWO, 1, 3, 'A'), range(20))]

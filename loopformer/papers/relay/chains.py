@@ -103,7 +103,7 @@ class Filled:
 def filled(table: Table, of: Any, stream: Any, write: Writer, keep: Callable[[Problem, Problem], bool], tries: int,
            rows: int = ROWS) -> tuple[list[Problem], list[Filled]]:
   """Chains as a table asks for them: problems are drawn, solved by `write`, and kept where `keep` says so, until there
-  are enough of a row, or `tries` times as many were tried.
+  are enough of a row, or `tries` times as many were tried. None is kept that is longer than any of `of` may be.
 
   Raises:
     ConfigError: a task that `of` does not have, a size that it has no problems of, a count below 1.
@@ -115,11 +115,16 @@ def filled(table: Table, of: Any, stream: Any, write: Writer, keep: Callable[[Pr
       source, kept, tried = draws(of, stream, size, task), [], 0
       while len(kept) < count and tried < tries * count:
         some = [next(source) for _ in range(min(rows, tries * count - tried))]
-        kept += [written for problem, written in zip(some, write(some)) if keep(problem, written)]
+        kept += [written for problem, written in zip(some, write(some))
+                 if _fits(of, written) and keep(problem, written)]
         tried += len(some)
       problems += kept[:count]
       told.append(Filled(task=task, size=size, asked=count, tried=tried, kept=min(len(kept), count)))
   return problems, told
+
+
+def _fits(of, problem):
+  return sum(map(len, problem.rounds)) <= of.extent.chain
 
 
 def originals(of: Any, stream: Any, counts: Mapping[str, int]) -> list[Problem]:
