@@ -344,6 +344,50 @@ class Given(Planner):
 
 
 @config_dataclass
+class LogDepth(Planner):
+  """As many steps as the length of a sequence's input asks for, max(1, ceil(scale log2(n)^power)) + more.
+
+  n is `batch['size']`, `size` at most. With power = 1 it is what regular languages and connectivity need (Merrill and
+  Sabharwal, 2503.03961, theorems 1 and 2); power = 0 is a fixed depth.
+  """
+  size: int
+  scale: float = 1.0
+  power: float = 1.0
+  more: int = 0
+
+  def __post_init__(self):
+    whole('LogDepth.size', self.size, 1, 2 ** 20, why='it is the longest input')
+    real('LogDepth.scale', self.scale, '(0, inf)')
+    real('LogDepth.power', self.power, '[0, inf)')
+    whole('LogDepth.more', self.more, 0, LONGEST)
+    if self.power * math.log2(max(1.0, math.log2(self.size))) > 64 or self.longest > LONGEST:
+      raise ConfigError(f'LogDepth.power = {self.power}: more than {LONGEST} steps for an input of {self.size}; lower '
+                        'LogDepth.power, LogDepth.scale or LogDepth.more')
+
+  @property
+  def longest(self) -> int:
+    return self.loops(self.size)
+
+  @property
+  def expected(self) -> float:
+    return float(self.longest)
+
+  def loops(self, n: int) -> int:
+    """Steps for an input of n tokens. Raises ConfigError where n is not from 1 to `size`."""
+    whole('n', n, 1, self.size, why='LogDepth.size is the longest input')
+    return max(1, math.ceil(self.scale * math.log2(n) ** self.power - 1e-9)) + self.more
+
+  def __call__(self, context: PlanContext) -> Plan:
+    rows = context.batch['tokens'].shape[1]
+    if rows > self.size + 1:  # a query ends the input
+      raise ConfigError(f'LogDepth.size = {self.size}: the rows of the batch have {rows} tokens, a query included; '
+                        f'raise LogDepth.size to {rows - 1}')
+    table = jnp.array([self.longest, *map(self.loops, range(1, self.size + 1))])
+    index = jnp.arange(self.longest)[:, None]
+    return Plan(t=jnp.zeros(self.longest), dt=jnp.ones(self.longest), active=index < table[context.batch['size']])
+
+
+@config_dataclass
 class Staged(Planner):
   """`loops[stage]` steps, the stage being what the run's controller has decided (SHIFT): one program for all stages."""
   loops: tuple[int, ...]

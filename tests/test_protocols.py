@@ -41,7 +41,7 @@ from loopformer.training.masters import Masters
 
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
-                    Transition, Apart, RoundByRound],
+                    plans.LogDepth, Transition, Apart, RoundByRound],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Selective, Routed, Shifted,
                  Gated, Showing],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],

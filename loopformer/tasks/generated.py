@@ -103,11 +103,26 @@ class Rise:
 
 
 @config_dataclass
+class Double:
+  """`first`, and twice as much every `every` examples."""
+  first: int
+  every: int
+
+  def __post_init__(self):
+    for name in ('first', 'every'):
+      whole(f'task.grow: {name}', getattr(self, name), 1)
+
+  def at(self, index: int, last: int) -> int:
+    """The value for example `index`, `last` at most."""
+    return min(self.first << min(index // self.every, 62), last)
+
+
+@config_dataclass
 class Grow:
   """A curriculum: each of the generator's fields that `fields` names, `of/longest` that of its part `of`, rises to its own
   value. Rows must keep their shape meanwhile (generators have fields for the room that there is), so that one program
   serves all."""
-  fields: Mapping[str, Rise]
+  fields: Mapping[str, Rise | Double]
 
   def check(self, of: Any):
     """Raises ConfigError where the generator has no such field, or its rows would change their shape."""

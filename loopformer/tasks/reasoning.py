@@ -1,6 +1,6 @@
 """Problems that are solved in rounds, and the examples that are made of them.
 
-A source of problems (arithmetic.py, edit_distance.py, increasing.py) draws them in symbols, with the rounds of their
+A source of problems (arithmetic.py, edit_distance.py, increasing.py, words.py) draws them in symbols, with the rounds of their
 solution and an answer of one symbol. What a model is shown is another part:
 
     Chain    the problem, all rounds one after another, the answer: what is decoded token by token
@@ -202,8 +202,8 @@ def _tag(name: str) -> str:
 # Examples ------------------------------------------------------------------------------------------------------------
 
 
-class _Shown:
-  """What both kinds of examples share; a field `of`, the source of problems."""
+class Shown:
+  """What all kinds of examples share; a field `of`, the source of problems."""
 
   @property
   def symbols(self) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ def _places(symbols: tuple[str, ...]) -> dict[str, int]:
 
 
 @config_dataclass
-class Chain(_Shown):
+class Chain(Shown):
   """The problem, its rounds, the answer, the end; asked for from the first token after the problem on.
 
       3 * 2 + 6 / 3 = 6 + 6 / 3 = 6 + 2 = 8 8 <end>
@@ -269,7 +269,7 @@ class Chain(_Shown):
 
 
 @config_dataclass
-class Rounds(_Shown):
+class Rounds(Shown):
   """The problem in n tokens, and every round in n more, both against the right end of the row (RELAY, section 3.1).
 
       tokens          3 * 2 + 6 / 3 =
