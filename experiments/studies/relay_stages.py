@@ -190,7 +190,7 @@ def measure(folder: Path, kind: str) -> dict[str, dict]:
       stream = draws(source, 'measured', size, name)
       problems = [next(stream) for _ in range(FLAGS.problems)]
       shown = form(of=sized(source, name, size))
-      write(model, params, shown, problems[:1])  # compiles
+      write(model, params, shown, problems)  # compiles
       start = time.perf_counter()
       written = write(model, params, shown, problems)
       spent = time.perf_counter() - start
