@@ -375,7 +375,7 @@ class LogDepth(Planner):
   def loops(self, n: int) -> int:
     """Steps for an input of n tokens. Raises ConfigError where n is not from 1 to `size`."""
     whole('n', n, 1, self.size, why='LogDepth.size is the longest input')
-    return max(1, math.ceil(self.scale * math.log2(n) ** self.power - 1e-9)) + self.more
+    return max(1, math.ceil(self.scale * math.log2(n) ** self.power)) + self.more
 
   def __call__(self, context: PlanContext) -> Plan:
     rows = context.batch['tokens'].shape[1]
