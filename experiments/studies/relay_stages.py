@@ -263,12 +263,12 @@ def draw(path: Path, results: dict[str, dict]):
   sizes = list(results[next(iter(results))][names[0]]['scores'])
   shown = [name for name in (LOOP, TUNED, *VERIFIERS) if name in names]
   figure, panels = pyplot.subplots(1, 2 + len(shown), figsize=(9 + 3 * len(shown), 4.5), layout='constrained')
-  for name in names:
+  for number, name in enumerate(names):
     scores = [found[name]['scores'] for found in results.values() if name in found]
     for key, axes in zip(('answer', 'chain'), panels):
       if key in scores[0][sizes[0]]:
         axes.plot(range(len(sizes)), [np.mean([own[size][key] for own in scores]) for size in sizes], marker='o',
-                  label=name)
+                  color=f'C{number}', label=name)
   for axes, title in zip(panels, ('right answers', 'right chains')):
     axes.set_xticks(range(len(sizes)), [size.rsplit(' ', 1)[-1] for size in sizes])
     axes.set(title=title, xlabel='size', ylim=(-0.03, 1.03))
