@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-import subprocess
 import sys
 import time
 from typing import Any, Iterator
@@ -76,13 +75,9 @@ PHASES = {'cpu': (100, 2e-4), 'gpu': (1000, 5e-5), 'paper': (65_000, 5e-5)}
 
 
 def train(argument: str, workdir: Path, seed: int, *changes: str):
-  """Runs or resumes a run; its output goes to <workdir>/log.txt."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with storage.appending(workdir / 'log.txt') as log:
-    subprocess.run([sys.executable, '-m', 'experiments.main', f'--config={CONFIG}:{FLAGS.size},task={task()}{argument}',
-                    f'--workdir={workdir}',
-                    *(f'--set={change}' for change in (*FLAGS['set'].value, f'train.seed={seed}', *changes))],
-                   stdout=log, stderr=subprocess.STDOUT, check=True)
+  """Runs or resumes a run."""
+  command.train(f'{CONFIG}:{FLAGS.size},task={task()}{argument}', workdir, *FLAGS['set'].value, f'train.seed={seed}',
+                *changes)
 
 
 def task() -> str:
