@@ -32,13 +32,6 @@ from loopformer.tasks.recorded import record, recorded
 from loopformer.training import metrics
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir and --set, which acts on all runs.
-flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation, data order and chains.')
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
-flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/relay.py.')
-flags.DEFINE_string('task', None, "Task of experiments/configs/relay.py; the size's first by default.")
-flags.DEFINE_integer('problems', 256, 'Problems of every size to measure on.', lower_bound=1)
-flags.DEFINE_integer('tries', 40, 'So many problems at most are tried for every chain that is wanted.', lower_bound=1)
 
 CONFIG = 'experiments/configs/relay.py'
 LOOP, PLAIN, DECODER = 'loop, shows rounds', 'loop, answer alone', 'decoder'
@@ -277,6 +270,16 @@ def draw(path: Path, results: dict[str, dict]):
   plots.save(figure, path, 150)
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, for all runs."""
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation, data order and chains.')
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+  flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/relay.py.')
+  flags.DEFINE_string('task', None, "Task of experiments/configs/relay.py; the size's first by default.")
+  flags.DEFINE_integer('problems', 256, 'Problems of every size to measure on.', lower_bound=1)
+  flags.DEFINE_integer('tries', 40, 'So many problems at most are tried for every chain that is wanted.', lower_bound=1)
+
+
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
@@ -298,4 +301,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)
