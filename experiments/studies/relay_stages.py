@@ -271,7 +271,7 @@ def draw(path: Path, results: dict[str, dict]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, for all runs."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, of all."""
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation, data order and chains.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/relay.py.')
