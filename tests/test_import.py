@@ -26,6 +26,14 @@ def state():
   return held | {name: rows for name in held if name in ('model.embed_tokens.weight', 'lm_head.weight')}
 
 
+@pytest.fixture(scope='module')
+def workdir(state, tmp_path_factory):
+  """A folder that a model was imported into."""
+  folder = tmp_path_factory.mktemp('imported')
+  loopformer.load(published(folder / 'llama', state, 'safetensors')).save(folder / 'run')
+  return folder / 'run'
+
+
 def published(folder, state, how):
   """The folder of a model, in one of the forms in which such are published."""
   folder.mkdir(exist_ok=True)
@@ -70,9 +78,41 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   status, out, err = run_here(workdir, '--mode=generate', '--prompt=ab', '--max_new_tokens=4', '--temperature=0')
   assert status == 0 and 'ab' in out, err
+  (tmp_path / 'validation.txt').write_text('a text of some length, which is read in windows')
+  status, out, err = run_here(workdir, '--mode=eval', f'--text={tmp_path / "validation.txt"}', '--window=16', '--stride=5')
+  rows = {row['budget']: row for row in json.loads((workdir / 'eval/depths-text-validation.json').read_text())}
+  assert status == 0 and list(rows) == [1, 2], err
+  ids = [256, *tokenizer.encode((tmp_path / 'validation.txt').read_text())]
+  for loops, row in rows.items():  # each token is predicted from 11 before it, or more
+    nll = [cross_entropy(model, params, ids[start:start + 17], loops) for start in (0, 5, 10, 15, 20, 25, 30, 35)]
+    expected = np.concatenate([nll[0], *(some[11:] for some in nll[1:])])
+    assert row['tokens'] == len(ids) - 1 == len(expected)
+    assert row['loss'] == pytest.approx(expected.mean(), rel=1e-4)
+    assert row['bits_per_byte'] == pytest.approx(expected.mean() / np.log(2), rel=1e-4)  # a token is a byte
+  status, _, err = run_here(workdir, '--mode=eval')
+  assert status == 1 and 'name a text by --text=FILE' in err
   status, _, err = run_here(workdir, '--mode=import', f'--from={source}')
   assert status == 1 and f'workdir = {workdir}: it holds a run' in err
   assert configs.read(workdir).model == given
+
+
+def cross_entropy(model, params, ids, loops):
+  """Of every id after the first, in nats."""
+  logits = np.asarray(loopformer.logits(model, params, [ids[:-1]], steps=loops), np.float64)[0]
+  return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--window=8'], '--window: is read with --text alone'), (['--text=nowhere'], 'nowhere: there is no such file'),
+    (['--text=TEXT', '--window=99999'], '--window=99999: the model has'),
+    (['--text=TEXT', '--window=4', '--stride=5'], '--stride=5'), (['--text=EMPTY'], 'it is empty'),
+], ids=str)
+def test_texts_that_cannot_be_evaluated(flags, message, workdir, tmp_path):
+  (tmp_path / 'TEXT').write_text('some')
+  (tmp_path / 'EMPTY').write_text('')
+  flags = [flag.replace('TEXT', str(tmp_path / 'TEXT')).replace('EMPTY', str(tmp_path / 'EMPTY')) for flag in flags]
+  status, _, err = run_here(workdir, '--mode=eval', *flags)
+  assert status == 1 and message in err and 'Traceback' not in err
 
 
 def test_a_checkpoint_of_the_papers_code(tmp_path):
