@@ -73,6 +73,8 @@ define(flags.DEFINE_string, 'dtype', None, 'import', 'of matrix products: float3
 define(flags.DEFINE_integer, 'loops', None, 'import', "steps of the loop; the model's own by default.", lower_bound=1)
 define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.', lower_bound=0)
 define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
+define(flags.DEFINE_float, 'damped', None, 'import', 'the share of its way that every step of the loop goes, such as 0.5, so that '
+       'a model that was not trained to loop can.')
 define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
        lower_bound=1)
 define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
@@ -342,7 +344,8 @@ def run_harness(workdir: Path):
 
 
 # Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
-IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'prelude': False, 'coda': False, 'heads': True, 'length': True}
+IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'prelude': False, 'coda': False, 'damped': False,
+          'heads': True, 'length': True}
 
 
 def run_import(workdir: Path):

@@ -7,7 +7,7 @@ from flax import linen as nn
 import pytest
 
 from loopformer import loop, memories, objective, optim, plans, starts, types
-from loopformer.cells import halting, plain, recur, timed
+from loopformer.cells import damped, halting, plain, recur, timed
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
@@ -35,7 +35,7 @@ from loopformer.training.averages import Averaged
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     Transition, Apart],
-    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Selective, Routed, Shifted,
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
                  Gated],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from loopformer import reading, sharding, storage
+from loopformer.cells.damped import Damped
 from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
@@ -18,14 +19,14 @@ from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokeni
                                         json_tokenizer)
 from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.nn.layers import DTYPES
-from loopformer.types import Array, ConfigError, Params
+from loopformer.types import Array, ConfigError, Params, real
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 AGAIN = 'download it again'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None
+                    damped: float | None = None, dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None
                     ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
@@ -39,6 +40,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       to `storage.cache()` first.
     loops: steps of the loop; one for a plain decoder, the model's own for others.
     prelude, coda: the first and the last so many layers are outside the loop; 0 for a model that is looped already.
+    damped: the share of its way that every step goes (`cells.damped.Damped`), so that a plain decoder loops without
+      training; None for whole steps.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
@@ -50,6 +53,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   """
   if loops is not None:
     check_count('loops', loops)
+  if damped is not None:
+    real('damped', damped, '(0, 1]')
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG))
@@ -66,17 +71,13 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
     kind = None if ours else published.kind_of(config)
     if kind is not None:
-      if prelude or coda:
-        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
-                          'again; leave them out')
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped)
       tokenizer = read_tokenizer(path, config)
       return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if ours:
-      if prelude or coda:
-        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
-                          'again; leave them out')
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped)
       with reading.naming(path / CONFIG, AGAIN):
         model = own.untied(description.decode(config, path / CONFIG), held)
         model = model if loops is None else model.clone(loops=loops)
@@ -94,9 +95,17 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     raise ConfigError(f'{both}: it is said to have {decoder.layers} layers, but there are {len(held)} tensors; the '
                       'configuration and the weights are not of one model')
   model = llama.model_of(decoder, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
+  model = model if damped is None else model.clone(cell=Damped(model.cell, damped))
   put = sharding.placer(mesh, parameter_roles(model))
   counts = map(range, llama.cut(decoder, prelude, coda))
   return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, both, put), tokenizer
+
+
+def _check_uncut(path: Any, **given: Any):
+  """Raises ConfigError where a model that is looped already was to be made to loop."""
+  if any(given.values()):
+    raise ConfigError(f'{", ".join(f"{name} = {value}" for name, value in given.items())}: {path} holds a looped model, whose '
+                      'layers are not cut again; leave them out')
 
 
 def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Any,
