@@ -75,6 +75,9 @@ define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layer
 define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
 define(flags.DEFINE_float, 'damped', None, 'import', 'the share of its way that every step of the loop goes, such as 0.5, so that '
        'a model that was not trained to loop can.')
+define(flags.DEFINE_integer, 'retrofit', None, 'import', 'retrofitted recurrence: so many layers after the prelude are dropped, and '
+       "every step over those up to the coda takes the prelude's output in again, by a new adapter; to be trained on.",
+       lower_bound=0)
 define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
        lower_bound=1)
 define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
@@ -345,7 +348,7 @@ def run_harness(workdir: Path):
 
 # Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
 IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'prelude': False, 'coda': False, 'damped': False,
-          'heads': True, 'length': True}
+          'retrofit': False, 'heads': True, 'length': True}
 
 
 def run_import(workdir: Path):

@@ -8,7 +8,8 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer.convert import export, from_pretrained, tensors, to_official
+from loopformer.cells.damped import Damped
+from loopformer.convert import export, from_pretrained, retrofit, tensors, to_official
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import init_params
 from tests import llama_reference as reference, parts
@@ -96,6 +97,32 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
   assert configs.read(workdir).model == given
 
 
+def test_a_decoder_is_retrofitted_as_it_is_read(state, tmp_path):
+  """The same as of its parameters: layers between prelude and core are dropped, and the adapter is new."""
+  source = published(tmp_path / 'llama', state, 'safetensors')
+  status, out, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--retrofit=1', '--loops=3')
+  assert status == 0, err
+  model, params, _, _ = loopformer.load(tmp_path / 'run')
+  assert (model.prelude.depth, model.cell.core.depth, model.coda, model.loops) == (1, reference.N - 2, None, 3)
+  _, plain, _ = from_pretrained(source)
+  made = retrofit(plain, model, prelude=(0,), core=range(2, reference.N), coda=())
+  jax.tree.map(np.testing.assert_array_equal, params, made)
+  limit = 1 / np.sqrt(2 * reference.D)
+  assert 0.9 * limit < np.abs(params['cell']['inject']['adapter']['kernel']).max() <= limit
+  assert model.start.std == pytest.approx(0.0087, abs=1e-4)
+
+
+def test_a_damped_import_goes_a_share_of_every_step(state, tmp_path):
+  source = published(tmp_path / 'llama', state, 'safetensors')
+  status, _, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--damped=0.25', '--loops=2')
+  assert status == 0, err
+  model, params, tokenizer, _ = loopformer.load(tmp_path / 'run')
+  plain, weights, _ = from_pretrained(source, prelude=1, loops=2)
+  assert model == plain.clone(cell=Damped(plain.cell, 0.25))
+  jax.tree.map(np.testing.assert_array_equal, params, weights)
+  assert len(loopformer.generate(model, params, tokenizer, ['ab'], max_new_tokens=2, temperature=0.0)) == 1
+
+
 def cross_entropy(model, params, ids, loops):
   """Of every id after the first, in nats."""
   logits = np.asarray(loopformer.logits(model, params, [ids[:-1]], steps=loops), np.float64)[0]
@@ -134,6 +161,8 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     (['--from=SOURCE', '--kind=loopformer', '--prelude=1'], '--prelude: is read without --kind alone'),
     (['--from=SOURCE', '--kind=llama'], "kind = 'llama': choose one of"), (['--from=nowhere'], 'nowhere'),
     (['--from=SOURCE', '--dtype=int8'], "dtype = 'int8'"), (['--from=SOURCE', '--set=train.steps=3'], '--set train.steps=3'),
+    (['--from=SOURCE', '--damped=0'], 'damped = 0.0'), (['--from=SOURCE', '--retrofit=9'], 'prelude = 9, coda = 0: the model has'),
+    (['--from=SOURCE', '--damped=0.5', '--retrofit=0'], 'two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'), (['--from=SOURCE', '--prelude=9'], 'prelude = 9'),
     (['--from=SOURCE', '--depths=2'], '--depths: --mode=import does not read it'),
 ], ids=str)

@@ -3,6 +3,7 @@ and what `export` wrote."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import numpy as np
 from loopformer import reading, sharding, storage
 from loopformer.cells.damped import Damped
 from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
+from loopformer.convert.retrofit import adapter, recurrent
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
                                         json_tokenizer)
 from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.nn.layers import DTYPES
-from loopformer.types import Array, ConfigError, Params, real
+from loopformer.types import Array, ConfigError, Params, config_dataclass, real, whole
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 AGAIN = 'download it again'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    damped: float | None = None, dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None
-                    ) -> tuple[Looped, Params, Tokenizer | None]:
+                    damped: float | None = None, retrofit: int | None = None, dtype: str = 'float32',
+                    mesh: jax.sharding.Mesh | None = None) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
   Llama, Mistral, Qwen2, Qwen3 and OLMo 2 (and models that call themselves so, such as SmolLM2) become `Looped` with a
@@ -42,6 +44,9 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     prelude, coda: the first and the last so many layers are outside the loop; 0 for a model that is looped already.
     damped: the share of its way that every step goes (`cells.damped.Damped`), so that a plain decoder loops without
       training; None for whole steps.
+    retrofit: retrofitted recurrence (retrofit.py): so many layers after the prelude are dropped, and every step of the loop
+      over those that are left takes the prelude's output in again, by an adapter that is new, as is the state that the
+      loop begins with. Such a model must be trained before it is of use.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
@@ -55,6 +60,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     check_count('loops', loops)
   if damped is not None:
     real('damped', damped, '(0, 1]')
+    if retrofit is not None:
+      raise ConfigError(f'damped = {damped}, retrofit = {retrofit}: two ways to make a loop of a decoder; give one')
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG))
@@ -71,13 +78,13 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
     kind = None if ours else published.kind_of(config)
     if kind is not None:
-      _check_uncut(path, prelude=prelude, coda=coda, damped=damped)
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       tokenizer = read_tokenizer(path, config)
       return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if ours:
-      _check_uncut(path, prelude=prelude, coda=coda, damped=damped)
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       with reading.naming(path / CONFIG, AGAIN):
         model = own.untied(description.decode(config, path / CONFIG), held)
         model = model if loops is None else model.clone(loops=loops)
@@ -94,16 +101,47 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   if decoder.layers > len(held):
     raise ConfigError(f'{both}: it is said to have {decoder.layers} layers, but there are {len(held)} tensors; the '
                       'configuration and the weights are not of one model')
-  model = llama.model_of(decoder, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
+  kept = list(range(decoder.layers))
+  if retrofit is not None:
+    llama.cut(decoder, prelude + whole('retrofit', retrofit, 0), coda)
+    kept = kept[:prelude] + kept[prelude + retrofit:]
+  cut = dataclasses.replace(decoder, layers=len(kept))
+  model = llama.model_of(cut, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
   model = model if damped is None else model.clone(cell=Damped(model.cell, damped))
+  model = model if retrofit is None else recurrent(model)
   put = sharding.placer(mesh, parameter_roles(model))
-  counts = map(range, llama.cut(decoder, prelude, coda))
-  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, both, put), tokenizer
+  places = llama.places(*map(range, llama.cut(cut, prelude, coda)))
+  params = read_decoder(decoder, llama.entries(decoder, places, _Numbered(naming=naming, numbers=kept)),
+                        _without(held, naming, set(range(decoder.layers)) - set(kept)), both, put)
+  if retrofit is not None:
+    new = {path: put(path, np.asarray(leaf)) for path, leaf in adapter(model).items()}
+    params = unflatten_dict({**flatten_dict(params, sep='/'), **new}, sep='/')
+  return model, params, tokenizer
+
+
+@config_dataclass
+class _Numbered:
+  """A naming of layers that are some of a decoder's: layer i is its layer numbers[i]."""
+  naming: llama.Naming
+  numbers: Sequence[int]
+
+  @property
+  def turn(self) -> str:
+    return self.naming.turn
+
+  def __call__(self, name: str, layer: int | None = None) -> str:
+    return self.naming(name, None if layer is None else self.numbers[layer])
+
+
+def _without(held: Tensors, naming: llama.Naming, layers: set[int]) -> Tensors:
+  """The tensors but those of some layers."""
+  begin = tuple(naming.layer.format(layer) for layer in layers)
+  return held.only({name for name in held.shapes if not name.startswith(begin)}) if begin else held
 
 
 def _check_uncut(path: Any, **given: Any):
   """Raises ConfigError where a model that is looped already was to be made to loop."""
-  if any(given.values()):
+  if any(given.values()) or given['retrofit'] is not None:
     raise ConfigError(f'{", ".join(f"{name} = {value}" for name, value in given.items())}: {path} holds a looped model, whose '
                       'layers are not cut again; leave them out')
 
