@@ -26,10 +26,11 @@ import jax
 from experiments.tools import command, machines, plots, records
 import loopformer
 from loopformer import config as configs, memories, plans, reading, sharding, storage
-from loopformer.inference import exits, measures
+from loopformer.inference import exits, measures, sampler
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.inference.measures import text_bytes
+from loopformer.inference.sampling import Contrast
 from loopformer.model import parameter_count
 from loopformer.training import interrupts, metrics, processes, resume
 from loopformer.training.processes import say
@@ -114,6 +115,8 @@ define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
 define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
        'budget then judge.')
+define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: the loops of '
+       'the shallow answer (0: none), and after a comma the weight of its log-probabilities, 1 by default: 1,0.5.')
 define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.', lower_bound=1)
 define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.', lower_bound=0)
 define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.', lower_bound=1)
@@ -317,7 +320,7 @@ def run_generate(workdir: Path):
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = FLAGS.prompt or [''], plans.resolve(model.loops if budget is None else budget, '--budget')
   exit_policy = None if FLAGS.exit is None else only_exit(model)
-  model = model.clone(memory=given_memory() or model.memory)
+  model = model.clone(memory=given_memory() or model.memory, sampler=given_sampler() or model.sampler)
   warn_beyond(model, steps)
   room = max(len(tokenizer.encode(prompt)) or 1 for prompt in prompts) + FLAGS.max_new_tokens
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
@@ -445,6 +448,19 @@ def given_memory():
   if FLAGS.memory is not None and (colon or name not in MEMORIES):
     raise ConfigError(f'--memory={FLAGS.memory}: there is no such memory; choose from {", ".join(MEMORIES)}, ring:SIZE')
   return MEMORIES.get(name)
+
+
+def given_sampler():
+  """The sampler of --contrast, or None. Raises ConfigError naming the flag."""
+  if FLAGS.contrast is None:
+    return None
+  words = numbers(','.join(FLAGS.contrast), '--contrast')
+  if len(words) > 2 or words[0] % 1:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: give a whole number of loops, and after a comma a weight')
+  try:
+    return sampler.Contrasted(contrast=Contrast(shallow=int(words[0]), **({'weight': words[1]} if words[1:] else {})))
+  except ConfigError as error:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: {error}') from None
 
 
 def rules(text: str, model) -> dict[str, Run]:

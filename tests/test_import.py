@@ -79,6 +79,11 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   status, out, err = run_here(workdir, '--mode=generate', '--prompt=ab', '--max_new_tokens=4', '--temperature=0')
   assert status == 0 and 'ab' in out, err
+  status, out, err = run_here(workdir, '--mode=generate', '--prompt=ab', '--max_new_tokens=2', '--contrast=1,0.5')
+  assert status == 0 and 'ab' in out, err
+  for contrast in ('0.5', '1,2', '1,0.5,3', 'x'):
+    status, _, err = run_here(workdir, '--mode=generate', f'--contrast={contrast}')
+    assert status == 1 and f'--contrast={contrast}' in err and 'Traceback' not in err
   (tmp_path / 'validation.txt').write_text('a text of some length, which is read in windows')
   status, out, err = run_here(workdir, '--mode=eval', f'--text={tmp_path / "validation.txt"}', '--window=16', '--stride=5')
   rows = {row['budget']: row for row in json.loads((workdir / 'eval/depths-text-validation.json').read_text())}

@@ -53,7 +53,7 @@ PARTS = {
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
-    types.Sampler: [sampler.Autoregressive],
+    types.Sampler: [sampler.Autoregressive, sampler.Contrasted],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
