@@ -33,3 +33,33 @@ def test_the_command_trains_both_and_tells_before_and_after(tmp_path):
   assert loss['looped', 'no', 1] != loss['looped', '3 steps', 1] and loss['plain', 'no', 1] != loss['plain', '3 steps', 1]
   assert all(np.isfinite(value) for value in loss.values()) and len({row['tokens'] for row in found}) == 1
   assert (tmp_path / 'out/table.md').is_file()
+
+
+def test_the_study_of_contrasts_counts_what_the_law_hits():
+  """Its weight of 0 is the deep answer, and its other numbers are those of logits in NumPy."""
+  code = '''
+import numpy as np
+import jax.numpy as jnp
+import loopformer
+from experiments.studies import contrast as study
+from loopformer import plans
+from tests import parts
+model, batch = parts.ROWS["loopformer"].model, parts.batch(4)
+params = parts.params(model)
+rows = {(row["shallow loops"], row["weight"]): row for row in study.measure(model, params, [batch, batch])}
+assert len(rows) == 4 * 5
+asked = np.asarray(batch["weights"])
+logits = lambda plan: np.asarray(study.answers(model, params, batch, plan), np.float64)
+log_p = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+deep, one = log_p(logits(parts.padded(4))), log_p(logits(parts.padded(1)))
+best = (asked * (deep.argmax(-1) == batch["targets"])).sum() / asked.sum()
+for loops in range(4):
+  assert abs(rows[loops, 0.0]["accuracy"] - best) < 1e-6
+kept = deep >= deep.max(-1, keepdims=True) + np.log(0.1)
+law = np.where(kept, deep - 0.5 * one, -np.inf)
+hit = (asked * (law.argmax(-1) == batch["targets"])).sum() / asked.sum()
+left = (asked * np.take_along_axis(kept, np.asarray(batch["targets"])[..., None], -1)[..., 0]).sum() / asked.sum()
+assert abs(rows[1, 0.5]["accuracy"] - hit) < 1e-6 and abs(rows[1, 0.5]["kept"] - left) < 1e-6
+assert rows[1, 0.5]["tokens"] == 2 * int(asked.sum())
+'''
+  parts.python(code)
