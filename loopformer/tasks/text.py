@@ -8,7 +8,7 @@ import os
 from loopformer import storage
 from loopformer.data import batches, prepared
 from loopformer.data.corpus import Files, StandardLibrary
-from loopformer.data.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
+from loopformer.data.tokenizer import Bytes, GivenJson, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 from loopformer.inference import measures
 
 
@@ -21,7 +21,7 @@ class Text:
   """
 
   corpus: StandardLibrary | Files = StandardLibrary()
-  tokenizer: TrainedPieces | GivenPieces | Bytes = TrainedPieces()
+  tokenizer: TrainedPieces | GivenPieces | GivenJson | Bytes = TrainedPieces()
   length: int = 128
   documents: batches.Joined | batches.Separate = batches.Joined()
   folder: str | None = None
