@@ -5,28 +5,34 @@
     python -m experiments.main --mode=harness --workdir=runs/tiny --tasks=piqa_1500 --include=tasks --depths=1,8
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8 --exit=kl:1e-3
     python -m experiments.main --mode=import --from=SmolLM2-135M --workdir=runs/smol
+    python -m experiments.main --mode=eval --workdir=runs/smol --text=book.txt --window=512
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
       --set mesh.fsdp=16 --set train.accumulate=10
 """
 import ast
+from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
+import re
 import sys
 import time
+from typing import Any
 
 from absl import flags, logging
 import jax
 
 from experiments.tools import command, machines, plots, records
 import loopformer
-from loopformer import config as configs, memories, plans, sharding, storage
+from loopformer import config as configs, memories, plans, reading, sharding, storage
 from loopformer.data import chat as chats
 from loopformer.data.corpus import rows_of
-from loopformer.inference import exits
+from loopformer.inference import exits, measures, sampler
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
 from loopformer.inference.measures import text_bytes
+from loopformer.inference.sampling import Contrast
 from loopformer.model import parameter_count
 from loopformer.training import interrupts, metrics, processes, resume
 from loopformer.training.processes import say
@@ -39,6 +45,7 @@ RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.Entro
 DRAWN = {'sampled': exits.Sampled}  # rules without a threshold
 FILLS = {'copy': exits.Copy(), 'recompute': exits.Recompute()}
 ROWS = 32  # prompts at a time
+AT_ONCE = 16_384  # tokens of --text in a batch, at most, where a window has fewer
 MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1),
             'mean': memories.Mean()}
 READERS = {}  # name of a flag -> the modes that read it
@@ -72,6 +79,11 @@ define(flags.DEFINE_integer, 'relaxed', None, 'import', 'with --loops: layers ar
 define(flags.DEFINE_string, 'adapter', None, 'import', "a folder of a LoRA adapter of PEFT, which is added to the weights.")
 define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.', lower_bound=0)
 define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
+define(flags.DEFINE_float, 'damped', None, 'import', 'the share of its way that every step of the loop goes, such as 0.5, so that '
+       'a model that was not trained to loop can.')
+define(flags.DEFINE_integer, 'retrofit', None, 'import', 'retrofitted recurrence: so many layers after the prelude are dropped, and '
+       "every step over those up to the coda takes the prelude's output in again, by a new adapter; to be trained on.",
+       lower_bound=0)
 define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
        lower_bound=1)
 define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
@@ -87,6 +99,12 @@ define(flags.DEFINE_string, 'exits', None, 'eval, harness', 'thresholds of rules
        '"kl:1e-3;state:0.1".')
 define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every split; the configuration's by default.",
        lower_bound=1)
+define(flags.DEFINE_string, 'text', None, 'eval', "a file of text (UTF-8) that is evaluated on whole, in the place of the "
+       "task's examples.")
+define(flags.DEFINE_integer, 'window', None, 'eval', "with --text: tokens that the model reads at a time; the task's length "
+       "by default, an imported model's longest.", lower_bound=1)
+define(flags.DEFINE_integer, 'stride', None, 'eval', 'with --text: windows begin so many tokens apart, and each counts what '
+       'none before it did; the window by default.', lower_bound=1)
 define(flags.DEFINE_multi_string, 'prompt', [], 'generate', 'a prompt; may be repeated.')
 define(flags.DEFINE_bool, 'chat', False, 'generate', "prompts are what a user says, written by the tokenizer's chat template.")
 define(flags.DEFINE_string, 'messages', None, 'generate', 'a file of chats to answer, a row each: {"messages": [{"role": "user", '
@@ -105,6 +123,8 @@ define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
 define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
        'budget then judge.')
+define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: the loops of '
+       'the shallow answer (0: none), and after a comma the weight of its log-probabilities, 1 by default: 1,0.5.')
 define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.', lower_bound=1)
 define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.', lower_bound=0)
 define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.', lower_bound=1)
@@ -226,17 +246,13 @@ def run_eval(workdir: Path):
     jobs['depths'] |= {name: run for name, run in config.evals.schedules().items() if isinstance(run, Run)}
   if FLAGS.exits:
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
-  count = FLAGS.eval_batches or config.train.eval_batches
-  if not config.task.splits:
-    raise ConfigError(f'workdir = {workdir}: its task ({type(config.task).__name__}) has no examples to evaluate on; '
-                      '--mode=harness evaluates an imported model')
-  tests = {'' if split == 'validation' else f'-{split}': split for split in config.task.splits}
+  tests, measure = examples(model, params, tokenizer, config, workdir)
   lengths = None if tokenizer is None else text_bytes(tokenizer)
-  for (name, schedules), (suffix, split) in itertools.product(jobs.items(), tests.items()):
+  for (name, schedules), (split, batches) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))
     start = time.time()
-    name += suffix
-    rows = evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths, config.task.measure)
+    name += '' if split == 'validation' else f'-{split}'
+    rows = evaluate(model, params, batches(), schedules, lengths, measure)
     if name.startswith('sweep'):
       rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
@@ -245,6 +261,40 @@ def run_eval(workdir: Path):
   if stores and processes.is_leader():
     plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
     say(f'written to {workdir / "eval"}')
+
+
+def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str, Callable[[], Iterable]], Any]:
+  """What is evaluated on, name -> () -> batches, and the measure: the task's splits, or the text of --text."""
+  if FLAGS.text is None:
+    for name in ('window', 'stride'):
+      if FLAGS[name].present:
+        raise ConfigError(f'--{name}: is read with --text alone; leave it out')
+    if not config.task.splits:
+      raise ConfigError(f'workdir = {workdir}: its task ({type(config.task).__name__}) has no examples to evaluate on; name '
+                        'a text by --text=FILE, or tasks with --mode=harness')
+    count = FLAGS.eval_batches or config.train.eval_batches
+    return ({split: functools.partial(held_out, config, workdir, count, split) for split in config.task.splits},
+            config.task.measure)
+  if tokenizer is None:
+    raise ConfigError(f'--text={FLAGS.text}: {workdir} holds no tokenizer, so that its model reads no text; leave it out')
+  from loopformer.data import passage
+  from loopformer.inference.harness import check_causal
+  text = reading.text(FLAGS.text, 'name a file of text by --text')
+  length = min(config.task.length, model.read_in.length) if FLAGS.window is None else FLAGS.window
+  if length > model.read_in.length:
+    raise ConfigError(f'--window={length}: the model has {model.read_in.length} positions (read_in.length); give fewer')
+  if FLAGS.stride is not None and FLAGS.stride > length:
+    raise ConfigError(f'--stride={FLAGS.stride}: tokens between windows of {length} would be left out; give {length} or less')
+  if not text:
+    raise ConfigError(f'--text={FLAGS.text}: it is empty; name another file')
+  rows = max(1, min(config.train.batch, AT_ONCE // length))
+  check_causal(model, params)
+
+  def batches():
+    found = passage.batches(text, tokenizer, length, stride=FLAGS.stride, rows=rows)
+    return found if FLAGS.eval_batches is None else itertools.islice(found, FLAGS.eval_batches)
+
+  return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, measures.Tokens()
 
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
@@ -278,7 +328,7 @@ def run_generate(workdir: Path):
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = given_prompts(), plans.resolve(model.loops if budget is None else budget, '--budget')
   exit_policy = None if FLAGS.exit is None else only_exit(model)
-  model = model.clone(memory=given_memory() or model.memory)
+  model = model.clone(memory=given_memory() or model.memory, sampler=given_sampler() or model.sampler)
   warn_beyond(model, steps)
   encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else chats.begun(tokenizer, prompt, f'prompt {number}')
              for number, prompt in enumerate(prompts)]
@@ -325,7 +375,8 @@ def run_harness(workdir: Path):
 
 
 # Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
-IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter': False, 'prelude': False, 'coda': False, 'heads': True, 'length': True}
+IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter': False, 'prelude': False, 'coda': False,
+          'damped': False, 'retrofit': False, 'heads': True, 'length': True}
 
 
 def run_import(workdir: Path):
@@ -422,6 +473,19 @@ def given_memory():
   if FLAGS.memory is not None and (colon or name not in MEMORIES):
     raise ConfigError(f'--memory={FLAGS.memory}: there is no such memory; choose from {", ".join(MEMORIES)}, ring:SIZE')
   return MEMORIES.get(name)
+
+
+def given_sampler():
+  """The sampler of --contrast, or None. Raises ConfigError naming the flag."""
+  if FLAGS.contrast is None:
+    return None
+  words = numbers(','.join(FLAGS.contrast), '--contrast')
+  if len(words) > 2 or words[0] % 1:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: give a whole number of loops, and after a comma a weight')
+  try:
+    return sampler.Contrasted(contrast=Contrast(shallow=int(words[0]), **({'weight': words[1]} if words[1:] else {})))
+  except ConfigError as error:
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: {error}') from None
 
 
 def rules(text: str, model) -> dict[str, Run]:

@@ -97,6 +97,7 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
 
 def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None, **options):
   from loopformer import config as configs, convert
+  from loopformer.inference.evaluate import Depths
   from loopformer.objective import Objective, Rollout, Weighted
   from loopformer.tasks.imported import Imported
   from loopformer.terms.cross_entropy import CE
@@ -113,7 +114,8 @@ def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None,
     (model, params), tokenizer = convert.from_official(kind, source, mesh=mesh, **options), None
   objective = Objective(rolls={'all': Rollout(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
   config = configs.Experiment(name=Path(str(source)).stem, model=model, objective=objective,
-                              task=Imported(length=model.read_in.length))
+                              task=Imported(length=model.read_in.length),
+                              evals=Depths(budgets=tuple(range(1, model.loops + 1))))
   return Loaded(model, params, tokenizer, config)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import loop, plans
+from loopformer.cells.damped import Damped
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
@@ -155,6 +156,7 @@ ROWS = {
     'olmo': Row(looped(Normed(Stack(olmo(), N), RMSNorm()), read_in=nowhere(), coda=Stack(olmo(), 1)), timed=False),
     'loopus': Row(looped(Halting(Selective(plain(norm=RMSNorm(1e-6), position=Rotary())), gate=ConfidenceHead()),
                          read_in=nowhere(), prelude=stack(1), coda=stack(1), read_out=Head(outputs=V)), timed=False),
+    'damped': Row(looped(Damped(plain(position=Rotary())), read_in=nowhere(), prelude=stack(1)), timed=False),
     'mor': Row(looped(Routed(stack(N), ExpertChoice(capacities=(1.0, 0.75, 0.5, 0.25))), prelude=stack(1),
                       coda=stack(1)), steps=False),
     'mor_token': Row(looped(Routed(stack(N), TokenChoice(recursions=L)), prelude=stack(1)), steps=False),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from loopformer import config as configs, loop, plans
-from loopformer.cells.cell import Around, Cell
+from loopformer.cells.cell import Cell
+from loopformer.cells.damped import Damped
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.inference import exits
@@ -27,15 +28,6 @@ INNER = {'timed': parts.timed(), 'recur': parts.recur(Diagonal(), norm=RMSNorm()
 def around(name, wrap=Halting):
   cell = INNER[name]
   return parts.looped(wrap(cell) if wrap else cell, start=Zeros() if cell.injects else parts.looped(cell).start)
-
-
-class Damped(Around):
-  """Half of the way that the inner cell goes, with what it tells."""
-  share: float = 0.5
-
-  def __call__(self, x, e, ctx, kv):
-    new, kv, aux = self.inner(x, e, ctx, kv)
-    return jax.tree.map(lambda new, old: old + self.share * (new - old), new, x), kv, aux
 
 
 @pytest.mark.parametrize('name', INNER)
@@ -81,6 +73,25 @@ def test_around_one_another_they_answer_exit_and_decode(name):
   assert 1 <= int(trace.steps.min()) <= int(trace.steps.max()) <= L
   with pytest.raises(ConfigError, match='the cell has no gate'):
     exits.check(around(name, Damped), rule, 'exit')
+
+
+@pytest.mark.parametrize('name', INNER)
+def test_a_damped_step_goes_its_share_of_the_way(name):
+  """In every step, of the inner cell's parameters; a share of one is the inner cell."""
+  inner = around(name, None)
+  weights = params(inner)
+  whole, part = (around(name, lambda cell, share=share: Damped(cell, share)) for share in (1.0, 0.25))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), parts.shapes(inner), parts.shapes(part))
+  plan = plans.schedule((0.75, 0.25))
+  close(forward(whole, weights, tokens(3), plan).z, forward(inner, weights, tokens(3), plan).z, 1e-6)
+  first, e = forward(inner, weights, tokens(3), plan, keep=loop.Every()).xs[0], inner.apply(
+      {'params': weights}, tokens(3), jnp.broadcast_to(jnp.arange(tokens(3).shape[1]), tokens(3).shape),
+      method=lambda model, tokens, pos: model.read_in(tokens, pos))
+  start = jnp.zeros_like(e) if inner.cell.injects else e
+  close(forward(part, weights, tokens(3), plan, keep=loop.Every()).xs[0], start + 0.25 * (first - start), 1e-5)
+  for share in (0.0, 1.5, float('nan')):
+    with pytest.raises(ConfigError, match='model.cell.share'):
+      Damped(INNER[name], share).check(D)
 
 
 @pytest.mark.parametrize('row', ['mor', 'plt', 'melt'])

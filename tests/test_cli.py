@@ -193,6 +193,15 @@ def test_eval_needs_the_work_folder_alone(undisturbed, tmp_path):
     assert (workdir / f'eval/{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_eval_on_a_text_of_ones_own(undisturbed, tmp_path):
+  (tmp_path / 'own.txt').write_text('one two three loop again and so on\n' * 20)
+  status, out, err = run_here(undisturbed[0], '--mode=eval', f'--text={tmp_path / "own.txt"}', '--depths=1,4')
+  assert status == 0 and 'depths-text-own: 700 text-own tokens' in out, err
+  found = json.loads((undisturbed[0] / 'eval/depths-text-own.json').read_text())
+  assert [row['budget'] for row in found] == [1, 4] and all(row['tokens'] == 700 for row in found)
+  assert found[-1]['loss'] < 5.5  # of chance, log 257, in a run that learned these words
+
+
 def test_generate(undisturbed):
   """A process of its own says the same; more loops than the model was trained with are warned of."""
   workdir, _ = undisturbed

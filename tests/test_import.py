@@ -8,7 +8,8 @@ import pytest
 
 import loopformer
 from loopformer import config as configs
-from loopformer.convert import export, from_pretrained, tensors, to_official
+from loopformer.cells.damped import Damped
+from loopformer.convert import export, from_pretrained, retrofit, tensors, to_official
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import init_params
 from tests import llama_reference as reference, parts
@@ -24,6 +25,14 @@ def state():
   held = reference.weights(CONFIG)
   rows = np.random.default_rng(0).standard_normal((CONFIG['vocab_size'], reference.D)).astype(np.float32)
   return held | {name: rows for name in held if name in ('model.embed_tokens.weight', 'lm_head.weight')}
+
+
+@pytest.fixture(scope='module')
+def workdir(state, tmp_path_factory):
+  """A folder that a model was imported into."""
+  folder = tmp_path_factory.mktemp('imported')
+  loopformer.load(published(folder / 'llama', state, 'safetensors')).save(folder / 'run')
+  return folder / 'run'
 
 
 def published(folder, state, how):
@@ -70,9 +79,72 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   status, out, err = run_here(workdir, '--mode=generate', '--prompt=ab', '--max_new_tokens=4', '--temperature=0')
   assert status == 0 and 'ab' in out, err
+  status, out, err = run_here(workdir, '--mode=generate', '--prompt=ab', '--max_new_tokens=2', '--contrast=1,0.5')
+  assert status == 0 and 'ab' in out, err
+  for contrast in ('0.5', '1,2', '1,0.5,3', 'x'):
+    status, _, err = run_here(workdir, '--mode=generate', f'--contrast={contrast}')
+    assert status == 1 and f'--contrast={contrast}' in err and 'Traceback' not in err
+  (tmp_path / 'validation.txt').write_text('a text of some length, which is read in windows')
+  status, out, err = run_here(workdir, '--mode=eval', f'--text={tmp_path / "validation.txt"}', '--window=16', '--stride=5')
+  rows = {row['budget']: row for row in json.loads((workdir / 'eval/depths-text-validation.json').read_text())}
+  assert status == 0 and list(rows) == [1, 2], err
+  ids = [256, *tokenizer.encode((tmp_path / 'validation.txt').read_text())]
+  for loops, row in rows.items():  # each token is predicted from 11 before it, or more
+    nll = [cross_entropy(model, params, ids[start:start + 17], loops) for start in (0, 5, 10, 15, 20, 25, 30, 35)]
+    expected = np.concatenate([nll[0], *(some[11:] for some in nll[1:])])
+    assert row['tokens'] == len(ids) - 1 == len(expected)
+    assert row['loss'] == pytest.approx(expected.mean(), rel=1e-4)
+    assert row['bits_per_byte'] == pytest.approx(expected.mean() / np.log(2), rel=1e-4)  # a token is a byte
+  status, _, err = run_here(workdir, '--mode=eval')
+  assert status == 1 and 'name a text by --text=FILE' in err
   status, _, err = run_here(workdir, '--mode=import', f'--from={source}')
   assert status == 1 and f'workdir = {workdir}: it holds a run' in err
   assert configs.read(workdir).model == given
+
+
+def test_a_decoder_is_retrofitted_as_it_is_read(state, tmp_path):
+  """The same as of its parameters: layers between prelude and core are dropped, and the adapter is new."""
+  source = published(tmp_path / 'llama', state, 'safetensors')
+  status, out, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--retrofit=1', '--loops=3')
+  assert status == 0, err
+  model, params, _, _ = loopformer.load(tmp_path / 'run')
+  assert (model.prelude.depth, model.cell.core.depth, model.coda, model.loops) == (1, reference.N - 2, None, 3)
+  _, plain, _ = from_pretrained(source)
+  made = retrofit(plain, model, prelude=(0,), core=range(2, reference.N), coda=())
+  jax.tree.map(np.testing.assert_array_equal, params, made)
+  limit = 1 / np.sqrt(2 * reference.D)
+  assert 0.9 * limit < np.abs(params['cell']['inject']['adapter']['kernel']).max() <= limit
+  assert model.start.std == pytest.approx(0.0087, abs=1e-4)
+
+
+def test_a_damped_import_goes_a_share_of_every_step(state, tmp_path):
+  source = published(tmp_path / 'llama', state, 'safetensors')
+  status, _, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--damped=0.25', '--loops=2')
+  assert status == 0, err
+  model, params, tokenizer, _ = loopformer.load(tmp_path / 'run')
+  plain, weights, _ = from_pretrained(source, prelude=1, loops=2)
+  assert model == plain.clone(cell=Damped(plain.cell, 0.25))
+  jax.tree.map(np.testing.assert_array_equal, params, weights)
+  assert len(loopformer.generate(model, params, tokenizer, ['ab'], max_new_tokens=2, temperature=0.0)) == 1
+
+
+def cross_entropy(model, params, ids, loops):
+  """Of every id after the first, in nats."""
+  logits = np.asarray(loopformer.logits(model, params, [ids[:-1]], steps=loops), np.float64)[0]
+  return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--window=8'], '--window: is read with --text alone'), (['--text=nowhere'], 'nowhere: there is no such file'),
+    (['--text=TEXT', '--window=99999'], '--window=99999: the model has'),
+    (['--text=TEXT', '--window=4', '--stride=5'], '--stride=5'), (['--text=EMPTY'], 'it is empty'),
+], ids=str)
+def test_texts_that_cannot_be_evaluated(flags, message, workdir, tmp_path):
+  (tmp_path / 'TEXT').write_text('some')
+  (tmp_path / 'EMPTY').write_text('')
+  flags = [flag.replace('TEXT', str(tmp_path / 'TEXT')).replace('EMPTY', str(tmp_path / 'EMPTY')) for flag in flags]
+  status, _, err = run_here(workdir, '--mode=eval', *flags)
+  assert status == 1 and message in err and 'Traceback' not in err
 
 
 def test_a_checkpoint_of_the_papers_code(tmp_path):
@@ -94,6 +166,8 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     (['--from=SOURCE', '--kind=loopformer', '--prelude=1'], '--prelude: is read without --kind alone'),
     (['--from=SOURCE', '--kind=llama'], "kind = 'llama': choose one of"), (['--from=nowhere'], 'nowhere'),
     (['--from=SOURCE', '--dtype=int8'], "dtype = 'int8'"), (['--from=SOURCE', '--set=train.steps=3'], '--set train.steps=3'),
+    (['--from=SOURCE', '--damped=0'], 'damped = 0.0'), (['--from=SOURCE', '--retrofit=9'], 'prelude = 9, coda = 0: the model has'),
+    (['--from=SOURCE', '--damped=0.5', '--retrofit=0'], 'two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'), (['--from=SOURCE', '--prelude=9'], 'prelude = 9'),
     (['--from=SOURCE', '--depths=2'], '--depths: --mode=import does not read it'),
 ], ids=str)

@@ -7,7 +7,7 @@ from flax import linen as nn
 import pytest
 
 from loopformer import loop, memories, objective, optim, plans, starts, types
-from loopformer.cells import halting, plain, recur, timed
+from loopformer.cells import damped, halting, plain, recur, timed
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
@@ -42,7 +42,7 @@ from loopformer.training.masters import Masters
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     plans.LogDepth, Transition, Apart, RoundByRound],
-    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, Selective, Routed, Shifted,
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
                  Gated, Showing],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
@@ -60,7 +60,7 @@ PARTS = {
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
-    types.Sampler: [sampler.Autoregressive],
+    types.Sampler: [sampler.Autoregressive, sampler.Contrasted],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],

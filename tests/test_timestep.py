@@ -9,6 +9,7 @@ from experiments.studies import memorise
 from loopformer import plans
 from loopformer.cells.plain import Plain
 from loopformer.nn.attention import SelfAttention
+from loopformer.nn.condition import LoopIndex
 from loopformer.nn.layers import EPSILON, MLP
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError
@@ -61,3 +62,14 @@ def test_bad_values():
     memorise.Sizes(loops=0)
   with pytest.raises(ConfigError, match='kind = moon'):
     memorise.model_of('moon', SIZES)
+
+
+def test_the_language_models_time_code_begins_as_a_linear_of_pytorch():
+  """Weights and biases within 1 / sqrt(inputs), spread evenly; that of other sizes normal, without biases."""
+  config = timestep.get_config('lm')
+  assert (config.model.cell.condition.std, timestep.get_config('cpu').model.cell.condition.std) == (None, 0.02)
+  made = LoopIndex(64, None).init(jax.random.key(0), plans.Uniform(3)(None))['params']['time']
+  for name, inputs in (('in', 256), ('out', 64)):
+    for leaf in (made[name]['kernel'], made[name]['bias']):
+      edge = 1 / np.sqrt(inputs)
+      assert 0.85 * edge < np.abs(leaf).max() <= edge and np.std(leaf) == pytest.approx(edge / np.sqrt(3), rel=0.3)

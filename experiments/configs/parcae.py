@@ -17,8 +17,8 @@ Argument: size, then any of
     ramp     steps over which the mean depth grows from 1, a curriculum of the code's; 0: none, as published
     curve    sqrt (1 - sqrt(1 - share)), linear
 
-Departures at the published sizes: our text instead of FineWeb-Edu (Huginn's data); q, k and v are drawn as one
-orthogonal matrix instead of three; Muon's momentum is corrected for its start. `ramp` is of the number of all steps,
+Departures at the published sizes: our text instead of FineWeb-Edu (Huginn's data); orthogonal matrices
+are not cut ("truncated orthogonal" in the code); Muon's momentum is corrected for its start. `ramp` is of the number of all steps,
 and where its mean is below those with gradient, of these; the code's is of one or the other. At 100m and 350m heads of
 128 channels, the scale of embedding and start (Huginn's), batch and length (the other setup's), the number of steps and
 weight decay (Huginn's) are ours: the paper names none. `cpu` has output projections at a fifth of the scale instead of

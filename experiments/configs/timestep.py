@@ -81,6 +81,7 @@ class Size:
   train: Train
   schedule: WarmupCosine
   dtype: str = 'float32'
+  time_std: float | None = 0.02  # of the time MLP's first weights; None: PyTorch's own, as in the paper's language models
 
 
 SHORT, LONG = EditDistance(letters=6, using=2), EditDistance(letters=60, using=24)
@@ -94,7 +95,7 @@ SIZES = {
     'lm': Size(width=768, heads=12, loops=24, vocab=50_304,
                task=Text(tokenizer=TrainedPieces(vocab=50_257), length=1024),
                train=Train(steps=100_000, batch=48, log_every=100, eval_every=1000, save_every=1000),
-               schedule=WarmupCosine(peak=2e-4, end=6e-5, warmup=2000), dtype='bfloat16'),
+               schedule=WarmupCosine(peak=2e-4, end=6e-5, warmup=2000), dtype='bfloat16', time_std=None),
 }
 
 
@@ -109,7 +110,7 @@ def get_config(argument: str = '') -> Experiment:
   core = Stack(Block(**layer, norm=UnitNorm()), 1)
   cell = choose('kind', kind, {
       'lt': Plain(Stack(Block(**layer), 1)), 'legacy': Plain(Stack(LegacyBlock(**layer), 1)),
-      'tmlt': Timed(core, LoopIndex(width), Modulation(1)),
+      'tmlt': Timed(core, LoopIndex(width, size.time_std), Modulation(1)),
       'table': Timed(core, StepNumber(width), Table(layers=1, loops=loops, width=width))})
   return Experiment(
       name=f'{kind} r={loops}',

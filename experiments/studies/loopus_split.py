@@ -19,8 +19,7 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir.
-flags.DEFINE_string('text', None, 'A text file, whose first tokens are looked at.', required=True)
+# experiments.main defines --workdir and --text.
 flags.DEFINE_integer('tokens', 2048, 'How many tokens of it.', lower_bound=2)
 flags.DEFINE_string('out', None, 'Folder of table.md and profile.png.')
 
@@ -49,7 +48,9 @@ def draw(path, turned: np.ndarray, prelude: int, coda: int):
 
 
 def main(argv):
-  check_command()
+  check_command('text')
+  if FLAGS.text is None:
+    raise ConfigError('--text is missing: name a text file, whose first tokens are looked at')
   model, params, tokenizer, _ = loopformer.load(storage.path(FLAGS.workdir))
   if tokenizer is None:
     raise ConfigError(f'--workdir={FLAGS.workdir}: no tokenizer came with its model, which a text needs')

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 from loopformer import config as configs, loop, memories, moved, starts
+from loopformer.cells.damped import Damped
+from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
@@ -22,11 +24,11 @@ from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
-COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur,
+COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, Damped, Halting,
             condition.Trajectory, condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
-            starts.Embedded, starts.Zeros, stack.Stack, blocks.Block, blocks.PreNorm,
+            starts.Embedded, starts.Zeros, starts.Noise, stack.Stack, blocks.Block, blocks.PreNorm,
             blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm, blocks.Chain,
-            attention.SelfAttention, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
+            attention.SelfAttention, attention.ValueEmbed, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
             layers.UnitNorm, layers.RMSNorm, layers.AcrossHeads, layers.LayerNorm, Rotary, StretchedRotary)
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
@@ -55,7 +57,8 @@ def encode(value: Any, path: str = 'model') -> Any:
   if configs.is_part(value):
     if TABLE.get(_name(kind)) is not kind:
       raise ConfigError(f'{path} = {kind.__name__}: it cannot be exported, because modeling_loopformer.py does not '
-                        f'compute {kind.__name__}; it computes {", ".join(part.__name__ for part in COMPUTED)}')
+                        f'compute {kind.__name__}; evaluate and serve such a model here (--mode=harness, --mode=generate), '
+                        f'or put one of these in its place: {", ".join(part.__name__ for part in COMPUTED)}')
     return {'part': _name(kind),
             **{name: encode(field, f'{path}.{name}') for name, field in configs.fields(value).items()}}
   if isinstance(value, (tuple, list)):

@@ -71,13 +71,14 @@ class Layer(GradientCheckpointingLayer):
 class Context:
   """What attention needs. pos: i64[1 or B, T], places in the text; mask: f32[1 or B, 1 or H, T, S], added to scores;
   cache: of transformers, or None; columns: i64[T], the tokens' places in it; slot: its layer for the next attention;
-  dtype: of products."""
+  dtype: of products; tokens: i64[B, T], or None where embeddings were given."""
   pos: torch.Tensor
   mask: torch.Tensor
   cache: Any
   columns: torch.Tensor
   dtype: torch.dtype
   slot: int = 0
+  tokens: Any = None
 
 
 class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
@@ -115,6 +116,8 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
 
   def resize_token_embeddings(self, *args, **kwargs):
     """As transformers does it; config.json then describes the new model."""
+    if any('.values.' in name for name in self.config.shapes):
+      raise ValueError('resize_token_embeddings: layers of this model have embeddings of tokens too, which are not resized')
     table = super().resize_token_embeddings(*args, **kwargs)
     rows, description = table.weight.shape[0], self.config.description
     for name in ('read_in.weight', 'lm_head.weight'):
@@ -173,13 +176,14 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
     embeds = self.read_in(input_ids) if inputs_embeds is None else inputs_embeds
     cache = self._cache_for(past_key_values, cache, use_cache, sizes)
     ctx = _context(embeds, attention_mask, position_ids, cache, self.read_in.weight.dtype)
+    ctx.tokens = input_ids
     e = model['read_in'].get('scale', 1.0) * embeds.float()
     if 'positions' in self._modules:
       _check_length(ctx.mask.shape[-1], ctx.pos, self.positions.num_embeddings)
       e = e + self.positions(ctx.pos).float()
     if model['prelude']:
       e = _stack(model['prelude'], self.prelude, e, ctx)
-    x = torch.zeros_like(e) if _kind(model['start']) == 'Zeros' else e
+    x = _start(model['start'], e, ctx.pos)
     before, _, after = _slots(model)
     ctx.slot = before + after
     states = _loop(model['cell'], self.cell, x, e, ctx, sizes)
@@ -249,6 +253,7 @@ def _check_rest(given, config):
 
 
 def _is_told(cell):
+  cell, _ = _inner(cell)
   return _kind(cell) == 'Timed' and _kind(cell['condition']) == 'Trajectory'
 
 
@@ -353,18 +358,55 @@ def _slots(model):
   def of(part):
     return len(part['order'] or range(part['depth'])) * of_block(part['block']) if part else 0
 
-  return of(model['prelude']), of(model['cell']['core']), of(model['coda'])
+  return of(model['prelude']), of(_inner(model['cell'])[0]['core']), of(model['coda'])
 
 
 def _kind(part):
   return part.get('part', part.get('function')).split('.')[-1]
 
 
+# The state before the loop -------------------------------------------------------------------------------------------
+
+
+def _start(part, e, pos):
+  """f32[B, T, D]: the input, zeros, or noise: a token's own by its position, the same in every text and every pass."""
+  kind = _kind(part)
+  if kind != 'Noise':
+    return torch.zeros_like(e) if kind == 'Zeros' else e
+  number = torch.arange(e.shape[-1], device=e.device)
+  key = _threefry((0, 0), torch.zeros_like(pos), pos.clamp(min=0))
+  bits = torch.bitwise_xor(*_threefry([word[..., None] for word in key], torch.zeros_like(number), number))
+  end = math.erf(3 / math.sqrt(2))  # a normal law, cut at three standard deviations
+  uniform = (bits >> 9).to(torch.float32) / 2 ** 23 * (2 * end) - end
+  return (part['std'] * math.sqrt(2) * torch.erfinv(uniform)).expand_as(e)
+
+
+def _threefry(key, *words):
+  """Threefry 2x32 of 20 rounds (Salmon et al., 2011), by which JAX draws: two i64 tensors below 2^32 of two others."""
+  most, keys = 2 ** 32 - 1, (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+  a, b = ((word + own) & most for word, own in zip(words, keys))
+  for turn in range(5):
+    for shift in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
+      a = (a + b) & most
+      b = ((b << shift | b >> 32 - shift) & most) ^ a
+    a, b = (a + keys[(turn + 1) % 3]) & most, (b + keys[(turn + 2) % 3] + turn + 1) & most
+  return a, b
+
+
 # Cells: (what a step needs, state, input) -> states ------------------------------------------------------------------
+
+
+def _inner(cell):
+  """(the cell within those that stand around it, with whose weights its own lie; the share of its way that a step goes)."""
+  share = 1.0
+  while _kind(cell) in ('Damped', 'Halting'):  # a gate tells when to leave the loop, and changes no state
+    share, cell = share * cell.get('share', 1.0), cell['of']
+  return cell, share
 
 
 def _loop(cell, w, x, e, ctx, sizes):
   """The state before the loop and that after every step."""
+  cell, share = _inner(cell)
   states, kind = [x], _kind(cell)
   codes = _modulations(cell, w, sizes, x.device) if kind == 'Timed' else [None] * len(sizes)
   for code in codes:
@@ -373,6 +415,8 @@ def _loop(cell, w, x, e, ctx, sizes):
     x = _stack(cell['core'], w.core, x, ctx, code)
     if kind in ('Recur', 'Normed'):
       x = _norm(cell['norm'], _child(w, 'norm'), x)
+    if share < 1:
+      x = states[-1] + share * (x - states[-1])
     states.append(x)
   return states
 
@@ -446,6 +490,8 @@ def _attention(part, w, x, ctx):
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   biases = (_child(w, f'{name}_bias') for name in 'qkv')
   q, k, v = (t if bias is None else t + bias.float() for t, bias in zip((q, k, v), biases))
+  if part.get('values'):
+    v = v + _of_tokens(part['values'], w.values, x, ctx.tokens).view_as(v)
   if part['norm']:
     q, k = _norm(part['norm'], _child(w, 'norm_q'), q), _norm(part['norm'], _child(w, 'norm_k'), k)
   if part['position']:
@@ -462,6 +508,14 @@ def _attention(part, w, x, ctx):
   scores = (q @ k.transpose(2, 3)).float() / math.sqrt(head)
   weights = (scores + mask).softmax(-1).to(ctx.dtype)
   return w.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def _of_tokens(part, w, x, tokens):
+  """f32[B, T, G, d]: an embedding of the tokens, gated for every group of heads by the first channels of x."""
+  if tokens is None:
+    raise ValueError('inputs_embeds: layers of this model have embeddings of tokens too; give input_ids')
+  gate = 2 * torch.sigmoid(x[..., :part['features']].float() @ w.gate.float())
+  return gate[..., None] * w.embedding.float()[tokens].unflatten(-1, (gate.shape[-1], -1))
 
 
 def _turn(part, x, pos):

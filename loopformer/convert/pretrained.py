@@ -3,6 +3,7 @@ and what `export` wrote."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 
 from loopformer import reading, sharding, storage
+from loopformer.cells.damped import Damped
 from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
 from loopformer.convert.adapters import with_adapter
+from loopformer.convert.retrofit import adapter as new_adapter, recurrent
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
@@ -20,7 +23,7 @@ from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokeni
                                         json_tokenizer)
 from loopformer.model import Looped, init_params, parameter_roles
 from loopformer.nn.layers import DTYPES
-from loopformer.types import Array, ConfigError, Params
+from loopformer.types import Array, ConfigError, Params, config_dataclass, real, whole
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 GENERATION, TEMPLATE, SPECIAL = 'generation_config.json', 'chat_template.jinja', 'special_tokens_map.json'
@@ -29,7 +32,8 @@ AGAIN = 'download it again'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    dtype: str = 'float32', mesh: jax.sharding.Mesh | None = None, adapter: str | Path | None = None
+                    damped: float | None = None, retrofit: int | None = None, dtype: str = 'float32',
+                    mesh: jax.sharding.Mesh | None = None, adapter: str | Path | None = None
                     ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
 
@@ -43,6 +47,11 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       to `storage.cache()` first.
     loops: steps of the loop; one for a plain decoder, the model's own for others.
     prelude, coda: the first and the last so many layers are outside the loop; 0 for a model that is looped already.
+    damped: the share of its way that every step goes (`cells.damped.Damped`), so that a plain decoder loops without
+      training; None for whole steps.
+    retrofit: retrofitted recurrence (retrofit.py): so many layers after the prelude are dropped, and every step of the loop
+      over those that are left takes the prelude's output in again, by an adapter that is new, as is the state that the
+      loop begins with. Such a model must be trained before it is of use.
     dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
@@ -58,6 +67,10 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     check_count('loops', loops)
   if adapter is not None and str(folder).endswith('.gguf'):
     raise ConfigError(f'adapter = {adapter}: tensors of a .gguf file have other names; give the Hugging Face folder')
+  if damped is not None:
+    real('damped', damped, '(0, 1]')
+    if retrofit is not None:
+      raise ConfigError(f'damped = {damped}, retrofit = {retrofit}: two ways to make a loop of a decoder; give one')
   if dtype not in DTYPES:
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL))
@@ -74,9 +87,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
     kind = None if ours else published.kind_of(config)
     if kind is not None:
-      if prelude or coda:
-        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
-                          'again; leave them out')
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       if adapter is not None:
         raise ConfigError(f'adapter = {adapter}: {path} holds a looped model, and adapters are added to plain decoders alone; '
                           'merge it with PEFT (merge_and_unload), and give what it saves')
@@ -86,9 +97,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     held = held if adapter is None else with_adapter(held, adapter)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if ours:
-      if prelude or coda:
-        raise ConfigError(f'prelude = {prelude}, coda = {coda}: {path} holds a looped model, whose layers are not cut '
-                          'again; leave them out')
+      _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       with reading.naming(path / CONFIG, AGAIN):
         model = own.untied(description.decode(config, path / CONFIG), held)
         model = model if loops is None else model.clone(loops=loops)
@@ -105,10 +114,49 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   if decoder.layers > len(held):
     raise ConfigError(f'{both}: it is said to have {decoder.layers} layers, but there are {len(held)} tensors; the '
                       'configuration and the weights are not of one model')
-  model = llama.model_of(decoder, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
+  kept = list(range(decoder.layers))
+  if retrofit is not None:
+    llama.cut(decoder, prelude + whole('retrofit', retrofit, 0), coda)
+    kept = kept[:prelude] + kept[prelude + retrofit:]
+  cut = dataclasses.replace(decoder, layers=len(kept))
+  model = llama.model_of(cut, loops=loops, prelude=prelude, coda=coda, dtype=dtype)
+  model = model if damped is None else model.clone(cell=Damped(model.cell, damped))
+  model = model if retrofit is None else recurrent(model)
   put = sharding.placer(mesh, parameter_roles(model))
-  counts = map(range, llama.cut(decoder, prelude, coda))
-  return model, read_decoder(decoder, llama.entries(decoder, llama.places(*counts), naming), held, both, put), tokenizer
+  places = llama.places(*map(range, llama.cut(cut, prelude, coda)))
+  params = read_decoder(decoder, llama.entries(decoder, places, _Numbered(naming=naming, numbers=kept)),
+                        _without(held, naming, set(range(decoder.layers)) - set(kept)), both, put)
+  if retrofit is not None:
+    new = {path: put(path, np.asarray(leaf)) for path, leaf in new_adapter(model).items()}
+    params = unflatten_dict({**flatten_dict(params, sep='/'), **new}, sep='/')
+  return model, params, tokenizer
+
+
+@config_dataclass
+class _Numbered:
+  """A naming of layers that are some of a decoder's: layer i is its layer numbers[i]."""
+  naming: llama.Naming
+  numbers: Sequence[int]
+
+  @property
+  def turn(self) -> str:
+    return self.naming.turn
+
+  def __call__(self, name: str, layer: int | None = None) -> str:
+    return self.naming(name, None if layer is None else self.numbers[layer])
+
+
+def _without(held: Tensors, naming: llama.Naming, layers: set[int]) -> Tensors:
+  """The tensors but those of some layers."""
+  begin = tuple(naming.layer.format(layer) for layer in layers)
+  return held.only({name for name in held.shapes if not name.startswith(begin)}) if begin else held
+
+
+def _check_uncut(path: Any, **given: Any):
+  """Raises ConfigError where a model that is looped already was to be made to loop."""
+  if any(given.values()) or given['retrofit'] is not None:
+    raise ConfigError(f'{", ".join(f"{name} = {value}" for name, value in given.items())}: {path} holds a looped model, whose '
+                      'layers are not cut again; leave them out')
 
 
 def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Any,

@@ -3,11 +3,13 @@
     model = Looped(read_in, Recur(Stack(block(), 6), Concat()), prelude=Stack(block(), 4), coda=Stack(block(), 4), ...)
     params = retrofit(source_params, model, prelude=range(4), core=range(6, 12), coda=range(12, 16))
 
+`from_pretrained(folder, prelude=4, coda=4, retrofit=2)`, and --mode=import with these flags, read a published decoder so.
 Layers that no section takes are dropped. Embedding, head and final norm are copied; only the adapter is new.
 """
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, Mapping, Sequence
 
 from flax import linen as nn
@@ -19,10 +21,13 @@ import numpy as np
 from loopformer.cells.recur import Recur
 from loopformer.model import Looped, init_params
 from loopformer.nn.inject import Concat
+from loopformer.nn.layers import UniformWithin
+from loopformer.starts import Noise
 from loopformer.types import Array, ConfigError, Params
 from loopformer.nn.blocks import PostNorm, PreNorm
 
 SOURCE = 'cell/core/block/'
+STD = math.sqrt(2 / (5 * 5280))  # of the first state, 0.0087
 TARGETS = {'prelude': 'prelude/block/', 'core': SOURCE, 'coda': 'coda/block/'}
 
 
@@ -52,12 +57,25 @@ def retrofit(params: Params, model: Looped, *, prelude: Sequence[int], core: Seq
     if layers:
       flat |= {TARGETS[name] + path.removeprefix(SOURCE): jnp.asarray(leaf)[np.asarray(layers)]
                for path, leaf in source.items() if path.startswith(SOURCE)}
-  state = jnp.zeros((1, 1, model.read_in.width))
-  initialise = nn.init(lambda inject: inject(state, state), model.cell.inject)  # its own `init` is a field
-  adapter = initialise(jax.random.key(0) if key is None else key)['params']
-  flat |= {f'cell/inject/{path}': leaf for path, leaf in flatten_dict(adapter, sep='/').items()}
+  flat |= adapter(model, key)
   _check_shapes(flat, flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/'))
   return unflatten_dict(flat, sep='/')
+
+
+def adapter(model: Looped, key: Array | None = None) -> dict[str, Array]:
+  """First values of the parameters of the model's injection, by their paths; key: as of `retrofit`."""
+  state = jnp.zeros((1, 1, model.read_in.width))
+  initialise = nn.init(lambda inject: inject(state, state), model.cell.inject)  # its own `init` is a field
+  made = initialise(jax.random.key(0) if key is None else key)['params']
+  return {f'cell/inject/{path}': leaf for path, leaf in flatten_dict(made, sep='/').items()}
+
+
+def recurrent(plain: Looped) -> Looped:
+  """The model that the paper makes of one whose layers are cut into prelude, loop and coda (section 11 of the sheet on
+  Huginn, which read the code): an adapter with PyTorch's first values, and a state that begins as noise of Huginn's spread
+  without its scale of embeddings."""
+  inject = Concat(init=UniformWithin(1 / math.sqrt(2 * plain.read_in.width)))
+  return plain.clone(cell=Recur(plain.cell.core, inject), start=Noise(std=STD))
 
 
 def _depth(source: Mapping[str, Any]) -> int:

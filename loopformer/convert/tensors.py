@@ -6,7 +6,7 @@ tensors, row by row. Large models lie in several such files, beside an index.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import functools
 import json
 import math
@@ -55,6 +55,10 @@ class Tensors(Mapping):
   def tensor(self, name: str) -> Tensor:
     """One that has not been read."""
     return self._tensors[name]
+
+  def only(self, names: Collection[str]) -> Tensors:
+    """Those of these names."""
+    return Tensors({name: tensor for name, tensor in self._tensors.items() if name in names})
 
   @property
   def shapes(self) -> dict[str, Shape]:

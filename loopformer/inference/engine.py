@@ -134,22 +134,22 @@ class PrefillBatch:
   left: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnames='rows')
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnames='rows')
 def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, draft_plan: Plan | None, ends: Array,
-            mesh: jax.sharding.Mesh | None = None) -> tuple[DecodeState, Array]:
+            mesh: jax.sharding.Mesh | None = None, contrast: Any = None) -> tuple[DecodeState, Array]:
   """Reads prompts into their rows, and draws the first token of each, i32[R].
 
-  ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one.
+  ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one. contrast: as of `decode`.
   """
   each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
   arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each,
                           number=each,
                           control=each, left=each)
-  return _by_rows(functools.partial(_prefill, model), mesh, model, params, rows, (new, draft_plan, ends),
+  return _by_rows(functools.partial(_prefill, model, contrast), mesh, model, params, rows, (new, draft_plan, ends),
                   (arriving, P(), P()), (each,))
 
 
-def _prefill(model, params, rows, new, draft_plan, ends):
+def _prefill(model, contrast, params, rows, new, draft_plan, ends):
   variables = {'params': params}
   index = jnp.arange(new.tokens.shape[1])
   pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
@@ -159,12 +159,15 @@ def _prefill(model, params, rows, new, draft_plan, ends):
     trace = model.apply(variables, new.tokens, plan, pos, kv=own)
     return trace, map_caches(lambda kv, read: _put(kv, new.row, read), caches, trace.kv)
 
+  def last(trace):
+    z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
+    return sharding.whole(model.apply(variables, z, method='logits'))
+
   trace, kv = read(rows.kv, new.plan)
-  draft = rows.draft and read(rows.draft, draft_plan)[1]
-  z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
+  shallow, draft = read(rows.draft, draft_plan) if rows.draft else (None, rows.draft)
   seeds = jax.vmap(jax.random.key)(new.seed)
   keys = _fold(seeds, new.number)
-  logits = sharding.whole(model.apply(variables, z, method='logits'))
+  logits = last(trace) if contrast is None else contrast.logits(last(trace), last(shallow), new.control.vocab)
   first = sample(sampling_logits(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
@@ -216,11 +219,11 @@ class Stats:
   kept: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10), donate_argnames='rows')
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 10, 11), donate_argnames='rows')
 def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState,
            draft_plan: Plan | None,
-           threshold: Array | None, ends: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None
-           ) -> tuple[DecodeState, Array, Array, Stats]:
+           threshold: Array | None, ends: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None,
+           contrast: Any = None) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
@@ -229,6 +232,7 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
     exit_policy: None, or an exits.Adaptive that shortens passes; threshold: its own.
     ends: i32[E], each of which ends a row. return_on_finish: bool[], whether to return as soon as a row is idle.
     mesh: of several devices that divide the rows, each of which stops by its own; None for one.
+    contrast: None, or a `sampling.Contrast` of all loops with those of `draft_plan`, which then drafts nothing.
 
   Returns:
     (rows, tokens i32[B, max_steps * (num_draft + 1)], how many of them there are i32[B], the stats).
@@ -236,7 +240,7 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
   divided = () if mesh is None else tuple(name for name in sharding.BATCH if mesh.shape[name] > 1)
 
   def own(*arguments):
-    rows, out, count, stats = _decode(model, max_steps, num_draft, exit_policy, *arguments)
+    rows, out, count, stats = _decode(model, max_steps, num_draft, exit_policy, contrast, *arguments)
     if divided:
       stats = jax.lax.psum(stats.replace(ran=0), divided).replace(ran=jax.lax.pmax(stats.ran, divided))
     return rows, out, count, stats
@@ -246,11 +250,12 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
                   (each, each, P()))
 
 
-def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, threshold, ends, return_on_finish):
+def _decode(model, max_steps, num_draft, exit_policy, contrast, params, rows, draft_plan, threshold, ends,
+            return_on_finish):
   variables = {'params': params}
   batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
-  draft_code = model.apply(variables, draft_plan, method='precompute') if num_draft else None
+  draft_code = model.apply(variables, draft_plan, method='precompute') if draft_plan is not None else None
   started = rows.left > 0
 
   def positions(rows, offset, count):
@@ -308,7 +313,12 @@ def _decode(model, max_steps, num_draft, exit_policy, params, rows, draft_plan, 
     else:
       trace, loops, ran = full(rows, current, positions(rows, 0, 1))
       kept = jnp.zeros(batch, jnp.int32)
-      tokens = sample(sampling_logits(logits_of(trace.z[:, 0]), rows.control), keys)[:, None]
+      logits = logits_of(trace.z[:, 0])
+      if contrast is not None:
+        shallow = model.apply(variables, current, draft_plan, positions(rows, 0, 1), kv=rows.draft, precomputed=draft_code)
+        logits = contrast.logits(logits, logits_of(shallow.z[:, 0]), rows.control.vocab)
+        rows = rows.replace(draft=shallow.kv)
+      tokens = sample(sampling_logits(logits, rows.control), keys)[:, None]
     new = jnp.minimum(kept + 1, rows.left)  # how many of `tokens` are drawn in this round
     ended = _among(tokens, ends) & (jnp.arange(num_draft + 1) < new[:, None])
     new = jnp.where(ended.any(-1), ended.argmax(-1) + 1, new)
@@ -384,18 +394,19 @@ class Engine:
     exit: an exits.Adaptive, by which tokens take fewer loops than their budget; prompts are read with all of them.
     draft: a budget or schedule with which tokens are drafted before all loops verify them, `num_draft` at a time.
     max_steps: passes between two looks of the host.
+    contrast: a `sampling.Contrast`, by which tokens are drawn from the difference to what fewer loops answer; these run
+      besides, with caches of their own.
 
   It holds weights of its own: copies of the layers', which lie as decoding wants them (flat.flattened), and the rest
   as given. Where memory is short, let go of the ones it was given.
 
   Raises:
-    ConfigError: an exit and a draft together, or values out of range.
+    ConfigError: an exit and a draft together, a contrast and a draft, or values out of range.
   """
 
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, rows: int = 8, length: int | None = None,
                loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None,
-               num_draft: int = 4,
-               max_steps: int = 16):
+               num_draft: int = 4, max_steps: int = 16, contrast: Any = None):
     _check_text(model, tokenizer)
     limit = model.read_in.length
     for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops),
@@ -408,6 +419,8 @@ class Engine:
       exits.check(model, exit, 'exit')
     if exit is not None and draft is not None:
       raise ConfigError('exit and draft: drafts are judged by all loops of the budget; give one of the two')
+    if contrast is not None and draft is not None:
+      raise ConfigError('contrast and draft: drafts would be judged by another law than theirs; give one of the two')
     if draft is not None and not (model.memory.exact and model.memory.rewinds):
       raise ConfigError(f'draft with memory = {model.memory}: what it decodes depends on how tokens are grouped, so '
                         'drafts cannot be judged exactly; use PerLoop() or First()')
@@ -422,10 +435,14 @@ class Engine:
     self._ends = ends_of(tokenizer)
     self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
     self.exit, self.num_draft = exit, num_draft if draft is not None else 0
+    self.contrast = contrast
     steps = None if draft is None else plans.resolve(draft, 'draft')
     self.draft_plan = None if draft is None else plans.schedule(steps)
+    if contrast is not None:
+      steps = plans.resolve(contrast.shallow or 1, 'contrast.shallow')
+      self.draft_plan = plans.schedule(steps) if contrast.shallow else plans.schedule(steps).replace(active=np.zeros(1, bool))
     self._of = [None] * (self._per * parts)  # the request that a row serves, or served last
-    self._rows = self._empty(0 if draft is None else len(steps))
+    self._rows = self._empty(0 if steps is None else len(steps))
     self._waiting, self._requests, self._stats = [], 0, np.zeros(5, np.int64)
 
   def _empty(self, draft):
@@ -534,7 +551,7 @@ class Engine:
           control=columns_of([request.control for _, request in batch], 0),
           left=column([request.most for _, request in batch]))
       self._rows, first = prefill(self.model, self.params, self._rows, new, self.draft_plan,
-                                  np.asarray(self._ends, np.int32), self._mesh)
+                                  np.asarray(self._ends, np.int32), self._mesh, self.contrast)
       del self._waiting[:len(batch)]
       token_of = dict(zip(places, processes.fetch(first).tolist()))
       for i, (row, request) in enumerate(batch):
@@ -561,7 +578,7 @@ class Engine:
     exit_policy, threshold = exits.compiled(self.exit)
     self._rows, out, count, stats = decode(
         self.model, self.max_steps, self.num_draft, exit_policy, self.params, self._rows, self.draft_plan, threshold,
-        np.asarray(self._ends, np.int32), jnp.bool_(bool(self._waiting)), self._mesh)
+        np.asarray(self._ends, np.int32), jnp.bool_(bool(self._waiting)), self._mesh, self.contrast)
     out, count, stats = processes.fetch((out, count, stats))
     self._stats += [stats.tokens, stats.passes, stats.loops, stats.ran, stats.kept]
     stopped = []

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loopformer.inference.sampling import Contrast
 from loopformer.types import Params, config_dataclass
 
 
@@ -14,3 +15,14 @@ class Autoregressive:
     """An `Engine`; options as there."""
     from loopformer.inference.engine import Engine  # which needs the model, which names its sampler
     return Engine(model, params, tokenizer, **options)
+
+
+@config_dataclass
+class Contrasted:
+  """Token by token, each by what all loops answer and fewer do not: decoding that uses depth without training."""
+  contrast: Contrast = Contrast()
+
+  def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """As Autoregressive.serve."""
+    from loopformer.inference.engine import Engine
+    return Engine(model, params, tokenizer, contrast=self.contrast, **options)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, real, whole
+from loopformer.types import Array, config_dataclass, real, whole
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 COLDEST, HOTTEST = 1e-30, 1e6  # temperatures: logits are finite when divided by them
@@ -21,6 +21,32 @@ class SamplingParams:
   top_k: Array
   top_p: Array
   vocab: Array
+
+
+@config_dataclass
+class Contrast:
+  """Deep against shallow answers (after DoLa, 2309.03883, which contrasts layers): log p_deep - weight log p_shallow, among
+  the tokens whose p_deep is `plausible` times the likeliest one's or more.
+
+  shallow: loops of the shallow answer, 0 for the state that the loop begins with: of a plain decoder that was imported with
+  a prelude, what its later layers are contrasted with. weight: of one, what loops have agreed on decides nothing; of
+  0, the deep answer, cut.
+  """
+  shallow: int = 1
+  plausible: float = 0.1
+  weight: float = 1.0
+
+  def __post_init__(self):
+    whole('contrast.shallow', self.shallow, 0)
+    real('contrast.plausible', self.plausible, '(0, 1]')
+    real('contrast.weight', self.weight, '[0, 1]')
+
+  def logits(self, deep: Array, shallow: Array, vocab: Array) -> Array:
+    """Logits f32[B, V] twice, ids that there are i32[B] -> logits f32[B, V], -inf where a token is implausible."""
+    known = jnp.arange(deep.shape[-1]) < vocab[:, None]
+    deep, shallow = (jax.nn.log_softmax(jnp.where(known, logits, -jnp.inf)) for logits in (deep, shallow))
+    kept = known & (deep >= deep.max(-1, keepdims=True) + jnp.log(self.plausible))
+    return jnp.where(kept, deep - self.weight * jnp.maximum(shallow, -1e30), -jnp.inf)
 
 
 def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,

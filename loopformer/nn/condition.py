@@ -5,12 +5,14 @@ sequence has a plan of its own, [K] stands for [K, B, 1] here: modulations are t
 """
 from __future__ import annotations
 
+import math
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from loopformer import roles
-from loopformer.nn.layers import Normal
+from loopformer.nn.layers import Normal, UniformWithin
 from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Plan
 
@@ -25,14 +27,24 @@ def sinusoid(s: Array) -> Array:
 
 
 class ScalarEmbed(nn.Module):
-  """f32[K] -> f32[K, D]: sinusoid, Linear with bias, SiLU, Linear with bias (LoopFormer section 2)."""
+  """f32[K] -> f32[K, D]: sinusoid, Linear with bias, SiLU, Linear with bias (LoopFormer section 2).
+
+  std: of the first weights, with biases of zero; None for PyTorch's own first values, weights and biases within
+  1 / sqrt(inputs).
+  """
   width: int
-  std: float = 0.02
+  std: float | None = 0.02
 
   @nn.compact
   def __call__(self, s: Array) -> Array:
-    hidden = nn.Dense(self.width, kernel_init=Normal(self.std), name='in')(sinusoid(s))
-    return nn.Dense(self.width, kernel_init=Normal(self.std), name='out')(jax.nn.silu(hidden))
+    hidden = self._linear('in', FEATURES)(sinusoid(s))
+    return self._linear('out', self.width)(jax.nn.silu(hidden))
+
+  def _linear(self, name, inputs):
+    if self.std is not None:
+      return nn.Dense(self.width, kernel_init=Normal(self.std), name=name)
+    within = UniformWithin(1 / math.sqrt(inputs))
+    return nn.Dense(self.width, kernel_init=within, bias_init=within, name=name)
 
 
 def _rows(s: Array) -> Array:
@@ -52,9 +64,12 @@ class Trajectory(nn.Module):
 
 
 class LoopIndex(nn.Module):
-  """c = TimeEmbed(k), the integer index of the loop: the timestep-modulated looped transformer's condition."""
+  """c = TimeEmbed(k), the integer index of the loop: the timestep-modulated looped transformer's condition.
+
+  std: as of ScalarEmbed; None in the paper's language models, 0.02 in its in-context learning.
+  """
   width: int
-  std: float = 0.02
+  std: float | None = 0.02
 
   @nn.compact
   def __call__(self, plan: Plan) -> Array:

@@ -9,7 +9,7 @@ from loopformer import storage
 from loopformer.data import batches, prepared
 from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files, StandardLibrary
-from loopformer.data.tokenizer import Bytes, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
+from loopformer.data.tokenizer import Bytes, GivenJson, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 from loopformer.inference import measures
 
 
@@ -22,7 +22,7 @@ class Text:
   """
 
   corpus: StandardLibrary | Files = StandardLibrary()
-  tokenizer: TrainedPieces | GivenPieces | SavedTokenizer | Bytes = TrainedPieces()
+  tokenizer: TrainedPieces | GivenPieces | GivenJson | SavedTokenizer | Bytes = TrainedPieces()
   length: int = 128
   documents: batches.Joined | batches.Separate = batches.Joined()
   folder: str | None = None

@@ -1,0 +1,53 @@
+"""One text as batches, to be evaluated on whole."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from loopformer.types import ConfigError, whole
+
+
+def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None, rows: int = 32
+            ) -> Iterator[dict[str, np.ndarray]]:
+  """Batches in which every token of a text has weight once.
+
+  The text begins as documents do, after the token that ends one. Windows of up to `length` tokens begin `stride` tokens
+  apart, and each counts those of its tokens that none before it did: with a stride of the length every token is read
+  once, and the first of a window is predicted from one token alone; with a shorter one every token but the first ones
+  is predicted from length - stride tokens or more, at length / stride times the cost. A text that is shorter than a
+  window makes one of its own length.
+
+  Args:
+    tokenizer: its ids and their end.
+    length: tokens that a window reads at most.
+    stride: None for `length`.
+    rows: windows of a batch, at most; the last is filled up with rows that do not count (`counted`).
+
+  Yields:
+    tokens, targets, positions, i32[rows, T], weights, f32[rows, T], counted, f32[rows].
+
+  Raises:
+    ConfigError: a text without tokens, or a stride beyond the length.
+  """
+  length, rows = whole('length', length, 1), whole('rows', rows, 1)
+  stride = length if stride is None else whole('stride', stride, 1, length)
+  ids = np.asarray([tokenizer.eos, *tokenizer.encode(text)], np.int32)
+  count = len(ids) - 1
+  if not count:
+    raise ConfigError('text: it is empty; give one with a token at least')
+  length = min(length, count)
+  starts = [0, *range(stride, count - length + stride, stride)]  # the last reaches the end, or beyond
+  rows = min(rows, len(starts))
+  index = np.arange(length, dtype=np.int32)
+  for first in range(0, len(starts), rows):
+    some = np.asarray(starts[first:first + rows])
+    at = np.zeros((rows, length), np.int64)
+    at[:len(some)] = some[:, None] + index
+    fresh = np.where(some == 0, 0, length - stride)  # the first of a window that no window before it counts
+    weights = np.zeros((rows, length), np.float32)
+    weights[:len(some)] = (index >= fresh[:, None]) & (at[:len(some)] < count)
+    yield {'tokens': ids[np.minimum(at, count - 1)], 'targets': ids[np.minimum(at + 1, count)],
+           'positions': np.broadcast_to(index, (rows, length)), 'weights': weights,
+           'counted': (np.arange(rows) < len(some)).astype(np.float32)}

@@ -1,0 +1,65 @@
+"""A decoder that is made to loop, before and after a few steps, by the study's command."""
+import json
+
+import numpy as np
+import pytest
+
+from loopformer.data.tokenizer import ByteTokenizer
+from tests import llama_reference as reference, parts
+
+CODE = 'import sys; from absl import app; from experiments.studies import heal; app.run(heal.main)'
+CONFIG = reference.CONFIGS['llama'] | {'vocab_size': 257, 'eos_token_id': 256}
+
+
+@pytest.mark.slow
+def test_the_command_trains_both_and_tells_before_and_after(tmp_path):
+  held = reference.weights(CONFIG)
+  rows = np.random.default_rng(0).standard_normal((257, reference.D)).astype(np.float32)
+  held |= {name: rows for name in held if name in ('model.embed_tokens.weight', 'lm_head.weight')}
+  (tmp_path / 'llama').mkdir()
+  reference.save(tmp_path / 'llama', CONFIG, held, 1)
+  (tmp_path / 'llama/tokenizer.json').write_text(ByteTokenizer().hugging_face())
+  (tmp_path / 'llama/tokenizer_config.json').write_text(json.dumps({'eos_token': '<|endoftext|>'}))
+  for i in range(60):
+    (tmp_path / f'{i}.txt').write_text(f'a text of number {i}, and another one. ' * 20)
+  parts.python(CODE, f'--from={tmp_path / "llama"}', '--prelude=1', '--retrofit=1', '--loops=2', '--depths=1,2',
+               f'--corpus={tmp_path}/*.txt', '--steps=3', '--batch=2', '--window=16', f'--workdir={tmp_path / "runs"}',
+               f'--out={tmp_path / "out"}')
+  found = json.loads((tmp_path / 'out/results.json').read_text())['rows']
+  assert [(row['model'], row['trained'], row['budget']) for row in found] == [
+      ('looped', 'no', 1), ('looped', 'no', 2), ('looped', '3 steps', 1), ('looped', '3 steps', 2), ('plain', 'no', 1),
+      ('plain', '3 steps', 1)]
+  loss = {(row['model'], row['trained'], row['budget']): row['loss'] for row in found}
+  assert loss['looped', 'no', 1] != loss['looped', '3 steps', 1] and loss['plain', 'no', 1] != loss['plain', '3 steps', 1]
+  assert all(np.isfinite(value) for value in loss.values()) and len({row['tokens'] for row in found}) == 1
+  assert (tmp_path / 'out/table.md').is_file()
+
+
+def test_the_study_of_contrasts_counts_what_the_law_hits():
+  """Its weight of 0 is the deep answer, and its other numbers are those of logits in NumPy."""
+  code = '''
+import numpy as np
+import jax.numpy as jnp
+import loopformer
+from experiments.studies import contrast as study
+from loopformer import plans
+from tests import parts
+model, batch = parts.ROWS["loopformer"].model, parts.batch(4)
+params = parts.params(model)
+rows = {(row["shallow loops"], row["weight"]): row for row in study.measure(model, params, [batch, batch])}
+assert len(rows) == 4 * 5
+asked = np.asarray(batch["weights"])
+logits = lambda plan: np.asarray(study.answers(model, params, batch, plan), np.float64)
+log_p = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+deep, one = log_p(logits(parts.padded(4))), log_p(logits(parts.padded(1)))
+best = (asked * (deep.argmax(-1) == batch["targets"])).sum() / asked.sum()
+for loops in range(4):
+  assert abs(rows[loops, 0.0]["accuracy"] - best) < 1e-6
+kept = deep >= deep.max(-1, keepdims=True) + np.log(0.1)
+law = np.where(kept, deep - 0.5 * one, -np.inf)
+hit = (asked * (law.argmax(-1) == batch["targets"])).sum() / asked.sum()
+left = (asked * np.take_along_axis(kept, np.asarray(batch["targets"])[..., None], -1)[..., 0]).sum() / asked.sum()
+assert abs(rows[1, 0.5]["accuracy"] - hit) < 1e-6 and abs(rows[1, 0.5]["kept"] - left) < 1e-6
+assert rows[1, 0.5]["tokens"] == 2 * int(asked.sum())
+'''
+  parts.python(code)
