@@ -63,7 +63,7 @@ REAL = {
 }
 # Fields that hold a part -> what it must be; others by the types that they are declared with.
 SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Cell, 'control': sockets.Control,
-           'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel, 'linear': sockets.Projection,
+           'evals': sockets.Evaluations, 'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel, 'linear': sockets.Projection,
            'measure': sockets.Measure, 'memory': sockets.Memory, 'optim': sockets.Optimiser, 'plan': sockets.Planner,
            'position': sockets.Position, 'read_in': sockets.ReadIn, 'read_out': sockets.ReadOut, 'remat': sockets.Remat,
            'rule': sockets.Rule, 'sampler': sockets.Sampler, 'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
@@ -316,7 +316,11 @@ def check(config: Experiment):
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   for steps in (*train.extended, train.steps):
-    config.optim.make(steps, Roles())
+    try:
+      config.optim.make(steps, Roles())
+    except TypeError as error:  # memories have a `make` too
+      raise ConfigError(f'optim = {_name_of(type(config.optim))}: no optimiser can be made of it ({error}); give one of those '
+                        'of loopformer.optim') from error
   best_of(config)
 
 
@@ -344,7 +348,7 @@ def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
   if not words or not words <= PLAIN:
     if declared is not None:
       _check_parts(value, called, where)
-      _check_socket(name, value, declared, cls, where)
+      _check_socket(name, value, _kind_of(declared, cls), where)
     return set()
   try:
     fit(_plain(value), _type_of(declared, cls))
@@ -367,26 +371,36 @@ def _check_parts(value: Any, called: str, where: str):
       raise ConfigError(f'{where}{inner} = {item!r}: expected a part ({called}), which is written as an object with its $part')
 
 
-def _check_socket(name: str, value: Any, declared: Any, cls: type, where: str):
-  """Raises ConfigError where a part stands in a field that is for others: it lacks what the socket of the field's name asks
-  for, or is one of the library's own and of none of the declared types."""
+def _check_socket(name: str, value: Any, kind: Any, where: str):
+  """Raises ConfigError where a part stands in a field, of declared type `kind`, that is for others: it lacks what the socket
+  of the field's name asks for, or is one of the library's own and of none of the declared types."""
+  inner = typing.get_args(kind)
+  if isinstance(value, (Mapping, tuple)) and typing.get_origin(kind) in (Mapping.__origin__, dict, tuple):
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+      _check_socket(name, item, inner[-1] if isinstance(value, Mapping) else inner[0], f'{where}[{key!r}]')
   if not is_part(value) and not isinstance(value, nn.Module):
     return
-  shown = _name_of(type(value))
-  if name in SOCKETS:
-    socket, has = SOCKETS[name], {*dir(value), *fields(value)}
+  shown, kinds = _name_of(type(value)), [kind for kind in inner or (kind,) if kind is not type(None)]
+  own = [kind for kind in kinds if inspect.isclass(kind) and (dataclasses.is_dataclass(kind) and kind is not nn.Module)]
+  if isinstance(value, tuple(own)):
+    return
+  socket = SOCKETS.get(name) or next((kind for kind in kinds if typing.Protocol in getattr(kind, '__bases__', ())), None)
+  if socket is not None:
+    has = {*dir(value), *fields(value)}
     for member in (*vars(socket), *socket.__annotations__):
       if (member == '__call__' or not member.startswith('_')) and member not in has:
         raise ConfigError(f'{where} = {shown}: no {socket.__name__}, because it has no {member}; give one of those')
     return
+  if len(own) == len(kinds) and shown.startswith(PARTS):
+    raise ConfigError(f'{where} = {shown}: expected {" or ".join(kind.__name__ for kind in own)}; give one of those')
+
+
+def _kind_of(declared: Any, cls: type) -> Any:
+  """The declared type; Any where its names are known to type checkers alone."""
   try:
-    kind = _type_of(declared, cls)
-  except (NameError, TypeError):  # of names that are known to type checkers alone
-    return
-  kinds = [kind for kind in typing.get_args(kind) or (kind,) if kind is not type(None)]
-  known = Any not in kinds and all(map(inspect.isclass, kinds))
-  if known and shown.startswith(PARTS) and not isinstance(value, tuple(kinds)):
-    raise ConfigError(f'{where} = {shown}: expected {" or ".join(kind.__name__ for kind in kinds)}; give one of those')
+    return _type_of(declared, cls)
+  except (NameError, TypeError):
+    return Any
 
 
 def _plain(value: Any) -> Any:

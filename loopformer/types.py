@@ -562,6 +562,13 @@ class Measure(Protocol):
     """The row of a table, from totals of the sums."""
 
 
+class Evaluations(Protocol):
+  """At which depths a run is evaluated."""
+
+  def schedules(self) -> Mapping[str, Any]:
+    """Name -> step sizes, or a run of its own (`evaluate.Run`)."""
+
+
 class ConfigError(ValueError):
   """A field of a configuration, or an argument, that cannot be used; the message names it, its value, the remedy."""
 

@@ -67,6 +67,7 @@ PARTS = {
     types.Optimiser: [optim.AdamW, optim.AtanAdam, optim.Muon, optim.Switched, frozen.Freeze, frozen.ParamGroups,
                       Averaged, Masters,
                       LossFree],
+    types.Evaluations: [evaluate.Depths, evaluate.Named],
     types.Control: [control.NoControl, control.Plateau],
     types.Measure: [measures.Tokens, measures.Answers, measures.Errors],
 }

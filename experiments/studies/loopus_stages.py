@@ -23,6 +23,7 @@ import loopformer
 from loopformer import config as configs, plans, storage
 from loopformer.inference import exits, measures
 from loopformer.inference.evaluate import Run, evaluate
+from loopformer.inference.measures import text_bytes
 from loopformer.training import metrics
 from loopformer.types import ConfigError
 
@@ -44,12 +45,13 @@ def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: li
   """Rows by budget, and by threshold of exits where the model has a confidence head; config: whose task is measured on,
   prepared in the folder `text`."""
   model, params, _, _ = loopformer.load(folder)
+  lengths = text_bytes(config.task.tokenizer_of(text))
   batches = held_out(config, text, -(-FLAGS.eval_rows // config.train.batch))
   schedules = {str(budget): plans.resolve(budget) for budget in budgets}
   if 'gate' in params['cell']:
     schedules |= {f'{threshold:g}': Run(plan=plans.Uniform(model.loops), exit=exits.Adaptive(
         rule=exits.Confident(threshold=threshold))) for threshold in thresholds}
-  rows = evaluate(model, params, batches, schedules, None, measures.Tokens())
+  rows = evaluate(model, params, batches, schedules, lengths, measures.Tokens())
   return rows[:len(budgets)], [{'threshold': float(row['schedule']), **row} for row in rows[len(budgets):]]
 
 
