@@ -9,13 +9,10 @@ corpus, trains it on the others as retrofitted recurrence is trained (section 11
 the adapter, AdamW for the rest, a number of loops drawn from a Poisson law with log-normal rate whose mean, --loops, is
 reached after three quarters of the run; at most eight loops have gradients), and evaluates it again. The plain decoder
 stands beside, on the same text: as it is, and trained on as many tokens without loops, which is the control. Writes
-results.json and table.md. On a CPU a step of SmolLM2-135M on 8 windows of 256 tokens takes about half a minute; the same
-command runs on any accelerator, and goes on where it was interrupted.
+results.json and table.md. The same command goes on where it was interrupted.
 """
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags, logging
@@ -23,9 +20,9 @@ from absl import flags, logging
 from experiments.main import check_command, held_out, numbers
 from experiments.tools import command, records
 import loopformer
-from loopformer import api, config as configs, plans, storage
+from loopformer import config as configs, plans, storage
+from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files
-from loopformer.data.tokenizer import JSON, MODEL, Bytes, ByteTokenizer, GivenJson, GivenPieces, PieceTokenizer
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import text_bytes
 from loopformer.objective import Objective, Rollout, Weighted
@@ -46,19 +43,8 @@ flags.DEFINE_integer('batch', 8, 'Windows of a step.', lower_bound=1)
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 
-def tokenizer_part(tokenizer, folder: Path):
-  """The part of a configuration that is a tokenizer, which `Loaded.save` wrote to a folder."""
-  if isinstance(tokenizer, ByteTokenizer):
-    return Bytes()
-  if isinstance(tokenizer, PieceTokenizer):
-    return GivenPieces(path=str(folder / MODEL))
-  if tokenizer is None:
-    raise ConfigError(f'--from={FLAGS["from"].value}: no tokenizer came with it, and a text is to be read; add its files')
-  names = {token['id']: token['content'] for token in json.loads(tokenizer.hugging_face())['added_tokens']}
-  return GivenJson(path=str(folder / JSON), eos=names[tokenizer.eos])
-
-
-def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tuple[str, ...], mean: int) -> configs.Experiment:
+def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tuple[str, ...],
+            mean: int) -> configs.Experiment:
   """The run that heals a model, or trains a plain one on: see above."""
   depth, looped = plans.LogNormalPoisson(average=mean), mean > 1
   depth = plans.Ramp(of=depth, steps=max(1, 3 * steps // 4), curve=plans.one_minus_sqrt) if looped else plans.Constant(loops=1)
@@ -69,7 +55,7 @@ def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tu
       name=start.name, model=loaded.model,
       objective=Objective(rolls={'drawn': Rollout(plans.Truncated(depth=depth, graded=min(GRADED, mean)))},
                           terms={'lm': Weighted(1.0, CE(roll='drawn'))}),
-      task=Text(corpus=Files(train=corpus), tokenizer=tokenizer_part(loaded.tokenizer, start / api.TOKENIZER), length=window),
+      task=Text(corpus=Files(train=corpus), tokenizer=SavedTokenizer(path=str(start)), length=window),
       train=Train(steps=max(steps, 1), batch=batch, start=str(start), log_every=5, eval_every=max(steps, 1), eval_batches=4,
                   save_every=max(1, min(steps, 50)), keep=1),
       optim=Muon(schedule=schedules['muon'], matrices=matrices, heads=attn.heads, groups=attn.groups,
@@ -80,7 +66,10 @@ def arm(name: str, options: dict, budgets: tuple[int, ...], workdir: Path) -> li
   """Rows of one model, before and after; options: of the import."""
   start, run = workdir / f'{name}-imported', workdir / name
   if not configs.is_workdir(start):
-    loopformer.load(FLAGS['from'].value, **options).save(start)
+    loaded = loopformer.load(FLAGS['from'].value, **options)
+    if loaded.tokenizer is None:
+      raise ConfigError(f'--from={FLAGS["from"].value}: no tokenizer came with it, and a text is to be read; add its files')
+    loaded.save(start)
   loaded, mean = loopformer.load(start), options.get('loops') or 1
   window = FLAGS.window or 256
   config = healing(loaded, start, FLAGS.steps, FLAGS.batch, window, tuple(FLAGS.corpus), mean)
