@@ -551,6 +551,12 @@ def main(argv):
          'import': run_import}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and not re.search('out of memory|resource_exhausted', str(error), re.I):
+      processes.leave(error)
+    asked = str(error).partition('\n')[0] or 'no more to be had'
+    processes.leave(error, f'error: out of memory ({asked}); take a smaller batch (train.batch, or more train.accumulate), a '
+                    'smaller model, or mesh.fsdp over more devices; --mode=plan tells what a step needs')
   except Exception as error:
     processes.leave(error)
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -427,6 +428,23 @@ def test_a_run_is_refused_killed_resumed_and_interrupted(tmp_path):
   else:  # it was faster
     assert second.returncode == 0 and 'stopped by a signal' in out
   assert checkpoint.trained(workdir) is not None
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('error, told', [
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore\nlines'),
+     '(RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.)'),
+    (jax.errors.JaxRuntimeError('INTERNAL: Error dispatching computation: Out of memory allocating 7 bytes.'), '(INTERNAL: '),
+    (MemoryError(), '(no more to be had)')])
+def test_too_large_a_model_or_batch(error, told, tmp_path, monkeypatch):
+  """A million layers, or a batch for a larger machine: one line that says what helps."""
+  from experiments import main
+  monkeypatch.setattr(main, 'train', mock.Mock(side_effect=error))
+  status, _, err = test_cli.run_here(tmp_path, '--config=loopformer:tiny')
+  last = err.splitlines()[-1]
+  assert status == 1 and last.startswith(f'error: out of memory {told}') and '--mode=plan' in last
 
 
 # Disks ---------------------------------------------------------------------------------------------------------------
