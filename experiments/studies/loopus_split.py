@@ -7,7 +7,7 @@ it is written there too, as table.md, with profile.png. The rule and its source:
 """
 from __future__ import annotations
 
-from absl import flags
+from absl import flags, logging
 import numpy as np
 
 from experiments.main import check_command
@@ -49,6 +49,7 @@ def draw(path, turned: np.ndarray, prelude: int, coda: int):
 
 def main(argv):
   check_command('text')
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   if FLAGS.text is None:
     raise ConfigError('--text is missing: name a text file, whose first tokens are looked at')
   model, params, tokenizer, _ = loopformer.load(storage.path(FLAGS.workdir))
