@@ -18,6 +18,7 @@ from loopformer.api import Loaded
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
 from loopformer.data.tokenizer import ByteTokenizer
+from loopformer.inference import exits
 from loopformer.nn.embed import Head
 from loopformer.nn.layers import Normal
 from loopformer.nn.low_rank import LowRank
@@ -120,6 +121,29 @@ def test_an_open_gate_gives_the_decoder_bit_for_bit():
   shut = {**weights, 'cell': {**weights['cell'], 'share': {**weights['cell']['share'], 'rates': jnp.full(D, 50.0)}}}
   start = forward(MODEL, shut, tokens(), plan).x
   np.testing.assert_array_equal(start, forward(MODEL, shut, tokens(), plans.schedule((1.0,), 3)).x)
+
+
+def test_texts_that_stop_early_are_decoded_as_they_are_scored():
+  """Token by token with caches, some of whose loops are never reached, against one pass: where the released code fails."""
+  text, plan, weights = tokens(3), plans.Uniform(4)(None), params(MODEL)
+  own = jnp.float32(jax.nn.sigmoid(jnp.median(forward(MODEL, weights, text, plan).aux['halt'])))
+  policy = exits.Adaptive(rule=exits.Confident(threshold=float(own)), fill=exits.Recompute())
+
+  @jax.jit
+  def adapt(text, pos, kv):
+    return MODEL.apply({'params': weights}, text, plan, policy.static, own, pos, kv=kv, method='adapt')
+
+  whole = adapt(text, jnp.broadcast_to(jnp.arange(T), text.shape), None)
+  assert 1 <= whole.steps.min() < whole.steps.max() == 4
+  kv, pieces = MODEL.cache(len(text), T, 4), []
+  for place in range(T):
+    pieces.append(adapt(text[:, place:place + 1], jnp.full((len(text), 1), place), kv))
+    kv = pieces[-1].kv
+  np.testing.assert_array_equal(jnp.concatenate([piece.steps for piece in pieces], 1), whole.steps)
+  close(jnp.concatenate([piece.z for piece in pieces], 1), whole.z, 1e-5)
+  for threshold, steps in ((0.0, 1), (1.0, 4)):
+    ran = exits.Adaptive(rule=exits.Confident(threshold=threshold)).run(MODEL, weights, {'tokens': text}, plan, threshold)[0]
+    np.testing.assert_array_equal(ran.steps, steps)
 
 
 # Random supervision ----------------------------------------------------------------------------------------------------
