@@ -163,7 +163,7 @@ def test_next_to_no_probability_leaves_the_likeliest(top_p):
 @pytest.mark.parametrize('prompt, message', [
     ([1000000], 'prompt 0: the id = 1000000: must be 0 to 256'), ([257], 'the id = 257'), ([-1], 'the id = -1'),
     ([1.5], r'the id = 1\.5: must be a whole number'), ([True], 'the id = True: must be a whole number'),
-    (['a'], "the id = 'a'"), (b'abc', "prompt 0 = b'abc': give a text, or a list of ids"), (7, 'prompt 0 = 7: give a text'),
+    (['a'], "the id = 'a'"), (b'abc', "prompt 0 = b'abc': give a text, a list of ids, or"), (7, 'prompt 0 = 7: give a text'),
     ([[1, 2]], r'the id = \[1, 2\]'), (None, 'prompt 0 = None'),
 ], ids=str)
 def test_prompts_that_are_none(prompt, message, model):
