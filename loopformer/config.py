@@ -372,15 +372,15 @@ def _check_parts(value: Any, called: str, where: str):
 
 
 def _check_socket(name: str, value: Any, kind: Any, where: str):
-  """Raises ConfigError where a part stands in a field, of declared type `kind`, that is for others: it lacks what the socket
-  of the field's name asks for, or is one of the library's own and of none of the declared types."""
+  """Raises ConfigError where a part of the library stands in a field, of declared type `kind`, that is for others: it lacks
+  what the socket of the field's name asks for, or is of none of the declared types."""
   inner = typing.get_args(kind)
   if isinstance(value, (Mapping, tuple)) and typing.get_origin(kind) in (Mapping.__origin__, dict, tuple):
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
       _check_socket(name, item, inner[-1] if isinstance(value, Mapping) else inner[0], f'{where}[{key!r}]')
-  if not is_part(value) and not isinstance(value, nn.Module):
+  if not is_part(value) and not isinstance(value, nn.Module) or not (shown := _name_of(type(value))).startswith(PARTS):
     return
-  shown, kinds = _name_of(type(value)), [kind for kind in inner or (kind,) if kind is not type(None)]
+  kinds = [kind for kind in inner or (kind,) if kind is not type(None)]
   own = [kind for kind in kinds if inspect.isclass(kind) and (dataclasses.is_dataclass(kind) and kind is not nn.Module)]
   if isinstance(value, tuple(own)):
     return
@@ -391,7 +391,7 @@ def _check_socket(name: str, value: Any, kind: Any, where: str):
       if (member == '__call__' or not member.startswith('_')) and member not in has:
         raise ConfigError(f'{where} = {shown}: no {socket.__name__}, because it has no {member}; give one of those')
     return
-  if len(own) == len(kinds) and shown.startswith(PARTS):
+  if len(own) == len(kinds):
     raise ConfigError(f'{where} = {shown}: expected {" or ".join(kind.__name__ for kind in own)}; give one of those')
 
 
