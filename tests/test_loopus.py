@@ -1,6 +1,7 @@
 """LoopUS: the gate, random supervision, the term against its definition, and a decoder that is cut anew."""
 import dataclasses
 import functools
+import json
 import re
 
 from flax.traverse_util import unflatten_dict
@@ -433,6 +434,18 @@ def test_arguments_that_do_not_fit(argument, message):
     loopus.get_config(argument)
 
 
+STUDY = '''
+import json, sys
+from pathlib import Path
+from experiments.studies import loopus_stages as study
+from loopformer import config as configs
+study.FLAGS(sys.argv)
+folder = Path(study.FLAGS.workdir)
+rows, left = study.measure(folder, configs.read(folder), folder, [1, 2], [0.5])
+print(json.dumps(study.tables({'0': {'loopus': {'rows': rows, 'exits': left}}})))
+'''
+
+
 def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   """From a folder as an import leaves it, with a tied head: two steps; the encoder stays, gate and head learn, and a second
   start of the same command goes on."""
@@ -464,5 +477,8 @@ def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   loaded = loopformer.load(tmp_path / 'run')
   assert isinstance(loaded.model.cell, Halting) and isinstance(loaded.model.cell.of, Selective)
   assert loopformer.generate(*loaded[:3], ['abc'], budget=2, max_new_tokens=2, temperature=0)
+  found = json.loads(parts.python(STUDY, f'--out={tmp_path}', '--eval_rows=2', f'--workdir={tmp_path / "run"}').splitlines()[-1])
+  assert [row['loops'] for row in found[0]] == [1, 2] and found[1][0]['threshold'] == 0.5
+  assert 1 <= float(found[1][0]['mean exit step'].split()[0]) <= 4
   with pytest.raises(ConfigError, match='a decoder whose layers run'):
     loopus.get_config(f'gpu,from={tmp_path / "run"},encoder=0..1,decoder=4')

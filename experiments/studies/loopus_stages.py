@@ -42,8 +42,8 @@ ARMS = {'base': 'arm=base', 'loopus': 'arm=loopus', 'accept': 'arm=loopus,gate=a
 
 
 def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: list[float]) -> tuple[list[dict], list[dict]]:
-  """Rows by budget, and by threshold of exits where the model has a confidence head; config: whose task is measured on,
-  prepared in the folder `text`."""
+  """Rows by budget, and by threshold of exits where the model has a confidence head, whose `budget` is the mean exit step;
+  config: whose task is measured on, prepared in the folder `text`."""
   model, params, _, _ = loopformer.load(folder)
   lengths = text_bytes(config.task.tokenizer_of(text))
   batches = held_out(config, text, -(-FLAGS.eval_rows // config.train.batch))
@@ -87,7 +87,7 @@ def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
       for row in measured['rows']:
         losses[arm, int(row['budget'])].append(row['loss'])
       for row in measured['exits']:
-        left[arm, row['threshold']].append((row['steps'], row['loss']))
+        left[arm, row['threshold']].append((row['budget'], row['loss']))
 
   def shown(values):
     return f'{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}'
