@@ -63,10 +63,11 @@ REAL = {
 }
 # Fields that hold a part -> what it must be; others by the types that they are declared with.
 SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Cell, 'control': sockets.Control,
-           'evals': sockets.Evaluations, 'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel, 'linear': sockets.Projection,
-           'measure': sockets.Measure, 'memory': sockets.Memory, 'optim': sockets.Optimiser, 'plan': sockets.Planner,
-           'position': sockets.Position, 'read_in': sockets.ReadIn, 'read_out': sockets.ReadOut, 'remat': sockets.Remat,
-           'rule': sockets.Rule, 'sampler': sockets.Sampler, 'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
+           'evals': sockets.Evaluations, 'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel,
+           'linear': sockets.Projection, 'measure': sockets.Measure, 'memory': sockets.Memory,
+           'optim': sockets.Optimiser, 'plan': sockets.Planner, 'position': sockets.Position, 'read_in': sockets.ReadIn,
+           'read_out': sockets.ReadOut, 'remat': sockets.Remat, 'rule': sockets.Rule, 'sampler': sockets.Sampler,
+           'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 

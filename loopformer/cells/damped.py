@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from loopformer.cells.cell import Around
-from loopformer.types import Array, ConfigError, Context, real
+from loopformer.types import Array, Context, real
 
 
 class Damped(Around):
