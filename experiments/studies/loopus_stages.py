@@ -1,13 +1,13 @@
 """LoopUS against continued training without loops: every arm from one decoder, on the same tokens.
 
     python -m experiments.studies.loopus_stages --seeds=0,1 --workdir=runs/loopus --out=experiments/reports/loopus
-    python -m experiments.studies.loopus_stages --from=runs/smollm --encoder=0..1 --decoder=29 --workdir=runs/loopus_smollm \\
-        --out=runs/loopus_smollm/report --set train.steps=300 --set task.length=512 --set train.batch=32
+    python -m experiments.studies.loopus_stages --from=runs/smollm --encoder=0..1 --decoder=29 \\
+        --workdir=runs/loopus_smollm --out=runs/loopus_smollm/report
 
 Without --from a decoder of six layers is trained first (experiments/configs/loopus.py). The arms: `base`, as many tokens
 without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one; `ungated`,
 without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own, and goes
-on where it was stopped. Writes results.json, table.md, depths.png, exits.png.
+on where it was stopped. Writes results.json, table.md, depths.png.
 """
 from __future__ import annotations
 
