@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags, logging
 import numpy as np
 
-from experiments.main import check_command, held_out
+from experiments.main import check_command, held_out, numbers
 from experiments.tools import command, plots, records
 import loopformer
 from loopformer import config as configs, plans, storage
@@ -123,7 +123,8 @@ def main(argv):
       raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')
   workdir, out = storage.path(FLAGS.workdir).absolute(), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
-  budgets, thresholds = [int(b) for b in FLAGS.budgets], [float(t) for t in FLAGS.thresholds]
+  budgets = list(numbers(','.join(FLAGS.budgets), '--budgets', int))
+  thresholds = list(numbers(','.join(FLAGS.thresholds), '--thresholds'))
   results = {}
   for seed in FLAGS.seeds:
     results[seed] = run_seed(int(seed), workdir, budgets, thresholds)

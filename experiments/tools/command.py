@@ -54,14 +54,15 @@ def train(spec: str, workdir: Path, *changes: str):
 
 
 def begin(main: Callable, argv: list[str]):
-  """Runs `main(argv)`, unless what it is to write could not be written where --out says."""
+  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used ends it
+  with one line."""
   interrupts.unwind()
   try:
     if 'out' in FLAGS and FLAGS.out:
       storage.check(FLAGS.out, '--out', writes=True)
+    main(argv)
   except ConfigError as error:
     sys.exit(f'error: {error}')
-  main(argv)
 
 
 def parse(argv: list[str]) -> list[str]:

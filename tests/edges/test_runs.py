@@ -391,6 +391,13 @@ def test_every_command_hears_while_it_imports(module):
   assert process.returncode == 130
 
 
+def test_a_study_ends_with_one_line_where_its_input_cannot_be_used(tmp_path):
+  done = subprocess.run([sys.executable, '-m', 'experiments.studies.loopus_stages', f'--workdir={tmp_path / "runs"}',
+                         f'--out={tmp_path / "out"}', '--budgets=1,two'], cwd=test_cli.ROOT, capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: --budgets=1,two: expected whole numbers')
+  assert 'Traceback' not in done.stderr
+
+
 def test_a_run_that_fails_in_a_study_is_told_by_its_last_line(tmp_path):
   with pytest.raises(SystemExit, match=f'error: the run of loopformer:none in {tmp_path} ended with status 1, and log.txt '
                                        "with: error: config argument size = 'none'"):
