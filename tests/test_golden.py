@@ -20,8 +20,9 @@ FSDP = 4
 CONFIGS = Path(__file__).parent.parent / 'experiments/configs'
 ARGUMENTS = {
     'act': ['', 'mano,tau=0.001'],
-    'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in paper.SIZES for kind in paper.KINDS
-                   for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')],
+    'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in ('tiny', 'small', 'paper')
+                   for kind in paper.KINDS for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')]
+                  + ['p_hop', 'pointers,kind=tmlt,ee=1'],
     'algoformer': ['cpu', 'cpu,kind=looped', 'cpu,kind=stacked', 'large', 'cpu,task=autoregression', 'cpu,task=chain',
                    'cpu,task=autoregression,bound=contracted'],
     'huginn': ['cpu', 'small', 'paper', 'cpu,ramp=100'],

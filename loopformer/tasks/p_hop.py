@@ -102,6 +102,45 @@ class PHop:
     return {'chance': 1 / self.alphabet} | accuracy(examples, guesses)
 
 
+@config_dataclass
+class Hops:
+  """p-hop sequences that tell with their first token how many hops they ask for, uniform in `fewest` to `most`.
+
+  of: the letters; of.hops is the largest number that there is a symbol for, and `most` by default. In `2 a b a b a` the
+  last letters are asked for b and a, in `1 a b a b a` for b and for b, a before.
+  """
+  of: PHop
+  fewest: int = 1
+  most: int | None = None
+
+  def __post_init__(self):
+    if self.most is None:
+      object.__setattr__(self, 'most', self.of.hops)
+    whole('Hops.fewest', self.fewest, 1, self.of.hops, why='Hops.of.hops is the largest number with a symbol')
+    whole('Hops.most', self.most, self.fewest, self.of.hops, why='Hops.of.hops is the largest number with a symbol')
+
+  @property
+  def length(self) -> int:
+    return self.of.length + 1
+
+  @property
+  def symbols(self) -> tuple[str, ...]:
+    letters = self.of.symbols
+    return (*letters[:-1], *map(str, range(1, self.of.hops + 1)), letters[-1])
+
+  def __call__(self, rng: np.random.Generator) -> Example:
+    hops = int(rng.integers(self.fewest, self.most + 1))
+    letters = self.of.letters.draw(rng, self.of.length, self.of.alphabet)
+    hopped = np.append(-1, hop(letters, hops))
+    asked = self.of.labels.ask(hopped >= 0)
+    tokens = np.append(self.of.alphabet + hops - 1, letters).astype(np.int32)
+    return aligned(tokens, np.where(asked, hopped, len(self.symbols) - 1).astype(np.int32), asked)
+
+  def baselines(self, examples: Sequence[Example]) -> dict[str, float]:
+    """As of PHop."""
+    return self.of.baselines(examples)
+
+
 def find(letters: np.ndarray) -> np.ndarray:
   """i32[T] -> i64[T]: where each letter points, -1 where it has not appeared before."""
   order = np.argsort(letters, kind='stable')

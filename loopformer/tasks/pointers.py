@@ -17,18 +17,25 @@ from loopformer.types import config_dataclass, whole
 
 @config_dataclass
 class Pointers:
-  """Place i of `places` points at pi(i), a random permutation, and is asked for pi^h(i), h uniform in 1..hops.
+  """Place i of `places` points at pi(i), a random permutation, and is asked for pi^h(i), h uniform in fewest..most.
 
   tokens f32[places, places + hops]: pi(i) and h, one-hot; targets i32[places]; hops i32[places]: h. The answer may
-  depend on places that come later: for attention in both directions.
+  depend on places that come later: for attention in both directions. hops: the largest h that can be told, and `most` by
+  default.
   """
   places: int = 8
   hops: int = 4
+  fewest: int = 1
+  most: int | None = None
   symbols = None
 
   def __post_init__(self):
     whole('Pointers.places', self.places, 2, why='a place points at another')
     whole('Pointers.hops', self.hops, 1, why='an answer takes a hop')
+    if self.most is None:
+      object.__setattr__(self, 'most', self.hops)
+    whole('Pointers.fewest', self.fewest, 1, self.hops, why='Pointers.hops is the largest number that can be told')
+    whole('Pointers.most', self.most, self.fewest, self.hops, why='Pointers.hops is the largest number that can be told')
 
   @property
   def length(self) -> int:
@@ -36,7 +43,7 @@ class Pointers:
 
   def __call__(self, rng: np.random.Generator) -> Example:
     pointers = rng.permutation(self.places)
-    hops = rng.integers(1, self.hops + 1, self.places)
+    hops = rng.integers(self.fewest, self.most + 1, self.places)
     tokens = np.concatenate([np.eye(self.places)[pointers], np.eye(self.hops)[hops - 1]], 1)
     reached = np.arange(self.places)
     for hop in range(self.hops):
