@@ -93,7 +93,7 @@ def by_difficulty(of: Hops | Pointers, levels: range) -> Generated:
 
 
 P_HOP = Hops(of=PHop(hops=6, length=32))
-POINTERS = Pointers(places=12, hops=8)
+POINTERS = Pointers(places=8, hops=8)
 SIZES = {
     'tiny': Size(layers=2, heads=2, hidden=512, **text(width=128, length=128, vocab=1024, pieces=1024),
                  train=Train(steps=1000, batch=8), schedule=WarmupCosine(peak=3e-3, end=3e-4, warmup=100),
@@ -106,7 +106,7 @@ SIZES = {
     'pointers': Size(layers=1, heads=4, hidden=256, task=by_difficulty(POINTERS, range(1, POINTERS.hops + 1)),
                      read_in=Vectors(inputs=POINTERS.places + POINTERS.hops, width=64, length=POINTERS.places, std=0.1),
                      read_out=Head(outputs=POINTERS.places, std=std_of(64)), kernel=Bidirectional(),
-                     train=Train(steps=3000, batch=64, log_every=50, eval_every=500, eval_batches=4, save_every=500),
+                     train=Train(steps=2500, batch=64, log_every=50, eval_every=500, eval_batches=4, save_every=500),
                      schedule=WarmupCosine(peak=2e-3, end=0.0, warmup=100), remat=loop.PerLayer()),
     'small': Size(layers=3, heads=12, hidden=2048, dtype='bfloat16', kernel=Fused(size=128),
                   **text(width=768, length=512, vocab=8192, pieces=8192),
