@@ -1,15 +1,20 @@
 """Padded and looped transformers: attention that averages the best, norms of a part, numbers as unit vectors, weights that
-are constructed for connectivity, fillers against padding, and depth by the length of the input."""
+are constructed for connectivity, fillers against padding, depth by the length of the input, and what the study measures."""
 import dataclasses
 import itertools
+import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loopformer import plans
+from experiments.configs import padded
+from experiments.studies import padded_depth as study
+from loopformer import config as configs, plans
+from loopformer.api import Loaded
 from loopformer.cells.plain import Plain
 from loopformer.model import Looped, make_readout, run_batch
 from loopformer.nn import kernels
@@ -21,6 +26,7 @@ from loopformer.papers.padded.attention import AveragingHard
 from loopformer.papers.padded.norm import MaskedNorm, phi, psi
 from loopformer.tasks.connectivity import Connectivity, distances
 from loopformer.tasks.fillers import FILLER, Filled, Power, check_order
+from loopformer.tasks.generated import Generated
 from loopformer.tasks.reasoning import Asked, Chain, Rounds
 from loopformer.tasks.words import PARITY, Cyclic, Prefixes, Regular, Word
 from loopformer.terms.cross_entropy import CE
@@ -342,3 +348,110 @@ def test_problems_of_connectivity(directed, distance):
     assert 0.35 < np.mean([steps is None for steps in found]) < 0.65 and len(set(found)) > 3
   else:
     assert set(found) == {distance or None}
+
+
+# The configuration, and its study ------------------------------------------------------------------------------------
+
+
+def test_the_configuration_of_two_cores():
+  """Sheet, section 9: parity of 16 bits, one causal layer of width 32 with 4 heads, the input in every loop."""
+  config = padded.get_config('')
+  assert isinstance(config.task.of, Filled) and config.task.of.fillers == 0 and config.train.batch == 64
+  assert (config.task.of.of.of.longest, config.task.of.of.of.shortest, config.model.read_in.width) == (16, 16, 32)
+  assert config.model.cell.core.depth == 1 and config.model.cell.injects and config.model.cell.core.block.attn.heads == 4
+  assert config.model.cell.core.block.attn.kernel.causal and config.optim.schedule.peak == 5e-3
+  log, fixed = (padded.get_config(f'cpu,loops={loops},lengths=doubling') for loops in ('log', '4'))
+  assert parts.shapes(log.model) == parts.shapes(fixed.model) and log.model.loops == 4
+  every = padded.SIZES['cpu'].every * 64
+  source = log.task.source('train', 0)
+  assert [int(source[stage * every]['size']) for stage in range(6)] == [2, 4, 8, 16, 16, 16]
+  deep = padded.get_config('cpu,loops=4,untied=1')
+  assert deep.model.cell.core.depth == 4 and deep.model.loops == 1
+  assert padded.get_config('gpu').objective.rolls['all'].plan.loops(64) == 8
+
+
+@pytest.mark.parametrize('argument', ['cpu,loops=log,lengths=doubling,fillers=3', 'cpu,task=connectivity,fillers=n^2,loops=log'])
+def test_the_loss_of_a_configuration(argument):
+  config = padded.get_config(argument)
+  configs.check(config)
+  source = config.task.source('train', 0)
+  batch = {name: np.stack([source[i][name] for i in (0, 1)]) for name in source[0]}
+  context = parts.plan_context(jax.random.key(0), batch)
+  loss, _ = jax.eval_shape(lambda p: config.objective(config.model, p, context, config.objective.denominators(batch)),
+                           parts.shapes(config.model))
+  assert loss.shape == () and batch['tokens'].shape[1] == config.task.length == config.model.read_in.length
+
+
+def test_more_fillers_than_positions():
+  config = configs.override(padded.get_config('cpu,task=connectivity,fillers=4'), 'task.of.fillers=40')
+  with pytest.raises(ConfigError, match='task.length = 67 is more than model.read_in.length = 31, the positions'):
+    configs.check(config)
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('cpu,place=first', 'Filled.first = True: attention is causal'), ('cpu,loops=0', 'Uniform.loops = 0'),
+    ('cpu,loops=many', "config argument loops = 'many'"), ('cpu,fillers=n^x', r"config argument fillers = 'n\^x'"),
+    ('cpu,fillers=1.5', "config argument fillers = '1.5'"), ('cpu,fillers=-1', 'Filled.fillers = -1'),
+    ('cpu,task=words', "config argument task = 'words'"), ('cpu,place=last', 'place'), ('cpu,lengths=all', 'lengths'),
+    ('tiny', 'size'), ('cpu,attention=none', 'attention')])
+def test_arguments_that_cannot_be(argument, message):
+  with pytest.raises(ConfigError, match=message):
+    padded.get_config(argument)
+
+
+def test_fillers_first_where_all_is_read():
+  config = padded.get_config('cpu,task=connectivity,fillers=2,place=first')
+  assert config.task.of.first and all(of.first for of in config.task.tests.values())
+
+
+def test_how_far_accuracies_reach():
+  assert study.reached([1, 0.95, 0.9, 0.96, 0.5]) == 4 and study.reached([0.5, 0.9499]) == 0
+  assert study.reached([1.0]) == 1 and study.reached([1, 0.9, 0.8], 0.85) == 2
+
+
+def test_what_the_study_measures(monkeypatch):
+  """Accuracy by index against an argmax by hand, of letters alone: neither the query nor fillers count."""
+  of = dataclasses.replace(BITS, shortest=5)
+  task = Generated(of=dataclasses.replace(FILLED, of=Prefixes(of=of)), held_out=64)
+  weights, rolls = parts.params(MODEL), {'all': SimpleNamespace(plan=plans.LogDepth(size=5, scale=0.5, rows=9))}
+  config = SimpleNamespace(task=task, objective=SimpleNamespace(rolls=rolls))
+  monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, weights, None, config))
+  monkeypatch.setattr(study, 'REPEATS', 1)
+  found = study.measure('folder')
+  source = task.source('validation', 0)
+  batch = {name: np.stack([source[i][name] for i in range(64)]) for name in source[0]}
+  logits, _ = passed(batch)  # two loops, as LogDepth takes
+  right = (np.asarray(logits).argmax(-1) == batch['targets'])[:, :5].mean(0)
+  np.testing.assert_allclose(found['by index'], right)
+  assert found['accuracy'] == pytest.approx(right.mean()) and found['last'] == right[4]
+  assert found['n*'] == study.reached(right) and found['ms'] > 0
+  assert (found['loops'], found['layers in order']) == (2, 2)
+  assert found['MFLOP'] == pytest.approx(9 * MODEL.flops(9, 2) / 1e6)
+
+
+def test_the_study(monkeypatch, tmp_path, capsys):
+  runs = []
+  flags = SimpleNamespace(size='cpu', task='parity', seeds=['0', '3'], workdir=str(tmp_path / 'runs'),
+                          out=str(tmp_path / 'out'))
+  names = {'size': 'cpu', 'task': 'parity', 'set': ['train.steps=5']}
+  monkeypatch.setattr(study, 'FLAGS', type('Flags', (), {'__getitem__': lambda self, name: SimpleNamespace(
+      value=names[name]), **vars(flags)})())
+  monkeypatch.setattr(study, 'check_command', lambda *allowed: None)
+  monkeypatch.setattr(study.command, 'train', lambda spec, folder, *changes: runs.append((spec, folder.name, changes)))
+  monkeypatch.setattr(study, 'measure', lambda folder: {
+      'n*': len(runs), 'accuracy': 0.5, 'last': 0.5, 'loops': 1, 'layers in order': 1, 'MFLOP': 1.0, 'ms': 1.0,
+      'by index': [1.0, 0.0]})
+  study.main([])
+  arms = study.arms(16)
+  assert len(runs) == 14 and len({folder for _, folder, _ in runs}) == 14 and len(arms) == 7
+  for spec, _, changes in runs:
+    path, argument = spec.split(':')
+    padded.get_config(argument)
+    assert path == study.CONFIG and argument.startswith('cpu,task=parity,') and changes[0] == 'train.steps=5'
+  assert [changes[-1] for *_, changes in runs] == ['train.seed=0'] * 7 + ['train.seed=3'] * 7
+  results = json.loads((tmp_path / 'out/results.json').read_text())
+  assert list(results) == ['0', '3'] and list(results['3']) == list(arms) and results['3']['1 loop']['n*'] == 8
+  assert len((tmp_path / 'out/table.md').read_text().splitlines()) == 2 + 14
+  names['task'] = 'connectivity'
+  with pytest.raises(SystemExit, match='--task=connectivity: this study has no such task; choose from parity'):
+    study.main([])
