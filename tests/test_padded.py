@@ -59,11 +59,11 @@ def test_hard_attention_is_the_limit_of_softmax(causal, segments):
   q, k, v, seg = operands(0)
   seg = seg if segments else None
   soft = kernels.Blockwise() if causal else kernels.Bidirectional()
-  hard = AveragingHard(causal=causal)(q, k, v, seg)
+  hard = AveragingHard(masked=causal)(q, k, v, seg)
   assert np.abs(hard - soft(q * 1e4, k, v, seg)).max() < 1e-5
   assert np.abs(hard - soft(q, k, v, seg)).max() > 0.1
   q, k, v, _ = operands(1, 2, 2, 4)
-  both = [AveragingHard(causal=causal)(q.at[:, :, 1].set(0), k, v, None) for causal in (True, False)]
+  both = [AveragingHard(masked=masked)(q.at[:, :, 1].set(0), k, v, None) for masked in (True, False)]
   for t in range(4):  # queries of zeros find all keys alike
     np.testing.assert_allclose(both[0][:, t, 1], v[:, :t + 1, 1].mean(1), rtol=1e-5)
     np.testing.assert_allclose(both[1][:, t, 1], v[:, :, 1].mean(1), rtol=1e-5)
@@ -77,8 +77,8 @@ def test_scores_count_as_equal_within_a_part_of_the_largest():
       k = scale * jnp.float32(near).reshape(1, 3, 1, 1)
       ones = q * jnp.ones_like(k)
       chosen = [value for value, key in zip((1, 2, 4), near) if abs(key - 1) < 1e-3]
-      assert float(AveragingHard(causal=False)(ones, k, v, None)[0, 0, 0, 0]) == np.mean(chosen)
-      exact = AveragingHard(causal=False, tolerance=0.0)(ones, k, v, None)
+      assert float(AveragingHard(masked=False)(ones, k, v, None)[0, 0, 0, 0]) == np.mean(chosen)
+      exact = AveragingHard(masked=False, tolerance=0.0)(ones, k, v, None)
       assert float(exact[0, 0, 0, 0]) in (1, 2, 4)
 
 
@@ -88,6 +88,14 @@ def test_hard_attention_has_no_gradient():
     jax.grad(lambda v: AveragingHard()(q, k, v, None).sum())(v)
   with pytest.raises(ConfigError, match='kernel.tolerance = 1.0'):
     AveragingHard(tolerance=1.0)
+
+
+def test_no_cache_is_read_by_it():
+  """Decoding would answer by a softmax."""
+  model = parts.looped(parts.plain(1, kernel=AveragingHard()))
+  with pytest.raises(ConfigError, match='cache: its attention .* is no softmax, by which caches are read'):
+    jax.eval_shape(lambda p: model.apply({'params': p}, parts.tokens(1, 4), plans.Uniform(1)(None), kv=model.cache(1, 4)),
+                   parts.shapes(model))
 
 
 # Norms and numbers ---------------------------------------------------------------------------------------------------
@@ -209,7 +217,8 @@ def test_rows_with_fillers_take_the_steps_of_their_size():
 
 
 @pytest.mark.parametrize('form, query', [(Prefixes(of=BITS), 1), (Prefixes(of=BITS), 0), (Asked(of=GRAPHS), 2),
-                                         (Chain(of=Regular(longest=4, automaton=PARITY)), 1), (Asked(of=BITS), 3)])
+                                         (Chain(of=Regular(longest=4, automaton=PARITY)), 1),
+                                         (Asked(of=dataclasses.replace(BITS, shortest=3)), 3)])
 def test_fillers_stand_before_the_query(form, query):
   """Without them examples are those of the form: tokens, what is asked for, and of what."""
   filled = Filled(of=form, fillers=Power(power=1.5), query=query)
@@ -241,7 +250,8 @@ def test_how_many_fillers():
   assert nothing.length == 18 and nothing.symbols[-2:] == (FILLER, '<end>')
 
 
-MODEL = Looped(read_in=TokenEmbed(vocab=5, width=D, length=12), cell=Plain(Stack(parts.block(RMSNorm()), 1)), loops=2)
+BOTH = parts.block(RMSNorm(), kernel=kernels.Bidirectional())  # padding lies right of the problem
+MODEL = Looped(read_in=TokenEmbed(vocab=5, width=D, length=12), cell=Plain(Stack(BOTH, 1)), loops=2)
 FILLED = Filled(of=Prefixes(of=BITS), fillers=3)
 
 
@@ -256,7 +266,7 @@ def passed(batch):
 
 
 def test_fillers_are_read_and_padding_is_not():
-  """Another token in the place of a filler changes the answer after it; in that of padding, nothing. The loss hears of
+  """Another token in the place of a filler changes all answers; in that of padding, none. The loss hears of
   neither's targets, and of every token that is asked for."""
   problem = BITS.draw(np.random.default_rng(0), 3)
   made = FILLED.example(problem)
@@ -269,7 +279,7 @@ def test_fillers_are_read_and_padding_is_not():
 
   for place in (3, 4, 5):
     logits, other = changed('tokens', place, 0)
-    assert np.abs(logits - plain)[0, 6].max() > 1e-3 and not np.abs(logits - plain)[0, :place].any()
+    assert (np.abs(logits - plain)[0, [0, 1, 2, 6]].max(-1) > 1e-3).all()
     assert other != loss and changed('targets', place, 0)[1] == loss
   for place in (7, 8):
     logits, other = changed('tokens', place, 0)
@@ -299,8 +309,8 @@ def test_fillers_before_the_input():
     (lambda: Filled(of=Prefixes(of=BITS), fillers=-1), 'Filled.fillers = -1'),
     (lambda: Filled(of=Prefixes(of=BITS), fillers=2.0), 'Filled.fillers = 2.0'),
     (lambda: Filled(of=Prefixes(of=BITS), fillers=2, query=-1), 'Filled.query = -1'),
-    (lambda: Filled(of=Prefixes(of=BITS), fillers=2, query=3).example(BITS.solved([1])),
-     'Filled.query = 3: a problem of size 1 has 2 tokens'),
+    (lambda: Filled(of=Prefixes(of=BITS), fillers=2, query=2).example(BITS.solved([1])),
+     'Filled.query = 2: a problem of size 1 has 2 tokens, none'),
     (lambda: Filled(of=Rounds(of=BITS), fillers=2).example(BITS.solved([1])), 'Filled.of = Rounds: .* rows of round'),
     (lambda: Asked(of=dataclasses.replace(BITS, longest=3, room=3)).example(BITS.draw(np.random.default_rng(0), 5)),
      'Word.room: a problem of size 5 has 6 tokens, but rows have 4'),

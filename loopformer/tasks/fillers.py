@@ -80,13 +80,12 @@ class Filled:
   baselines = Shown.baselines
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where the form has other rows than tokens, or the query is longer than the
-    problem."""
+    """Of a problem. Raises ConfigError where the form has other rows than tokens, or the query is all of the problem."""
     made, count = self.of.example(problem), self.count(problem.size)
     place = 0 if self.first else len(problem.prompt) - self.query
-    if place < 0:
-      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} tokens; '
-                        'give as many as it has after what it says')
+    if place < 1 and not self.first:
+      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} tokens, '
+                        'none of which would stand before the fillers; lower Filled.query, or set Filled.first')
     rows = {name for name, value in made.items() if value.ndim}
     if other := sorted(rows - {'tokens', 'targets', 'weights', 'positions', 'segments'}):
       raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no place '

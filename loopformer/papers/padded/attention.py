@@ -16,10 +16,13 @@ class AveragingHard:
   0 (2503.03961, section 2).
 
   tolerance: scores this near to the highest count as equal to it, as a part of the query's largest score by its absolute
-  value. causal: whether queries read no token after them. Scores are float32. It has no useful gradient, and gives none.
+  value. masked: whether queries read no token after them. Scores are float32. It has no useful gradient, and gives none.
+
+  For the pass without cache alone: caches are read by a softmax.
   """
   tolerance: float = 1e-4
-  causal: bool = True
+  masked: bool = True
+  causal = False
 
   def __post_init__(self):
     real('kernel.tolerance', self.tolerance, '[0, 1)')
@@ -29,7 +32,7 @@ class AveragingHard:
     asked for."""
     length, each = q.shape[1], q.shape[2] // k.shape[2]
     mask = jnp.ones((1, length, length), bool)
-    if self.causal:
+    if self.masked:
       mask &= jnp.tri(length, dtype=bool)
     if seg is not None:
       mask &= seg[:, :, None] == seg[:, None]

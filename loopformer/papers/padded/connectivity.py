@@ -47,7 +47,7 @@ class _State:
 def model(vertices: int) -> Looped:
   """The model for graphs of so many vertices; ConfigError where it is no whole number, 1 or more."""
   n = whole('vertices', vertices, 1, 64, why='there are n^3 fillers')
-  attn = SelfAttention(heads=HEADS, head=2 * n + 1, kernel=AveragingHard(causal=False))
+  attn = SelfAttention(heads=HEADS, head=2 * n + 1, kernel=AveragingHard(masked=False))
   block = Block(attn=attn, mlp=MLP(hidden=UNITS, activation=jax.nn.relu), norm=Identity())
   width = _State(n).width
   return Looped(read_in=TokenEmbed(vocab=3, width=width, length=n ** 2 + n ** 3), cell=Plain(Stack(block, 2)),
