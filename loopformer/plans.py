@@ -384,8 +384,8 @@ class LogDepth(Planner):
   def __call__(self, context: PlanContext) -> Plan:
     rows = context.batch['tokens'].shape[1]
     if self.rows is not None and rows > self.rows:
-      raise ConfigError(f'LogDepth.rows = {self.rows}: the rows of the batch have {rows} tokens; raise LogDepth.rows to '
-                        f'{rows}, and LogDepth.size to the longest input')
+      raise ConfigError(f'LogDepth.rows = {self.rows}: the rows of the batch have {rows} tokens; raise LogDepth.rows '
+                        f'to {rows}, and LogDepth.size to the longest input')
     if self.rows is None and rows > self.size + 1:  # a query ends the input
       raise ConfigError(f'LogDepth.size = {self.size}: the rows of the batch have {rows} tokens, a query included; '
                         f'raise LogDepth.size to {rows - 1}, or give LogDepth.rows where they hold fillers')

@@ -1,5 +1,5 @@
-"""Padded and looped transformers: attention that averages the best, norms of a part, numbers as unit vectors, weights that
-are constructed for connectivity, fillers against padding, depth by the length of the input, and what the study measures."""
+"""Padded and looped transformers: attention that averages the best, norms of a part, numbers as unit vectors, weights
+that are constructed, fillers against padding, depth by the length of the input, and what the study measures."""
 import dataclasses
 import itertools
 import json
@@ -94,7 +94,7 @@ def test_no_cache_is_read_by_it():
   """Decoding would answer by a softmax."""
   model = parts.looped(parts.plain(1, kernel=AveragingHard()))
   with pytest.raises(ConfigError, match='cache: its attention .* is no softmax, by which caches are read'):
-    jax.eval_shape(lambda p: model.apply({'params': p}, parts.tokens(1, 4), plans.Uniform(1)(None), kv=model.cache(1, 4)),
+    jax.eval_shape(lambda p: model.apply({'params': p}, parts.tokens(1, 4), parts.padded(1), kv=model.cache(1, 4)),
                    parts.shapes(model))
 
 
@@ -162,8 +162,8 @@ def test_all_graphs_of_three_vertices():
 
 @pytest.mark.parametrize('n', [2, 4, 6])
 def test_random_graphs(n):
-  """p = 1/n, paths, and the fewest and most edges, with ceil(log2 n) loops; ceil(log2(n - 1)) find the path of n vertices,
-  and without the last of these, paths longer than 2^loops are missed."""
+  """p = 1/n, paths, and the fewest and most edges, with ceil(log2 n) loops; ceil(log2(n - 1)) find the path of n
+  vertices, and without the last of these, paths longer than 2^loops are missed."""
   random = np.random.default_rng(n).random((20, n, n)) < 1 / n
   path = np.eye(n, k=1, dtype=int)[None]
   graphs = np.concatenate([path, random, path[:, ::-1, ::-1], np.zeros((1, n, n)), np.ones((1, n, n))])
@@ -368,8 +368,9 @@ def test_the_configuration_of_two_cores():
   config = padded.get_config('')
   assert isinstance(config.task.of, Filled) and config.task.of.fillers == 0 and config.train.batch == 64
   assert (config.task.of.of.of.longest, config.task.of.of.of.shortest, config.model.read_in.width) == (16, 16, 32)
-  assert config.model.cell.core.depth == 1 and config.model.cell.injects and config.model.cell.core.block.attn.heads == 4
-  assert config.model.cell.core.block.attn.kernel.causal and config.optim.schedule.peak == 5e-3
+  core = config.model.cell.core
+  assert core.depth == 1 and config.model.cell.injects and core.block.attn.heads == 4
+  assert core.block.attn.kernel.causal and config.optim.schedule.peak == 5e-3
   log, fixed = (padded.get_config(f'cpu,loops={loops},lengths=doubling') for loops in ('log', '4'))
   assert parts.shapes(log.model) == parts.shapes(fixed.model) and log.model.loops == 4
   every = padded.SIZES['cpu'].every * 64
@@ -380,7 +381,8 @@ def test_the_configuration_of_two_cores():
   assert padded.get_config('gpu').objective.rolls['all'].plan.loops(64) == 8
 
 
-@pytest.mark.parametrize('argument', ['cpu,loops=log,lengths=doubling,fillers=3', 'cpu,task=connectivity,fillers=n^2,loops=log'])
+@pytest.mark.parametrize('argument', ['cpu,loops=log,lengths=doubling,fillers=3',
+                                      'cpu,task=connectivity,fillers=n^2,loops=log,mask=1'])
 def test_the_loss_of_a_configuration(argument):
   config = padded.get_config(argument)
   configs.check(config)

@@ -1,8 +1,8 @@
-"""Padded and looped transformers, trained: loops as many as the logarithm of the input, and fillers to compute at (Merrill
-and Sabharwal, 2503.03961 and 2505.18948, who loop and pad in theory alone).
+"""Padded and looped transformers, trained: loops as many as the logarithm of the input, and fillers to compute at
+(Merrill and Sabharwal, 2503.03961 and 2505.18948, who loop and pad in theory alone).
 
     python -m experiments.main --config=experiments/configs/padded.py:cpu --workdir=runs/padded
-    python -m experiments.main --config=experiments/configs/padded.py:gpu,task=connectivity,fillers=64 --workdir=runs/graphs
+    python -m experiments.main --config=experiments/configs/padded.py:cpu,task=connectivity --workdir=runs/paths
 
 Argument: size, then any of
 
@@ -17,6 +17,7 @@ Argument: size, then any of
     untied     1: as many layers as the loops apply, each with its own weights, and no loop
     lengths    fixed: all training inputs are as long as those tested; doubling: 2, 4, 8 .. (size gpu: 4, 8 ..) first
     attention  causal, or both: every token reads all
+    mask       1: the norms before layers read mu * x, mu learned and ones at first
 
 `experiments/studies/padded_depth.py` trains depths beside each other and reports up to which length they are right.
 Measured figures: experiments/reports/padded/.
@@ -44,6 +45,7 @@ from loopformer.nn.layers import MLP, RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
+from loopformer.papers.padded.norm import MaskedNorm
 from loopformer.starts import Embedded, Zeros
 from loopformer.tasks.connectivity import Connectivity
 from loopformer.tasks.fillers import Filled, Power, check_order
@@ -61,8 +63,8 @@ LENGTHS = {'fixed': False, 'doubling': True}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """around: layers before the loop, and after it; layers: of the loop; more: loops beyond the logarithm; longest: the input
-  of every task; first: the shortest of lengths that double, `every` steps."""
+  """around: layers before the loop, and after it; layers: of the loop; more: loops beyond the logarithm; longest: the
+  input of every task; first: the shortest of lengths that double, `every` steps."""
   around: int
   layers: int
   width: int
@@ -106,13 +108,14 @@ def fillers_of(text: str) -> int | Power:
   try:
     return Power(power=float(text[2:])) if text.startswith('n^') else int(text)
   except ValueError:
-    raise ConfigError(f'config argument fillers = {text!r}: give a whole number, or n^k for the k-th power of the size, '
-                      'such as n^3') from None
+    raise ConfigError(f'config argument fillers = {text!r}: give a whole number, or n^k for a power of the size, such '
+                      'as n^3') from None
 
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,task=parity,loops=log,lengths=doubling`."""
-  given = arguments(argument, size='cpu', task='', loops='', fillers='0', place='query', untied=0, lengths='', attention='')
+  given = arguments(argument, size='cpu', task='', loops='', fillers='0', place='query', untied=0, lengths='',
+                    attention='', mask=0)
   size = choose('size', given['size'], SIZES)
   task = given['task'] or {'cpu': 'parity', 'gpu': 'a5'}[given['size']]
   longest = choose('task', task, size.longest)
@@ -139,7 +142,8 @@ def get_config(argument: str = '') -> Experiment:
   width, vocab = size.width, len(of.symbols)
   std = width ** -0.5
   attn = SelfAttention(heads=size.heads, kernel=Fused() if causal else Bidirectional(), std=std)
-  block = Block(attn=attn, mlp=MLP(hidden=4 * width, std=std), norm=RMSNorm(), dtype=size.dtype)
+  block = Block(attn=attn, mlp=MLP(hidden=4 * width, std=std), norm=MaskedNorm() if given['mask'] else RMSNorm(),
+                dtype=size.dtype)
   loops, cell, start = plan.longest, Recur(Stack(block, size.layers), Add()), Zeros()
   if given['untied']:
     cell, start = Plain(Stack(block, size.layers * loops)), Embedded()
@@ -159,5 +163,6 @@ def plan_of(loops: str, longest: int, more: int, rows: int) -> Any:
   if loops == 'log':
     return plans.LogDepth(size=longest, more=more, rows=rows)
   if not loops.isdecimal():
-    raise ConfigError(f'config argument loops = {loops!r}: give a whole number, or log for as many as the input asks for')
+    raise ConfigError(f'config argument loops = {loops!r}: give a whole number, or log for as many as the input asks '
+                      'for')
   return plans.Uniform(int(loops))

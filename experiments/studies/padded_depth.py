@@ -2,14 +2,14 @@
 
     python -m experiments.studies.padded_depth --seeds=0,1 --workdir=runs/padded --out=experiments/reports/padded
 
-Of every seed: the model of experiments/configs/padded.py with 1, 2, 4 and 8 loops; with as many as ceil(log2 n) while the
-length n of training words doubles, and its control, whose loops stay those of the longest words; and a stack of as many
-layers, each with its own weights. All are measured on the same words of the longest length, prefix by prefix: n* is the
-largest index at which 95 % of the tokens are right.
+Of every seed: the model of experiments/configs/padded.py with 1, 2, 4 and 8 loops; with as many as ceil(log2 n) while
+the length n of training words doubles, and its control, whose loops stay those of the longest words; and a stack of as
+many layers, each with its own weights. All are measured on the same words of the longest length, prefix by prefix: n*
+is the largest index at which 95 % of the tokens are right.
 
-What has been trained stands in the work folder, and is not trained again: the same command goes on where it was stopped.
-Writes results.json, table.md and depth.png. Milliseconds are those of one pass over 64 words, divided by their number, the
-least of several.
+What has been trained stands in the work folder, and is not trained again: the same command goes on where it was
+stopped. Writes results.json, table.md and depth.png. Milliseconds are those of one pass over 64 words, divided by their
+number, the least of several.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ROWS, REPEATS = 64, 10  # words that are timed together, and how often
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A model: the argument of its configuration; looped: whether its loops were a fixed number, and it is drawn as such."""
+  """A model: the argument of its configuration; looped: whether it is drawn as one with a fixed number of loops."""
   argument: str
   looped: bool = False
 
@@ -51,7 +51,8 @@ class Arm:
 def arms(longest: int) -> dict[str, Arm]:
   """The models for words of that length."""
   depth = padded.plan_of('log', longest, padded.SIZES[FLAGS.size].more, longest).longest
-  fixed = {f'{loops} loop{"s" if loops > 1 else ""}': Arm(f'loops={loops},lengths=fixed', True) for loops in (1, 2, 4, 8)}
+  fixed = {f'{loops} loop{"s" if loops > 1 else ""}': Arm(f'loops={loops},lengths=fixed', looped=True)
+           for loops in (1, 2, 4, 8)}
   return {**fixed, 'log n loops, lengths double': Arm('loops=log,lengths=doubling'),
           f'{depth} loops, lengths double': Arm(f'loops={depth},lengths=doubling'),
           f'no loop, depth of {depth}': Arm(f'loops={depth},lengths=fixed,untied=1')}
@@ -90,8 +91,8 @@ def milliseconds(call: Any, problems: int) -> float:
 
 
 def cost(model: Any, plan: Plan, tokens: int) -> dict[str, float]:
-  """Of a problem in a row of so many tokens, the deepest of a batch: loops, layers one after another, and floating-point
-  operations."""
+  """Of a problem in a row of so many tokens, the deepest of a batch: loops, layers one after another, and operations in
+  floating point."""
   loops = plan.steps if plan.active is None else int(plan.active.sum(0).max())
   layers = sum(stack.applications * (loops if name == 'loop' else 1) for name, stack in model.stacks().items())
   return {'loops': loops, 'layers in order': layers, 'MFLOP': model.flops(tokens, loops) * tokens / 1e6}
@@ -123,8 +124,8 @@ def rows_of(results: dict[str, dict]) -> list[dict]:
 
 
 def draw(path: Path, results: dict[str, dict], looped: list[str]):
-  """n* and accuracy against layers in order: a line for fixed loops, means over seeds, and a mark for every other model;
-  every seed is a point. Accuracy by index, means."""
+  """n* and accuracy against layers in order: a line for fixed loops, means over seeds, and a mark for every other
+  model; every seed is a point. Accuracy by index, means."""
   pyplot = plots.library()
   if pyplot is None:
     return
@@ -136,14 +137,16 @@ def draw(path: Path, results: dict[str, dict], looped: list[str]):
     axes.plot(across, [np.mean([row[key] for row in rows[name]]) for name in looped if name in rows], color='black',
               label='fixed loops')
     for number, name in enumerate(names):
-      mark = {'marker': 'o', 'color': 'black'} if name in looped else {'marker': 'x', 'color': f'C{number}', 'label': name}
+      mark = {'marker': 'x', 'color': f'C{number}', 'label': name}
+      mark = {'marker': 'o', 'color': 'black'} if name in looped else mark
       axes.scatter([row['layers in order'] for row in rows[name]], [row[key] for row in rows[name]], **mark)
     axes.set_xscale('log', base=2)
     axes.set(xlabel='layers in order', ylabel=key)
     axes.grid(alpha=0.3)
   for number, name in enumerate(names):
     mean = np.mean([row['by index'] for row in rows[name]], 0)
-    panels[2].plot(range(1, len(mean) + 1), mean, color=f'C{number}', linestyle='-' if name in looped else '--', label=name)
+    panels[2].plot(range(1, len(mean) + 1), mean, color=f'C{number}', linestyle='-' if name in looped else '--',
+                   label=name)
   panels[2].axhline(RIGHT, color='grey', linewidth=0.8)
   panels[2].set(xlabel='index', ylabel='accuracy of tokens')
   panels[2].grid(alpha=0.3)

@@ -32,8 +32,8 @@ def distances(adjacency: np.ndarray) -> np.ndarray:
 class Connectivity(Sized):
   """Random graphs, an edge with probability edges / n, and two of their vertices. Size: the vertices n.
 
-  distance: None, and half of the problems have a path, of whatever length pairs of these graphs have; 0, none has; or that
-  of all pairs. directed: whether edges lead one way.
+  distance: None, and half of the problems have a path, of whatever length pairs of these graphs have; 0, none has; or
+  that of all pairs. directed: whether edges lead one way.
   """
   edges: float = 1.7
   distance: int | None = None
@@ -45,8 +45,8 @@ class Connectivity(Sized):
     Sized.__post_init__(self)
     real('Connectivity.edges', self.edges, '(0, inf)')
     if self.distance is not None:
-      whole('Connectivity.distance', self.distance, 0, self.shortest - 1, why='a path of a graph is shorter than it has '
-            'vertices')
+      whole('Connectivity.distance', self.distance, 0, self.shortest - 1,
+            why='a path has fewer edges than the graph has vertices')
 
   @property
   def symbols(self) -> tuple[str, ...]:
@@ -67,8 +67,8 @@ class Connectivity(Sized):
       pairs = np.argwhere(found < 0 if not joined else found == self.distance if self.distance else found > 0)
       if len(pairs):
         return self.solved(edges, *pairs[rng.integers(len(pairs))])
-    raise ConfigError(f'Connectivity.edges = {self.edges}: none of {TRIES} graphs of {n} vertices has a pair of vertices '
-                      f'{"at distance " + str(self.distance or "1 or more") if joined else "without a path"}; give another '
+    raise ConfigError(f'Connectivity.edges = {self.edges}: none of {TRIES} graphs of {n} vertices has a pair of '
+                      f'vertices {f"at distance {self.distance or 1}" if joined else "without a path"}; give another '
                       'number of edges, or a distance that is more common')
 
   def solved(self, adjacency: np.ndarray, start: int, end: int) -> Problem:

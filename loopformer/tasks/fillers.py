@@ -80,7 +80,7 @@ class Filled:
   baselines = Shown.baselines
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where the form has other rows than tokens, or the query is all of the problem."""
+    """Of a problem. Raises ConfigError where the form has rows of other things, or the query is all of it."""
     made, count = self.of.example(problem), self.count(problem.size)
     place = 0 if self.first else len(problem.prompt) - self.query
     if place < 1 and not self.first:
@@ -88,12 +88,13 @@ class Filled:
                         'none of which would stand before the fillers; lower Filled.query, or set Filled.first')
     rows = {name for name, value in made.items() if value.ndim}
     if other := sorted(rows - {'tokens', 'targets', 'weights', 'positions', 'segments'}):
-      raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no place '
-                        'for fillers; take a form of one row, such as Prefixes')
+      raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no '
+                        'place for fillers; take a form of one row, such as Prefixes')
     left = self.length - self.of.length - count
 
     def widened(row, filler, rest):
-      return np.concatenate([row[:place], np.full(count, filler, row.dtype), row[place:], np.full(left, rest, row.dtype)])
+      ends = np.full(count, filler, row.dtype), np.full(left, rest, row.dtype)
+      return np.concatenate([row[:place], ends[0], row[place:], ends[1]])
 
     def moved(row):
       return np.where(row == self.of.pad, self.pad, row)
@@ -107,5 +108,5 @@ class Filled:
 def check_order(of: Filled, causal: bool):
   """Raises ConfigError where fillers stand before the input of a causal model, which they could not read."""
   if of.first and causal:
-    raise ConfigError(f'Filled.first = {of.first}: attention is causal, and fillers before the input cannot read it; set '
-                      'Filled.first to False, or take kernels.Bidirectional')
+    raise ConfigError(f'Filled.first = {of.first}: attention is causal, and fillers before the input cannot read it; '
+                      'set Filled.first to False, or take kernels.Bidirectional')

@@ -272,8 +272,8 @@ class Chain(Shown):
 def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Example:
   """The example in which the problem's tokens are asked for these symbols, each for its own or None for nothing.
 
-  What lies right of the problem is padding, a segment of its own that weighs nothing. Besides, examples have size i32[],
-  that of the problem: plans.LogDepth reads it. Raises ConfigError where the problem is longer than a row.
+  What lies right of the problem is padding, a segment of its own that weighs nothing. Besides, examples have size
+  i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where the problem is longer than a row.
   """
   count, n = len(problem.prompt), form.length
   if count > n:
@@ -284,7 +284,8 @@ def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Ex
   weights, own = np.zeros(n, np.float32), np.arange(n) < count
   wanted = [place for place, symbol in enumerate(asked) if symbol is not None]
   targets[wanted], weights[wanted] = form.ids([asked[place] for place in wanted]), form.of.weight(problem.task)
-  return {**aligned(tokens, targets, weights), 'segments': own.astype(np.int32), 'size': np.array(problem.size, np.int32)}
+  return {**aligned(tokens, targets, weights), 'segments': own.astype(np.int32),
+          'size': np.array(problem.size, np.int32)}
 
 
 @config_dataclass

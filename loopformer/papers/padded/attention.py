@@ -12,11 +12,11 @@ from loopformer.types import Array, ConfigError, config_dataclass, real
 
 @config_dataclass
 class AveragingHard:
-  """The mean of the values of all keys with the highest score: the limit of softmax(scores / temperature) at temperature
-  0 (2503.03961, section 2).
+  """The mean of the values of all keys with the highest score: the limit of softmax(scores / temperature) at
+  temperature 0 (2503.03961, section 2).
 
-  tolerance: scores this near to the highest count as equal to it, as a part of the query's largest score by its absolute
-  value. masked: whether queries read no token after them. Scores are float32. It has no useful gradient, and gives none.
+  tolerance: scores this near to the highest count as equal to it, as a part of the query's largest absolute score.
+  masked: whether queries read no token after them. Scores are float32. It has no useful gradient, and gives none.
 
   For the pass without cache alone: caches are read by a softmax.
   """
@@ -28,8 +28,8 @@ class AveragingHard:
     real('kernel.tolerance', self.tolerance, '[0, 1)')
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
-    """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]. Raises ConfigError where a gradient is
-    asked for."""
+    """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]. Raises ConfigError where a gradient
+    is asked for."""
     length, each = q.shape[1], q.shape[2] // k.shape[2]
     mask = jnp.ones((1, length, length), bool)
     if self.masked:

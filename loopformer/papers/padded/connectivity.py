@@ -1,7 +1,7 @@
-"""Which vertices of a directed graph lead to which: a looped model whose weights are constructed (2503.03961, theorem 2).
+"""Which vertices of a directed graph lead to which: a looped model of constructed weights (2503.03961, theorem 2).
 
-Tokens are the n^2 cells of the adjacency matrix, row by row, and n^3 fillers. Where the paper computes coordinates in 17
-layers, a table of positions holds them here: a cell has (i, j), a filler (i, k, j). A layer before the loop makes
+Tokens are the n^2 cells of the adjacency matrix, row by row, and n^3 fillers. Where the paper computes coordinates in
+17 layers, a table of positions holds them here: a cell has (i, j), a filler (i, k, j). A layer before the loop makes
 
     B(i, j) = an edge from i to j, or i = j           at cells
 
@@ -10,8 +10,8 @@ and every loop, of two layers, squares it:
     C(i, k, j) = B(i, k) and B(k, j)                  at fillers, from the two cells
     B(i, j) = C(i, k, j) for some k                   at cells, from the mean of n fillers
 
-So L loops find all paths of up to 2^L edges, and ceil(log2 n) loops all there are. Attention is averaging-hard and reads
-all tokens; there are no norms.
+So L loops find all paths of up to 2^L edges, and ceil(log2 n) loops all there are. Attention is averaging-hard and
+reads all tokens; there are no norms.
 """
 from __future__ import annotations
 

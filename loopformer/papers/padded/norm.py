@@ -27,8 +27,8 @@ def psi(number: Any, by: Any = 1.0) -> np.ndarray:
 
 
 def phi(number: Any, by: Any = 1.0) -> np.ndarray:
-  """The layer-norm hash, psi / |psi|: unit vectors, the product of two of which is 1 for equal numbers alone (of the same
-  sign of b).
+  """The layer-norm hash, psi / |psi|: unit vectors, the product of two of which is 1 for equal numbers alone (of
+  the same sign of b).
 
   RMSNorm and LayerNorm make it, times the root of their width, of psi and of itself alike. 1 - phi(i) . phi(i + 1) is
   about 1 / (2 i^4): float32 tells neighbours apart up to some 40, float64 up to some thousands.
