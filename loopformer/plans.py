@@ -348,18 +348,22 @@ class LogDepth(Planner):
   """As many steps as the length of a sequence's input asks for, max(1, ceil(scale log2(n)^power)) + more.
 
   n is `batch['size']`, `size` at most. With power = 1 it is what regular languages and connectivity need (Merrill and
-  Sabharwal, 2503.03961, theorems 1 and 2); power = 0 is a fixed depth.
+  Sabharwal, 2503.03961, theorems 1 and 2); power = 0 is a fixed depth. rows: the most tokens of a row, where these are
+  more than n and a query: with fillers, or of a graph of n vertices.
   """
   size: int
   scale: float = 1.0
   power: float = 1.0
   more: int = 0
+  rows: int | None = None
 
   def __post_init__(self):
     whole('LogDepth.size', self.size, 1, 2 ** 20, why='it is the longest input')
     real('LogDepth.scale', self.scale, '(0, inf)')
     real('LogDepth.power', self.power, '[0, inf)')
     whole('LogDepth.more', self.more, 0, LONGEST)
+    if self.rows is not None:
+      whole('LogDepth.rows', self.rows, self.size, why='a row holds the longest input')
     if self.power * math.log2(max(1.0, math.log2(self.size))) > 64 or self.longest > LONGEST:
       raise ConfigError(f'LogDepth.power = {self.power}: more than {LONGEST} steps for an input of {self.size}; lower '
                         'LogDepth.power, LogDepth.scale or LogDepth.more')
@@ -379,9 +383,12 @@ class LogDepth(Planner):
 
   def __call__(self, context: PlanContext) -> Plan:
     rows = context.batch['tokens'].shape[1]
-    if rows > self.size + 1:  # a query ends the input
+    if self.rows is not None and rows > self.rows:
+      raise ConfigError(f'LogDepth.rows = {self.rows}: the rows of the batch have {rows} tokens; raise LogDepth.rows '
+                        f'to {rows}, and LogDepth.size to the longest input')
+    if self.rows is None and rows > self.size + 1:  # a query ends the input
       raise ConfigError(f'LogDepth.size = {self.size}: the rows of the batch have {rows} tokens, a query included; '
-                        f'raise LogDepth.size to {rows - 1}')
+                        f'raise LogDepth.size to {rows - 1}, or give LogDepth.rows where they hold fillers')
     table = jnp.array([self.longest, *map(self.loops, range(1, self.size + 1))])
     index = jnp.arange(self.longest)[:, None]
     return Plan(t=jnp.zeros(self.longest), dt=jnp.ones(self.longest), active=index < table[context.batch['size']])

@@ -43,6 +43,8 @@ ARGUMENTS = {
              'gpu,phase=transition,base=runs/melt/base,gate=mean,chunk=64'],
     'ouro': ['tiny', 'pointers', 'pointers,gate=prospective', 'mano', 'multi_hop', '1.4b', '2.6b'],
     'pondernet': ['', 'mano,rate=0.2'],
+    'padded': ['cpu', 'cpu,task=ab,untied=1', 'cpu,task=connectivity,fillers=n^2', 'cpu,loops=log,lengths=doubling',
+               'cpu,mask=1', 'gpu', 'gpu,task=connectivity,fillers=512'],
     'parcae': ['cpu', 'cpu,inject=concat', 'cpu,ramp=100', '140m', '1300m', '140m,kind=transformer', '350m',
                '350m,kind=rdm'],
     'plt': ['tiny', 'tiny,kind=r1', 'tiny,kind=clp', 'tiny,kind=share', 'tiny,kind=seq,loops=3',

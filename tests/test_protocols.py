@@ -22,6 +22,7 @@ from loopformer.papers.mor.memory import Compact
 from loopformer.papers.mor.routing import AsTrained, LossFree
 from loopformer.papers.mor.terms import Balance, RouterBCE
 from loopformer.papers.ouro.terms import Improvement
+from loopformer.papers.padded.attention import AveragingHard
 from loopformer.papers.plt.attention import GatedBlock
 from loopformer.papers.plt.cell import Shifted
 from loopformer.papers.plt.streams import Streams
@@ -53,7 +54,8 @@ PARTS = {
                   LinearAttention],
     types.Attention: [attention.SelfAttention, LatentAttention],
     types.Projection: [layers.Dense, low_rank.LowRank],
-    types.Kernel: [kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, kernels.Bidirectional],
+    types.Kernel: [kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, kernels.Bidirectional,
+                   AveragingHard],
     types.Position: [positions.Rotary, positions.Alibi],
     types.ReadIn: [embed.TokenEmbed, embed.Tokens, embed.Vectors, Prompt],
     types.ReadOut: [embed.TiedHead, embed.TwiceNormedHead, embed.Head, LabelHead],

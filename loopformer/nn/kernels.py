@@ -131,11 +131,12 @@ Kernel = Blockwise | Fused | Cudnn | Splash
 
 
 def check_causal(causal: bool, where: str):
-  """Raises ConfigError where tokens are to be read one after the other that attention reads in both directions."""
+  """Raises ConfigError where tokens are to be read one after the other by attention that reads in both directions, or
+  not by a softmax."""
   if not causal:
-    raise ConfigError(f'{where}: its attention reads later tokens too, which are not there yet where one comes after the '
-                      'other; answer with whole passes (loopformer.logits, evaluate), or train with a causal kernel, '
-                      'such as kernels.Fused')
+    raise ConfigError(f'{where}: its attention reads later tokens too, which are not there yet where one comes after '
+                      'the other, or is no softmax, by which caches are read; answer with whole passes '
+                      '(loopformer.logits, evaluate), or train with a causal kernel, such as kernels.Fused')
 
 
 def _lengthened(attend, multiple, q, k, v, seg):

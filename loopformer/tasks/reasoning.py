@@ -6,6 +6,7 @@ solution and an answer of one symbol. What a model is shown is another part:
     Chain    the problem, all rounds one after another, the answer: what is decoded token by token
     Rounds   the problem against the right end of a row, and of every round another such row: what a loop shows after
              each of its steps, all tokens of the round at once
+    Asked    the problem alone, whose last token is asked for the answer
 
 After RELAY (Yu et al., 2502.08482, sections 3 and 4). The last symbol of all examples is the padding and the end.
 """
@@ -266,6 +267,43 @@ class Chain(Shown):
     """The problem with what was written after its prompt, without the end, in the place of its solution: all tokens but
     the last as one round, and the answer, '' where nothing was written."""
     return dataclasses.replace(problem, rounds=(tuple(text[:-1]),), answer=text[-1] if text else '')
+
+
+def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Example:
+  """The example in which the problem's tokens are asked for these symbols, each for its own or None for nothing.
+
+  What lies right of the problem is padding, a segment of its own that weighs nothing. Besides, examples have size
+  i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where the problem is longer than a row.
+  """
+  count, n = len(problem.prompt), form.length
+  if count > n:
+    raise ConfigError(f'{type(form.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows '
+                      f'have {n}; raise room, or take smaller problems')
+  tokens, targets = np.full((2, n), form.pad, np.int32)
+  tokens[:count] = form.ids(problem.prompt)
+  weights, own = np.zeros(n, np.float32), np.arange(n) < count
+  wanted = [place for place, symbol in enumerate(asked) if symbol is not None]
+  targets[wanted], weights[wanted] = form.ids([asked[place] for place in wanted]), form.of.weight(problem.task)
+  return {**aligned(tokens, targets, weights), 'segments': own.astype(np.int32),
+          'size': np.array(problem.size, np.int32)}
+
+
+@config_dataclass
+class Asked(Shown):
+  """The problem, whose last token is asked for the answer, and no other for anything; see `left_aligned`.
+
+      tokens          3 * 2 + 6 / 3 =
+      targets                       8
+  """
+  of: Any
+
+  @property
+  def length(self) -> int:
+    return self.of.extent.prompt
+
+  def example(self, problem: Problem) -> Example:
+    """Of a problem. Raises ConfigError where it is longer than a row."""
+    return left_aligned(self, problem, [None] * (len(problem.prompt) - 1) + [problem.answer])
 
 
 @config_dataclass

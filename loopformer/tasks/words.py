@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from loopformer.tasks.generated import Example, aligned
-from loopformer.tasks.reasoning import Even, Extent, Problem, Proportional, Round, Shown, Sized
+from loopformer.tasks.generated import Example
+from loopformer.tasks.reasoning import Even, Extent, Problem, Proportional, Round, Shown, Sized, left_aligned
 from loopformer.types import ConfigError, config_dataclass, whole
 
 EQUALS, END_OF_WORD, ACCEPTED, REFUSED = '=', '$', '+', '-'
@@ -217,13 +217,4 @@ class Prefixes(Shown):
 
   def example(self, problem: Problem) -> Example:
     """Of a problem. Raises ConfigError where it is longer than a row."""
-    count, n = len(problem.prompt), self.length
-    if count > n:
-      raise ConfigError(f'{type(self.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows '
-                        f'have {n}; raise room, or take smaller problems')
-    tokens, targets = np.full((2, n), self.pad, np.int32)
-    tokens[:count] = self.ids(problem.prompt)
-    targets[:count] = self.ids([one for one, in problem.rounds] + [problem.answer])
-    own = np.arange(n) < count
-    return {**aligned(tokens, targets, own * self.of.weight(problem.task)), 'segments': own.astype(np.int32),
-            'size': np.array(problem.size, np.int32)}
+    return left_aligned(self, problem, [*(one for one, in problem.rounds), problem.answer])
