@@ -3,6 +3,7 @@ costs, the configuration and the studies."""
 import functools
 from types import SimpleNamespace
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,6 +215,18 @@ def test_arguments_that_cannot_be_used(argument, message):
 # The studies ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('module', [study, cot_sampling])
+def test_studies_define_flags_of_their_own(module):
+  """Beside those of experiments.main, which they import."""
+  before = set(flags.FLAGS)
+  try:
+    module.define_flags()
+    assert 'out' in flags.FLAGS
+  finally:
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+
+
 def config_of(form, model):
   return SimpleNamespace(task=Generated(of=form, held_out=8), model=model)
 
@@ -224,6 +237,10 @@ def test_arms_have_names():
   for text in ('chain', 'cot-4', 'loop-x', 'loop-8-injected', 'chain--1'):
     with pytest.raises(ConfigError, match='--arms has'):
       study.arm(text)
+  assert study.seed_of('3') == 3
+  for text in ('-1', 'a', '', str(2 ** 32)):
+    with pytest.raises(ConfigError, match='--seeds = '):
+      study.seed_of(text)
 
 
 @pytest.mark.parametrize('name, form, model', [('chain-2', CHAIN, WRITER), ('thought-2', THOUGHTS, THINKER)])

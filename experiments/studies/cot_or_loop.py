@@ -33,7 +33,7 @@ from loopformer.papers.relay.chains import by_token, correct, draws
 from loopformer.tasks.generated import SymbolTokenizer
 from loopformer.tasks.reasoning import Problem
 from loopformer.training import metrics
-from loopformer.types import ConfigError, Plan
+from loopformer.types import SEEDS, ConfigError, Plan, whole
 
 FLAGS = flags.FLAGS
 
@@ -62,6 +62,11 @@ def arm(text: str) -> Arm:
     raise ConfigError(f'--arms has {text!r}: write an arm as one of {", ".join(cot_or_loop.KINDS)} with its steps, such as '
                       'chain-4 or loop-8-inject')
   return Arm(kind, int(steps), bool(inject))
+
+
+def seed_of(text: str) -> int:
+  """Of --seeds. Raises ConfigError where it is none."""
+  return whole('--seeds', int(text) if text.isdigit() else text, 0, SEEDS - 1)
 
 
 def train(own: Arm, task: str, seed: int, folder: Path):
@@ -157,7 +162,7 @@ def define_flags():
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/cot_or_loop.py.')
-  flags.DEFINE_list('tasks', ['parity'], 'Tasks of that file.')
+  flags.DEFINE_list('on', ['parity'], 'Tasks of that file.')
   flags.DEFINE_list('arms', ['chain-0', 'chain-4', 'chain-8', 'chain-16', 'loop-4-inject', 'loop-8-inject', 'thought-8'],
                     'Kinds with their steps.')
   flags.DEFINE_integer('problems', 512, 'Problems that are answered.', lower_bound=1)
@@ -166,20 +171,20 @@ def define_flags():
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  for name, given, known in (('size', [FLAGS.size], cot_or_loop.SIZES), ('tasks', FLAGS.tasks, TASKS)):
+  for name, given, known in (('size', [FLAGS.size], cot_or_loop.SIZES), ('on', FLAGS.on, TASKS)):
     wrong = [word for word in given if word not in known]
     if wrong:
       sys.exit(f'error: --{name}={",".join(given)}: there is no {wrong[0]}; choose from {", ".join(known)}')
-  arms = [arm(text) for text in FLAGS.arms]
+  arms, seeds = [arm(text) for text in FLAGS.arms], [seed_of(text) for text in FLAGS.seeds]
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   results = {}
-  for task in FLAGS.tasks:
-    for seed in FLAGS.seeds:
-      found = results.setdefault(task, {}).setdefault(seed, {})
+  for task in FLAGS.on:
+    for seed in seeds:
+      found = results.setdefault(task, {}).setdefault(str(seed), {})
       for own in arms:
         folder = workdir / f'{task}-{own.name}-{seed}'
-        train(own, task, int(seed), folder)
+        train(own, task, seed, folder)
         found[own.name] = measure(own, folder, FLAGS.problems)
         records.write(out / 'results.json', results)
         storage.write(out / 'table.md', metrics.table(rows_of(results)) + '\n')

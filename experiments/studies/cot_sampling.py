@@ -49,7 +49,7 @@ def colourings(workdir: Path) -> list[dict[str, Any]]:
   some = of.problem(rng)
   prompts = [form.ids(some.prompt)] * FLAGS.samples
   texts = generate(model, params, SymbolTokenizer(form.symbols), prompts, temperature=1.0, seed=FLAGS.seed,
-                   max_new_tokens=of.extent.chain + 2, rows=FLAGS.rows)
+                   max_new_tokens=of.extent.chain + 2, rows=FLAGS.together)
   ends = [of.coloured((text.split() or [''])[-1]) for text in texts]
   exact = [of.coloured(of.problem(rng).answer) for _ in range(FLAGS.samples)]
   uniform = [among[i] for i in rng.integers(len(among), size=FLAGS.samples)]
@@ -110,16 +110,15 @@ def draw(path: Path, rows: list[dict[str, Any]]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, of all."""
-  flags.DEFINE_integer('seed', 0, 'Seed of everything.', lower_bound=0)
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --seed, of all."""
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_integer('samples', 3000, 'Colourings that are sampled.', lower_bound=1)
-  flags.DEFINE_integer('rows', 256, 'Chains that are sampled together.', lower_bound=1)
+  flags.DEFINE_integer('together', 256, 'Chains that are sampled together.', lower_bound=1)
   flags.DEFINE_integer('formulas', 40, 'Formulas whose assignments are counted.', lower_bound=1)
 
 
 def main(argv):
-  check_command('set')
+  check_command('set', 'seed')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
