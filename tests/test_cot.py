@@ -24,6 +24,7 @@ from loopformer.nn.stack import Stack
 from loopformer.papers.cot.cell import Thinking
 from loopformer.papers.relay.chains import by_token
 from loopformer.tasks.asked import Asked
+from loopformer.tasks.counting import Colouring
 from loopformer.tasks.generated import Generated, SymbolTokenizer
 from loopformer.tasks.reasoning import Chain
 from loopformer.tasks.shortened import Selected
@@ -212,6 +213,13 @@ def test_arguments_that_cannot_be_used(argument, message):
     paper.get_config(argument)
 
 
+def test_a_filler_is_an_id():
+  config = paper.get_config('cpu,kind=thought')
+  assert config.model.cell.filler == config.task.of.pad
+  with pytest.raises(ConfigError, match='model.cell.filler = -1'):
+    configs.check(configs.override(config, 'model.cell.filler=-1'))
+
+
 # The studies ---------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +278,30 @@ def test_what_the_study_measures(name, form, model, monkeypatch, tmp_path):
 def test_the_loop_of_the_sampling_study_has_one_answer():
   rows = cot_sampling.told('loop', [(0, 1, 2)] * 5, ((0, 1, 2), (0, 2, 1)))
   assert rows == {'way': 'loop', 'samples': 5, 'total variation': 0.5, 'proper': 1.0}
+
+
+def test_what_is_said_of_colourings(monkeypatch, tmp_path):
+  """A decoder that writes all colourings alike often, and a loop whose head is sure of one."""
+  of = Colouring(shortest=3, longest=3)
+  forms = {'chain': Chain(of=of), 'loop': Asked(of=of)}
+  flat = np.where([of.coloured(symbol) == (2, 0, 4) for symbol in forms['loop'].symbols], 50.0, 0.0)
+  specs = []
+  monkeypatch.setattr(cot_sampling, 'FLAGS', type('Flags', (), {
+      'seed': 3, 'samples': 600, 'together': 8, '__getitem__': lambda self, name: SimpleNamespace(value=[])})())
+  monkeypatch.setattr(cot_sampling.command, 'train', lambda spec, folder, *changes: specs.append((spec, changes)))
+  monkeypatch.setattr(cot_sampling.loopformer, 'load', lambda folder: Loaded(
+      None, None, None, config_of(forms[folder.name.split('-')[1]], None)))
+  monkeypatch.setattr(cot_sampling, 'generate', lambda model, params, tokenizer, prompts, **options: [
+      f'0 1 2 {"-".join(map(str, of.proper[i % 60]))}' for i in range(len(prompts))])
+  monkeypatch.setattr(cot_sampling, 'logits', lambda model, params, batch, place: flat[None])
+  rows = {row['way']: row for row in cot_sampling.colourings(tmp_path)}
+  assert [spec.split(':')[1] for spec, _ in specs] == ['cpu,task=colouring,kind=chain,steps=40',
+                                                       'cpu,task=colouring,kind=loop,steps=4']
+  assert all(changes == ('train.seed=3',) for _, changes in specs)
+  assert rows['decoder, sampled chains']['total variation'] < 1e-9 and rows['decoder, sampled chains']['samples'] == 600
+  for name in ('loop, its answer', 'loop, samples from its head'):
+    assert rows[name]['total variation'] == pytest.approx(59 / 60) and rows[name]['proper'] == 1
+  assert 0.05 < rows['exact uniform samples']['total variation'] < 0.2 < rows['exact chains']['total variation']
 
 
 def test_the_error_of_counts_falls_and_that_of_the_published_code_does_not(monkeypatch):

@@ -176,6 +176,7 @@ def test_searches_end_at_what_can_be_reached():
     told = [int(u) for u, v in pairs if v == 'N']
     assert len(set(told)) == len(told)  # every vertex is expanded once
   assert search([], 0, 1) == ((('N', '0'), ('0', 'N')), False)
+  assert search([(1, 2), (0, 2)], 2, 3)[0][1] == tuple('2021') + ('2', 'N')  # whatever the order of edges
 
 
 def test_half_of_all_pairs_are_connected():
