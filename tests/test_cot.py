@@ -42,7 +42,8 @@ OPTIONS = dict(read_in=Tokens(vocab=V, width=D, length=LENGTH), read_out=Head(ou
 LAYERS = Stack(parts.block(RMSNorm(), position=Rotary()), 1)
 THINKER = Looped(cell=Thinking(LAYERS, filler=THOUGHTS.pad, norm=RMSNorm()), loops=T + 1, **OPTIONS)
 WRITER = Looped(cell=Plain(LAYERS), loops=1, **OPTIONS)
-TWO_WAYS = Looped(cell=Plain(Stack(parts.block(RMSNorm(), position=Rotary(), kernel=Bidirectional()), 1)), loops=2, **OPTIONS)
+TWO_WAYS = Looped(cell=Plain(Stack(parts.block(RMSNorm(), position=Rotary(), kernel=Bidirectional()), 1)), loops=2,
+                  **OPTIONS)
 
 
 def problems(*sizes):

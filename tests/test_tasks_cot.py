@@ -110,7 +110,7 @@ def test_internalised_traces_lose_their_first_tokens():
     for problem, told in zip(whole, many(part)):
       assert told == dataclasses.replace(problem, rounds=problem.rounds[lost:])
   assert Internalised(of=of).stage == 3
-  part = Internalised(of=EditRows(shortest=6, longest=6, using=2), stage=2, smoothing=np.inf)  # rounds of several tokens
+  part = Internalised(of=EditRows(shortest=6, longest=6, using=2), stage=2, smoothing=np.inf)  # of several tokens
   for problem, told in zip(many(part.of), many(part)):
     flat = sum(problem.rounds, ())
     assert sum(told.rounds, ()) == flat[8:] and all(told.rounds) and told.rounds[-1] == problem.rounds[-1]
@@ -124,7 +124,8 @@ def test_a_stage_comes_as_no_surprise():
 
 
 def test_stages_follow_one_another_in_rows_of_one_shape():
-  task = Generated(of=Chain(of=Internalised(of=Word(shortest=20, longest=20, group=Cyclic(degree=2)), smoothing=np.inf)),
+  of = Word(shortest=20, longest=20, group=Cyclic(degree=2))
+  task = Generated(of=Chain(of=Internalised(of=of, smoothing=np.inf)),
                    grow=Grow(fields={'of/stage': Rise(first=1, every=10)}))
   source = task.source('train', 0)
   assert [int((source[i]['weights'] > 0).sum()) for i in (0, 9, 10, 19, 20, 500)] == [22, 22, 14, 14, 10, 10]
@@ -191,7 +192,7 @@ def test_half_of_all_pairs_are_connected():
     (lambda: GRAPHS.solved([(0, 1)], 2, 2, 5), 'start = end = 2'),
     (lambda: GRAPHS.solved([(0, 5)], 2, 3, 5), 'give vertices 0..4, and edges'),
     (lambda: GRAPHS.solved([(1, 0)], 2, 3, 5), 'u < v'),
-    (lambda: Reachable(longest=8, degree=2.5), r'Reachable.degree = 2.5: edges of 2 vertices would have the probability 1.25'),
+    (lambda: Reachable(longest=8, degree=2.5), 'edges of 2 vertices would have the probability 1.25'),
     (lambda: Reachable(longest=8, degree=0.0), 'Reachable.degree = 0.0'),
     (lambda: Reachable(longest=8, shortest=1), 'Reachable.shortest = 1'),
     (lambda: Arithmetic(longest=3, modulus=9), 'modulus = 9: division needs a prime')])
@@ -252,8 +253,10 @@ def test_the_limit_of_the_published_estimate():
     (lambda: Trials(longest=3).written([]), 'it is empty'),
     (lambda: Trials(longest=3).written(np.array([[1, 2, 6]])), 'literals are 1..5'),
     (lambda: counting.count(np.array([[1, 0]]), 5), 'literals are'),
-    (lambda: Trials(longest=3, width=6), 'Trials.width = 6'), (lambda: Trials(longest=3, variables=40), 'variables = 40'),
-    (lambda: Colouring(longest=3, edges=()), 'Colouring.edges'), (lambda: Colouring(longest=3, edges=((1, 1),)), 'edges'),
+    (lambda: Trials(longest=3, width=6), 'Trials.width = 6'),
+    (lambda: Trials(longest=3, variables=40), 'variables = 40'),
+    (lambda: Colouring(longest=3, edges=()), 'Colouring.edges'),
+    (lambda: Colouring(longest=3, edges=((1, 1),)), 'edges'),
     (lambda: Colouring(longest=3, colours=3), 'Colouring.colours = 3'),
     (lambda: counting.total_variation([], [(0,)]), 'drawn is empty')])
 def test_formulas_and_graphs_that_there_are_not(made, message):

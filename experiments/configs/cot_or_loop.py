@@ -1,5 +1,5 @@
-"""To CoT or to loop: one block as a decoder that writes chains, as a loop, and with continuous thoughts, on the same tasks
-(Xu and Sato, 2505.19245; its successor 2509.25239, ICML 2026, which adds thoughts).
+"""To CoT or to loop: one block as a decoder that writes chains, as a loop, and with continuous thoughts, on the same
+tasks (Xu and Sato, 2505.19245; its successor 2509.25239, ICML 2026, which adds thoughts).
 
     python -m experiments.main --config=experiments/configs/cot_or_loop.py:cpu --workdir=runs/chain
 
@@ -23,9 +23,9 @@ Argument: size, then any of
 `experiments/studies/cot_or_loop.py` compares them, beside what they cost. Measured figures:
 experiments/reports/cot_or_loop/.
 
-Departures and what the paper does not say: rotary positions and no biases (published: learned positions, which loops add
-again in every step); arithmetic reduced from the left; the question of a graph at the end of its row, where loops are
-read; fresh problems, none of which is seen twice; at the published size loops begin with small problems, which
+Departures and what the paper does not say: rotary positions and no biases (published: learned positions, which loops
+add again in every step); arithmetic reduced from the left; the question of a graph at the end of its row, where loops
+are read; fresh problems, none of which is seen twice; at the published size loops begin with small problems, which
 grow to their size during training; 40 times at most, or evenly.
 """
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Size:
   dtype: str = 'float32'
 
 
-def _tasks(group, words: int, parity: int, vertices: int, operators: int, letters: int, using: int, layers: int) -> dict:
+def _tasks(group: Symmetric, words: int, parity: int, vertices: int, operators: int, letters: int, using: int,
+           layers: int) -> dict[str, Source]:
   """The problems of a size, each of one length."""
   def one(kind, size, **options):
     return kind(shortest=size, longest=size, **options)
@@ -121,7 +122,8 @@ SIZES = {
     'paper': Size(
         width=256, std=0.02, tasks=_tasks(Symmetric(degree=5), 64, 64, 32, 32, 32, 8, 2),
         steps={'loop': 8, 'timed': 8, 'thought': 8},
-        train=Train(steps=351_600, batch=256, log_every=500, eval_every=5000, save_every=5000),  # 100 passes over 900,000
+        # As many steps as 100 passes over 900,000 problems.
+        train=Train(steps=351_600, batch=256, log_every=500, eval_every=5000, save_every=5000),
         schedule=WSD(peak=1e-4, end=0.0, warmup=1000 / 351_600, cooldown=1 - 1000 / 351_600)),
 }
 
@@ -148,8 +150,8 @@ def get_config(argument: str = '') -> Experiment:
   steps = _steps(given['steps'], kind, size)
   internalise = whole('config argument internalise', given['internalise'], 0)
   if internalise and (kind != 'chain' or steps is not None):
-    raise ConfigError(f'config argument internalise = {internalise}: it takes whole chains apart, stage by stage; leave out '
-                      'steps, and give kind=chain')
+    raise ConfigError(f'config argument internalise = {internalise}: it takes whole chains apart, stage by stage; '
+                      'leave out steps, and give kind=chain')
   if given['inject'] not in (0, 1) or given['inject'] and kind != 'loop':
     raise ConfigError(f'config argument inject = {given["inject"]}: give 0, or 1 with kind=loop')
   form = form_of(kind, task, source, steps, internalise)
@@ -163,7 +165,8 @@ def get_config(argument: str = '') -> Experiment:
   width, std, depth = size.width, size.std, source.layers
   two_ways = kind in ('loop', 'timed') and not isinstance(form, Prefixes)
   out_std = std / (2 * depth) ** 0.5
-  attn = SelfAttention(heads=4, position=Rotary(), kernel=Bidirectional() if two_ways else Fused(), std=std, out_std=out_std)
+  attn = SelfAttention(heads=4, position=Rotary(), kernel=Bidirectional() if two_ways else Fused(), std=std,
+                       out_std=out_std)
   core = Stack(Block(attn=attn, mlp=MLP(hidden=4 * width, std=std, out_std=out_std),
                      norm=UnitNorm() if kind == 'timed' else RMSNorm(), dtype=size.dtype), depth)
   cell = {'chain': lambda: Plain(core), 'loop': lambda: Recur(core, Add()) if given['inject'] else Plain(core),
@@ -177,7 +180,8 @@ def get_config(argument: str = '') -> Experiment:
       name=f'{task} {kind}{told}' + (', with injection' if given['inject'] else ''),
       model=Looped(read_in=Tokens(vocab=vocab, width=width, length=form.length + 1, std=std), cell=cell,
                    read_out=Head(outputs=vocab, std=std), loops=loops, remat=loop.PerLayer()),
-      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))}, terms={'answer': Weighted(1.0, CE(roll='all'))}),
+      objective=Objective(rolls={'all': Rollout(plans.Uniform(loops))},
+                          terms={'answer': Weighted(1.0, CE(roll='all'))}),
       task=Generated(of=form, grow=grow), train=size.train, optim=AdamW(schedule=size.schedule, decay=0.01),
       evals=Depths(budgets=(loops,)))
 

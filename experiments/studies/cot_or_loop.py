@@ -1,14 +1,15 @@
 """To chain, to loop, or to think: one block as three reasoners on the same problems, beside what an answer costs.
 
-    python -m experiments.studies.cot_or_loop --seeds=0,1 --workdir=runs/cot_or_loop --out=experiments/reports/cot_or_loop
+    python -m experiments.studies.cot_or_loop --seeds=0,1 --workdir=runs/cot_or_loop
+    --out=experiments/reports/cot_or_loop
 
-An arm is a kind of experiments/configs/cot_or_loop.py and its steps, `chain-4`, `loop-8`, `thought-8`; `loop-8-inject` takes
-the input in again in every step. Every arm is trained (once: what stands in the work folder is not made again, and the same
-command goes on where it was stopped), then answers the same problems: chains write theirs token by token, greedily and
-with a cache; loops and thoughts answer in one pass.
+An arm is a kind of experiments/configs/cot_or_loop.py and its steps, `chain-4`, `loop-8`, `thought-8`; `loop-8-inject`
+takes the input in again in every step. Every arm is trained (once: what stands in the work folder is not made again,
+and the same command goes on where it was stopped), then answers the same problems: chains write theirs token by token,
+greedily and with a cache; loops and thoughts answer in one pass.
 
-Writes results.json, table.md and cot_or_loop.png. `ms` is the time of a problem alone, `ms of 64` that of 64 together, a
-problem; of chains by the engine, of others by one compiled pass.
+Writes results.json, table.md and cot_or_loop.png. `ms` is the time of a problem alone, `ms of 64` that of 64 together,
+a problem; of chains by the engine, of others by one compiled pass.
 """
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def arm(text: str) -> Arm:
   kind, _, rest = text.partition('-')
   steps, _, inject = rest.partition('-')
   if kind not in cot_or_loop.KINDS or not steps.isdigit() or inject not in ('', 'inject'):
-    raise ConfigError(f'--arms has {text!r}: write an arm as one of {", ".join(cot_or_loop.KINDS)} with its steps, such as '
-                      'chain-4 or loop-8-inject')
+    raise ConfigError(f'--arms has {text!r}: write an arm as one of {", ".join(cot_or_loop.KINDS)} with its steps, '
+                      'such as chain-4 or loop-8-inject')
   return Arm(kind, int(steps), bool(inject))
 
 
@@ -136,7 +137,8 @@ def draw(path: Path, results: dict[str, Any]):
   pyplot = plots.library()
   if pyplot is None:
     return
-  figure, panels = pyplot.subplots(2, len(results), figsize=(4.5 * len(results), 8), layout='constrained', squeeze=False)
+  figure, panels = pyplot.subplots(2, len(results), figsize=(4.5 * len(results), 8), layout='constrained',
+                                   squeeze=False)
   for column, (task, seeds) in zip(panels.T, results.items()):
     names = list(dict.fromkeys(name for arms in seeds.values() for name in arms))
     kinds = list(dict.fromkeys(dataclasses.replace(arm(name), steps=0) for name in names))
@@ -150,7 +152,8 @@ def draw(path: Path, results: dict[str, Any]):
         points.sort()
         axes.plot(*zip(*points), marker='o', color=f'C{number}', label=kind.kind + ', injected' * kind.inject)
       axes.axhline(np.mean([row['floor'] for arms in seeds.values() for row in arms.values()]), color='grey', ls=':')
-      axes.set(xlabel='steps in order' if key == 'steps' else key, ylabel='right answers', ylim=(-0.03, 1.03), title=task)
+      axes.set(xlabel='steps in order' if key == 'steps' else key, ylabel='right answers', ylim=(-0.03, 1.03),
+               title=task)
       axes.set_xscale('log')
       axes.grid(alpha=0.3)
   panels[0][0].legend(fontsize=7)
@@ -163,8 +166,8 @@ def define_flags():
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/cot_or_loop.py.')
   flags.DEFINE_list('on', ['parity'], 'Tasks of that file.')
-  flags.DEFINE_list('arms', ['chain-0', 'chain-4', 'chain-8', 'chain-16', 'loop-4-inject', 'loop-8-inject', 'thought-8'],
-                    'Kinds with their steps.')
+  flags.DEFINE_list('arms', ['chain-0', 'chain-4', 'chain-8', 'chain-16', 'loop-4-inject', 'loop-8-inject',
+                             'thought-8'], 'Kinds with their steps.')
   flags.DEFINE_integer('problems', 512, 'Problems that are answered.', lower_bound=1)
 
 

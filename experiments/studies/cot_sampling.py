@@ -1,16 +1,19 @@
 """Chains that draw at random approach a law that a loop, with one answer an input, cannot: colourings and counts.
 
-    python -m experiments.studies.cot_sampling --workdir=runs/cot_sampling --out=experiments/reports/cot_or_loop/sampling
+    python -m experiments.studies.cot_sampling --workdir=runs/cot_sampling
+    --out=experiments/reports/cot_or_loop/sampling
 
 Colourings: a small decoder is trained on Glauber chains on the triangle with five colours, and a loop on where they end
 (experiments/configs/cot_or_loop.py, task=colouring). The decoder is sampled at temperature 1; the distance of what its
-chains end with from the uniform law over the 60 proper colourings, in total variation, is set beside that of exact chains
-of as many steps, of as many exact uniform samples, of the loop's one likeliest answer, and of samples from the loop's head.
+chains end with from the uniform law over the 60 proper colourings, in total variation, is set beside that of exact
+chains of as many steps, of as many exact uniform samples, of the loop's one likeliest answer, and of samples from the
+loop's head.
 
-Counts: no model. The error of what trials of Karp, Luby and Madras give, an assignment being kept until it succeeds, and of
-the published code's, which draws a new one every time, against the number of trials; means over random formulas.
+Counts: no model. The error of what trials of Karp, Luby and Madras give, an assignment being kept until it succeeds,
+and of the published code's, which draws a new one every time, against the number of trials; means over random formulas.
 
-Trains once: what stands in the work folder is not made again. Writes results.json, colourings.md, counts.md and counts.png.
+Trains once: what stands in the work folder is not made again. Writes results.json, colourings.md, counts.md and
+counts.png.
 """
 from __future__ import annotations
 
@@ -110,7 +113,8 @@ def draw(path: Path, rows: list[dict[str, Any]]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --seed, of all."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --seed, of
+  all."""
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_integer('samples', 3000, 'Colourings that are sampled.', lower_bound=1)
   flags.DEFINE_integer('together', 256, 'Chains that are sampled together.', lower_bound=1)

@@ -1,7 +1,8 @@
-"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded and of one pass.
+"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded and of one
+pass.
 
-A chain of N tokens that writes T more is read in one pass and then decoded with a cache, so that every token goes through
-the layers once. A pass of L loops goes through them L times with all of its N tokens. Operations are counted
+A chain of N tokens that writes T more is read in one pass and then decoded with a cache, so that every token goes
+through the layers once. A pass of L loops goes through them L times with all of its N tokens. Operations are counted
 (`model.flops`), times measured.
 """
 from __future__ import annotations
@@ -20,8 +21,8 @@ from loopformer.types import Batch, Params, Plan, whole
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of a problem: floating-point operations, forward; steps, applications of the cell one after the other; milliseconds,
-  those of a whole call divided by its problems."""
+  """Of a problem: floating-point operations, forward; steps, applications of the cell one after the other;
+  milliseconds, those of a whole call divided by its problems."""
   flops: float
   steps: float
   milliseconds: float
@@ -50,8 +51,8 @@ def of_chain(model: Any, params: Params, tokenizer: Any, prompts: Sequence[Seque
 
 
 def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int = 5) -> Cost:
-  """Of a batch that goes through the steps of a plan, all of which run, at once, up to the likeliest answers; as wide as
-  its rows are."""
+  """Of a batch that goes through the steps of a plan, all of which run, at once, up to the likeliest answers; as wide
+  as its rows are."""
   rows, tokens = batch['tokens'].shape[:2]
   pass_of = jax.jit(lambda params, batch, plan: model.apply(
       {'params': params}, run_batch(model, params, batch, plan).z, method='logits').argmax(-1))

@@ -5,8 +5,8 @@ proper colourings of a graph.
     Count       the same formulas, and their counts as one of 2^n + 1 symbols: what a loop is asked for
     Colouring   a graph, the steps of a Glauber chain on its colourings, and where the chain ends
 
-After To CoT or To Loop (Xu and Sato, 2505.19245 and 2509.25239, experiments). Chains are drawn anew whenever a problem is:
-their rounds are samples, no function of the prompt. Estimates of counts are float64.
+After To CoT or To Loop (Xu and Sato, 2505.19245 and 2509.25239, experiments). Chains are drawn anew whenever a problem
+is: their rounds are samples, no function of the prompt. Estimates of counts are float64.
 """
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def assignments(variables: int) -> np.ndarray:
 
 
 def satisfied(formula: Formula, values: np.ndarray) -> np.ndarray:
-  """bool[A, m]: which clauses the assignments bool[A, n] satisfy. Raises ConfigError where the formula has no clause, or
-  one without a literal, or with one of a variable that there is not."""
+  """bool[A, m]: which clauses the assignments bool[A, n] satisfy. Raises ConfigError where the formula has no clause,
+  or one without a literal, or with one of a variable that there is not."""
   formula = np.asarray(formula)
   if formula.ndim != 2 or not formula.size:
-    raise ConfigError(f'formula = {formula.tolist()}: it is empty; give one or more clauses, each of one or more literals')
+    raise ConfigError(f'formula = {formula.tolist()}: it is empty; give one or more clauses, each of one or '
+                      'more literals')
   if (formula == 0).any() or np.abs(formula).max() > values.shape[1]:
     raise ConfigError(f'formula = {formula.tolist()}: literals are 1..{values.shape[1]}, negated with a minus')
   return (values[:, np.abs(formula) - 1] == (formula > 0)).all(-1)
@@ -57,8 +58,8 @@ def count(formula: Formula, variables: int) -> int:
 
 
 def drawn(rng: np.random.Generator, variables: int, formula: Formula) -> tuple[int, np.ndarray]:
-  """A clause and an assignment bool[n] that satisfies it, both uniform: so an assignment comes as often as the number of
-  clauses that it satisfies says."""
+  """A clause and an assignment bool[n] that satisfies it, both uniform: so an assignment comes as often as the number
+  of clauses that it satisfies says."""
   clause = int(rng.integers(len(formula)))
   values = rng.random(variables) < 0.5
   values[np.abs(formula[clause]) - 1] = formula[clause] > 0
@@ -66,17 +67,18 @@ def drawn(rng: np.random.Generator, variables: int, formula: Formula) -> tuple[i
 
 
 def estimate(formula: Formula, variables: int, draws: int, successes: int) -> float:
-  """2^(n - w) draws / successes: of trials that were made as `self_adjusting` says, the count; infinite without success.
+  """2^(n - w) draws / successes: of trials that were made as `self_adjusting` says, the count; infinite without
+  success.
 
-  draws: of second clauses. The first ones cover 2^(n - w) m assignments, and a trial takes m |D| / (2^(n - w) m) draws in
-  the mean, D being those that satisfy the formula.
+  draws: of second clauses. A trial takes |D| / 2^(n - w) of them in the mean, D being the assignments that satisfy
+  the formula.
   """
   return 2.0 ** (variables - formula.shape[1]) * draws / successes if successes else np.inf
 
 
 def self_adjusting(rng: np.random.Generator, formula: Formula, variables: int, draws: int) -> float:
-  """The count, as Karp, Luby and Madras estimate it: an assignment is kept until a second clause, uniform, is one that it
-  satisfies."""
+  """The count, as Karp, Luby and Madras estimate it: an assignment is kept until a second clause, uniform, is one that
+  it satisfies."""
   successes, values = 0, None
   for _ in range(draws):
     if values is None:
@@ -87,8 +89,8 @@ def self_adjusting(rng: np.random.Generator, formula: Formula, variables: int, d
 
 
 def resampling(rng: np.random.Generator, formula: Formula, variables: int, draws: int) -> float:
-  """The estimate of the paper's published code: a new assignment with every second clause. It does not tend to the count
-  but to `resampling_limit`."""
+  """The estimate of the paper's published code: a new assignment with every second clause. It does not tend to the
+  count but to `resampling_limit`."""
   successes = 0
   for _ in range(draws):
     values = drawn(rng, variables, formula)[1]
@@ -104,7 +106,8 @@ def resampling_limit(formula: Formula, variables: int) -> float:
 
 @config_dataclass
 class Trials(Sized):
-  """Formulas of `variables` variables whose clauses have `width` literals, signs fair; one trial a problem. Size: clauses.
+  """Formulas of `variables` variables whose clauses have `width` literals, signs fair; one trial a problem. Size:
+  clauses.
 
       1 -2 3 | -1 2 4 | <sep>     rounds: c0 <sep>, the clause that is drawn; +1 -2 +3 -4 <sep>, an assignment that
                                   satisfies it; c1 <sep>, a second clause      the answer Success or Failure
@@ -175,7 +178,8 @@ class Count(Trials):
 
   def solved(self, rng: np.random.Generator, formula: Formula) -> Problem:
     """The problem of a formula; nothing is drawn."""
-    return Problem(prompt=self.written(formula), rounds=(), answer=str(count(formula, self.variables)), size=len(formula))
+    return Problem(prompt=self.written(formula), rounds=(), answer=str(count(formula, self.variables)),
+                   size=len(formula))
 
 
 def _literal(literal: int) -> str:
@@ -199,7 +203,8 @@ def colourings(edges: tuple[tuple[int, int], ...], vertices: int, colours: int) 
 
 
 def total_variation(drawn: Iterable[tuple[int, ...] | None], among: Sequence[tuple[int, ...]]) -> float:
-  """Of what was drawn to the uniform law over `among`: half the sum of differences; what is none of these counts whole."""
+  """Of what was drawn to the uniform law over `among`: half the sum of differences; what is none of these counts
+  whole."""
   counts, total = dict.fromkeys(among, 0), 0
   for each in drawn:
     total += 1
@@ -217,8 +222,8 @@ class Colouring(Sized):
 
       0 1 | 0 2 | 1 2 | <sep>     rounds: v1 c4 accept 0 4 2      the answer 0-4-2, where the chain ends
 
-  A step draws a vertex and a colour, both uniform, and takes it where the colouring stays proper. The prompt is the same
-  for all problems: what is asked for is a sample.
+  A step draws a vertex and a colour, both uniform, and takes it where the colouring stays proper. The prompt is the
+  same for all problems: what is asked for is a sample.
 
   colours: 2 d + 1 by default, for the largest degree d; the chain then reaches all proper colourings.
   """
@@ -246,8 +251,8 @@ class Colouring(Sized):
   @property
   def symbols(self) -> tuple[str, ...]:
     numbers = map(str, range(max(self.vertices, self.colours)))
-    return (*numbers, '|', SEP, *(f'v{v}' for v in range(self.vertices)), *(f'c{c}' for c in range(self.colours)), ACCEPTED,
-            REFUSED, *map(_joined, self.proper))
+    return (*numbers, '|', SEP, *(f'v{v}' for v in range(self.vertices)), *(f'c{c}' for c in range(self.colours)),
+            ACCEPTED, REFUSED, *map(_joined, self.proper))
 
   @property
   def extent(self) -> Extent:

@@ -27,11 +27,12 @@ Edge = tuple[int, int]
 
 @config_dataclass
 class Reachable(Sized):
-  """Is t reachable from s != t, both uniform? Size: the vertices. Prompts are edges `u v |`, u < v, in order, then ? s t.
+  """Is t reachable from s != t, both uniform? Size: the vertices. Prompts are edges `u v |`, u < v, in order, then ? s
+  t.
 
-  The rounds are those of a breadth-first search: `N s`; then of every vertex u that it expands all edges `u v`, v rising,
-  and `u N`. It ends as soon as it meets t, so that its last token is t if and only if t is reachable. (That of edges to
-  vertices which have been met before are told too, and that neighbours come in rising order, is inferred.)
+  The rounds are those of a breadth-first search: `N s`; then of every vertex u that it expands all edges `u v`, v
+  rising, and `u N`. It ends as soon as it meets t, so that its last token is t if and only if t is reachable. (That of
+  edges to vertices which have been met before are told too, and that neighbours come in rising order, is inferred.)
 
   degree: n p. Graphs with more edges than rows have place for, 5 standard deviations above the mean, are drawn anew.
   """
@@ -43,8 +44,9 @@ class Reachable(Sized):
     Sized.__post_init__(self)
     real('Reachable.degree', self.degree, '(0, inf)')
     if self.degree > self.shortest:
-      raise ConfigError(f'Reachable.degree = {self.degree}: edges of {self.shortest} vertices would have the probability '
-                        f'{self.degree / self.shortest:.3g}; set degree to {self.shortest} at most, or raise shortest')
+      raise ConfigError(f'Reachable.degree = {self.degree}: edges of {self.shortest} vertices would have the '
+                        f'probability {self.degree / self.shortest:.3g}; set degree to {self.shortest} at most, '
+                        'or raise shortest')
 
   @property
   def vertices(self) -> tuple[str, ...]:
@@ -75,8 +77,8 @@ class Reachable(Sized):
       raise ConfigError(f'start = end = {start}: a vertex is reachable from itself; ask for two different ones')
     outside = [vertex for vertex in (start, end, *sum(map(tuple, edges), ())) if not 0 <= vertex < size]
     if outside or any(u >= v for u, v in edges):
-      raise ConfigError(f'edges = {list(edges)}, start = {start}, end = {end}: give vertices 0..{size - 1}, and edges (u, v) '
-                        'with u < v')
+      raise ConfigError(f'edges = {list(edges)}, start = {start}, end = {end}: give vertices 0..{size - 1}, and '
+                        'edges (u, v) with u < v')
     rounds, met = search(edges, start, end)
     return Problem(prompt=self.prompt(edges, start, end, size), rounds=rounds, answer=CONNECTED if met else APART,
                    size=size)
@@ -93,8 +95,8 @@ class Reachable(Sized):
 
 @config_dataclass
 class ReachableByEdges(Reachable):
-  """As Reachable, written for loops: a token a vertex, a token `u,v` an edge, and `s,t` for the question, at the end, where
-  the answer is read (the paper has it first; a loop that reads both ways has no order). No rounds."""
+  """As Reachable, written for loops: a token a vertex, a token `u,v` an edge, and `s,t` for the question, at the end,
+  where the answer is read (the paper has it first; a loop that reads both ways has no order). No rounds."""
 
   @property
   def symbols(self) -> tuple[str, ...]:

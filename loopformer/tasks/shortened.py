@@ -3,8 +3,8 @@
     Selected       so many rounds of every solution, evenly
     Internalised   solutions without their first tokens, more of which go from stage to stage
 
-Both are sources of problems (reasoning.py) around another, so that `Chain(of=Selected(of=Word(..), rounds=4))` is what a
-decoder writes. After To CoT or To Loop (Xu and Sato, 2505.19245 and 2509.25239, experiments) and, for the second,
+Both are sources of problems (reasoning.py) around another, so that `Chain(of=Selected(of=Word(..), rounds=4))` is what
+a decoder writes. After To CoT or To Loop (Xu and Sato, 2505.19245 and 2509.25239, experiments) and, for the second,
 stepwise internalisation (Deng et al., 2405.14838).
 """
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Selected(_Told):
 
   def told(self, problem: Problem, rng: np.random.Generator) -> Problem:
     """The problem with the rounds that are kept."""
-    return dataclasses.replace(problem, rounds=tuple(problem.rounds[t] for t in selected(len(problem.rounds), self.rounds)))
+    kept = selected(len(problem.rounds), self.rounds)
+    return dataclasses.replace(problem, rounds=tuple(problem.rounds[t] for t in kept))
 
 
 def selected(count: int, kept: int) -> list[int]:
@@ -73,11 +74,11 @@ def selected(count: int, kept: int) -> list[int]:
 
 @config_dataclass
 class Internalised(_Told):
-  """Solutions without their first tokens: from stage to stage 16 more are removed while the longest solution has more than
-  128, then 8 more, until 8 are left of it (`stages`); shorter solutions are left with none before.
+  """Solutions without their first tokens: from stage to stage 16 more are removed while the longest solution has more
+  than 128, then 8 more, until 8 are left of it (`stages`); shorter solutions are left with none before.
 
-  Every problem loses o tokens more, with probability (1 - e^-smoothing) e^(-smoothing o), so that a new stage comes as no
-  surprise; smoothing = inf: none. stage: from 1, in which nothing is removed, to the last, by default. `Grow` with a
+  Every problem loses o tokens more, with probability (1 - e^-smoothing) e^(-smoothing o), so that a new stage comes as
+  no surprise; smoothing = inf: none. stage: from 1, in which nothing is removed, to the last, by default. `Grow` with a
   `Rise` of `of/stage` goes from one to the next.
   """
   of: Any
@@ -109,9 +110,11 @@ class Internalised(_Told):
 
 
 def stages(longest: int) -> list[int]:
-  """Tokens that every stage leaves of the longest trace; the first leaves all. Raises ConfigError where there are none."""
+  """Tokens that every stage leaves of the longest trace; the first leaves all. Raises ConfigError where there are
+  none."""
   if longest < 1:
-    raise ConfigError('Internalised.of: its problems have no rounds to remove; take a source of problems with solutions')
+    raise ConfigError('Internalised.of: its problems have no rounds to remove; take a source of problems '
+                      'with solutions')
   left = [longest]
   while left[-1] > SHORTEST:
     left.append(max(left[-1] - (FAST if left[-1] > LONG else SLOW), SHORTEST))

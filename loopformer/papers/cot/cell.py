@@ -1,5 +1,5 @@
-"""Continuous thoughts: what a decoder made of the last token is its next input (Coconut, 2412.06769; compared with chains
-and loops in 2509.25239)."""
+"""Continuous thoughts: what a decoder made of the last token is its next input (Coconut, 2412.06769; compared with
+chains and loops in 2509.25239)."""
 from __future__ import annotations
 
 from flax import linen as nn
@@ -18,8 +18,8 @@ class Thinking(Cell):
 
   So K steps are K - 1 thoughts and the pass that reads the last one: the answer stands at place n + K - 2. A row has n
   tokens of its own, n >= 1, and then `filler`, an id that no problem holds, in place of thoughts and to its end
-  (tasks/asked.py). A thought takes the place of an embedding, so that positions must be attention's (Rotary); every step runs
-  over the whole row, whose layers must be causal, so that no token sees what is still to come.
+  (tasks/asked.py). A thought takes the place of an embedding, so that positions must be attention's (Rotary); every
+  step runs over the whole row, whose layers must be causal, so that no token sees what is still to come.
   """
   core: Stack
   filler: int
