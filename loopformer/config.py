@@ -56,6 +56,7 @@ FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save
 WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'head', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
                        'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1))
 WHOLE |= {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
+WHOLE |= {'filler': (0, 2 ** 31 - 1)}  # an id
 REAL = {
     **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'peak', 'sigma', 'std', 'up_std',
                      'warmup'), '[0, inf)'),

@@ -10,6 +10,7 @@ from loopformer import loop, memories, objective, optim, plans, starts, types
 from loopformer.cells import damped, halting, plain, recur, timed
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
+from loopformer.papers.cot.cell import Thinking
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.loopus.cell import Selective
 from loopformer.papers.loopus.terms import Supervision
@@ -44,7 +45,8 @@ PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     plans.LogDepth, Transition, Apart, RoundByRound],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
-                 Gated, Showing],
+                 Gated, Showing,
+                 Thinking],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,

@@ -134,7 +134,8 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV
 
 
 def attention_flops(attn: nn.Module, width: int, length: int) -> float:
-  """Floating-point operations a token, forward; causal attention over `length` tokens on average half."""
+  """Floating-point operations a token, forward; causal attention reads on average half of `length` tokens."""
   groups, head = heads_of(attn, width)
   inner = attn.heads * head
-  return 2.0 * width * (2 * inner + 2 * groups * head) + 4.0 * inner * (length + 1) / 2
+  read = (length + 1) / 2 if attn.kernel.causal else length
+  return 2.0 * width * (2 * inner + 2 * groups * head) + 4.0 * inner * read

@@ -270,17 +270,18 @@ class Chain(Shown):
 
 
 def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Example:
-  """The example in which the problem's tokens are asked for these symbols, each for its own or None for nothing.
+  """The example in which the problem's tokens, and padding after them, are asked for these symbols, each for its own or
+  None for nothing.
 
-  What lies right of the problem is padding, a segment of its own that weighs nothing. Besides, examples have size
-  i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where the problem is longer than a row.
+  What lies right of that is padding too, a segment of its own that nothing reads and that weighs nothing. Besides,
+  examples have size i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where it does not fit a row.
   """
-  count, n = len(problem.prompt), form.length
+  count, n = len(asked), form.length
   if count > n:
-    raise ConfigError(f'{type(form.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows '
-                      f'have {n}; raise room, or take smaller problems')
+    raise ConfigError(f'{type(form.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows have '
+                      f'{n}; raise room, and the length of rows where it is given, or take smaller problems')
   tokens, targets = np.full((2, n), form.pad, np.int32)
-  tokens[:count] = form.ids(problem.prompt)
+  tokens[:len(problem.prompt)] = form.ids(problem.prompt)
   weights, own = np.zeros(n, np.float32), np.arange(n) < count
   wanted = [place for place, symbol in enumerate(asked) if symbol is not None]
   targets[wanted], weights[wanted] = form.ids([asked[place] for place in wanted]), form.of.weight(problem.task)
@@ -290,20 +291,26 @@ def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Ex
 
 @config_dataclass
 class Asked(Shown):
-  """The problem, whose last token is asked for the answer, and no other for anything; see `left_aligned`.
+  """The problem, and as many places of padding as there are thoughts; the answer is asked for at the last of them, and
+  nothing else; see `left_aligned`.
 
-      tokens          3 * 2 + 6 / 3 =
-      targets                       8
+      tokens     3 * 2 + 1 = . .      thoughts = 2
+      targets                  7
+
+  length: tokens of a row; what the source's largest problem needs by default.
   """
   of: Any
+  thoughts: int = 0
+  length: int | None = None
 
-  @property
-  def length(self) -> int:
-    return self.of.extent.prompt
+  def __post_init__(self):
+    whole('Asked.thoughts', self.thoughts, 0)
+    if self.length is None:
+      object.__setattr__(self, 'length', self.of.extent.prompt + self.thoughts)
 
   def example(self, problem: Problem) -> Example:
     """Of a problem. Raises ConfigError where it is longer than a row."""
-    return left_aligned(self, problem, [None] * (len(problem.prompt) - 1) + [problem.answer])
+    return left_aligned(self, problem, [None] * (len(problem.prompt) + self.thoughts - 1) + [problem.answer])
 
 
 @config_dataclass

@@ -1,0 +1,46 @@
+"""Continuous thoughts: what a decoder made of the last token is its next input (Coconut, 2412.06769; compared with
+chains and loops in 2509.25239)."""
+from __future__ import annotations
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from loopformer.cells.cell import Cell
+from loopformer.nn.layers import Identity
+from loopformer.nn.stack import Stack
+from loopformer.types import KV, Array, ConfigError, Context
+
+State = tuple[Array, Array]  # inputs and outputs of the layers, [B, T, D] each
+
+
+class Thinking(Cell):
+  """Step k, from 0: y = core(x); then x at n + k is norm(y) at n + k - 1, n being the problem's tokens.
+
+  So K steps are K - 1 thoughts and the pass that reads the last one: the answer stands at place n + K - 2. A row has n
+  tokens of its own, n >= 1, and then `filler`, an id that no problem holds, in place of thoughts and to its end
+  (reasoning.Asked). A thought takes the place of an embedding, so that positions must be attention's (Rotary); every
+  step runs over the whole row, whose layers must be causal, so that no token sees what is still to come.
+  """
+  core: Stack
+  filler: int
+  norm: nn.Module = Identity()
+
+  def enter(self, x: Array) -> State:
+    """Inputs and outputs of the layers; the latter are none yet."""
+    return x, jnp.zeros_like(x)
+
+  def output(self, state: State) -> Array:
+    """What the layers made of it last."""
+    return state[1]
+
+  def __call__(self, x: State, e: Array, ctx: Context, kv: KV | None) -> tuple[State, KV | None, dict]:
+    """Raises ConfigError with a cache: thoughts are no tokens, and are not decoded."""
+    if kv is not None:
+      raise ConfigError('model.cell = Thinking: its thoughts are made within one pass over a row; ask for answers with '
+                        '`run_batch`, or generate with a model of another cell')
+    inputs, _ = x
+    outputs, kv = self.core(inputs, ctx, None, kv)
+    place = (ctx.tokens != self.filler).sum(-1) + ctx.step.k
+    thought = self.norm(jnp.take_along_axis(outputs, place[:, None, None] - 1, 1))
+    here = jnp.arange(inputs.shape[1]) == place[:, None]
+    return (jnp.where(here[..., None], thought, inputs), outputs), kv, {}
