@@ -555,6 +555,10 @@ class Measure(Protocol):
 
   better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
 
+  def asked(self, batch: Batch) -> Batch:
+    """The batch that the model reads and is asked about: the one that the task gave, or one in which it has hidden
+    tokens."""
+
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
     """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no text."""
 
