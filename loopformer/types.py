@@ -506,6 +506,8 @@ class Exit(Protocol):
 class Sampler(Protocol):
   """How a model makes texts; the command line, the harness and `loopformer.generate` go through the model's own."""
 
+  denoises: bool  # whether it writes all of an answer at once (diffusion/sampler.py), and not token by token
+
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
     """What serves requests: `submit` takes one and gives its number, `run` the texts of all, `stream` pieces of them as
     they come, `stats` what was computed; see inference/engine.py."""

@@ -159,6 +159,7 @@ class Denoising:
   order: Ranked | Ancestral | Resampling | Looping | Kept = Ranked()
   steps: int = 16
   guidance: float = 0.0
+  denoises = True
 
   def __post_init__(self):
     whole('sampler.steps', self.steps, 1, why='denoising takes at least one step')

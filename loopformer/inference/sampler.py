@@ -10,6 +10,7 @@ from loopformer.types import Params, config_dataclass
 @config_dataclass
 class Autoregressive:
   """Token by token, each from those before it, through a cache (engine.py)."""
+  denoises = False
 
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
     """An `Engine`; options as there."""
@@ -21,6 +22,7 @@ class Autoregressive:
 class Contrasted:
   """Token by token, each by what all loops answer and fewer do not: decoding that uses depth without training."""
   contrast: Contrast = Contrast()
+  denoises = False
 
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
     """As Autoregressive.serve."""
