@@ -306,13 +306,15 @@ def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str,
   if not text:
     raise ConfigError(f'--text={FLAGS.text}: it is empty; name another file')
   rows = max(1, min(config.train.batch, AT_ONCE // length))
-  check_causal(model, params)
+  if not model.sampler.denoises:
+    check_causal(model, params)
 
   def batches():
     found = passage.batches(text, tokenizer, length, stride=FLAGS.stride, rows=rows)
     return found if FLAGS.eval_batches is None else itertools.islice(found, FLAGS.eval_batches)
 
-  return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, measures.Tokens()
+  return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, (
+      config.task.measure if model.sampler.denoises else measures.Tokens())
 
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:

@@ -512,6 +512,9 @@ class Sampler(Protocol):
     """What serves requests: `submit` takes one and gives its number, `run` the texts of all, `stream` pieces of them as
     they come, `stats` what was computed; see inference/engine.py."""
 
+  def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """What scores texts for the harness: a `harness.Scorer`, or one whose likelihoods are bounds."""
+
 
 class Rule(Protocol):
   """When a token leaves the loop."""

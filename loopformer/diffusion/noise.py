@@ -90,6 +90,13 @@ def ranks(score: Array) -> Array:
   return jnp.argsort(jnp.argsort(score, -1, stable=True), -1, stable=True)
 
 
+def key_of(seed: int, ids: Array, place: Array | int) -> Array:
+  """The key of a sequence of ids, i32[T], at a place: what is drawn in evaluation, the same for all models and depths."""
+  odd = jnp.arange(ids.shape[0], dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
+  content = ((ids.astype(jnp.uint32) + 1) * odd).sum(dtype=jnp.uint32)
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), content)
+
+
 @config_dataclass
 class Masking:
   """Objective.prepare: hides tokens at a time of their sequence's own, t stratified in [least, 1].

@@ -169,6 +169,11 @@ class Denoising:
     """A `Denoiser`; options as there."""
     return Denoiser(model, params, tokenizer, **options)
 
+  def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """A `likelihood.Bounds`; options as there."""
+    from loopformer.diffusion.likelihood import Bounds
+    return Bounds(model, params, tokenizer, **options)
+
   def begin(self, model: Any, params: Params, rows: Rows) -> Any:
     """What the predictor keeps, before the first step."""
     return None

@@ -17,6 +17,11 @@ class Autoregressive:
     from loopformer.inference.engine import Engine  # which needs the model, which names its sampler
     return Engine(model, params, tokenizer, **options)
 
+  def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """A `harness.Scorer`; options as there."""
+    from loopformer.inference.harness import Scorer
+    return Scorer(model, params, tokenizer, **options)
+
 
 @config_dataclass
 class Contrasted:
@@ -28,3 +33,8 @@ class Contrasted:
     """As Autoregressive.serve."""
     from loopformer.inference.engine import Engine
     return Engine(model, params, tokenizer, contrast=self.contrast, **options)
+
+  def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """As Autoregressive.score: likelihoods are those of all loops."""
+    from loopformer.inference.harness import Scorer
+    return Scorer(model, params, tokenizer, **options)
