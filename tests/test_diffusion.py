@@ -126,7 +126,7 @@ def chi(grids):
   return np.square(counts - len(grids) / 288).sum() / (len(grids) / 288)
 
 
-@pytest.mark.parametrize('score', [ByChance(), Margin(), LeftToRight()],
+@pytest.mark.parametrize('score', [ByChance(), Margin()],
                          ids=lambda s: type(s).__name__)
 def test_with_an_exact_denoiser_every_order_gives_the_uniform_law(score):
   grids = np.asarray(run(Ranked(score=score), 16, keys(576), hidden(576), exact).tokens)
@@ -199,7 +199,7 @@ def test_masses_are_a_law_at_every_time_and_chance():
 
 
 def test_resampling_keeps_the_mean_number_of_hidden_positions():
-  for order in (Resampling(sigma=Cap(eta=0.2)), Resampling(sigma=Rescale(eta=1.0)), Ancestral()):
+  for order in (Resampling(sigma=Cap(eta=0.2)), Ancestral()):
     counts = np.asarray((run(order, 8, keys(512), hidden(512), until=4).tokens == MASK).sum(-1))
     assert abs(counts.mean() - 8) < 3.5 * counts.std() / 512 ** 0.5
 
@@ -227,7 +227,7 @@ def test_scores_choose_what_they_are_named_after(score, first):
   seen = orders.Round(step=jnp.zeros(1, int), steps=jnp.full(1, 4), asked=jnp.ones((1, 4), bool), hidden=jnp.ones((1, 4), bool),
                       tokens=jnp.full((1, 4), MASK), drawn=jnp.zeros((1, 4), int), log_p=jnp.log(law)[None],
                       held=jnp.ones((1, 4)), keys=keys(1))
-  write, hide = Ranked(score=score)(seen)
+  write, hide = jax.jit(Ranked(score=score))(seen)
   assert np.flatnonzero(write[0]).tolist() == [first] and not hide.any()
 
 
