@@ -2,7 +2,7 @@
 
     python -m experiments.studies.denoising --seeds=0,1 --workdir=runs/diffusion --out=experiments/reports/masked_diffusion
 
-Trains a denoiser for every number of loops and seed, and with --ar a model of the same layers that writes a grid cell by
+Trains a denoiser for every number of loops (--depths=1,2,4) and seed, and with --ar a model of the same layers that writes a grid cell by
 cell; then measures the bound at every number of loops, and what part of --samples grids is right (valid, and with its clues)
 for every order, number of denoising steps and number of loops in each. MFLOP is what a grid costs. What is trained stands in
 the work folder, and is not trained again. Writes results.json, bounds.md, table.md and denoising.png.
@@ -31,9 +31,15 @@ FLAGS = flags.FLAGS
 
 CONFIG = 'experiments/configs/masked_diffusion.py'
 NEXT = 'cell by cell'
+ROWS = 256  # grids at a time
 REMASKING = {'cap 0.1': orders.Resampling(sigma=orders.Cap(eta=0.1)), 'rescale 0.5': orders.Resampling(
     sigma=orders.Rescale(eta=0.5))}
 ORDERS = {name: orders.Ranked(score=score) for name, score in SCORES.items()} | PLANNERS | REMASKING
+
+
+def given_loops() -> list[int]:
+  """Those of --depths, a model each."""
+  return [int(loops) for loops in FLAGS.depths or (1, 2, 4)]
 
 
 def trained(loops: int, seed: int, workdir: Path, kind: str = '') -> Any:
@@ -62,7 +68,7 @@ def solved(loaded: Any, order: Any, steps: int, loops: int) -> float:
   """The part of grids that is right."""
   model = loaded.model.clone(sampler=dataclasses.replace(loaded.model.sampler, order=order))
   asked, mask = puzzles(loaded.config, FLAGS.samples), model.outputs
-  denoiser = model.sampler.serve(model, loaded.params, loaded.tokenizer, rows=min(FLAGS.samples, FLAGS.rows),
+  denoiser = model.sampler.serve(model, loaded.params, loaded.tokenizer, rows=min(FLAGS.samples, ROWS),
                                  loops=max(loops, model.loops))
   for number, ids in enumerate(np.where(asked['weights'] > 0, mask, asked['targets']).tolist()):
     denoiser.submit(ids, steps=steps, budget=loops, number=number)
@@ -75,25 +81,25 @@ def written(loaded: Any) -> float:
   of = loaded.config.task.of
   start = len(of.symbols) - 1
   texts = loopformer.generate(loaded.model, loaded.params, loaded.tokenizer, [[start]] * FLAGS.samples,
-                              max_new_tokens=of.length, rows=FLAGS.rows)
+                              max_new_tokens=of.length, rows=ROWS)
   ids = [loaded.tokenizer.encode(text) for text in texts]
   whole = np.array([(grid + [start] * of.length)[:of.length] for grid in ids])
   return float(of.solved(whole, whole, np.ones(whole.shape)).mean())
 
 
 def run(seed: int, workdir: Path) -> Iterator[dict]:
-  """Measures of one seed, so far."""
+  """Measures of one seed, so far: after every order."""
   found = {'bounds': {}, 'solved': []}
-  for loops in map(int, FLAGS.loops):
+  for loops in given_loops():
     loaded, folder = trained(loops, seed, workdir)
     length = loaded.config.task.length
-    found['bounds'][f'trained with {loops}'] = bounds(loaded, folder, [*map(int, FLAGS.loops)])
+    found['bounds'][f'trained with {loops}'] = bounds(loaded, folder, given_loops())
     for name in FLAGS.orders:
       for steps in map(int, FLAGS.steps):
         cost = loaded.model.flops(length, loops) * length * steps
         found['solved'].append({'loops': loops, 'order': name, 'steps': steps, 'MFLOP': round(cost / 1e6, 3),
                                 'solved': solved(loaded, ORDERS[name], steps, loops)})
-    yield found
+      yield found
   if FLAGS.ar:
     loops = int(FLAGS.ar)
     loaded, folder = trained(loops, seed, workdir, ',kind=ar')
@@ -154,24 +160,22 @@ def define_flags():
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/masked_diffusion.py, of Sudoku.')
-  flags.DEFINE_list('loops', ['1', '2', '4'], 'Numbers of loops, a model each.')
   flags.DEFINE_list('steps', ['1', '4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'likeliest', 'margin', 'confidence'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_string('ar', '', 'Loops of a model that writes cell by cell; none by default.')
   flags.DEFINE_integer('samples', 512, 'Grids of every row.', lower_bound=1)
-  flags.DEFINE_integer('rows', 256, 'Grids at a time.', lower_bound=1)
 
 
 def main(argv):
-  check_command('set')
+  check_command('set', 'depths')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   if FLAGS.size not in configuration.SIZES or configuration.SIZES[FLAGS.size].task not in configuration.GRIDS:
     sys.exit(f'error: --size={FLAGS.size}: no size of Sudoku; choose from cpu, gpu')
   for name in FLAGS.orders:
     if name not in ORDERS:
       sys.exit(f'error: --orders={",".join(FLAGS.orders)}: there is no order {name!r}; choose from {", ".join(ORDERS)}')
-  for flag in ('seeds', 'loops', 'steps'):
-    if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value):
+  for flag in ('seeds', 'depths', 'steps'):
+    if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value or ()):
       sys.exit(f'error: --{flag}={",".join(FLAGS[flag].value)}: give whole numbers apart by commas')
   if FLAGS.ar and not (FLAGS.ar.isdigit() and int(FLAGS.ar)):
     sys.exit(f'error: --ar={FLAGS.ar}: give a number of loops')
@@ -184,7 +188,8 @@ def main(argv):
       own = tables(results)
       for file, rows in zip(('bounds.md', 'table.md'), own):
         storage.write(out / file, metrics.table(rows) + '\n')
-      print(f'seed {seed}: {list(results[seed]["bounds"])[-1]} measured', flush=True)
+      last = results[seed]['solved'][-1]
+      print(f'seed {seed}: {last["loops"]} loops, {last["order"]} measured', flush=True)
     draw(out / 'denoising.png', results)
   for rows in own:
     print(metrics.table(rows))

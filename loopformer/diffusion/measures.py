@@ -35,9 +35,12 @@ class Bound:
     whole('measure.mask', self.mask, 1)
     whole('measure.draws', self.draws, 1)
 
-  @functools.partial(jax.jit, static_argnums=0)
   def asked(self, batch: Batch) -> Batch:
     """The batch in which tokens are hidden, `draws` rows of every one."""
+    return self._hidden(batch)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _hidden(self, batch):
     rows = len(batch['targets'])
     batch = {name: jnp.repeat(jnp.asarray(leaf), self.draws, 0) for name, leaf in batch.items()}
     row, draw = (jnp.arange(rows * self.draws) // self.draws), jnp.arange(rows * self.draws) % self.draws
