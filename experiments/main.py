@@ -28,6 +28,8 @@ import loopformer
 from loopformer import config as configs, memories, plans, reading, sharding, storage
 from loopformer.data import chat as chats
 from loopformer.data.corpus import rows_of
+from loopformer.diffusion import orders
+from loopformer.diffusion.sampler import HOLE
 from loopformer.inference import exits, measures, sampler
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.evaluate import Run, evaluate
@@ -44,6 +46,13 @@ RULES = {'kl': exits.KL, 'entropy': exits.Entropy, 'entropy_change': exits.Entro
          'stable': exits.Stable, 'gate': exits.Cumulative, 'confident': exits.Confident, 'act': exits.ACT}
 DRAWN = {'sampled': exits.Sampled}  # rules without a threshold
 FILLS = {'copy': exits.Copy(), 'recompute': exits.Recompute()}
+DENOISING = 'denoise', 'order', 'blocks', 'guidance'  # flags for models that denoise,
+UNMASKED = 'exit', 'fill', 'memory', 'draft', 'contrast'  # and for those that write token by token
+SCORES = {'confidence': orders.OfDrawn(), 'likeliest': orders.Likeliest(), 'margin': orders.Margin(),
+          'entropy': orders.LeastEntropy(), 'random': orders.ByChance(), 'left': orders.LeftToRight()}
+PLANNERS = {'ancestral': orders.Ancestral(), 'doubtful': orders.Resampling(sigma=orders.Doubtful()), 'topk': orders.Kept()}
+SIGMAS = {'cap': lambda eta: orders.Resampling(sigma=orders.Cap(eta=eta)),
+          'rescale': lambda eta: orders.Resampling(sigma=orders.Rescale(eta=eta)), 'plateau': lambda eta: orders.Looping(eta=eta)}
 ROWS = 32  # prompts at a time
 AT_ONCE = 16_384  # tokens of --text in a batch, at most, where a window has fewer
 MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1),
@@ -125,7 +134,16 @@ define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, th
        'budget then judge.')
 define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: the loops of '
        'the shallow answer (0: none), and after a comma the weight of its log-probabilities, 1 by default: 1,0.5.')
-define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens.', lower_bound=1)
+define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens; of a masked diffusion model as many as '
+       'fit, by default.', lower_bound=1)
+define(flags.DEFINE_integer, 'denoise', None, 'generate', 'denoising steps of a masked diffusion model (docs/denoising.md); its '
+       'own by default. Prompts may have holes: <mask>, <mask:5>.', lower_bound=1)
+define(flags.DEFINE_string, 'order', None, 'generate', 'with a masked diffusion model, what is written first: confidence, likeliest, '
+       'margin, entropy, random, left, ancestral, cap:ETA, rescale:ETA, doubtful, plateau:ETA or topk.')
+define(flags.DEFINE_integer, 'blocks', None, 'generate', 'with a masked diffusion model, parts of the answer that are written one '
+       'after the other.', lower_bound=1)
+define(flags.DEFINE_float, 'guidance', None, 'generate', 'with a masked diffusion model, the weight of classifier-free guidance '
+       'by the prompt.', lower_bound=0)
 define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.', lower_bound=0)
 define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.', lower_bound=1)
 define(flags.DEFINE_float, 'top_p', None, 'generate', 'draw from the likeliest tokens that reach this probability.',
@@ -288,13 +306,15 @@ def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str,
   if not text:
     raise ConfigError(f'--text={FLAGS.text}: it is empty; name another file')
   rows = max(1, min(config.train.batch, AT_ONCE // length))
-  check_causal(model, params)
+  if not model.sampler.denoises:
+    check_causal(model, params)
 
   def batches():
     found = passage.batches(text, tokenizer, length, stride=FLAGS.stride, rows=rows)
     return found if FLAGS.eval_batches is None else itertools.islice(found, FLAGS.eval_batches)
 
-  return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, measures.Tokens()
+  return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, (
+      config.task.measure if model.sampler.denoises else measures.Tokens())
 
 
 def held_out(config, workdir: Path, count: int, split: str = 'validation') -> list[dict]:
@@ -327,6 +347,11 @@ def run_generate(workdir: Path):
   budget, draft = (given and loops_or_sizes(given, flag)
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = given_prompts(), plans.resolve(model.loops if budget is None else budget, '--budget')
+  if model.sampler.denoises:
+    return run_denoise(model, params, tokenizer, prompts, steps)
+  for name in DENOISING:
+    if FLAGS[name].present:
+      raise ConfigError(f'--{name}: the model of {workdir} writes token by token, without denoising; leave it out')
   exit_policy = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory, sampler=given_sampler() or model.sampler)
   warn_beyond(model, steps)
@@ -345,6 +370,47 @@ def run_generate(workdir: Path):
     stats = engine.stats
     say(f'--- mean loops a token: {stats["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {stats["passes"]} '
         'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
+
+
+def run_denoise(model, params, tokenizer, prompts, sizes):
+  """Prints what a masked diffusion model writes after every prompt, or into its holes."""
+  for name in UNMASKED:
+    if FLAGS[name].present:
+      raise ConfigError(f'--{name}: a masked diffusion model writes all tokens at once, and not one by one; leave it out (it has '
+                        f'{", ".join(f"--{name}" for name in DENOISING)})')
+  warn_beyond(model, sizes)
+  model = model.clone(sampler=given_order(model.sampler))
+  denoiser = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), loops=max(len(sizes), model.loops),
+                                 log=say)
+  steps = FLAGS.denoise or model.sampler.steps
+  for number, prompt in enumerate(prompts):
+    denoiser.submit(prompt, budget=sizes, steps=steps, temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p,
+                    max_new_tokens=FLAGS.max_new_tokens if FLAGS['max_new_tokens'].present else None, seed=FLAGS.seed,
+                    number=number)
+  for prompt, text in zip(prompts, denoiser.run()):
+    told = '' if isinstance(prompt, str) and HOLE.search(prompt) else prompt if isinstance(prompt, str) else ''.join(
+        f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: '
+    say(f'--- {steps} denoising steps of {FLAGS.budget or model.loops} loops\n{told}{text}')
+
+
+def given_order(sampler):
+  """The sampler of a masked diffusion model with what --order, --blocks and --guidance say. Raises ConfigError naming the
+  flag."""
+  order, changes = sampler.order, {}
+  if FLAGS.order is not None:
+    name, colon, number = FLAGS.order.partition(':')
+    eta = numbers(number, '--order=NAME:ETA, ETA') if colon and name in SIGMAS else ()
+    if name not in SCORES | SIGMAS | PLANNERS or bool(colon) + (name not in SIGMAS) != 1 or len(eta) > 1:
+      raise ConfigError(f'--order={FLAGS.order}: there is no such order; choose from {", ".join(SCORES | PLANNERS)}, or '
+                        f'{", ".join(f"{name}:ETA" for name in SIGMAS)}')
+    order = orders.Ranked(score=SCORES[name]) if name in SCORES else PLANNERS[name] if name in PLANNERS else SIGMAS[name](*eta)
+  if FLAGS.blocks is not None:
+    if not isinstance(order, orders.Ranked):
+      raise ConfigError(f'--blocks={FLAGS.blocks}: is read with an order by rank ({", ".join(SCORES)}); leave it out')
+    order = dataclasses.replace(order, blocks=FLAGS.blocks)
+  if FLAGS.guidance is not None:
+    changes = {'guidance': FLAGS.guidance}
+  return dataclasses.replace(sampler, order=order, **changes)
 
 
 def given_prompts() -> list:

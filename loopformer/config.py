@@ -35,7 +35,7 @@ from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn import modules
 from loopformer.nn.layers import DTYPES
-from loopformer.objective import Objective
+from loopformer.objective import Objective, Preparation
 from loopformer.optim import AdamW
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
@@ -316,6 +316,8 @@ def check(config: Experiment):
     if roll.plan.differentiated < roll.plan.expected and not model.cell.injects and not roll.plan.detached:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
+  if isinstance(config.objective.prepare, Preparation):
+    config.objective.prepare.check(model)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   for steps in (*train.extended, train.steps):
     try:

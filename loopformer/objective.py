@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,16 @@ class Weighted:
   """`weight` times the mean of `term`."""
   weight: float
   term: Term
+
+
+@runtime_checkable
+class Preparation(Protocol):
+  """What prepares a batch (`Objective.prepare`) and knows which models it is for; a plain function is for all."""
+
+  def check(self, model: Any):
+    """Raises ConfigError where the model does not fit it."""
+
+  def __call__(self, context: PlanContext) -> Batch: ...
 
 
 @config_dataclass

@@ -506,9 +506,14 @@ class Exit(Protocol):
 class Sampler(Protocol):
   """How a model makes texts; the command line, the harness and `loopformer.generate` go through the model's own."""
 
+  denoises: bool  # whether it writes all of an answer at once (diffusion/sampler.py), and not token by token
+
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
     """What serves requests: `submit` takes one and gives its number, `run` the texts of all, `stream` pieces of them as
     they come, `stats` what was computed; see inference/engine.py."""
+
+  def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
+    """What scores texts for the harness: a `harness.Scorer`, or one whose likelihoods are bounds."""
 
 
 class Rule(Protocol):
@@ -554,6 +559,10 @@ class Measure(Protocol):
   """What is reported of a batch."""
 
   better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
+
+  def asked(self, batch: Batch) -> Batch:
+    """The batch that the model reads and is asked about: the one that the task gave, or one in which it has hidden
+    tokens."""
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
     """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no text."""

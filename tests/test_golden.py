@@ -36,6 +36,7 @@ ARGUMENTS = {
     'linear_icl': ['', 'predict=weights'],
     'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],
     'loopus': ['cpu', 'cpu,start=runs/pretrained', 'cpu,arm=ungated,start=runs/pretrained', 'cpu,arm=base,start=runs/pretrained'],
+    'masked_diffusion': ['cpu', 'cpu,loops=4,consistency=0.1,time=1,noise=cosine', 'cpu,kind=ar', 'cpu,task=text', 'gpu', 'paper'],
     'mor': ['tiny', 'tiny,kind=token', 'tiny,kind=token,balance=free,form=paper', 'tiny,kind=random',
             'tiny,kind=recursive', 'tiny,kind=recursive,sharing=sequence,layers=6', 'tiny,kind=vanilla',
             'tiny,memory=shared', 'tiny,auxiliary=1,router=mlp', 'tiny,z=0.001,gate=open', 'tiny,kind=token,z=0.001',

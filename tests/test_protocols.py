@@ -8,6 +8,10 @@ import pytest
 
 from loopformer import loop, memories, objective, optim, plans, starts, types
 from loopformer.cells import damped, halting, plain, recur, timed
+from loopformer.diffusion.cell import ToldHidden
+from loopformer.diffusion.measures import Bound
+from loopformer.diffusion.sampler import Denoising
+from loopformer.diffusion.terms import NELBO
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
 from loopformer.papers.cot.cell import Thinking
@@ -45,12 +49,11 @@ PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     plans.LogDepth, Transition, Apart, RoundByRound],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
-                 Gated, Showing,
-                 Thinking],
+                 Gated, Showing, Thinking, ToldHidden],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,
-                 distill.Distill, Aligned, RouterBCE, Balance, RoundCE],
+                 distill.Distill, Aligned, RouterBCE, Balance, RoundCE, NELBO],
     types.Task: [Text, Generated, Imported, Instructions, Mixture, Recorded],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock,
                   LinearAttention],
@@ -64,7 +67,7 @@ PARTS = {
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
-    types.Sampler: [sampler.Autoregressive, sampler.Contrasted],
+    types.Sampler: [sampler.Autoregressive, sampler.Contrasted, Denoising],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
@@ -73,7 +76,7 @@ PARTS = {
                       LossFree],
     types.Evaluations: [evaluate.Depths, evaluate.Named],
     types.Control: [control.NoControl, control.Plateau],
-    types.Measure: [measures.Tokens, measures.Answers, measures.Errors],
+    types.Measure: [measures.Tokens, measures.Answers, measures.Errors, Bound],
 }
 CASES = [(socket, part) for socket, parts in PARTS.items() for part in parts]
 

@@ -676,6 +676,14 @@ def generate(model: Any, params: Params, tokenizer: Any,
   warn_beyond(model, steps)
   if not prompts:
     return []
+  how = dict(budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+             stop=stop)
+  if model.sampler.denoises:
+    served = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows),
+                                 loops=max(len(steps), model.loops), exit=exit, draft=draft)
+    for number, prompt in enumerate(prompts):
+      served.submit(prompt, number=number, **how)
+    return served.run()
   vocab = min(tokenizer.vocab_size, model.read_in.vocab)
   encoded = [_ids(prompt, number, tokenizer, vocab) or [tokenizer.eos] for number, prompt in enumerate(prompts)]
   room = max(map(len, encoded)) + whole('max_new_tokens', max_new_tokens, 1)
@@ -683,8 +691,7 @@ def generate(model: Any, params: Params, tokenizer: Any,
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
                                loops=max(len(steps), model.loops), exit=exit, draft=draft)
   for number, prompt in enumerate(encoded):
-    engine.submit(prompt, budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                  top_p=top_p, seed=seed, number=number, stop=stop)
+    engine.submit(prompt, number=number, **how)
   return engine.run()
 
 

@@ -102,6 +102,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
     if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)
+    batch = measure.asked(batch)
     context = PlanContext(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}
     for name, steps in schedules.items():

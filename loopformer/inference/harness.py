@@ -163,9 +163,7 @@ class Scorer:
                         '(read_in.vocab); give the tokenizer that it was trained with')
     whole('batch', batch, 1)
     params = sharding.gathered(params)
-    check_causal(model, params)
-    if exit is not None:
-      check(model, exit, 'exit')
+    self.check(model, params, exit)
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.steps = plans.resolve(model.loops if steps is None else steps)
     warn_beyond(model, self.steps)
@@ -174,6 +172,15 @@ class Scorer:
     self.batch = batch if self._mesh is None else batch + -batch % sharding.row_parts(self._mesh)
     self._plan = plans.schedule(self.steps, max(len(self.steps), model.loops))
     self.reset()
+
+  likelihood = 'exact'  # or 'bound': what its likelihoods are
+  unread = 1  # ids of a row that are asked for and never read: the last
+
+  def check(self, model: Any, params: Params, exit: Any):
+    """Raises ConfigError where the model is not causal, or cannot be scored with the exit."""
+    check_causal(model, params)
+    if exit is not None:
+      check(model, exit, 'exit')
 
   def reset(self):
     """Forgets the steps that were counted."""
@@ -208,8 +215,8 @@ class Scorer:
     results, shapes = [(0.0, True)] * len(pairs), {}
     for index, (context, continuation) in enumerate(pairs):
       if continuation:
-        row = (list(context) + list(continuation))[-most - 1:]
-        width = min(max(SHORTEST, 1 << (len(row) - 2).bit_length()), most)
+        row = (list(context) + list(continuation))[-most - self.unread:]
+        width = min(max(SHORTEST, 1 << (len(row) - 1 - self.unread).bit_length()), most)
         shapes.setdefault(width, []).append((index, row, len(continuation)))
     tell, done = self._progress(sum(map(len, shapes.values())), 'scored'), 0
     for width, rows in sorted(shapes.items(), reverse=True):
@@ -303,7 +310,7 @@ def _harness_class():
     def __init__(self, model: Any, params: Params, tokenizer: Any, *, steps: int | Sequence[float] | None = None,
                  exit: Any = None, batch: int = 16, log: Callable[[str], None] | None = None):
       super().__init__()
-      self.scorer = Scorer(model, params, tokenizer, steps=steps, exit=exit, batch=batch, log=log)
+      self.scorer = model.sampler.score(model, params, tokenizer, steps=steps, exit=exit, batch=batch, log=log)
 
     @property
     def mean_loops(self) -> float:
@@ -312,7 +319,7 @@ def _harness_class():
 
     def get_model_info(self) -> dict[str, Any]:
       """What the harness writes beside its results."""
-      return {'steps': list(self.scorer.steps), 'exit': self.scorer.exit and str(self.scorer.exit),
+      return {'likelihood': self.scorer.likelihood, 'steps': list(self.scorer.steps), 'exit': self.scorer.exit and str(self.scorer.exit),
               'mean_loops': self.mean_loops}
 
     def loglikelihood(self, requests):
@@ -386,14 +393,16 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     check(model, exit_policy, f'exits = {called}')
   chosen = chosen or {str(model.loops): plans.resolve(model.loops)}
   runs = list(itertools.product(names, chosen.items(), {'': None, **(exits or {})}.items()))
-  rows = []
+  rows, bound = [], model.sampler.denoises
+  if bound:
+    say('likelihoods are bounds: a denoiser has no others; texts that are compared by them have to be of like lengths')
   for number, (task, (label, steps), (called, exit_policy)) in enumerate(runs):
     say(f'{number + 1}/{len(runs)}: {task}, {label} loops' + (f', {called}' if exit_policy else ''))
     lm, start = harness(model, params, tokenizer, steps=steps, exit=exit_policy, batch=batch, log=say), time.time()
     result = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, log_samples=False,
                                      bootstrap_iters=BOOTSTRAPS)
     rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': called,
-              'loops': lm.mean_loops, 'rows': result['n-samples'].get(part, {}).get('effective', ''),
+              **({'likelihood': 'bound'} if bound else {}), 'loops': lm.mean_loops, 'rows': result['n-samples'].get(part, {}).get('effective', ''),
               **_numbers(found), 'seconds': round(time.time() - start, 1)}
              for part, found in result['results'].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row if key != 'seconds')) + ['seconds']

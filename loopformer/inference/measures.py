@@ -34,8 +34,16 @@ def _nll(readout, z, batch):
                                 z, batch['targets'], batch['weights'], whole=readout.table)
 
 
+class AsGiven:
+  """A measure that asks for a batch as it is."""
+
+  def asked(self, batch: Batch) -> Batch:
+    """The batch that the model reads: the same."""
+    return batch
+
+
 @config_dataclass
-class Tokens:
+class Tokens(AsGiven):
   """Loss in nats a token, perplexity, bits per byte of text."""
   better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
 
@@ -56,7 +64,7 @@ class Tokens:
 
 
 @config_dataclass
-class Answers:
+class Answers(AsGiven):
   """Loss; accuracy over all answer tokens; `exact`, sequences whose answers are all right; `last`, their last ones."""
   better = {'loss': LESS, 'accuracy': MORE, 'exact': MORE, 'last': MORE}
 
@@ -78,7 +86,7 @@ class Answers:
 
 
 @config_dataclass
-class Errors:
+class Errors(AsGiven):
   """Mean squared error over all answers, and over the last of every sequence, in units of `scale`."""
   better = {'loss': LESS, 'last': LESS}
   scale: float = 1.0

@@ -369,7 +369,8 @@ class _Run:
     longest = max((steps for steps in config.evals.schedules().values() if isinstance(steps, tuple)), key=len,
                   default=())
     if longest:
-      moved = processes.fetch(motion(config.model, params, self.held_out[0], plans.schedule(longest)))
+      batch = config.task.measure.asked(self.held_out[0])
+      moved = processes.fetch(motion(config.model, params, batch, plans.schedule(longest)))
       self.writer.write('loops', number, {name: values.tolist() for name, values in moved.items()})
     shown = ('loss', 'accuracy', 'exact')
     self.log(f'step {number}  validation loss at ' + '  '.join(
