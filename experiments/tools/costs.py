@@ -57,7 +57,7 @@ def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int =
   pass_of = jax.jit(lambda params, batch, plan: model.apply(
       {'params': params}, run_batch(model, params, batch, plan).z, method='logits').argmax(-1))
   batch = {name: jax.numpy.asarray(value) for name, value in batch.items()}
-  return Cost(flops=model.flops(tokens, plan.steps) * tokens, steps=plan.steps,
+  return Cost(flops=model.flops(tokens, plan.steps) * tokens, steps=float(plan.steps),
               milliseconds=_milliseconds(lambda: jax.block_until_ready(pass_of(params, batch, plan)), repeats) / rows)
 
 
