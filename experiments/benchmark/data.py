@@ -12,10 +12,10 @@ from experiments.benchmark.sizes import MEGA, Size, spread, take_turns
 from experiments.configs.loopformer import SIZES
 from loopformer.data import batches, prepared
 from loopformer.data.corpus import StandardLibrary
-from loopformer.data.tokenizer import Bytes, ByteTokenizer, PieceTokenizer, TrainedPieces
+from loopformer.data.tokenizer import Bytes, ByteTokenizer, PieceTokenizer
 from loopformer.tasks.text import Text
 
-PARTS = (TrainedPieces(vocab=SIZES['tiny'].pieces), Bytes())
+PARTS = (SIZES['tiny'].task.tokenizer, Bytes())
 DRAWN = 400_000  # tokens of a turn
 
 
