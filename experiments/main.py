@@ -265,14 +265,14 @@ def run_eval(workdir: Path):
   if FLAGS.exits:
     jobs['exits'] = {str(n): plans.resolve(n) for n in range(1, model.loops + 1)} | rules(FLAGS.exits, model)
   tests, measure = examples(model, params, tokenizer, config, workdir)
-  lengths = None if tokenizer is None else text_bytes(tokenizer)
+  lengths, first = None if tokenizer is None else text_bytes(tokenizer), measures.main_number(measure)
   for (name, schedules), (split, batches) in itertools.product(jobs.items(), tests.items()):
     warn_beyond(model, max((steps for steps in schedules.values() if not isinstance(steps, Run)), key=len, default=()))
     start = time.time()
     name += '' if split == 'validation' else f'-{split}'
     rows = evaluate(model, params, batches(), schedules, lengths, measure)
     if name.startswith('sweep'):
-      rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row['loss']))]
+      rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row[first]))]
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
     if stores and processes.is_leader():
       write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')

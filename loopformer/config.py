@@ -56,6 +56,7 @@ FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save
 WHOLE = dict.fromkeys(('chunk', 'features', 'groups', 'head', 'heads', 'hidden', 'inputs', 'length', 'loops', 'outputs',
                        'rank', 'sample_bytes', 'size', 'vocab', 'width'), (1, 2 ** 31 - 1))
 WHOLE |= {'seed': (0, SEEDS - 1), 'warmup': (0, 2 ** 31 - 1)}
+WHOLE |= dict.fromkeys(('experts', 'top'), (1, 2 ** 16))
 WHOLE |= {'filler': (0, 2 ** 31 - 1)}  # an id
 REAL = {
     **dict.fromkeys(('beta', 'cooldown', 'decay', 'end', 'eps', 'noise', 'out_std', 'peak', 'sigma', 'std', 'up_std',
@@ -516,12 +517,12 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   return values
 
 
-def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
+def choose(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
   """The row of a configuration's table, or an error that lists the rows."""
   if value not in table:
-    close = difflib.get_close_matches(value, table, 1, 0.5)
+    close = difflib.get_close_matches(str(value), map(str, table), 1, 0.5)
     raise ConfigError(f'config argument {name} = {value!r}: {f"did you mean {close[0]!r}? " if close else ""}choose one of '
-                      f'{", ".join(table)}')
+                      f'{", ".join(map(str, table))}')
   return table[value]
 
 

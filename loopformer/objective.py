@@ -79,6 +79,14 @@ class Preparation(Protocol):
   def __call__(self, context: PlanContext) -> Batch: ...
 
 
+@runtime_checkable
+class Encoding(Preparation, Protocol):
+  """A preparation that runs a model of its own on the batch. teacher: whose, or None."""
+  teacher: Own | None
+
+  def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch: ...
+
+
 @config_dataclass
 class AsGiven:
   """Learns from the batch as it is."""
@@ -96,7 +104,7 @@ class Objective:
 
   prepare: what becomes of a batch in every step, before anything is summed or divided: context -> batch, leaves [B,
   ...]. It may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it
-  drew. What it draws for a sequence it draws from `context.keys()`.
+  drew. What it draws for a sequence it draws from `context.keys()`. One that runs a model of its own is an `Encoding`.
   """
   rolls: Mapping[str, Rollout]
   terms: Mapping[str, Weighted]
@@ -114,9 +122,29 @@ class Objective:
     """Rows of the longest plan."""
     return max(roll.plan.longest for roll in self.rolls.values())
 
-  def prepared(self, context: PlanContext) -> PlanContext:
-    """The same with the batch that is learned from; once in a step, for all microbatches."""
-    return context.replace(batch=self.prepare(context.named('prepare')))
+  def prepared(self, context: PlanContext, frozen: Mapping[str, Params] = {}) -> PlanContext:
+    """The same with the batch that is learned from; once in a step, for all microbatches. frozen: the weights of `teachers`,
+    by their names.
+
+    Raises:
+      ConfigError: a teacher's weights are missing.
+    """
+    named, encoder = context.named('prepare'), self._encoder
+    if encoder is None:
+      return context.replace(batch=self.prepare(named))
+    self._all_there(frozen)
+    return context.replace(batch=self.prepare(named, jax.lax.stop_gradient(frozen[encoder.name])))
+
+  @property
+  def _encoder(self):
+    """Whose weights the preparation runs with, if any."""
+    return self.prepare.teacher if isinstance(self.prepare, Encoding) else None
+
+  def _all_there(self, frozen):
+    missing = [name for name in self.teachers if name not in frozen]
+    if missing:
+      raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout or the preparation runs; give those of '
+                        'all objective.teachers, by their names')
 
   def denominators(self, batch: Batch) -> dict[str, Array]:
     """f32[] for every term: what its sum over this batch is divided by."""
@@ -124,16 +152,14 @@ class Objective:
 
   @property
   def teachers(self) -> dict[str, Own | Lent]:
-    """Those whose weights some rollouts run with, by their names."""
-    return {roll.teacher.name: roll.teacher for roll in self.rolls.values() if roll.teacher is not None}
+    """Those whose weights some rollouts, or the preparation, run with, by their names."""
+    every = [*(roll.teacher for roll in self.rolls.values()), self._encoder]
+    return {teacher.name: teacher for teacher in every if teacher is not None}
 
   def rollouts(self, model, params: Params, context: PlanContext, frozen: Mapping[str, Params] = {}) -> dict[str,
                                                                                                              Trace]:
     """Runs every rollout; each draws its plan and its noise from a key of its own, named after it."""
-    missing = [name for name in self.teachers if name not in frozen]
-    if missing:
-      raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout runs; give those of all '
-                        'objective.teachers, by their names')
+    self._all_there(frozen)
     traces = {}
     for name, roll in self.rolls.items():
       noise = context.named(f'{name} noise').keys()

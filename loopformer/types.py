@@ -564,6 +564,9 @@ class Measure(Protocol):
     """The batch that the model reads and is asked about: the one that the task gave, or one in which it has hidden
     tokens."""
 
+  def told(self, plan: Plan, batch: Batch) -> Plan:
+    """The plan that runs: the one that is evaluated, with what that batch tells its steps."""
+
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
     """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no text."""
 

@@ -20,6 +20,7 @@ FSDP = 4
 CONFIGS = Path(__file__).parent.parent / 'experiments/configs'
 ARGUMENTS = {
     'act': ['', 'mano,tau=0.001'],
+    'ccdd': ['cpu', 'cpu,kind=moe,source=corrupted,times=apart', 'gpu,kind=mmdit,encoder=tokens,noise=flow', 'paper,drop=0.1'],
     'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in ('tiny', 'small', 'paper')
                    for kind in paper.KINDS for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')]
                   + ['p_hop', 'pointers,kind=tmlt,ee=1'],

@@ -14,6 +14,12 @@ from loopformer.diffusion.sampler import Denoising
 from loopformer.diffusion.terms import NELBO
 from loopformer.inference import evaluate, exits, measures, sampler
 from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
+from loopformer.papers.ccdd.blocks import TwoStreams
+from loopformer.papers.ccdd.cell import Doubled, Summed
+from loopformer.papers.ccdd.measures import JointBound
+from loopformer.papers.ccdd.plans import WithLatents
+from loopformer.papers.ccdd.sampler import Coevolving
+from loopformer.papers.ccdd.terms import LatentError
 from loopformer.papers.cot.cell import Thinking
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.loopus.cell import Selective
@@ -47,15 +53,15 @@ from loopformer.training.masters import Masters
 
 PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
-                    plans.LogDepth, Transition, Apart, RoundByRound],
+                    plans.LogDepth, Transition, Apart, RoundByRound, WithLatents],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
-                 Gated, Showing, Thinking, ToldHidden],
+                 Gated, Showing, Thinking, ToldHidden, Summed, Doubled],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,
-                 distill.Distill, Aligned, RouterBCE, Balance, RoundCE, NELBO],
+                 distill.Distill, Aligned, RouterBCE, Balance, RoundCE, NELBO, LatentError],
     types.Task: [Text, Generated, Imported, Instructions, Mixture, Recorded],
-    types.Block: [blocks.Block, blocks.Chain, GatedBlock,
+    types.Block: [blocks.Block, blocks.Chain, GatedBlock, TwoStreams,
                   LinearAttention],
     types.Attention: [attention.SelfAttention, LatentAttention],
     types.Projection: [layers.Dense, low_rank.LowRank],
@@ -67,7 +73,7 @@ PARTS = {
     types.Start: [starts.Embedded, starts.Zeros, starts.Noise],
     types.Injection: [inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal],
     types.Remat: [loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload],
-    types.Sampler: [sampler.Autoregressive, sampler.Contrasted, Denoising],
+    types.Sampler: [sampler.Autoregressive, sampler.Contrasted, Denoising, Coevolving],
     types.Exit: [exits.Final, exits.Confidence, exits.Adaptive, AsTrained],
     types.Rule: [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
                  exits.Sampled, exits.Confident, exits.ACT],
@@ -76,7 +82,7 @@ PARTS = {
                       LossFree],
     types.Evaluations: [evaluate.Depths, evaluate.Named],
     types.Control: [control.NoControl, control.Plateau],
-    types.Measure: [measures.Tokens, measures.Answers, measures.Errors, Bound],
+    types.Measure: [measures.Tokens, measures.Answers, measures.Errors, Bound, JointBound],
 }
 CASES = [(socket, part) for socket, parts in PARTS.items() for part in parts]
 

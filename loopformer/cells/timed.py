@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 from loopformer.cells.cell import Cell
-from loopformer.nn.condition import LoopIndex, Modulation, StepNumber, Table, Trajectory
+from loopformer.nn.condition import LoopIndex, Modulation, NoiseTime, StepNumber, Table, Trajectory
 from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, ConfigError, Context, Plan
 
 
 class Timed(Cell):
-  """x = core(x; modulation(condition(step))). `condition` is Trajectory (LoopFormer), LoopIndex (tmlt), or
-  StepNumber with a Table."""
+  """x = core(x; modulation(condition(step))). `condition` is Trajectory (LoopFormer), LoopIndex (tmlt), NoiseTime
+  (denoisers), or StepNumber with a Table."""
   core: Stack
-  condition: Trajectory | LoopIndex | StepNumber
+  condition: Trajectory | LoopIndex | StepNumber | NoiseTime
   modulation: Modulation | Table
 
   def check(self, width: int):

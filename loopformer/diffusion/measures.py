@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from loopformer import sharding
 from loopformer.diffusion.noise import hidden_exactly, hide, key_of
-from loopformer.inference.measures import LESS, MORE, Sums, counted
+from loopformer.inference.measures import LESS, MORE, AsGiven, Sums, counted
 from loopformer.terms.cross_entropy import token_answers
 from loopformer.types import Array, Batch, Readout, config_dataclass, whole
 
 
 @config_dataclass
-class Bound:
+class Bound(AsGiven):
   """The negative evidence lower bound in nats a token, an upper bound on the loss; its exponential; bits a byte of text.
 
   Of every sequence of n tokens that may be hidden, exactly l are, l uniform on 1..n and they drawn without replacement, and

@@ -107,7 +107,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     sums = {}
     for name, steps in schedules.items():
       run = steps if isinstance(steps, Run) else Run(plan=None)
-      plan = plans.schedule(steps, rows) if run.plan is None else run.plan(context)
+      plan = measure.told(plans.schedule(steps, rows) if run.plan is None else run.plan(context), batch)
       exit_policy, threshold = exits.compiled(run.exit)
       with sharding.on(mesh):
         sums[name] = score(model, measure, exit_policy, params, batch, plan, byte_lengths, threshold)

@@ -13,7 +13,7 @@ import numpy as np
 
 from loopformer import sharding
 from loopformer.terms.cross_entropy import nll_sum
-from loopformer.types import Array, Batch, Readout, config_dataclass
+from loopformer.types import Array, Batch, Plan, Readout, config_dataclass
 
 Sums = dict[str, Array]
 MORE, LESS = 1, -1  # signs: the better of two values is the larger one after multiplication by it
@@ -22,6 +22,11 @@ MORE, LESS = 1, -1  # signs: the better of two values is the larger one after mu
 def counted(batch: Batch) -> Array:
   """f32[B]: 1 for every sequence, 0 for rows that only fill up a batch, whose `counted` says so."""
   return batch['counted'] if 'counted' in batch else jnp.ones(len(batch['weights']))
+
+
+def main_number(measure: Any) -> str:
+  """The number by which a measure is known, the first that it declares: `loss`, unless that is no name for it."""
+  return next(iter(measure.better))
 
 
 def text_bytes(tokenizer: Any) -> np.ndarray:
@@ -40,6 +45,10 @@ class AsGiven:
   def asked(self, batch: Batch) -> Batch:
     """The batch that the model reads: the same."""
     return batch
+
+  def told(self, plan: Plan, batch: Batch) -> Plan:
+    """The plan that runs, by what the batch tells it: as it is."""
+    return plan
 
 
 @config_dataclass

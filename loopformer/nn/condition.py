@@ -17,6 +17,8 @@ from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Plan
 
 FEATURES = 256
+TIME = 'time'  # the row of a plan that tells the time of noise, from 0 (none) to 1
+SCALE = 1000.0  # of such times, for the waves that embed them
 
 
 def sinusoid(s: Array) -> Array:
@@ -74,6 +76,21 @@ class LoopIndex(nn.Module):
   @nn.compact
   def __call__(self, plan: Plan) -> Array:
     return ScalarEmbed(self.width, self.std, name='time')(jnp.arange(plan.steps, dtype=jnp.float32))
+
+
+class NoiseTime(nn.Module):
+  """c = TimeEmbed(1000 t), t the time of the noise that a denoiser's input is under, the plan's row `time` [K, B]: the same
+  in all steps (CCDD, 2510.03206). Under a plan that does not tell it, t is 0.
+
+  std: as of ScalarEmbed. CCDD's code leaves t as it is, of which the fastest of its waves sees one radian.
+  """
+  width: int
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, plan: Plan) -> Array:
+    time = plan.rows.get(TIME, jnp.zeros((plan.steps, 1)))
+    return ScalarEmbed(self.width, self.std, name='time')(SCALE * time[..., None])
 
 
 class Modulation(nn.Module):

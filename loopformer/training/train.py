@@ -17,7 +17,7 @@ import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.inference.evaluate import evaluate, motion
-from loopformer.inference.measures import text_bytes
+from loopformer.inference.measures import main_number, text_bytes
 from loopformer.model import parameter_roles
 from loopformer.roles import Roles
 from loopformer.training import averages, interrupts, masters, metrics, processes, sections
@@ -370,12 +370,12 @@ class _Run:
                   default=())
     if longest:
       batch = config.task.measure.asked(self.held_out[0])
-      moved = processes.fetch(motion(config.model, params, batch, plans.schedule(longest)))
+      moved = processes.fetch(motion(config.model, params, batch, config.task.measure.told(plans.schedule(longest), batch)))
       self.writer.write('loops', number, {name: values.tolist() for name, values in moved.items()})
-    shown = ('loss', 'accuracy', 'exact')
-    self.log(f'step {number}  validation loss at ' + '  '.join(
+    first = main_number(config.task.measure)
+    self.log(f'step {number}  validation {first} at ' + '  '.join(
         f'{row["schedule"]} loop{"s" if row["budget"] != 1 else ""}: '
-        + ' '.join([f'{row["loss"]:.3f}', *(f'{name} {row[name]:.3f}' for name in shown[1:] if name in row)])
+        + ' '.join([f'{row[first]:.3f}', *(f'{name} {row[name]:.3f}' for name in ('accuracy', 'exact') if name in row)])
         for row in rows))
     self._watch(number, values)
     return values
