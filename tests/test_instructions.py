@@ -176,6 +176,20 @@ def test_it_is_a_part_that_is_saved_and_read(source, tmp_path):
   assert dict(configs.paths(config))['task.tokenizer.path'] == str(source)
 
 
+def test_the_tokenizer_of_a_run_is_found_wherever_its_data_lie(source, tmp_path):
+  """Runs that share their data, as studies' do, and runs of several tasks."""
+  config, text = configs.load('loopformer:tiny'), mixed_of(source).of['text']
+  own = SavedTokenizer(path=str(source)).build()
+  for name, task in {'shared': dataclasses.replace(text, folder=str(tmp_path / 'data')), 'several': mixed_of(source)}.items():
+    configs.save(dataclasses.replace(config, task=task), tmp_path / name)
+    task.prepare(tmp_path / name, quiet)
+    found = SavedTokenizer(path=str(tmp_path / name)).build()
+    assert found.encode('text 1') == own.encode('text 1')
+  configs.save(dataclasses.replace(config, task=dataclasses.replace(text, folder=None)), tmp_path / 'unprepared')
+  with pytest.raises(FileNotFoundError):
+    SavedTokenizer(path=str(tmp_path / 'unprepared')).build()
+
+
 # Mixtures ------------------------------------------------------------------------------------------------------------
 
 

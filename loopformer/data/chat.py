@@ -341,7 +341,7 @@ class SavedTokenizer:
 
   def build(self, texts: Iterable[str] = ()) -> Tokenizer:
     del texts
-    found = load_tokenizer(self._folder())
+    found = self._found()
     return found.of if isinstance(found, MarkedTokenizer) else found
 
   def sources(self) -> list[storage.File]:
@@ -349,11 +349,16 @@ class SavedTokenizer:
     digest = self.build().fingerprint()
     return [storage.File('tokenizer', 0, digest, lambda: digest)]
 
-  def _folder(self):
-    places = [storage.path(self.path) / place for place in PLACES]
-    for place in places:
+  def _found(self):
+    folder = storage.path(self.path)
+    for place in (folder / place for place in PLACES):
       if (place / FILE).exists() and 'kind' in reading.read_json(place / FILE, 'give another work folder'):
-        return place
+        return load_tokenizer(place)
+    if (folder / 'config.json').exists():  # a run whose data lie elsewhere, or of several tasks
+      from loopformer import config as configs
+      found = configs.read(folder).task.tokenizer_of(folder)
+      if found is not None:
+        return found
     raise FileNotFoundError(f'SavedTokenizer.path={self.path!r}: no tokenizer there; give a work folder, of an import '
                             'with its tokenizer or of a run on text')
 
