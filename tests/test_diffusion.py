@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loopformer.diffusion import noise, orders
+from loopformer.diffusion.measures import Bound
 from loopformer.diffusion.orders import (Ancestral, ByChance, Cap, Doubtful, Kept, LeastEntropy, LeftToRight, Likeliest, Looping,
                                          Margin, OfDrawn, Ranked, Rescale, Resampling)
 from loopformer.diffusion.sampler import begun, denoise, guided
@@ -81,6 +82,14 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_by_any_schedule(schedule
   assert abs(mean - FLOOR) < 3 * error and error < 0.02
   weights = np.asarray(prepared(noise.Masking(mask=MASK, noise=schedule), seed=3)['weights'].sum(-1)) / 16
   assert abs(weights.mean() - 1) < 3 * weights.std() / len(weights) ** 0.5  # of a uniform predictor, in units of log V
+
+
+@pytest.mark.parametrize('draws', [1, 4])
+def test_the_bound_by_exact_counts_is_the_entropy_too(draws):
+  grids = GRIDS[jax.random.randint(jax.random.key(5), (4096 // draws,), 0, 288)]
+  batch = {'tokens': jnp.zeros_like(grids), 'targets': grids, 'weights': jnp.ones(grids.shape), 'row': jnp.arange(len(grids))}
+  mean, error = bound_of(Bound(mask=MASK, draws=draws).asked(batch))
+  assert abs(mean - FLOOR) < 3 * error and error < 0.015
 
 
 @pytest.mark.parametrize('schedule', [noise.Linear(), noise.Cosine()], ids=lambda s: type(s).__name__)

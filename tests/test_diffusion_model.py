@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import main
+from experiments.studies import denoising as study
 import loopformer
 from loopformer import config as configs, plans
 from loopformer.loop import Last
@@ -32,7 +33,7 @@ from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.tasks.generated import Generated, SymbolTokenizer
-from loopformer.tasks.sudoku import Sudoku
+from loopformer.tasks.sudoku import Sudoku, valid
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, PlanContext
 from tests import parts
@@ -348,3 +349,23 @@ def test_what_denoising_learns_is_no_next_token():
   batch = {name: jnp.asarray(leaf) for name, leaf in batches()[0].items()}
   made = Masking(mask=MASK)(PlanContext(key=jax.random.key(1), step=jnp.int32(0), stage=jnp.int32(0), batch=batch))
   assert NELBO(roll='all').weight(made) == 128 and CE(roll='all').weight(made) != 128
+
+
+# The study -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_study_measures_grids_and_tables_them_by_seed(monkeypatch):
+  monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(samples=4))
+  loaded = Loaded(MODEL, PARAMS, TOKENIZER, SimpleNamespace(task=TASK))
+  right = study.solved(loaded, orders.Ranked(), 3, 2)
+  served = denoiser()
+  for number in range(4):
+    served.submit('', steps=3, budget=2, number=number)
+  made = np.array(ids_of(served))
+  assert right == valid(made, 2).mean()
+  row = {'loops': 2, 'order': 'random', 'steps': 4, 'MFLOP': 1.0}
+  results = {seed: {'bounds': {'trained with 2': {'1': {'loss': 0.5 + i, 'error': 0.1}}}, 'solved': [{**row, 'solved': 0.25 * i}]}
+             for i, seed in enumerate('01')}
+  first, second = study.tables(results)
+  assert first == [{'model': 'trained with 2', 'loops': '1', 'seed 0': 0.5, 'seed 1': 1.5}]
+  assert second == [{**row, 'seed 0': 0.0, 'seed 1': 0.25}]

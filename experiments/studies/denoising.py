@@ -53,7 +53,7 @@ def bounds(loaded: Any, folder: Path, measured: list[int]) -> dict[str, dict]:
   """Of every number of loops: the bound on held-out examples, nats a cell, and its standard error."""
   rows = evaluate(loaded.model, loaded.params, held_out(loaded.config, folder, loaded.config.train.eval_batches),
                   {str(loops): plans.resolve(loops) for loops in measured}, None,
-                  Bound(mask=loaded.model.outputs, draws=4))
+                  Bound(mask=loaded.model.outputs, draws=16))
   return {row['schedule']: {'loss': row['loss'], 'error': row['error']} for row in rows}
 
 
