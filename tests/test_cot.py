@@ -1,6 +1,7 @@
 """To CoT or to loop: thoughts against a loop that appends them, what chains may see, rows of any width, what an answer
 costs, the configuration and the studies."""
 import functools
+import importlib
 from types import SimpleNamespace
 
 from absl import flags
@@ -223,9 +224,14 @@ def test_a_filler_is_an_id():
 # The studies ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('module', [study, cot_sampling])
-def test_studies_define_flags_of_their_own(module):
+STUDIES = [file.stem for file in sorted((parts.ROOT / 'experiments/studies').glob('*.py'))
+           if all(words in file.read_text() for words in ('def define_flags', 'from experiments.main import'))]
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_studies_define_flags_of_their_own(name):
   """Beside those of experiments.main, which they import."""
+  module = importlib.import_module(f'experiments.studies.{name}')
   before = set(flags.FLAGS)
   try:
     module.define_flags()

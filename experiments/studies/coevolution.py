@@ -92,7 +92,6 @@ def define_flags():
   flags.DEFINE_list('steps', ['4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'confidence'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_integer('samples', 512, 'Grids of every row.', lower_bound=1)
-  flags.DEFINE_integer('rows', 256, 'Grids at a time.', lower_bound=1)
 
 
 def main(argv):
