@@ -32,7 +32,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
 flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
 flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
-flags.DEFINE_string('show', 'loss', 'What the plots show: loss, accuracy, exact, last.')
+flags.DEFINE_string('show', None, 'What the plots show: loss, accuracy, exact, last; by default what the first run is '
+                    'known by.')
 flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
 flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
@@ -64,22 +65,25 @@ def measure(workdir: Path, budgets: list[int] | None) -> dict:
   tests = {split: evaluate(model, params, held_out(config, workdir, count, split), schedules, lengths,
                            config.task.measure) for split in config.task.splits}
   curve = metrics.training_curve(metrics.read_rows(workdir / 'metrics.jsonl'))
-  return {'tests': tests, 'tokens': config.train.steps * config.train.batch * config.task.length,
+  return {'tests': tests, 'number': measures.main_number(config.task.measure),
+          'tokens': config.train.steps * config.train.batch * config.task.length,
           'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)), 'curve': curve,
           'diagnosis': model.cell.diagnose(jax.device_get(params['cell'])),
           'seconds': curve[-1]['seconds'] if curve else 0.0}
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
-  """The rows of the table: every name, split and depth; means over seeds, and half the range of the loss."""
+  """The rows of the table: every name, split and depth; means over seeds, and half the range of the loss, or of what
+  a measure has in its place."""
   table = []
   for name, results in runs.items():
     for split in results[0]['tests']:
       for rows in zip(*[result['tests'][split] for result in results]):
         mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ('schedule', 'budget')}
-        losses = [row['loss'] for row in rows]
+        first = results[0]['number']
+        of_seeds = [row[first] for row in rows]
         table.append({'model': name, 'seeds': len(results), 'parameters': results[0]['parameters'], 'test': split,
-                      'loops': rows[0]['schedule'], 'loss': mean.pop('loss'), '+-': (max(losses) - min(losses)) / 2,
+                      'loops': rows[0]['schedule'], first: mean.pop(first), '+-': (max(of_seeds) - min(of_seeds)) / 2,
                       **{key: value for key, value in mean.items() if key not in ('tokens', 'perplexity')},
                       **{key: float(np.mean([result['diagnosis'][key] for result in results]))
                          for key in results[0]['diagnosis']},
@@ -111,7 +115,9 @@ def main(argv):
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:
     workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-    check_shown(FLAGS.show, {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named})
+    tasks = {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named}
+    show = FLAGS.show or next((measures.main_number(task.measure) for task in tasks.values()), 'loss')
+    check_shown(show, tasks)
     budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   except ConfigError as error:
     sys.exit(f'error: {error}')
@@ -129,7 +135,7 @@ def main(argv):
       table = summary(finished)
       records.write(out / 'results.json', finished)
       storage.write(out / 'table.md', metrics.table(table) + '\n')
-      draw(out, finished, FLAGS.show)
+      draw(out, finished, show)
   print(metrics.table(table))
 
 

@@ -275,9 +275,10 @@ def run_eval(workdir: Path):
       rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row[first]))]
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
     if stores and processes.is_leader():
-      write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}')
+      write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}', first)
   if stores and processes.is_leader():
-    plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'))
+    plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'),
+                   measures.main_number(config.task.measure))
     say(f'written to {workdir / "eval"}')
 
 
@@ -324,17 +325,17 @@ def held_out(config, workdir: Path, count: int, split: str = 'validation') -> li
   return [batch for batch, _ in zip(batches, range(count))]
 
 
-def write(folder: Path, name: str, rows: list[dict], title: str):
-  """The rows as CSV, JSON and, where matplotlib is installed, a plot."""
+def write(folder: Path, name: str, rows: list[dict], title: str, show: str):
+  """The rows as CSV, JSON and, where matplotlib is installed, a plot of what `show` names."""
   folder.mkdir(parents=True, exist_ok=True)
   records.write(folder / f'{name}.json', rows)
   metrics.write_csv(folder / f'{name}.csv', rows)
   if name.startswith('depths'):
-    plots.depths(folder / f'{name}.png', {title: rows})
+    plots.depths(folder / f'{name}.png', {title: rows}, show=show)
   elif name.startswith('exits'):
-    plots.exits(folder / f'{name}.png', {title: rows}, 'accuracy' if 'accuracy' in rows[0] else 'loss')
+    plots.exits(folder / f'{name}.png', {title: rows}, 'accuracy' if 'accuracy' in rows[0] else show)
   else:
-    plots.ranking(folder / f'{name}.png', rows, title)
+    plots.ranking(folder / f'{name}.png', rows, title, show)
 
 
 def run_generate(workdir: Path):

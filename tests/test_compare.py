@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from experiments.tools import records
+from experiments import main
+from experiments.tools import plots, records
 from tests import parts
 
 RUN = f'{parts.ROOT}/experiments/configs'
@@ -30,6 +31,32 @@ def test_what_no_plot_could_show_is_refused_before_training(arguments, message, 
   done = compare(tmp_path, *(argument.replace('CONFIGS', RUN) for argument in arguments))
   assert done.returncode != 0 and message in done.stderr
   assert not (tmp_path / 'runs').exists() and not (tmp_path / 'out').exists()
+
+
+def test_a_run_without_a_loss_is_known_by_what_it_has_in_its_place(tmp_path):
+  def seed(value):
+    rows = [{'budget': n, 'schedule': str(n), 'conditional': value, 'accuracy': 0.5, 'tokens': 8} for n in (1, 2)]
+    return {'tests': {'validation': rows}, 'number': 'conditional', 'parameters': 3, 'diagnosis': {}, 'seconds': 6.0,
+            'curve': [{'step': 1, 'seconds': 6.0, 'conditional@2': value}]}
+
+  code = """
+import json, pathlib, sys
+from absl import flags
+from experiments import compare
+runs, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+compare.draw(out, runs, 'conditional')
+print(json.dumps(compare.summary(runs)))
+"""
+  row = json.loads(parts.python(code, json.dumps({'a': [seed(0.25), seed(0.75)]}), str(tmp_path)).splitlines()[-1])[0]
+  assert (row['conditional'], row['+-'], 'loss' in row) == (0.5, 0.25, False)
+
+
+def test_plots_show_what_the_rows_have(tmp_path):
+  rows = [{'budget': n, 'schedule': str(n), 'conditional': 0.5 / n} for n in (1, 2)]
+  for name in ('depths', 'exits', 'sweep'):
+    main.write(tmp_path, name, rows, 'a', 'conditional')
+    assert (tmp_path / f'{name}.csv').exists()
+  plots.training(tmp_path / 'training.png', [{'kind': 'eval', 'step': 1, 'conditional@2': 0.5}], 'conditional')
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

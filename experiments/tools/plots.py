@@ -30,8 +30,8 @@ def save(figure, path: str | Path, dpi: int):
   library().close(figure)
 
 
-LABELS = {'loss': 'validation loss', 'accuracy': 'accuracy', 'exact': 'sequences all right',
-          'last': 'the last answer'}
+LABELS = {'loss': 'validation loss', 'conditional': 'validation loss, given latents', 'accuracy': 'accuracy',
+          'exact': 'sequences all right', 'last': 'the last answer'}
 FIXED = 'fixed budget'
 
 
@@ -102,32 +102,32 @@ def rule_of(row: Mapping[str, Any]) -> str:
   return FIXED if rule.isdigit() else rule
 
 
-def ranking(path: Path, rows: Rows, title: str):
-  """Loss of every schedule, best at the top."""
+def ranking(path: Path, rows: Rows, title: str, show: str = 'loss'):
+  """What `show` names, which is better the lower it is, of every schedule, best at the top."""
   pyplot = library()
   if pyplot is None:
     return
-  rows = sorted(rows, key=lambda row: -row['loss'])
+  rows = sorted(rows, key=lambda row: -row[show])
   figure, axes = pyplot.subplots(figsize=(7, 1 + 0.22 * len(rows)), layout='constrained')
-  axes.plot([row['loss'] for row in rows], range(len(rows)), 'o')
+  axes.plot([row[show] for row in rows], range(len(rows)), 'o')
   axes.set_yticks(range(len(rows)), [row['schedule'] for row in rows], fontsize=7)
-  axes.set_xlabel('validation loss (nats a token)')
+  axes.set_xlabel(LABELS.get(show, show))
   axes.set_title(title)
   axes.grid(alpha=0.3)
   save(figure, path, 150)
 
 
-def training(path: Path, rows: Rows):
-  """Validation loss at every budget against steps, from the rows of metrics.jsonl."""
+def training(path: Path, rows: Rows, show: str = 'loss'):
+  """What `show` names on the validation split at every budget against steps, from the rows of metrics.jsonl."""
   pyplot = library()
   rows = [row for row in rows if row['kind'] == 'eval']
   if pyplot is None or not rows:
     return
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-  for name in [name for name in rows[-1] if name.startswith('loss@')]:
-    axes.plot([row['step'] for row in rows], [row[name] for row in rows], marker='.', label=name.removeprefix('loss@'))
+  for name in [name for name in rows[-1] if name.startswith(f'{show}@')]:
+    axes.plot([row['step'] for row in rows], [row[name] for row in rows], marker='.', label=name.removeprefix(f'{show}@'))
   axes.set_xlabel('step')
-  axes.set_ylabel('validation loss (nats a token)')
+  axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)
   axes.legend(title='loops')
   save(figure, path, 150)
