@@ -7,6 +7,7 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
+from loopformer import sharding
 from loopformer.diffusion.measures import Bound, key_of
 from loopformer.inference.measures import LESS, MORE
 from loopformer.nn.condition import TIME
@@ -18,10 +19,10 @@ from loopformer.types import Batch, Plan, config_dataclass
 
 
 @functools.lru_cache(maxsize=4)
-def weights_of(encoder: Hidden) -> Any:
-  """The weights that an encoder needs, read once."""
+def weights_of(encoder: Hidden, mesh: jax.sharding.Mesh | None) -> Any:
+  """The weights that an encoder needs, read once, on the devices of the batches that it encodes."""
   from loopformer.api import load
-  return load(encoder.folder).params
+  return load(encoder.folder, mesh=mesh).params
 
 
 @config_dataclass
@@ -43,8 +44,11 @@ class JointBound(Bound):
 
   def asked(self, batch: Batch) -> Batch:
     """The batch in which tokens are hidden, with latents."""
-    weights = None if self.encoder.teacher is None else weights_of(self.encoder)
-    return self._with_latents(super().asked(batch), weights)
+    weights, mesh = None, sharding.mesh_of(batch['targets'])
+    if self.encoder.teacher is not None:
+      weights = weights_of(self.encoder, mesh)
+    with sharding.on(mesh):
+      return self._with_latents(super().asked(batch), weights)
 
   def told(self, plan: Plan, batch: Batch) -> Plan:
     """The plan, with the batch's latents and times."""
