@@ -38,7 +38,7 @@ from loopformer.tasks.generated import Generated, SymbolTokenizer
 from loopformer.tasks.sudoku import Sudoku
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
-from tests import parts
+from tests import parts, quick
 from tests.parts import close
 
 V, D, C, T = 6, 16, 5, 8  # answers, of which MASK is the next id; width, channels of latents, tokens
@@ -283,6 +283,20 @@ def test_padding_is_in_neither_loss_and_both_teach():
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads['cell']))
 
 
+ON_TWO = """
+import sys
+import numpy as np
+from loopformer import sharding
+from tests import test_ccdd
+measure = test_ccdd.JointBound(mask=test_ccdd.V, encoder=test_ccdd.Hidden(folder=sys.argv[1], width=test_ccdd.C))
+mesh = sharding.Mesh(data=2, fsdp=1, tensor=1).make()
+given = {**test_ccdd.batch(), 'row': np.arange(4, dtype=np.int32)}
+one, two = (measure.asked(rows)['latents'] for rows in (given, sharding.spread(given, mesh)))
+assert len(two.sharding.device_set) == 2
+np.testing.assert_allclose(one, two, atol=1e-4)
+"""
+
+
 def test_an_encoder_is_the_model_of_a_folder_and_does_not_learn(tmp_path):
   encoder = parts.looped(parts.plain(kernel=Bidirectional()))
   weights = parts.params(encoder)
@@ -306,6 +320,8 @@ def test_an_encoder_is_the_model_of_a_folder_and_does_not_learn(tmp_path):
     objective.prepared(context)
   measured = JointBound(mask=V, encoder=hidden).asked(batch())
   assert measured[LATENTS].shape == (4, T, C)
+  # Batches that are divided over devices find the encoder's weights on these.
+  parts.python(ON_TWO, hidden.folder, XLA_FLAGS=f'{quick.FLAGS} --xla_force_host_platform_device_count=2')
   with pytest.raises(ConfigError, match=r'Hidden\.width = 17'):
     Hidden(folder=str(tmp_path / 'encoder'), width=D + 1)(batch()['tokens'], None, weights)
 
@@ -362,6 +378,11 @@ def test_guidance_of_no_weight_is_the_plain_pass_and_latents_follow_the_guess():
   close(logits[0], expected[0], 1e-5)
   close(new[0], DDIM()(VP(), z[:1], guess[:1], jnp.array([0.75]), jnp.array([0.5]), 0.0)[0], 1e-5)
   close(new[1], z[1], 0)  # a sequence without steps left
+  # Latents that decay slower than tokens are told, and brought to, times of their own.
+  slower = Both(own, params, plan, seg, VP(), DDIM(), times=Slower(power=2.0))(tokens, z, moment)[1]
+  guess = answers(own, params, tokens, with_latents(plans.schedule(plans.resolve(2)), z, jnp.full(2, 0.75),
+                                                          jnp.full(2, 0.5625)))[1]
+  close(slower[0], DDIM()(VP(), z[:1], guess[:1], jnp.array([0.5625]), jnp.array([0.25]), 0.0)[0], 1e-5)
   without = answers(own, params, tokens, plan_of(jnp.zeros_like(z), 0.75))[0]
   guided = Both(own, params, plan, seg, VP(), DDIM(), guidance=0.5)(tokens, z, moment)[0]
   close(guided[0], (1.5 * expected - 0.5 * without)[0], 1e-4)

@@ -137,7 +137,7 @@ def get_config(argument: str = '') -> Experiment:
       read_in=TokenEmbed(**table) if size.grid else Tokens(**table), loops=loops, remat=loop.PerLayer(),
       cell=cell(kind, size, encoder.width, choose('experts', given['experts'], {1: 1, 2: 2})),
       read_out=Head(outputs=vocab, std=size.width ** -0.5),
-      sampler=Coevolving(latents=encoder.width, process=noise, steps=size.length))
+      sampler=Coevolving(latents=encoder.width, process=noise, times=times, steps=size.length))
   return Experiment(
       name=f'CCDD {kind} {loops} loops', model=model,
       task=Generated(of=size.grid, measure=measure) if size.grid else

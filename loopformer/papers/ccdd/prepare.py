@@ -72,6 +72,10 @@ class Together:
     """f32[B]: times of latents; row: i32[B], places in the global batch; time: f32[B], of the tokens."""
     return time
 
+  def beside(self, time: Array) -> Array:
+    """f32[B]: times of latents that are written beside tokens of these times."""
+    return time
+
 
 @config_dataclass
 class Apart:
@@ -80,6 +84,10 @@ class Apart:
   def __call__(self, key: Array, row: Array, time: Array) -> Array:
     """As of Together."""
     return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(row)
+
+  def beside(self, time: Array) -> Array:
+    """As of Together: of all ways to 0, that of the tokens."""
+    return time
 
 
 @config_dataclass
@@ -91,6 +99,10 @@ class Slower:
     real('Slower.power', self.power, '(0, inf)')
 
   def __call__(self, key: Array, row: Array, time: Array) -> Array:
+    """As of Together."""
+    return self.beside(time)
+
+  def beside(self, time: Array) -> Array:
     """As of Together."""
     return time ** self.power
 

@@ -11,8 +11,12 @@ from loopformer import sharding
 from loopformer.diffusion.sampler import Denoising, Moment, Predictor, Rows, guided
 from loopformer.papers.ccdd.cell import last_guess
 from loopformer.papers.ccdd.plans import with_latents
+from loopformer.papers.ccdd.prepare import Apart, Slower, Together
 from loopformer.papers.ccdd.process import DDIM, DDPM, VP, Flow, Quadratic
 from loopformer.types import Array, ConfigError, Params, Plan, config_dataclass, whole
+
+
+LEAST = 1e-3  # time of tokens and latents but for their end; training has none before it
 
 
 def noise_of(keys: Array, length: int, width: int) -> Array:
@@ -26,7 +30,7 @@ def noise_of(keys: Array, length: int, width: int) -> Array:
 class Both:
   """The predictor that a model of tokens and latents is: it keeps the latents, f32[B, T, d], from step to step.
 
-  plan, segments: as of `Network`; guidance: against the same with latents 0.
+  plan, segments: as of `Network`; guidance: against the same with latents 0; times: of latents.
   """
   model: Any
   params: Params
@@ -35,21 +39,24 @@ class Both:
   process: VP | Flow | Quadratic
   update: DDIM | DDPM
   guidance: float = 0.0
+  times: Together | Apart | Slower = Together()
 
   def __call__(self, tokens: Array, carry: Array, moment: Moment) -> tuple[Array, Array]:
-    t, s = (jnp.clip(time, 0.0, 1.0) for time in moment.times)
-    t = jnp.maximum(t, 1e-3)  # of sequences that are done; the others are at 1 / steps or later
-    logits, guess = self._answers(tokens, carry, t, moment)
+    begins, ends = moment.times
+    own = jnp.maximum(begins, LEAST)  # those of sequences that are done are below 0
+    t, s = (jnp.maximum(self.times.beside(jnp.maximum(time, LEAST)), LEAST) for time in (begins, ends))
+    times, s = (own, t), jnp.where(ends > 0, s, 0.0)
+    logits, guess = self._answers(tokens, carry, times, moment)
     if self.guidance:
-      logits = guided(logits, self._answers(tokens, jnp.zeros_like(carry), t, moment)[0], self.guidance)
+      logits = guided(logits, self._answers(tokens, jnp.zeros_like(carry), times, moment)[0], self.guidance)
     new = self.update(self.process, carry, guess, t, s, noise_of(moment.keys, *carry.shape[1:]))
     return logits, jnp.where(moment.active[:, None, None], new, carry)
 
-  def _answers(self, tokens, latents, t, moment):
+  def _answers(self, tokens, latents, times, moment):
     """(logits, guessed latents)."""
     plan = self.plan.replace(active=self.plan.active & moment.active)
     variables = {'params': self.params}
-    trace = self.model.apply(variables, tokens, with_latents(plan, latents, t, t), seg=self.segments)
+    trace = self.model.apply(variables, tokens, with_latents(plan, latents, *times), seg=self.segments)
     logits = self.model.apply(variables, trace.z, method='logits')
     return sharding.whole(logits), sharding.whole(last_guess(trace.aux, self.plan.active))
 
@@ -58,12 +65,13 @@ class Both:
 class Coevolving(Denoising):
   """As Denoising, with latents that begin as noise and are denoised beside the tokens; no encoder is needed.
 
-  latents: d, their channels; process: their noise in training; update: how they step back. guidance: w of logits
-  (1 + w) c - w u, u being without latents (the paper's weight is 1 + w).
+  latents: d, their channels; process: their noise in training; update: how they step back; times: of
+  latents, as they were trained. guidance: w of logits (1 + w) c - w u, u being without latents (the paper's weight is 1 + w).
   """
   latents: int
   process: VP | Flow | Quadratic = VP()
   update: DDIM | DDPM = DDIM()
+  times: Together | Apart | Slower = Together()
 
   def __post_init__(self):
     super().__post_init__()
@@ -80,4 +88,4 @@ class Coevolving(Denoising):
 
   def predictor(self, model: Any, params: Params, rows: Rows) -> Predictor:
     """Made inside the compiled program, of the rows."""
-    return Both(model, params, rows.plan, rows.segments, self.process, self.update, self.guidance)
+    return Both(model, params, rows.plan, rows.segments, self.process, self.update, self.guidance, self.times)
