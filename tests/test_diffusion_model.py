@@ -276,7 +276,9 @@ def test_a_configuration_is_checked_before_anything_runs():
   unprepared = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'b': Weighted(1.0, NELBO(roll='all'))})
   with pytest.raises(ConfigError, match='Masking'):
     unprepared.denominators(batches()[0])
-  for argument, names in (('cpu,task=sudoku9,kind=ar', 'sudoku4'), ('cpu,loops=1,consistency=0.1', 'loops=2')):
+  for argument, names in (('cpu,task=sudoku9,kind=ar', 'sudoku4'), ('cpu,loops=1,consistency=0.1', 'loops=2'),
+                          ('cpu,consistency=-0.1', 'consistency = -0.1'), ('cpu,kind=ar,time=1', 'time = 1'),
+                          ('cpu,kind=ar,noise=cosine', 'noise = cosine')):
     with pytest.raises(ConfigError, match=names):
       configs.load(f'masked_diffusion:{argument}')
 

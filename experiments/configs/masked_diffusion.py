@@ -104,6 +104,11 @@ def get_config(argument: str = '') -> Experiment:
                       'behind, too; take task=sudoku4')
   if given['consistency'] and (loops < 2 or not diffuses):
     raise ConfigError(f'config argument consistency = {given["consistency"]}: it is of denoisers of loops=2 or more')
+  if given['consistency'] < 0:
+    raise ConfigError(f'config argument consistency = {given["consistency"]}: fewer loops would learn to disagree; give 0 or more')
+  for name, value in () if diffuses else (('time', 0), ('noise', 'linear')):
+    if given[name] != value:
+      raise ConfigError(f'config argument {name} = {given[name]}: nothing is hidden with kind=ar; leave it out')
   if grid is None:
     from loopformer.data.tokenizer import TrainedPieces
     vocab, length = size.vocab, size.length
