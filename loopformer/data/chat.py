@@ -213,6 +213,13 @@ def is_messages(prompt: Any) -> bool:
   return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
 
 
+def listed(prompt: Any, name: str) -> list[Any]:
+  """What is no text and no messages, as a list of ids. Raises ConfigError naming it where it is none."""
+  if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+    raise ConfigError(f'{name} = {prompt!r}: give a text, a list of ids, or one of messages')
+  return list(prompt)
+
+
 def begun(tokenizer: Tokenizer, messages: Sequence[Message], where: str) -> list[int]:
   """As `ChatTokenizer.chat`, of any tokenizer. Raises ConfigError beginning with `where`."""
   with reading.naming(where, 'give messages'):

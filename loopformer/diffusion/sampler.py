@@ -342,7 +342,8 @@ class Denoiser:
         ids += [self.mask] * whole('prompt: the number of a hole', int(count or 1), 1, self.length)
         ids += self.tokenizer.encode(text) if text.strip() else []
     else:
-      ids = list(chat.begun(self.tokenizer, prompt, f'prompt {self._requests}') if chat.is_messages(prompt) else prompt)
+      name = f'prompt {self._requests}'
+      ids = list(chat.begun(self.tokenizer, prompt, name)) if chat.is_messages(prompt) else chat.listed(prompt, name)
     for id_ in ids:
       if id_ != self.mask:
         whole(f'prompt {self._requests}: the id', id_, 0, self._vocab - 1)

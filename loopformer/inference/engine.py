@@ -616,9 +616,7 @@ def _ids(prompt: Any, number: int, tokenizer: Any, vocab: int) -> list[int]:
       raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} (read_in.vocab); '
                         'give the tokenizer that it was trained with')
     return ids
-  if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
-    raise ConfigError(f'prompt {number} = {prompt!r}: give a text, a list of ids, or one of messages')
-  return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in prompt]
+  return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in chat.listed(prompt, f'prompt {number}')]
 
 
 def _pending(text: str, stops: Sequence[str]) -> int:
