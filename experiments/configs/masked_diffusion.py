@@ -8,8 +8,11 @@ Argument: size, then any of
     size         cpu    4x4 Sudoku, one layer of width 32: a minute or two on two CPU cores
                  gpu    9x9 Sudoku with 30 to 45 holes, two layers of width 256: one GPU
                  paper  MDLM: twelve layers of width 768 on windows of 1024 tokens
-    task         sudoku4, sudoku9 or text; the size's by default
-    kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4 and text)
+    task         sudoku4, sudoku9 or text; the size's by default; or, of 16 letters (size cpu) or 32:
+                 parity, s3, a5, s5   word problems of groups, and slots for all running products
+                 ab, no_aa_bb         regular languages, and slots for all states
+    kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4), a text, or the products
+                 or states one by one
     loops        K, in every denoising step; 0: the size's
     consistency  the weight of LoopFormer's shortcut consistency between fewer loops and K (it needs K of 2 or more)
     time         1: the layers hear what share of a sequence is hidden (MDLM leaves it out, as is the default)
@@ -26,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from experiments.configs import padded
 from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
@@ -49,6 +53,7 @@ from loopformer.nn.stack import Stack
 from loopformer.objective import AsGiven, Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.tasks.generated import Generated
+from loopformer.tasks.reasoning import Chain, Slots
 from loopformer.tasks.sudoku import Sudoku
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
@@ -61,8 +66,8 @@ GRIDS = {'sudoku4': Sudoku(box=2), 'sudoku9': Sudoku(box=3, holes=(30, 45))}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """task: that of the argument by default; vocab: ids of a text's tokenizer; rotary: positions of attention, else of a
-  table."""
+  """task: that of the argument by default; vocab: ids of a text's tokenizer; letters: of word problems; rotary: positions of
+  attention, else of a table."""
   task: str
   layers: int
   width: int
@@ -73,12 +78,13 @@ class Size:
   schedule: Any
   betas: tuple[float, float] = (0.9, 0.95)
   vocab: int = 8192
+  letters: int = 32
   rotary: bool = False
   dtype: str = 'float32'
 
 
 SIZES = {
-    'cpu': Size(task='sudoku4', layers=1, width=32, heads=4, loops=2, length=64, vocab=1024,
+    'cpu': Size(task='sudoku4', layers=1, width=32, heads=4, loops=2, length=64, vocab=1024, letters=16,
                 train=Train(steps=1500, batch=128, log_every=50, eval_every=500, save_every=500, eval_batches=8),
                 schedule=WarmupCosine(peak=5e-3, end=0.0, warmup=20)),
     'gpu': Size(task='sudoku9', layers=2, width=256, heads=8, loops=4, length=256,
@@ -90,16 +96,22 @@ SIZES = {
 }
 
 
+def generators(letters: int, diffuses: bool) -> dict[str, Any]:
+  """What every task makes examples with; text has None."""
+  form = Slots if diffuses else Chain
+  return {**GRIDS, 'text': None, **{name: form(of=padded.source(name, letters)) for name in padded.WORDS}}
+
+
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,loops=4` or `cpu,kind=ar`."""
   given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, consistency=0.0, time=0, noise='linear')
   size = choose('size', given['size'], SIZES)
   task = given['task'] or size.task
-  grid = choose('task', task, {**GRIDS, 'text': None})
   diffuses = choose('kind', given['kind'], {'diffusion': True, 'ar': False})
+  of = choose('task', task, generators(size.letters, diffuses))
   noise = choose('noise', given['noise'], {'linear': Linear(), 'cosine': Cosine()})
   told, loops = choose('time', given['time'], {0: False, 1: True}), given['loops'] or size.loops
-  if not diffuses and grid is not None and grid.holes is not None:
+  if not diffuses and task == 'sudoku9':
     raise ConfigError(f'config argument kind = ar: cells of {task} are told from those before them alone, and clues stand '
                       'behind, too; take task=sudoku4')
   if given['consistency'] and (loops < 2 or not diffuses):
@@ -109,13 +121,13 @@ def get_config(argument: str = '') -> Experiment:
   for name, value in () if diffuses else (('time', 0), ('noise', 'linear')):
     if given[name] != value:
       raise ConfigError(f'config argument {name} = {given[name]}: nothing is hidden with kind=ar; leave it out')
-  if grid is None:
+  if of is None:
     from loopformer.data.tokenizer import TrainedPieces
     vocab, length = size.vocab, size.length
     data = Text(length=length, tokenizer=TrainedPieces(vocab=vocab), measure=Bound(mask=vocab) if diffuses else Tokens())
   else:
-    vocab, length = len(grid.symbols), grid.length
-    data = Generated(of=grid, held_out=1024, **({'measure': Bound(mask=vocab)} if diffuses else {}))
+    vocab, length = len(of.symbols), of.length
+    data = Generated(of=of, held_out=1024, **({'measure': Bound(mask=vocab)} if diffuses else {}))
   width, std = size.width, size.width ** -0.5
   attn = SelfAttention(heads=size.heads, kernel=Bidirectional() if diffuses else Blockwise(), std=std,
                        **({'position': Rotary()} if size.rotary else {}))

@@ -64,16 +64,20 @@ def puzzles(config: Any, count: int) -> dict[str, np.ndarray]:
   return {name: np.stack([example[name] for example in some]) for name in ('targets', 'weights')}
 
 
-def solved(loaded: Any, order: Any, steps: int, loops: int) -> float:
-  """The part of grids that is right."""
+def answers(loaded: Any, order: Any, steps: int, loops: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(what is written i32[N, T], the examples' targets i32[N, T], their weights f32[N, T]), of --samples examples."""
   model = loaded.model.clone(sampler=dataclasses.replace(loaded.model.sampler, order=order))
   asked, mask = puzzles(loaded.config, FLAGS.samples), model.outputs
   denoiser = model.sampler.serve(model, loaded.params, loaded.tokenizer, rows=min(FLAGS.samples, ROWS),
                                  loops=max(loops, model.loops))
   for number, ids in enumerate(np.where(asked['weights'] > 0, mask, asked['targets']).tolist()):
     denoiser.submit(ids, steps=steps, budget=loops, number=number)
-  answers = np.array([ids for _, ids in denoiser.finished()])
-  return float(loaded.config.task.of.solved(answers, asked['targets'], asked['weights']).mean())
+  return np.array([ids for _, ids in denoiser.finished()]), asked['targets'], asked['weights']
+
+
+def solved(loaded: Any, order: Any, steps: int, loops: int) -> float:
+  """The part of grids that is right."""
+  return float(loaded.config.task.of.solved(*answers(loaded, order, steps, loops)).mean())
 
 
 def written(loaded: Any) -> float:

@@ -7,6 +7,7 @@ solution and an answer of one symbol. What a model is shown is another part:
     Rounds   the problem against the right end of a row, and of every round another such row: what a loop shows after
              each of its steps, all tokens of the round at once
     Asked    the problem alone, whose last token is asked for the answer
+    Slots    the problem and a place for every token of its rounds and answer: what a denoiser writes in any order
 
 After RELAY (Yu et al., 2502.08482, sections 3 and 4). The last symbol of all examples is the padding and the end.
 """
@@ -311,6 +312,40 @@ class Asked(Shown):
   def example(self, problem: Problem) -> Example:
     """Of a problem. Raises ConfigError where it is longer than a row."""
     return left_aligned(self, problem, [None] * (len(problem.prompt) + self.thoughts - 1) + [problem.answer])
+
+
+@config_dataclass
+class Slots(Shown):
+  """The problem, and a slot for every token of its rounds and for its answer, all of which are asked for; see
+  `left_aligned`.
+
+      tokens     1 0 1 = . . . .
+      targets    1 0 1 = 1 1 0 0
+
+  Denoisers read the targets, of which they have the problem's tokens, that weigh nothing; other models, which read the tokens,
+  have slots to compute at, and no slot sees what stands in another.
+  """
+  of: Any
+
+  @property
+  def length(self) -> int:
+    return self.of.extent.prompt + self.of.extent.chain + 1
+
+  def example(self, problem: Problem) -> Example:
+    """Of a problem. Raises ConfigError where it does not fit a row."""
+    count = len(problem.prompt)
+    made = left_aligned(self, problem, [*[None] * count, *(one for each in problem.rounds for one in each), problem.answer])
+    made['targets'][:count] = made['tokens'][:count]
+    return made
+
+  def solved(self, answers: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """bool[N]: whether answers i32[N, T] are right in all slots of examples with these targets and weights."""
+    return ((answers == targets) | (weights <= 0)).all(-1)
+
+  def answered(self, answers: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """bool[N]: whether they are right in the last slot, the problem's answer."""
+    last = (np.arange(self.length) * (weights > 0)).argmax(-1)[:, None]
+    return (np.take_along_axis(answers, last, -1) == np.take_along_axis(targets, last, -1))[:, 0]
 
 
 @config_dataclass

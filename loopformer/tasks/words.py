@@ -5,7 +5,7 @@
 
 After A Little Depth Goes a Long Way (Merrill and Sabharwal, 2503.03961, sections 4 and 6) and To CoT or To Loop (Xu and
 Sato, 2505.19245). Log-depth loops can do them, chains need a step a token. As Chain they are a chain of thought; as
-Prefixes every token is asked for its round.
+Prefixes every token is asked for its round; as Slots they are for denoisers.
 """
 from __future__ import annotations
 
