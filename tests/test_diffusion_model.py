@@ -178,6 +178,24 @@ def test_text_ends_before_an_end_and_at_a_stop():
   assert request.ids == [0, 1] + [MASK] * 4
 
 
+def test_holes_never_become_what_a_text_does_not_show():
+  """Ends are for continuations, and other special tokens too. Of answers that are all alike one in five would be an end."""
+  class Special(SymbolTokenizer):
+    def specials(self):
+      return {'bos_token': 2}
+
+  def made(tokenizer, prompt, **options):
+    served = Denoiser(MODEL, uniform(MODEL), tokenizer, rows=4)
+    for seed in range(4):
+      served.submit(prompt, steps=4, budget=1, seed=seed, **options)
+    return np.array(ids_of(served))
+
+  filled = made(TOKENIZER, '1 <mask:14> 2')
+  assert set(filled[:, 1:-1].ravel()) == {0, 1, 2, 3} and (filled[:, [0, -1]] == [0, 1]).all()
+  assert set(made(Special(Sudoku().symbols), [MASK] * 16).ravel()) == {0, 1, 3}
+  assert set(made(TOKENIZER, '1 2', max_new_tokens=14)[:, 2:].ravel()) == {0, 1, 2, 3, 4}
+
+
 def test_long_runs_are_told_of(monkeypatch):
   told = []
   monkeypatch.setattr('loopformer.diffusion.sampler.AT_ONCE', 2)
@@ -248,6 +266,18 @@ def test_likelihoods_are_bounds_and_exact_for_one_token():
   (score, _), = flat.loglikelihood([('1 2', ' 3 4 1')])
   assert score == pytest.approx(-3 * math.log(V), rel=1e-4)
   assert flat.rolling(['1 2 3 4 1 2 3 4']) == [pytest.approx(-8 * math.log(V), rel=1e-4)]
+
+
+def test_the_likeliest_is_an_id_of_the_tokenizer():
+  """Heads may be wider, and what they answer beyond is none of its texts."""
+  tokens = jnp.array([[0, 1, 2, MASK]])
+  logits = parts.logits(MODEL, PARAMS, parts.forward(MODEL, PARAMS, tokens, plans.schedule((0.5, 0.5))).z)[0, 3]
+  best = int(logits.argmax())
+  second = int(logits[:best].argmax())
+  assert best > 0  # else there is nothing to test
+  scorer = MODEL.sampler.score(MODEL, PARAMS, SymbolTokenizer(Sudoku().symbols[:best]), steps=2, batch=2, draws=3)
+  (_, likeliest), _ = scorer.score([([0, 1, 2], [second])] * 2)
+  assert likeliest
 
 
 # Wrong uses ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from loopformer import plans
 from loopformer.tasks.arithmetic import LeftToRight
 from loopformer.tasks.generated import Double, Generated, Grow
-from loopformer.tasks.reasoning import Chain
+from loopformer.tasks.reasoning import Chain, Slots
 from loopformer.tasks.words import (AB, NO_AA_BB, PARITY, Alternating, Automaton, Cyclic, Prefixes, Regular, Symmetric,
                                     Word, products)
 from loopformer.types import ConfigError
@@ -116,6 +116,39 @@ def test_every_prefix_is_asked_for(of):
     assert set(made['tokens'][count:]) <= {form.pad} and form.pad not in made['tokens'][:count]  # the identity is none
   with pytest.raises(ConfigError, match='room: a problem of size 12 has 13 tokens'):
     form.example(dataclasses.replace(of, longest=12, room=12, limit=12).draw(np.random.default_rng(0), 12))
+
+
+SLOTTED = [Word(longest=9, group=Symmetric(degree=3)), Regular(longest=6, automaton=NO_AA_BB, room=8), LeftToRight(longest=3)]
+
+
+@pytest.mark.parametrize('of', SLOTTED, ids=lambda of: type(of).__name__)
+def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of):
+  form = Slots(of=of)
+  for problem in many(of):
+    made, own = form.example(problem), [*itertools.chain(*problem.rounds), problem.answer]
+    given, count = len(problem.prompt), len(problem.prompt) + len(own)
+    assert made['size'] == problem.size and made['targets'].shape == (form.length,)
+    assert [form.symbols[i] for i in made['targets'][:count]] == [*problem.prompt, *own]
+    assert (made['tokens'][:given] == made['targets'][:given]).all() and (made['tokens'][given:] == form.pad).all()
+    np.testing.assert_array_equal(made['weights'], (np.arange(form.length) >= given) & (np.arange(form.length) < count))
+    np.testing.assert_array_equal(made['segments'], np.arange(form.length) < count)
+  if type(of) is Word:
+    with pytest.raises(ConfigError, match='room: a problem of size 12 has 26 tokens'):
+      form.example(dataclasses.replace(of, longest=12, room=12, limit=12).draw(np.random.default_rng(0), 12))
+
+
+def test_slots_are_judged_whole_and_by_the_last():
+  form = Slots(of=SLOTTED[0])
+  examples = [form.example(form.of.solved(word)) for word in ([1, 2], [3, 4, 5], [0] * 9, [2])]
+  targets, weights = (np.stack([example[name] for example in examples]) for name in ('targets', 'weights'))
+  answers = np.where(weights > 0, targets, -1)  # what is given is not judged
+  judged = (answers, targets, weights)
+  assert form.solved(*judged).all() and form.answered(*judged).all()
+  answers[0, 3] += 1  # its first slot
+  answers[1, 4 + 3] += 1  # its last
+  answers[3, -1] += 1  # behind its last
+  assert form.solved(*judged).tolist() == [False, False, True, True]
+  assert form.answered(*judged).tolist() == [True, False, True, True]
 
 
 def test_a_chain_of_products_and_a_curriculum_that_doubles():

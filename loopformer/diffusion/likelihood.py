@@ -19,13 +19,14 @@ DRAWS = 32  # masks of a continuation; one is enough for one token (LLaDA takes 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Array, segments: Array, plan: Plan) -> tuple[
-    Array, Array]:
+def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Array, segments: Array, plan: Plan, vocab: Array
+               ) -> tuple[Array, Array]:
   """(bounds on log-likelihoods f32[B], whether every token is the likeliest where all asked ones are hidden bool[B]).
 
   Args:
     tokens: i32[B, T], contexts and continuations, padded at the end, where segments i32[B, T] are 0; asked: bool[B, T],
       continuations. Of n tokens exactly l are hidden, and weigh n / l; l is spread evenly over 1..n.
+    vocab: i32[], ids of the tokenizer; the likeliest is one of them.
   """
   n = asked.sum(-1)
   keys = jax.vmap(functools.partial(key_of, 0, place=0))(jnp.where(segments > 0, tokens, 0))
@@ -34,7 +35,7 @@ def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Arr
   def answers(hidden):
     trace = model.apply({'params': params}, jnp.where(hidden, model.outputs, tokens), plan, seg=segments)
     table = model.apply({'params': params}, method='table')
-    return token_answers(trace.z, table, tokens, None, model.dtype)
+    return token_answers(trace.z, table, tokens, None, model.dtype, vocab)
 
   def one(draw):
     count = jnp.clip(1 + jnp.floor(jnp.mod(start + draw / draws, 1.0) * n).astype(jnp.int32), 1, jnp.maximum(n, 1))
@@ -74,7 +75,8 @@ class Bounds(Scorer):
       given = sharding.spread(given, self._mesh)
     plan = plans.schedule(self.steps, max(len(self.steps), self.model.loops))
     with sharding.on(self._mesh):
-      scores = bound_rows(self.model, self.draws, self.params, **given, plan=plan)
+      scores = bound_rows(self.model, self.draws, self.params, **given, plan=plan,
+                          vocab=jnp.int32(self.tokenizer.vocab_size))
     total, likeliest = processes.fetch(scores)
     self._taken += float(asked.sum()) * len(self.steps)
     self._tokens += int(asked.sum())

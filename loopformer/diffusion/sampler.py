@@ -20,7 +20,7 @@ import numpy as np
 
 from loopformer import plans, sharding
 from loopformer.data import chat
-from loopformer.data.tokenizer import anchor, continuation, ends_of
+from loopformer.data.tokenizer import Tokenizer, anchor, continuation, ends_of
 from loopformer.diffusion.noise import check_model
 from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, by_position
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits
@@ -74,13 +74,13 @@ def begun(tokens: Array, carry: Any = None) -> Held:
 
 
 def denoise(predict: Predictor, order: Any, mask: int, held: Held, asked: Array, steps: Array, keys: Array,
-            control: SamplingParams, until: Array) -> Held:
+            control: SamplingParams, until: Array, barred: Array | None = None) -> Held:
   """The steps held.step .. until - 1 of sequences whose asked positions read `mask` at first.
 
   Args:
     order: a planner (orders.py). asked: bool[B, T], positions that are to be made; others never change.
     steps: i32[B], S of every sequence; of 0, nothing happens. keys: [B]; control: how tokens are drawn, f32[B] and i32[B].
-    until: i32[], so that the host may look in between; max(steps) for all.
+    until: i32[], so that the host may look in between; max(steps) for all. barred: bool[B, V], tokens that are never written.
   """
   batch, length = held.tokens.shape
   flat = jax.tree.map(lambda leaf: jnp.repeat(leaf, length, 0), control)
@@ -91,6 +91,7 @@ def denoise(predict: Predictor, order: Any, mask: int, held: Held, asked: Array,
     active = j < steps
     logits, carry = predict(tokens, held.carry, Moment(step=jnp.full(batch, j), steps=steps, active=active, keys=own))
     known = jnp.arange(logits.shape[-1]) < control.vocab[:, None, None]
+    known = known if barred is None else known & ~barred[:, None]
     log_p = jax.nn.log_softmax(jnp.where(known, logits.astype(jnp.float32), -1e30))
     law = sampling_logits(log_p.reshape(batch * length, -1), flat)
     drawn = sample(law, _of_positions(own, length)).reshape(batch, length)
@@ -189,7 +190,7 @@ class Rows:
 
   tokens: i32[B, T], holes read MASK; asked: bool[B, T], holes; segments: i32[B, T], 1 for the sequence and 0 for padding;
   t, dt f32[B, K], active bool[B, K]: the loops of every step; steps: i32[B], 0 for a row without request; seed, number:
-  u32[B]; temperature, top_k, top_p, vocab: as of `SamplingParams`.
+  u32[B]; temperature, top_k, top_p, vocab: as of `SamplingParams`; barred: bool[B, V], tokens that are never written.
   """
   tokens: Array
   asked: Array
@@ -204,6 +205,7 @@ class Rows:
   top_k: Array
   top_p: Array
   vocab: Array
+  barred: Array
 
   @property
   def plan(self) -> Plan:
@@ -231,7 +233,7 @@ def begin(model: Any, sampler: Any, params: Params, rows: Rows) -> Held:
 def advance(model: Any, sampler: Any, params: Params, rows: Rows, held: Held, until: Array) -> Held:
   """The rows after `until` steps."""
   return denoise(sampler.predictor(model, params, rows), sampler.order, model.outputs, held, rows.asked, rows.steps,
-                 rows.keys, rows.control, until)
+                 rows.keys, rows.control, until, rows.barred)
 
 
 @dataclasses.dataclass
@@ -286,6 +288,8 @@ class Denoiser:
     self._count = rows if self._mesh is None else rows + -rows % sharding.row_parts(self._mesh)
     self.model, self.params, self.tokenizer, self.mask = model, sharding.gathered(params), tokenizer, model.outputs
     self._vocab, self._ends = min(tokenizer.vocab_size, self.mask), ends_of(tokenizer)
+    silent = {*self._ends, *(tokenizer.specials().values() if isinstance(tokenizer, Tokenizer) else ())}
+    self._silent = np.isin(np.arange(self.mask), list(silent))  # decoding drops them
     self._waiting, self._requests, self._stats = [], 0, np.zeros(4, np.int64)
 
   @property
@@ -303,8 +307,8 @@ class Denoiser:
 
     Args:
       prompt: a text, its ids, or the messages of a chat. A text with holes, `<mask>` for one position and `<mask:5>` for
-        five, or ids of which some are MASK, is filled in, and nothing is added; after another, `max_new_tokens` positions
-        are written.
+        five, or ids of which some are MASK, is filled in, and nothing is added: no hole becomes an end, or another special
+        token, which the text would not show. After another, `max_new_tokens` positions are written.
       budget: loops in every step, or step sizes; all loops by default. steps: denoising steps; the sampler's by default.
       max_new_tokens: None: up to the end of the row. The text ends where an end token was written.
       temperature, top_k, top_p, seed, number, stop: as of `Engine.submit`.
@@ -418,5 +422,6 @@ class Denoiser:
                 t=np.stack([plan.t for plan in schedule]), dt=np.stack([plan.dt for plan in schedule]),
                 active=np.stack([plan.active for plan in schedule]),
                 steps=column((r.steps if i < len(batch) else 0 for i, r in enumerate(filled)), np.int32),
+                barred=np.array([request.holes & self._silent for request in filled]),
                 seed=column((r.seed for r in filled), np.uint32), number=column((r.draw_number for r in filled), np.uint32),
                 **control)

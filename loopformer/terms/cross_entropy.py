@@ -48,15 +48,16 @@ def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None, 
   return token_answers(z, table, targets, chunk, dtype)[0]
 
 
-def token_answers(z: Array, table: Array, targets: Array, chunk: int | None = None, dtype: Any = None
-                  ) -> tuple[Array, Array]:
-  """As `token_nll`, and whether the target is the likeliest answer, bool[...]."""
+def token_answers(z: Array, table: Array, targets: Array, chunk: int | None = None, dtype: Any = None,
+                  vocab: Array | None = None) -> tuple[Array, Array]:
+  """As `token_nll`, and whether the target is the likeliest answer, bool[...], of the first `vocab` (i32[]) where given."""
   z, table = jax.lax.stop_gradient((z.astype(dtype or z.dtype), table.astype(dtype or z.dtype)))
 
   def one(row):
     z_nD, target_n, _ = row
     logits_nV, lse_n = _logits(z_nD, table)
-    return lse_n - _pick(logits_nV, target_n), logits_nV.argmax(-1) == target_n
+    shown = logits_nV if vocab is None else jnp.where(jnp.arange(logits_nV.shape[-1]) < vocab, logits_nV, -jnp.inf)
+    return lse_n - _pick(logits_nV, target_n), shown.argmax(-1) == target_n
 
   chunks = _chunks(z, targets, jnp.ones(targets.shape), chunk)
   return jax.tree.map(lambda leaf: leaf.reshape(-1)[:targets.size].reshape(targets.shape), jax.lax.map(one, chunks))
