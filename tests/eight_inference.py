@@ -16,11 +16,17 @@ from experiments.tools import machines
 import loopformer
 from loopformer import config as configs, convert, plans, sharding
 from loopformer.config import Experiment
+from loopformer.diffusion.sampler import Denoising
 from loopformer.inference import exits, measures
 from loopformer.inference.engine import Engine, decode, prefill
 from loopformer.inference.evaluate import Run, evaluate, score
 from loopformer.inference.harness import Scorer
 from loopformer.model import parameter_roles
+from loopformer.nn.embed import Head, TokenEmbed
+from loopformer.nn.inject import Add
+from loopformer.nn.kernels import Bidirectional
+from loopformer.nn.layers import RMSNorm
+from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated
@@ -33,6 +39,9 @@ from tests.eight_devices import collectives, compare
 
 MODEL = parts.looped(parts.timed(heads=4, groups=2))
 ROLES = parameter_roles(MODEL)
+DENOISER = parts.looped(parts.recur(Add(), Stack(parts.block(RMSNorm(), kernel=Bidirectional()), 1)),
+                        read_in=TokenEmbed(vocab=parts.V + 1, width=parts.D, length=32), read_out=Head(outputs=parts.V),
+                        sampler=Denoising())
 LOOPS = 4
 PROMPTS = ([1, 2, 3], [7], list(range(4, 20)), [9, 9], [], [3, 1, 2], [5] * 7, [11], [1, 2, 3, 4], list(range(4, 20)) + [8],
            [2, 7])  # more than rows, of unlike lengths, one of them the beginning of another
@@ -130,6 +139,15 @@ def served_by_programs(params, mesh):
     return *served(params), seen
 
 
+def denoised(params):
+  """(texts of prompts, more than rows, scores of the harness)."""
+  served = DENOISER.sampler.serve(DENOISER, params, Ids(), rows=5)
+  for number, prompt in enumerate([*PROMPTS[:7], '1 2 <mask:3> 4']):
+    served.submit(prompt, budget=1 + number % 4, steps=1 + number % 3, seed=number, max_new_tokens=5)
+  scorer = DENOISER.sampler.score(DENOISER, params, Ids(), batch=3, draws=2, steps=2)
+  return served.run(), scorer.score([([1, 2, 3], [4, 5]), ([7], [8])])
+
+
 def report(devices) -> dict:
   """What the tests look at."""
   params = parts.params(MODEL)
@@ -157,6 +175,11 @@ def report(devices) -> dict:
   divided = sharding.place(params, mesh, ROLES)
   ours = Scorer(MODEL, divided, Ids(), batch=3).score(pairs)
   found['harness'] = max(abs(a - b) for (a, _), (b, _) in zip(ours, scores))
+  weights = parts.params(DENOISER)
+  alone = denoised(weights)
+  own = denoised(sharding.place(weights, mesh, parameter_roles(DENOISER)))
+  found['denoised'] = {'unlike': len(set(alone[0])), 'texts': own[0] == alone[0],
+                       'scores': max(abs(a - b) for (a, _), (b, _) in zip(own[1], alone[1]))}
   found['meshes'] = [dict(machines.mesh_of(SimpleNamespace(model=MODEL, mesh=own), [], devices).shape) for own in (
       Mesh(), Mesh(fsdp=4, tensor=2), Mesh(data=1, fsdp=64), Mesh(tensor=8))]
   with tempfile.TemporaryDirectory() as folder:

@@ -82,6 +82,12 @@ def test_rows_are_served_where_they_are(report, mesh, program):
 
 
 @pytest.mark.slow
+def test_a_denoiser_writes_and_scores_as_on_one_device(report):
+  found = report['denoised']
+  assert found['unlike'] == 8 and found['texts'] and found['scores'] < 1e-4, found
+
+
+@pytest.mark.slow
 def test_scores_of_the_harness_are_those_of_one_device(report):
   assert report['harness'] < 1e-5
 
