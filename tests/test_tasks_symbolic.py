@@ -1,6 +1,7 @@
 """Generators of symbols: a battery over all, each against an answer found another way, then what each must be."""
 import collections
 import dataclasses
+from fractions import Fraction
 import itertools
 import re
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 from loopformer.tasks import algorithms
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment, Code
+from loopformer.tasks.countdown import Countdown
 from loopformer.tasks.edit_distance import (EditDistance, EditRows, LongestCommonSubsequence, common_subsequence,
                                             edit_distance)
 from loopformer.tasks.generated import Generated, Grow, Rise
@@ -133,6 +135,16 @@ def followed(of, words, places):
   return [*words[1:], mock.ANY]  # the last letter is not among the tokens
 
 
+def counted(of, words, places):
+  """What every equation comes to; the rest is as it is said, a place later. The last comes to the target."""
+  said = words[of.given + 1:]
+  for i in range(0, len(said), 6):
+    a, operation, b = said[i:i + 3]
+    said[i + 4:i + 5] = [str(Fraction(a) / Fraction(b) if operation == '/' else eval(a + operation + b))]
+  assert said[-1] == words[of.numbers + 2]
+  return said
+
+
 ALGORITHMS = (algorithms.Parity, algorithms.Copy, algorithms.Addition, algorithms.BinarySum, algorithms.Multiplication,
               algorithms.UniqueSet)
 ROWS = {  # name: generator, reference
@@ -156,6 +168,7 @@ ROWS = {  # name: generator, reference
   'rounds of edit distance': (Rounds(of=EditRows(longest=6, room=7)), reasoned),
   'chain of increasing': (Chain(of=Increasing(longest=7, group=3)), reasoned),
   'rounds of increasing': (Rounds(of=Increasing(longest=8)), reasoned),
+  'countdown': (Countdown(numbers=5), counted),
   'Markov': (Markov(), followed),
   'simple Markov': (Markov(difficulty=Simple()), followed),
   'medium Markov': (Markov(states=5, letters=7, difficulty=Medium()), followed),

@@ -11,8 +11,9 @@ Argument: size, then any of
     task         sudoku4, sudoku9 or text; the size's by default; or, of 16 letters (size cpu) or 32:
                  parity, s3, a5, s5   word problems of groups, and slots for all running products
                  ab, no_aa_bb         regular languages, and slots for all states
-    kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4), a text, or the products
-                 or states one by one
+                 countdown            three numbers (size cpu) or four, and equations that come to a target
+    kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4), a text, or products,
+                 states and equations one by one
     loops        K, in every denoising step; 0: the size's
     consistency  the weight of LoopFormer's shortcut consistency between fewer loops and K (it needs K of 2 or more)
     time         1: the layers hear what share of a sequence is hidden (MDLM leaves it out, as is the default)
@@ -52,6 +53,7 @@ from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import AsGiven, Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
+from loopformer.tasks.countdown import Countdown
 from loopformer.tasks.generated import Generated
 from loopformer.tasks.reasoning import Chain, Slots
 from loopformer.tasks.sudoku import Sudoku
@@ -66,8 +68,8 @@ GRIDS = {'sudoku4': Sudoku(box=2), 'sudoku9': Sudoku(box=3, holes=(30, 45))}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """task: that of the argument by default; vocab: ids of a text's tokenizer; letters: of word problems; rotary: positions of
-  attention, else of a table."""
+  """task: that of the argument by default; vocab: ids of a text's tokenizer; letters: of word problems; numbers: of Countdown; rotary:
+  positions of attention, else of a table."""
   task: str
   layers: int
   width: int
@@ -79,12 +81,13 @@ class Size:
   betas: tuple[float, float] = (0.9, 0.95)
   vocab: int = 8192
   letters: int = 32
+  numbers: int = 4
   rotary: bool = False
   dtype: str = 'float32'
 
 
 SIZES = {
-    'cpu': Size(task='sudoku4', layers=1, width=32, heads=4, loops=2, length=64, vocab=1024, letters=16,
+    'cpu': Size(task='sudoku4', layers=1, width=32, heads=4, loops=2, length=64, vocab=1024, letters=16, numbers=3,
                 train=Train(steps=1500, batch=128, log_every=50, eval_every=500, save_every=500, eval_batches=8),
                 schedule=WarmupCosine(peak=5e-3, end=0.0, warmup=20)),
     'gpu': Size(task='sudoku9', layers=2, width=256, heads=8, loops=4, length=256,
@@ -96,10 +99,11 @@ SIZES = {
 }
 
 
-def generators(letters: int, diffuses: bool) -> dict[str, Any]:
+def generators(size: Size, diffuses: bool) -> dict[str, Any]:
   """What every task makes examples with; text has None."""
   form = Slots if diffuses else Chain
-  return {**GRIDS, 'text': None, **{name: form(of=padded.source(name, letters)) for name in padded.WORDS}}
+  return {**GRIDS, 'text': None, 'countdown': Countdown(numbers=size.numbers),
+          **{name: form(of=padded.source(name, size.letters)) for name in padded.WORDS}}
 
 
 def get_config(argument: str = '') -> Experiment:
@@ -108,7 +112,7 @@ def get_config(argument: str = '') -> Experiment:
   size = choose('size', given['size'], SIZES)
   task = given['task'] or size.task
   diffuses = choose('kind', given['kind'], {'diffusion': True, 'ar': False})
-  of = choose('task', task, generators(size.letters, diffuses))
+  of = choose('task', task, generators(size, diffuses))
   noise = choose('noise', given['noise'], {'linear': Linear(), 'cosine': Cosine()})
   told, loops = choose('time', given['time'], {0: False, 1: True}), given['loops'] or size.loops
   if not diffuses and task == 'sudoku9':
