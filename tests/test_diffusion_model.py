@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import main
-from experiments.studies import denoising as study
+from experiments.studies import denoising as study, denoising_words
 import loopformer
 from loopformer import config as configs, plans
 from loopformer.loop import Last
@@ -33,7 +33,9 @@ from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.tasks.generated import Generated, SymbolTokenizer
+from loopformer.tasks.reasoning import Slots
 from loopformer.tasks.sudoku import Sudoku, valid
+from loopformer.tasks.words import Cyclic, Word
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError, PlanContext
 from tests import parts
@@ -401,3 +403,21 @@ def test_the_study_measures_grids_and_tables_them_by_seed(monkeypatch):
   first, second = study.tables(results)
   assert first == [{'model': 'trained with 2', 'loops': '1', 'seed 0': 0.5, 'seed 1': 1.5}]
   assert second == [{**row, 'seed 0': 0.0, 'seed 1': 0.25}]
+
+
+def test_the_study_of_words_judges_slots(monkeypatch):
+  form = Slots(of=Word(shortest=7, longest=7, group=Cyclic(degree=3)))  # as many tokens and symbols as grids have
+  task, tokenizer = Generated(of=form, held_out=4), SymbolTokenizer(form.symbols)
+  monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(samples=4))
+  row = denoising_words.judged(Loaded(MODEL, uniform(MODEL), tokenizer, SimpleNamespace(task=task)), 'confidence', 3, 2)
+  served, source = Denoiser(MODEL, uniform(MODEL), tokenizer, rows=4), task.source('validation', 0)
+  for number in range(4):
+    words = [form.symbols[id_] for id_ in source[number]['targets'][:8]]
+    served.submit(' '.join(words) + ' <mask:8>', steps=3, budget=2, number=number)
+  right = np.array([ids == source[number]['targets'] for number, ids in enumerate(np.array(ids_of(served)))])
+  assert right[:, :8].all() and 0 < right[:, 8:].mean() < 1
+  assert row['last'] == right[:, -1].mean() and row['all'] == right.all(-1).mean() and row['a slot'] == right[:, 8:].mean()
+  assert (row['order'], row['steps'], row['loops'], row['steps x loops']) == ('confidence', 3, 2, 6)
+  assert row['MFLOP'] == pytest.approx(MODEL.flops(16, 2) * 16 * 3 / 1e6)
+  shown = denoising_words.table({'0': [row, {'order': 'padded', 'steps': 1, 'loops': 2, 'MFLOP': 1, 'last': 1, 'a slot': 1}]})
+  assert [line['all'] for line in shown] == [round(row['all'], 3), ''] and [line['seed'] for line in shown] == ['0', '0']
