@@ -8,13 +8,14 @@ Argument: size, then any of
     size         cpu    4x4 Sudoku, one layer of width 32: a minute or two on two CPU cores
                  gpu    9x9 Sudoku with 30 to 45 holes, two layers of width 256: one GPU
                  paper  MDLM: twelve layers of width 768 on windows of 1024 tokens
-    task         sudoku4, sudoku9 or text; the size's by default; or, of 16 letters (size cpu) or 32:
+    task         sudoku4, sudoku9 or text; the size's by default; or
                  parity, s3, a5, s5   word problems of groups, and slots for all running products
                  ab, no_aa_bb         regular languages, and slots for all states
                  countdown            three numbers (size cpu) or four, and equations that come to a target
     kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4), a text, or products,
                  states and equations one by one
     loops        K, in every denoising step; 0: the size's
+    letters      of word problems and languages; 0: 16 of size cpu, else 32
     consistency  the weight of LoopFormer's shortcut consistency between fewer loops and K (it needs K of 2 or more)
     time         1: the layers hear what share of a sequence is hidden (MDLM leaves it out, as is the default)
     noise        linear or cosine
@@ -99,20 +100,21 @@ SIZES = {
 }
 
 
-def generators(size: Size, diffuses: bool) -> dict[str, Any]:
+def generators(letters: int, numbers: int, diffuses: bool) -> dict[str, Any]:
   """What every task makes examples with; text has None."""
   form = Slots if diffuses else Chain
-  return {**GRIDS, 'text': None, 'countdown': Countdown(numbers=size.numbers),
-          **{name: form(of=padded.source(name, size.letters)) for name in padded.WORDS}}
+  return {**GRIDS, 'text': None, 'countdown': Countdown(numbers=numbers),
+          **{name: form(of=padded.source(name, letters)) for name in padded.WORDS}}
 
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,loops=4` or `cpu,kind=ar`."""
-  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, consistency=0.0, time=0, noise='linear')
+  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, letters=0, consistency=0.0, time=0,
+                    noise='linear')
   size = choose('size', given['size'], SIZES)
   task = given['task'] or size.task
   diffuses = choose('kind', given['kind'], {'diffusion': True, 'ar': False})
-  of = choose('task', task, generators(size, diffuses))
+  of = choose('task', task, generators(given['letters'] or size.letters, size.numbers, diffuses))
   noise = choose('noise', given['noise'], {'linear': Linear(), 'cosine': Cosine()})
   told, loops = choose('time', given['time'], {0: False, 1: True}), given['loops'] or size.loops
   if not diffuses and task == 'sudoku9':

@@ -33,10 +33,16 @@ DENOISERS, PADDED = (f'experiments/configs/{name}.py' for name in ('masked_diffu
 AT_ONCE = 'padded'  # the name of rows without denoising
 
 
-def trained(config: str, argument: str, seed: int, workdir: Path) -> Path:
+def letters() -> int:
+  """Those of a word."""
+  return FLAGS.letters or masked_diffusion.SIZES[FLAGS.size].letters
+
+
+def trained(config: str, argument: str, seed: int, workdir: Path, *changes: str) -> Path:
   """The folder of a run, which is trained or resumed first."""
-  folder = workdir / f'{FLAGS.task}_{Path(config).stem}_{argument.replace(",", "_").replace("=", "")}_seed{seed}'
-  command.train(f'{config}:{FLAGS.size},task={FLAGS.task},{argument}', folder, *FLAGS['set'].value, f'train.seed={seed}')
+  folder = workdir / f'{FLAGS.task}{letters()}_{Path(config).stem}_{argument.replace(",", "_").replace("=", "")}_seed{seed}'
+  command.train(f'{config}:{FLAGS.size},task={FLAGS.task},{argument}', folder, *changes, *FLAGS['set'].value,
+                f'train.seed={seed}')
   return folder
 
 
@@ -53,13 +59,14 @@ def judged(loaded: Any, name: str, steps: int, loops: int) -> dict[str, Any]:
 def run(seed: int, workdir: Path) -> Iterator[dict]:
   """Rows of a seed, one after another."""
   for loops in given_loops():
-    loaded = loopformer.load(trained(DENOISERS, f'loops={loops}', seed, workdir))
+    loaded = loopformer.load(trained(DENOISERS, f'loops={loops},letters={letters()}', seed, workdir))
     for name in FLAGS.orders:
       for steps in map(int, FLAGS.steps):
         yield judged(loaded, name, steps, loops)
-  slots = masked_diffusion.SIZES[FLAGS.size].letters + 1
+  words = [f'task.of.of.of.{field}={letters()}' for field in ('shortest', 'longest', 'room', 'limit')]
   for loops in map(int, FLAGS.padded):
-    found = measure(trained(PADDED, f'loops={loops},lengths=fixed,attention=both,fillers={slots}', seed, workdir))
+    argument = f'loops={loops},lengths=fixed,attention=both,fillers={letters() + 1}'
+    found = measure(trained(PADDED, argument, seed, workdir, *words))
     yield {'order': AT_ONCE, 'steps': 1, 'loops': loops, 'steps x loops': loops, 'MFLOP': found['MFLOP'],
            'last': found['last'], 'a slot': found['accuracy']}
 
@@ -99,6 +106,7 @@ def define_flags():
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of both configurations.')
   flags.DEFINE_string('task', 'parity', f'One of {", ".join(padded.WORDS)}.')
+  flags.DEFINE_integer('letters', None, 'Of a word; those of the size by default.', lower_bound=1)
   flags.DEFINE_list('steps', ['1', '2', '4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'confidence', 'left'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_list('padded', ['1', '2', '4', '8'], 'Loops of models that do not denoise.')
@@ -108,7 +116,7 @@ def define_flags():
 def main(argv):
   check_command('set', 'depths')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  for name, allowed in (('size', padded.SIZES), ('task', padded.WORDS)):
+  for name, allowed in (('size', sorted({*padded.SIZES} & {*masked_diffusion.SIZES})), ('task', padded.WORDS)):
     if FLAGS[name].value not in allowed:
       sys.exit(f'error: --{name}={FLAGS[name].value}: this study has no such {name}; choose from {", ".join(allowed)}')
   for name in FLAGS.orders:
@@ -117,6 +125,9 @@ def main(argv):
   for flag in ('seeds', 'depths', 'steps', 'padded'):
     if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value or ()):
       sys.exit(f'error: --{flag}={",".join(FLAGS[flag].value)}: give whole numbers apart by commas')
+  most = padded.SIZES[FLAGS.size].longest[FLAGS.task]
+  if letters() > most:
+    sys.exit(f'error: --letters={letters()}: {PADDED} has positions for words of {most}; give fewer')
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   results = {seed: [] for seed in FLAGS.seeds}
