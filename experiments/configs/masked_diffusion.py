@@ -69,8 +69,8 @@ GRIDS = {'sudoku4': Sudoku(box=2), 'sudoku9': Sudoku(box=3, holes=(30, 45))}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """task: that of the argument by default; vocab: ids of a text's tokenizer; letters: of word problems; numbers: of Countdown; rotary:
-  positions of attention, else of a table."""
+  """task: that of the argument by default; vocab: ids of a text's tokenizer; letters: of word problems; numbers: of
+  Countdown; rotary: positions of attention, else of a table."""
   task: str
   layers: int
   width: int

@@ -7,8 +7,8 @@ letters where a planner says what is written next (Svete and Sabharwal, 2510.131
 experiments/configs/masked_diffusion.py for every number of loops (--depths=1,2,4), whose slots hold all running products; and
 one of experiments/configs/padded.py for every number of --padded, that reads all letters and as many fillers as there are
 slots, and answers for every prefix at once. Then tells of held-out words, for every order, number of steps and number of loops,
-how often the last slot is right, all of them are, and any is. What is trained stands in the work folder, and is not trained again. Writes
-results.json and table.md after every row, and words.png.
+how often the last slot is right, all of them are, and any is. What is trained stands in the work folder, and is not trained
+again. Writes results.json and table.md after every row, and words.png.
 """
 from __future__ import annotations
 
