@@ -310,7 +310,7 @@ def test_a_configuration_is_checked_before_anything_runs():
     unprepared.denominators(batches()[0])
   for argument, names in (('cpu,task=sudoku9,kind=ar', 'sudoku4'), ('cpu,loops=1,consistency=0.1', 'loops=2'),
                           ('cpu,consistency=-0.1', 'consistency = -0.1'), ('cpu,kind=ar,time=1', 'time = 1'),
-                          ('cpu,kind=ar,noise=cosine', 'noise = cosine')):
+                          ('cpu,kind=ar,noise=cosine', 'noise = cosine'), ('cpu,letters=8', 'letters = 8')):
     with pytest.raises(ConfigError, match=names):
       configs.load(f'masked_diffusion:{argument}')
 

@@ -122,6 +122,8 @@ def get_config(argument: str = '') -> Experiment:
                       'behind, too; take task=sudoku4')
   if given['consistency'] and (loops < 2 or not diffuses):
     raise ConfigError(f'config argument consistency = {given["consistency"]}: it is of denoisers of loops=2 or more')
+  if given['letters'] and task not in padded.WORDS:
+    raise ConfigError(f'config argument letters = {given["letters"]}: {task} has no words; leave it out')
   if given['consistency'] < 0:
     raise ConfigError(f'config argument consistency = {given["consistency"]}: fewer loops would learn to disagree; give 0 or more')
   for name, value in () if diffuses else (('time', 0), ('noise', 'linear')):
