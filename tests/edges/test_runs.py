@@ -135,21 +135,23 @@ def test_of_several_that_come_at_once_one_has_it(before, tmp_path, quick, monkey
   if before is not None:
     (tmp_path / lock.FILE).write_text(record(tmp_path, **before))
     os.utime(tmp_path / lock.FILE, (1, 1))
-  start, over, had = threading.Barrier(6), threading.Event(), []
+  start, over, had, refused = threading.Barrier(6), threading.Event(), [], []
 
   def run():
     start.wait()
     try:
       with lock.Lock(tmp_path, quiet) as held:
         had.append(held)
-        over.wait(10)
+        over.wait(30)
     except ConfigError:
-      pass
+      refused.append(True)
 
   threads = [threading.Thread(target=run) for _ in range(6)]
   for thread in threads:
     thread.start()
-  time.sleep(0.4)
+  until = time.monotonic() + 30
+  while len(had) + len(refused) < 6 and time.monotonic() < until:  # however slow the machine is
+    time.sleep(0.01)
   over.set()
   for thread in threads:
     thread.join()
