@@ -35,7 +35,7 @@ from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn import modules
 from loopformer.nn.layers import DTYPES
-from loopformer.objective import Objective, Preparation
+from loopformer.objective import Objective
 from loopformer.optim import AdamW
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
@@ -67,7 +67,7 @@ REAL = {
 SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Cell, 'control': sockets.Control,
            'evals': sockets.Evaluations, 'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel,
            'linear': sockets.Projection, 'measure': sockets.Measure, 'memory': sockets.Memory,
-           'optim': sockets.Optimiser, 'plan': sockets.Planner, 'position': sockets.Position, 'read_in': sockets.ReadIn,
+           'optim': sockets.Optimiser, 'plan': sockets.Planner, 'position': sockets.Position, 'prepare': sockets.Preparation, 'read_in': sockets.ReadIn,
            'read_out': sockets.ReadOut, 'remat': sockets.Remat, 'rule': sockets.Rule, 'sampler': sockets.Sampler,
            'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
@@ -317,7 +317,7 @@ def check(config: Experiment):
     if roll.plan.differentiated < roll.plan.expected and not model.cell.injects and not roll.plan.detached:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
-  if isinstance(config.objective.prepare, Preparation):
+  if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   for steps in (*train.extended, train.steps):

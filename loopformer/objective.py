@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping, Protocol, runtime_checkable
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import make_readout, run_batch
-from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, Planner, Term, Trace, config_dataclass
+from loopformer.types import (Array, Batch, ConfigError, Params, PlanContext, Planner, Preparation, Term, Trace,
+                              config_dataclass)
 
 
 @config_dataclass
@@ -69,29 +70,15 @@ class Weighted:
   term: Term
 
 
-@runtime_checkable
-class Preparation(Protocol):
-  """What prepares a batch (`Objective.prepare`) and knows which models it is for; a plain function is for all."""
-
-  def check(self, model: Any):
-    """Raises ConfigError where the model does not fit it."""
-
-  def __call__(self, context: PlanContext) -> Batch: ...
-
-
-@runtime_checkable
-class Encoding(Preparation, Protocol):
-  """A preparation that runs a model of its own on the batch. teacher: whose, or None."""
-  teacher: Own | None
-
-  def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch: ...
-
-
 @config_dataclass
 class AsGiven:
   """Learns from the batch as it is."""
+  teacher = None
 
-  def __call__(self, context: PlanContext) -> Batch:
+  def check(self, model: Any):
+    """Nothing: it suits all models."""
+
+  def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     return context.batch
 
 
@@ -104,7 +91,8 @@ class Objective:
 
   prepare: what becomes of a batch in every step, before anything is summed or divided: context -> batch, leaves [B,
   ...]. It may mask tokens, or say by new entries which states are learned from; weights of terms may depend on what it
-  drew. What it draws for a sequence it draws from `context.keys()`. One that runs a model of its own is an `Encoding`.
+  drew. What it draws for a sequence it draws from `context.keys()`. A plain function suits all models; a
+  part that is for some, or runs with weights of its own, is a `types.Preparation`.
   """
   rolls: Mapping[str, Rollout]
   terms: Mapping[str, Weighted]
@@ -138,7 +126,7 @@ class Objective:
   @property
   def _encoder(self):
     """Whose weights the preparation runs with, if any."""
-    return self.prepare.teacher if isinstance(self.prepare, Encoding) else None
+    return self.prepare.teacher if isinstance(self.prepare, Preparation) else None
 
   def _all_there(self, frozen):
     missing = [name for name in self.teachers if name not in frozen]

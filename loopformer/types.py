@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any, Callable, Mapping, Protocol
+from typing import Any, Callable, Mapping, Protocol, runtime_checkable
 import zlib
 
 from flax import struct
@@ -312,6 +312,19 @@ class Memory(Protocol):
 
   def fill_skipped(self, kv: KV, pos: Array, last: Array) -> KV:
     """What slots of steps that were not taken hold: pos i32[B, 1] the token's, last i32[B] its last step (-1: none)."""
+
+
+@runtime_checkable
+class Preparation(Protocol):
+  """What becomes of a batch in every step, before anything is summed; see `Objective.prepare`."""
+
+  teacher: Any  # whose weights it runs with (`objective.Own`), or None
+
+  def check(self, model: Any):
+    """Raises ConfigError where the model does not fit it."""
+
+  def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
+    """The batch that is learned from. weights: the teacher's; not given where there is none."""
 
 
 class Term(Protocol):

@@ -24,7 +24,7 @@ from loopformer.nn.inject import Add
 from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import MLP, Normal, RMSNorm, UnitNorm
 from loopformer.nn.stack import Stack
-from loopformer.objective import Encoding, Objective, Rollout, Weighted
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.papers.ccdd.blocks import CrossAttention, Experts, TwoStreams
 from loopformer.papers.ccdd.cell import GUESS, AdaFinal, Doubled, Summed, last_guess
 from loopformer.papers.ccdd.encoders import Hidden, RandomContext, RandomTokens
@@ -307,7 +307,7 @@ def test_an_encoder_is_the_model_of_a_folder_and_does_not_learn(tmp_path):
   hidden = Hidden(folder=str(tmp_path / 'encoder'), width=C)
   part = joint(encoder=hidden)
   objective = dataclasses.replace(OBJECTIVE, prepare=part)
-  assert isinstance(part, Encoding) and not isinstance(MASKING, Encoding)
+  assert MASKING.teacher is None
   (name, teacher), = objective.teachers.items()
   assert name == hidden.teacher.name and teacher.model(None) == encoder
   context = parts.plan_context(jax.random.key(3), batch())

@@ -176,7 +176,7 @@ def test_load_of_a_file_with_argument_and_overrides():
 
 @pytest.mark.parametrize('spec, message', [
     ('nowhere/mine.py', r'--config=nowhere/mine\.py: no such file'),
-    (f'{FILE}:huge', r"config argument size = 'huge': choose one of tiny, small, paper"),
+    (f'{FILE}:huge', r"config argument size = 'huge': choose one of tiny, p_hop, pointers, small, paper"),
     (f'{FILE}:tiny,kind=plain', r"config argument kind = 'plain': choose one of loopformer, base"),
     (f'{FILE}:tiny,depth=4', r"config argument 'depth=4': no 'depth' here; there are size, kind, ee, loops, dtype"),
     (f'{FILE}:tiny,loops=few', r'config argument loops = few: expected int, got str; it was 8'),

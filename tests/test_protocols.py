@@ -10,6 +10,7 @@ from loopformer import loop, memories, objective, optim, plans, starts, types
 from loopformer.cells import damped, halting, plain, recur, timed
 from loopformer.diffusion.cell import ToldHidden
 from loopformer.diffusion.measures import Bound
+from loopformer.diffusion.noise import Masking
 from loopformer.diffusion.sampler import Denoising
 from loopformer.diffusion.terms import NELBO
 from loopformer.inference import evaluate, exits, measures, sampler
@@ -18,6 +19,7 @@ from loopformer.papers.ccdd.blocks import TwoStreams
 from loopformer.papers.ccdd.cell import Doubled, Summed
 from loopformer.papers.ccdd.measures import JointBound
 from loopformer.papers.ccdd.plans import WithLatents
+from loopformer.papers.ccdd.prepare import Joint
 from loopformer.papers.ccdd.sampler import Coevolving
 from loopformer.papers.ccdd.terms import LatentError
 from loopformer.papers.cot.cell import Thinking
@@ -60,6 +62,7 @@ PARTS = {
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,
                  distill.Distill, Aligned, RouterBCE, Balance, RoundCE, NELBO, LatentError],
+    types.Preparation: [objective.AsGiven, Masking, Joint],
     types.Task: [Text, Generated, Imported, Instructions, Mixture, Recorded],
     types.Block: [blocks.Block, blocks.Chain, GatedBlock, TwoStreams,
                   LinearAttention],

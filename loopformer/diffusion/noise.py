@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer.nn import modules
-from loopformer.types import Array, Batch, ConfigError, PlanContext, config_dataclass, real, whole
+from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, config_dataclass, real, whole
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
@@ -111,6 +111,7 @@ class Masking:
   mask: int
   noise: Linear | Cosine = Linear()
   least: float = 1e-3
+  teacher = None
 
   def __post_init__(self):
     whole('Masking.mask', self.mask, 1, why='it is the id after those of the data')
@@ -120,7 +121,7 @@ class Masking:
     """Raises ConfigError where the model could answer MASK, cannot read it, or is causal."""
     check_model(model, self.mask)
 
-  def __call__(self, context: PlanContext) -> Batch:
+  def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     batch = context.batch
     row = batch['row'] if 'row' in batch else jnp.arange(len(batch['tokens']))
     t = self.least + (1 - self.least) * stratified(context.key, row)

@@ -75,7 +75,7 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
 
   def gradient(specs, frozen_specs, params, frozen, context):
     params, frozen = jax.tree.map(gather, params, specs), jax.tree.map(gather, frozen, frozen_specs)
-    context = objective.prepared(context, frozen)
+    context = objective.prepared(context, frozen) if frozen else objective.prepared(context)
     weights = total(objective.denominators(context.batch))
     differentiated = jax.value_and_grad(lambda p, part: objective(model, p, part, weights, frozen), has_aux=True)
 
