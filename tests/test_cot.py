@@ -3,7 +3,6 @@ costs, the configuration and the studies."""
 import functools
 from types import SimpleNamespace
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
