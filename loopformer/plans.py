@@ -424,6 +424,26 @@ class Staged(Planner):
     return Plan(t=index / jnp.maximum(loops, 1), dt=jnp.broadcast_to(1.0 / loops, index.shape), active=index < loops)
 
 
+class Around(Planner):
+  """A planner that changes what another one, `of`, makes."""
+
+  @property
+  def longest(self) -> int:
+    return self.of.longest
+
+  @property
+  def expected(self) -> float:
+    return self.of.expected
+
+  @property
+  def differentiated(self) -> float:
+    return self.of.differentiated
+
+  @property
+  def stages(self) -> tuple[int, ...]:
+    return self.of.stages
+
+
 def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'steps') -> tuple[float, ...]:
   """The schedule as a tuple of floats, or an error.
 

@@ -178,6 +178,12 @@ def test_doubled_operations_are_those_of_the_program(name):
   assert 0.85 < own.flops(T, 1) * T / counted < 1.25  # of so few tokens XLA turns some products into sums
 
 
+def test_a_plan_with_latents_is_otherwise_the_one_within():
+  of = plans.Staged(loops=(1, 3))
+  own = WithLatents(of)
+  assert (own.longest, own.expected, own.differentiated, own.stages) == (3, 3.0, 3.0, (1, 3))
+
+
 def test_a_guess_is_that_of_the_last_step_of_each_sequence():
   aux = {GUESS: jnp.arange(3.0)[:, None, None, None] * jnp.ones((3, 2, T, C))}
   active = jnp.array([[True, True], [False, True], [False, True]])

@@ -16,6 +16,12 @@ from loopformer.diffusion.noise import Cosine, Linear, ranks
 from loopformer.types import Array, ConfigError, config_dataclass, real, whole
 
 
+def times_of(step: Array, steps: Array) -> tuple[Array, Array]:
+  """(t, s), f32[B]: where step i32[B] of so many, i32[B], begins and ends, from 1 to 0 in equal parts."""
+  steps = jnp.maximum(steps, 1)
+  return (steps - step) / steps, (steps - step - 1) / steps
+
+
 @struct.dataclass
 class Round:
   """What a planner sees of step j of S, of every sequence.
@@ -37,9 +43,8 @@ class Round:
 
   @property
   def times(self) -> tuple[Array, Array]:
-    """(t, s), f32[B]: where the step begins and ends, from 1 to 0 in equal parts."""
-    steps = jnp.maximum(self.steps, 1)
-    return (steps - self.step) / steps, (steps - self.step - 1) / steps
+    """(t, s), f32[B], as of `times_of`."""
+    return times_of(self.step, self.steps)
 
   def log_of(self, tokens: Array) -> Array:
     """f32[B, T]: log-probabilities of these tokens, i32[B, T]."""

@@ -22,7 +22,7 @@ from loopformer import plans, sharding
 from loopformer.data import chat
 from loopformer.data.tokenizer import Tokenizer, anchor, continuation, ends_of
 from loopformer.diffusion.noise import check_model
-from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, by_position
+from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, by_position, times_of
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits
 from loopformer.training import processes
 from loopformer.types import SEEDS, Array, ConfigError, Params, Plan, config_dataclass, real, whole
@@ -46,9 +46,8 @@ class Moment:
 
   @property
   def times(self) -> tuple[Array, Array]:
-    """(t, s), f32[B]: where the step begins and ends, from 1 to 0 in equal parts."""
-    steps = jnp.maximum(self.steps, 1)
-    return (steps - self.step) / steps, (steps - self.step - 1) / steps
+    """(t, s), f32[B], as of `times_of`."""
+    return times_of(self.step, self.steps)
 
 
 class Predictor(Protocol):

@@ -6,6 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from loopformer.nn.condition import TIME
+from loopformer.plans import Around
 from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner
 
 LATENTS, LATENT_TIME = 'latents', 'latent_time'
@@ -19,21 +20,9 @@ def with_latents(plan: Plan, latents: Array, time: Array, latent_time: Array) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class WithLatents(Planner):
+class WithLatents(Around):
   """The plans of `of`, with what a batch says of latents (`prepare.Joint`, or its measures)."""
   of: Planner
-
-  @property
-  def longest(self) -> int:
-    return self.of.longest
-
-  @property
-  def expected(self) -> float:
-    return self.of.expected
-
-  @property
-  def differentiated(self) -> float:
-    return self.of.differentiated
 
   def __call__(self, context: PlanContext) -> Plan:
     batch = context.batch

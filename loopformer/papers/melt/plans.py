@@ -3,29 +3,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from loopformer.plans import Around
 from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass
 
 BLEND = 'blend'  # of a plan's rows: f32[K], how far each step has gone from rows of its own, 0, to shared ones, 1
-
-
-class Around(Planner):
-  """A planner that changes what another one, `of`, makes."""
-
-  @property
-  def longest(self) -> int:
-    return self.of.longest
-
-  @property
-  def expected(self) -> float:
-    return self.of.expected
-
-  @property
-  def differentiated(self) -> float:
-    return self.of.differentiated
-
-  @property
-  def stages(self) -> tuple[int, ...]:
-    return self.of.stages
 
 
 @config_dataclass
