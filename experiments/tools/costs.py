@@ -1,5 +1,5 @@
-"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded and of one
-pass.
+"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded, of one pass, and
+of one more token.
 
 A chain of N tokens that writes T more is read in one pass and then decoded with a cache, so that every token goes
 through the layers once. A pass of L loops goes through them L times with all of its N tokens. Operations are counted
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from loopformer import plans
 from loopformer.model import run_batch
 from loopformer.types import Batch, Params, Plan, whole
 
@@ -59,6 +60,26 @@ def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int =
   batch = {name: jax.numpy.asarray(value) for name, value in batch.items()}
   return Cost(flops=model.flops(tokens, plan.steps) * tokens, steps=float(plan.steps),
               milliseconds=_milliseconds(lambda: jax.block_until_ready(pass_of(params, batch, plan)), repeats) / rows)
+
+
+def of_token(model: Any, params: Params, length: int, loops: int, repeats: int = 20) -> Cost:
+  """Of one more token of a text whose caches are `length` long, up to the likeliest next one."""
+  plan, variables = plans.schedule(plans.resolve(loops)), {'params': params}
+
+  @jax.jit
+  def one(kv, token, place):
+    trace = model.apply(variables, token[None], plan, place[None, None], kv=kv)
+    return model.apply(variables, trace.z[:, 0], method='logits').argmax(-1), trace.kv
+
+  kv, token, place = model.cache(1, length, loops), jax.numpy.zeros(1, jax.numpy.int32), jax.numpy.int32(length // 2)
+  return Cost(flops=model.flops(length, loops), steps=float(loops),
+              milliseconds=_milliseconds(lambda: jax.block_until_ready(one(kv, token, place)), repeats))
+
+
+def cache_bytes(model: Any, length: int, loops: int) -> float:
+  """Bytes a token that decoding keeps, of texts of `length` tokens."""
+  caches = jax.tree.leaves(jax.eval_shape(lambda: model.cache(1, length, loops)))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in caches) / length
 
 
 def _milliseconds(call: Callable[[], Any], repeats: int) -> float:

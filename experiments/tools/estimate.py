@@ -174,9 +174,7 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   steps = expected(config.objective, example, rows, options.steps)
 
   quick = coarse(config)
-  over_rows = NamedSharding(mesh, P(sharding.BATCH))
-  batch = {name: jax.ShapeDtypeStruct((options.batch, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
-           for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
+  batch = _batch(options.batch, example, NamedSharding(mesh, P(sharding.BATCH)))
   step = make_step(quick.model, quick.objective, optimizer, mesh, options.accumulate, options.seed)
   traced = step.trace(_placed(state, mesh, roles), batch, frozen=teachers_of(config, quick.model, mesh))
   compiled = traced.lower().compile(compiler_options=QUICK)
@@ -199,6 +197,26 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
       flops=program.flops, traffic=traffic + 2 * (weights + optimizer_bytes), sent=program.sent,
       model_flops=config.objective.flops(config.model, config.task.length) * tokens,
       uneven=tuple(undivided(state.params, mesh, roles)))
+
+
+def step_flops(config: Any) -> float:
+  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans: what
+  runs without being of use, such as steps of sequences that are done, counts too."""
+  options, mesh = config.train, sharding.Mesh().make(jax.devices()[:1])
+  roles, example = parameter_roles(config.model), rows_of(config.task)
+  optimizer = config.optim.make(options.steps, roles)
+  state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, options.seed))
+  steps = expected(config.objective, example, options.batch // options.accumulate, options.steps)
+  step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
+  traced = step.trace(_placed(state, mesh, roles), _batch(options.batch, example, NamedSharding(mesh, P(sharding.BATCH))),
+                      frozen=teachers_of(config, config.model, mesh))
+  return sum(product.flops for product in products(traced.jaxpr.jaxpr, steps, mesh.shape))
+
+
+def _batch(rows: int, example: Mapping[str, np.ndarray], over_rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a training batch."""
+  return {name: jax.ShapeDtypeStruct((rows, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
+          for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
 
 
 def teachers_of(config: Any, model: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
