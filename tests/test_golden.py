@@ -33,6 +33,8 @@ ARGUMENTS = {
     'intra_layer': ['cpu,map=4211', 'small', 'large', 'cpu,block=2,inject=1', 'cpu,position=alibi', 'cpu,position=ape'],
     'latent_thoughts': ['p_hop', 'addition', 'igsm', 'assignment', 'assignment_code', 'edit_distance', 'lcs', 'markov',
                         'p_hop,kind=middle', 'p_hop,size=paper,loops=6', 'p_hop,layers=4,loops=1,cosine=10,period=2'],
+    'leaderboard': ['cpu', 'cpu,system=huginn,task=p_hop', 'cpu,system=loopus,start=runs/decoder', 'small,system=ouro',
+                    'small,system=diffusion', 'cpu,system=middle,loops=2,width=32'],
     'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
     'linear_icl': ['', 'predict=weights'],
     'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],

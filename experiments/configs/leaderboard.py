@@ -27,6 +27,7 @@ Argument: size, then any of
             diffusion    masked diffusion, judged by its bound (text alone)
     task    text; p_hop (three hops of induction, asked for everywhere); arithmetic (relay.py's, from left to right)
     rate    peak of the learning rate, for all the same schedule and AdamW; steps: of the run
+    loops, width  the size's own by default
     start   a work folder whose weights it begins with
 
 What is of a paper here is its cell, its objective, where layers and norms stand, and what its depth is drawn from. The
@@ -302,8 +303,10 @@ BEGINS = {'loopus': 'decoder', 'melt': 'ouro'}  # what stands before, in half of
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,system=ouro,task=p_hop,rate=1e-2`."""
-  given = arguments(argument, size='cpu', system='loopformer', task='text', rate=3e-3, steps=0, start='')
+  given = arguments(argument, size='cpu', system='loopformer', task='text', rate=3e-3, steps=0, start='', loops=0,
+                    width=0)
   size, name = choose('size', given['size'], SIZES), given['system']
+  size = dataclasses.replace(size, loops=given['loops'] or size.loops, width=given['width'] or size.width)
   task = choose('task', given['task'], {task: task for task in TASKS})
   data = {'text': Text(tokenizer=TrainedPieces(vocab=size.vocab), length=size.tokens),
           'p_hop': Generated(of=size.hops, pool=32_768), 'arithmetic': Generated(of=Asked(of=size.sums))}[task]
