@@ -1,7 +1,7 @@
 """Scaling: losses over loops, widths and tokens at equal operations of training, and the laws that fit them.
 
     python -m experiments.studies.scaling --workdir=runs/scaling --out=experiments/reports/scaling
-    python -m experiments.studies.scaling --system=parcae --size=small --operations=1e17,3e17,1e18 --loops=1,2,4,8 \\
+    python -m experiments.studies.scaling --system=parcae --size=small --operations=1e17,3e17,1e18 --trained_loops=1,2,4,8 \\
         --widths=512,768 --workdir=... --out=...                                                                 # one GPU
 
 Trains a system of experiments/configs/leaderboard.py (`middle` by default: a layer before the loop, one after) at every
@@ -97,7 +97,7 @@ def define_flags():
   """A function, so that importing this file defines none; experiments.main defines --workdir and --set."""
   flags.DEFINE_enum('size', 'cpu', list(leaderboard.SIZES), 'Size of experiments/configs/leaderboard.py.')
   flags.DEFINE_enum('system', 'middle', SYSTEMS, 'System of that file.')
-  flags.DEFINE_list('loops', ['1', '2', '4'], 'Numbers of loops.')
+  flags.DEFINE_list('trained_loops', ['1', '2', '4'], 'Numbers of loops.')
   flags.DEFINE_list('widths', ['32', '64'], 'Widths, multiples of the number of heads.')
   flags.DEFINE_list('operations', ['5e10', '1e11', '2e11'], 'Operations of training, of matrix products.')
   flags.DEFINE_float('rate', 3e-3, 'Peak of the learning rate, of all runs.', lower_bound=0.0)
@@ -110,7 +110,7 @@ def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   loops, widths, costs = (sorted({int(value) if whole else float(value) for value in numbers(','.join(given), name, kind)})
-                          for given, name, kind, whole in ((FLAGS.loops, '--loops', int, True),
+                          for given, name, kind, whole in ((FLAGS.trained_loops, '--trained_loops', int, True),
                                                            (FLAGS.widths, '--widths', int, True),
                                                            (FLAGS.operations, '--operations', float, False)))
   out = storage.path(FLAGS.out)
