@@ -301,6 +301,12 @@ def systems(size: Size, steps: int, vocab: int, length: int) -> dict[str, Any]:
 BEGINS = {'loopus': 'decoder', 'melt': 'ouro'}  # what stands before, in half of the budget
 
 
+def budgets(size: str, name: str) -> tuple[int, ...]:
+  """The numbers of loops that a system can be evaluated at."""
+  found = SIZES[size]
+  return systems(found, 100, 100, 100)[name]().budgets or tuple(range(1, 2 * found.loops + 1))
+
+
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,system=ouro,task=p_hop,rate=1e-2`."""
   given = arguments(argument, size='cpu', system='loopformer', task='text', rate=3e-3, steps=0, start='', loops=0,
@@ -322,12 +328,13 @@ def get_config(argument: str = '') -> Experiment:
   if system.measure is not None:
     data = dataclasses.replace(data, measure=system.measure)
   fields = {'read_in': Tokens(vocab=vocab, width=size.width, length=data.length, std=size.std), **system.model}
-  budgets = system.budgets or tuple(range(1, 2 * size.loops + 1))
+  loops = 1 if system.budgets == (1,) else size.loops
   optim = AdamW(schedule=WarmupCosine(peak=given['rate'], end=0.0, warmup=max(1, steps // 20)))
   return Experiment(
       name=f'{name} {task}',
       model=Looped(cell=system.cell, read_out=Head(outputs=vocab, std=size.std, norm=system.norm),
-                   loops=1 if budgets == (1,) else size.loops, remat=loop.KeepAll(), **fields),
+                   loops=loops, remat=loop.KeepAll(), **fields),
       objective=system.objective, task=data, control=system.control,
       train=dataclasses.replace(run, steps=steps, start=given['start'] or None),
-      optim=Freeze(of=optim, paths=system.learned) if system.learned else optim, evals=Depths(budgets=budgets))
+      optim=Freeze(of=optim, paths=system.learned) if system.learned else optim,
+      evals=Depths(budgets=tuple(sorted({1, loops}))))

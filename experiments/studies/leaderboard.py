@@ -105,10 +105,10 @@ class Study:
     return min(self.rates, key=self.short[name].get) if self.short[name] else self.rates[0]
 
 
-def measure(folder: Path, count: int) -> dict[str, Any]:
-  """What a trained system reaches at every budget, on `count` batches, and what that takes."""
+def measure(folder: Path, budgets: Sequence[int], count: int) -> dict[str, Any]:
+  """What a trained system reaches with these numbers of loops, on `count` batches, and what that takes."""
   model, params, tokenizer, config = loopformer.load(folder)
-  budgets, length = config.evals.budgets, config.task.length
+  length = config.task.length
   found = evaluate(model, params, held_out(config, folder, count), {str(n): plans.resolve(n) for n in budgets},
                    tokenizer and measures.text_bytes(tokenizer), config.task.measure)
   rows = [{'loops': n, **{key: value for key, value in row.items() if key not in ('budget', 'schedule', 'tokens', 'ran')},
@@ -247,7 +247,8 @@ def main(argv):
       for name, folder in zip(names, pool.map(lambda name: study.train(name, study.rate(name), seed, 1.0), names)):
         folders.setdefault(name, folder)
         results.setdefault(name, []).append(
-            {**measure(folder, FLAGS.eval_batches or 32), 'rate': study.rate(name), 'seed': seed})
+            {**measure(folder, leaderboard.budgets(FLAGS.size, name), FLAGS.eval_batches or 32), 'rate': study.rate(name),
+             'seed': seed})
         records.write(out / 'results.json', results)
         storage.write(out / 'budgets.md', metrics.table(budget_table(results, show)) + '\n')
         draw(out, results, show)
