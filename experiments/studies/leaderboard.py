@@ -37,6 +37,7 @@ from loopformer import config as configs, plans, storage
 from loopformer.inference import measures
 from loopformer.inference.evaluate import evaluate
 from loopformer.training import metrics
+from loopformer.training.checkpoint import trained
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
@@ -85,6 +86,8 @@ class Study:
       start = {'start': self.train(before, self.rate(before), seed, share)}
     steps, workdir = self.steps(name, share), storage.path(FLAGS.workdir)
     folder = workdir / f'{self.task}-{name}-{rate:g}-{steps}-{seed}'
+    if trained(folder) == steps:
+      return folder
     shared = [f"task.folder='{workdir / 'data'}'"] if self.task == 'text' else []
     command.train(self.spec(name, rate=rate, steps=steps, **start), folder, *FLAGS['set'].value, f'train.seed={seed}',
                   f'train.eval_every={steps}', f'train.save_every={steps}', *shared)
