@@ -57,6 +57,7 @@ ARGUMENTS = {
                '350m,kind=rdm'],
     'plt': ['tiny', 'tiny,kind=r1', 'tiny,kind=clp', 'tiny,kind=share', 'tiny,kind=seq,loops=3',
             'tiny,gate=hidden,mix=learned', 'loopcoder'],
+    'quickstart': ['text', 'pointers'],
     'relay': ['cpu', 'cpu,kind=vanilla,inject=1', 'cpu,task=all,kind=chain', 'gpu,task=lis,relay=0.5',
               'paper,task=all,kind=tuned,start=runs/relay/chain,chains=runs/relay/merged.jsonl'],
     'shift': ['p_hop', 'text,first=0', 'markov,moments=reset,rewarm=100'],
