@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from loopformer import plans
+from loopformer import config as configs, plans
 from loopformer.tasks.arithmetic import LeftToRight
 from loopformer.tasks.generated import Double, Generated, Grow
 from loopformer.tasks.reasoning import Chain, Slots
@@ -121,11 +121,12 @@ def test_every_prefix_is_asked_for(of):
 SLOTTED = [Word(longest=9, group=Symmetric(degree=3)), Regular(longest=6, automaton=NO_AA_BB, room=8), LeftToRight(longest=3)]
 
 
-@pytest.mark.parametrize('of', SLOTTED, ids=lambda of: type(of).__name__)
-def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of):
-  form = Slots(of=of)
+@pytest.mark.parametrize('of, answer', [*((of, True) for of in SLOTTED), (SLOTTED[0], False)],
+                         ids=lambda value: 'rounds alone' if value is False else '' if value is True else type(value).__name__)
+def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of, answer):
+  form = Slots(of=of, answer=answer)
   for problem in many(of):
-    made, own = form.example(problem), [*itertools.chain(*problem.rounds), problem.answer]
+    made, own = form.example(problem), [*itertools.chain(*problem.rounds), *[problem.answer] * answer]
     given, count = len(problem.prompt), len(problem.prompt) + len(own)
     assert made['size'] == problem.size and made['targets'].shape == (form.length,)
     assert [form.symbols[i] for i in made['targets'][:count]] == [*problem.prompt, *own]
@@ -133,8 +134,16 @@ def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of):
     np.testing.assert_array_equal(made['weights'], (np.arange(form.length) >= given) & (np.arange(form.length) < count))
     np.testing.assert_array_equal(made['segments'], np.arange(form.length) < count)
   if type(of) is Word:
-    with pytest.raises(ConfigError, match='room: a problem of size 12 has 26 tokens'):
+    with pytest.raises(ConfigError, match=f'room: a problem of size 12 has {25 + answer} tokens'):
       form.example(dataclasses.replace(of, longest=12, room=12, limit=12).draw(np.random.default_rng(0), 12))
+
+
+def test_an_answer_that_no_round_ends_with_keeps_its_slot():
+  of = SLOTTED[1]
+  with pytest.raises(ConfigError, match='Slots.answer = False: the rounds of a problem of Regular do not end with its answer'):
+    Slots(of=of, answer=False).example(many(of)[0])
+  for name, length in (('parity', 33), ('ab', 34)):  # of sixteen letters
+    assert configs.load(f'masked_diffusion:cpu,task={name}').task.length == length
 
 
 def test_slots_are_judged_whole_and_by_the_last():

@@ -102,9 +102,9 @@ SIZES = {
 
 def generators(letters: int, numbers: int, diffuses: bool) -> dict[str, Any]:
   """What every task makes examples with; text has None."""
-  form = Slots if diffuses else Chain
+  words = {name: padded.source(name, letters) for name in padded.WORDS}
   return {**GRIDS, 'text': None, 'countdown': Countdown(numbers=numbers),
-          **{name: form(of=padded.source(name, letters)) for name in padded.WORDS}}
+          **{name: Slots(of=of, answer=name not in padded.GROUPS) if diffuses else Chain(of=of) for name, of in words.items()}}
 
 
 def get_config(argument: str = '') -> Experiment:

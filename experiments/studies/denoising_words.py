@@ -63,9 +63,10 @@ def run(seed: int, workdir: Path) -> Iterator[dict]:
     for name in FLAGS.orders:
       for steps in map(int, FLAGS.steps):
         yield judged(loaded, name, steps, loops)
+  slots = letters() + (FLAGS.task not in padded.GROUPS)
   words = [f'task.of.of.of.{field}={letters()}' for field in ('shortest', 'longest', 'room', 'limit')]
   for loops in map(int, FLAGS.padded):
-    argument = f'loops={loops},lengths=fixed,attention=both,fillers={letters() + 1}'
+    argument = f'loops={loops},lengths=fixed,attention=both,fillers={slots}'
     found = measure(trained(PADDED, argument, seed, workdir, *words))
     yield {'order': AT_ONCE, 'steps': 1, 'loops': loops, 'steps x loops': loops, 'MFLOP': found['MFLOP'],
            'last': found['last'], 'a slot': found['accuracy']}

@@ -324,17 +324,24 @@ class Slots(Shown):
 
   Denoisers read the targets, of which they have the problem's tokens, that weigh nothing; other models, which read the tokens,
   have slots to compute at, and no slot sees what stands in another.
+
+  answer: False where the last round ends with the answer, which then has no slot of its own: of two slots that always hold the
+  same, a denoiser learns to copy one from the other.
   """
   of: Any
+  answer: bool = True
 
   @property
   def length(self) -> int:
-    return self.of.extent.prompt + self.of.extent.chain + 1
+    return self.of.extent.prompt + self.of.extent.chain + self.answer
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where it does not fit a row."""
-    count = len(problem.prompt)
-    made = left_aligned(self, problem, [*[None] * count, *(one for each in problem.rounds for one in each), problem.answer])
+    """Of a problem. Raises ConfigError where it does not fit a row, or has an answer that would have no slot."""
+    count, chain = len(problem.prompt), [one for each in problem.rounds for one in each]
+    if not self.answer and chain[-1:] != [problem.answer]:
+      raise ConfigError(f'Slots.answer = False: the rounds of a problem of {type(self.of).__name__} do not end with its answer, '
+                        f'{problem.answer!r}, which would have no slot; leave Slots.answer at True')
+    made = left_aligned(self, problem, [*[None] * count, *chain, *[problem.answer] * self.answer])
     made['targets'][:count] = made['tokens'][:count]
     return made
 
