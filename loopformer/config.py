@@ -318,7 +318,7 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   if isinstance(config.objective.prepare, sockets.Preparation):
-    config.objective.prepare.check(model)
+    config.objective.prepare.check(model, config.task.measure)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
   for steps in (*train.extended, train.steps):
     try:

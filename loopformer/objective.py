@@ -75,8 +75,8 @@ class AsGiven:
   """Learns from the batch as it is."""
   teacher = None
 
-  def check(self, model: Any):
-    """Nothing: it suits all models."""
+  def check(self, model: Any, measure: Any):
+    """Nothing: it suits all models, and all measures."""
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     return context.batch

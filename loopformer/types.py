@@ -320,8 +320,8 @@ class Preparation(Protocol):
 
   teacher: Any  # whose weights it runs with (`objective.Own`), or None
 
-  def check(self, model: Any):
-    """Raises ConfigError where the model does not fit it."""
+  def check(self, model: Any, measure: Any):
+    """Raises ConfigError where the model does not fit it, or the measure that the model is evaluated by."""
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     """The batch that is learned from. weights: the teacher's; not given where there is none."""
@@ -572,6 +572,7 @@ class Measure(Protocol):
   """What is reported of a batch."""
 
   better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
+  mask: int | None  # what hidden tokens read in `asked`; None where it hides none
 
   def asked(self, batch: Batch) -> Batch:
     """The batch that the model reads and is asked about: the one that the task gave, or one in which it has hidden

@@ -7,8 +7,7 @@ that MASK has no probability, and as hidden tokens alone are scored, visible one
 """
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +116,14 @@ class Masking:
     whole('Masking.mask', self.mask, 1, why='it is the id after those of the data')
     real('Masking.least', self.least, '(0, 1)', why='weights grow as 1 / t')
 
-  def check(self, model: Any):
-    """Raises ConfigError where the model could answer MASK, cannot read it, or is causal."""
+  def check(self, model: Any, measure: Any):
+    """Raises ConfigError where the model could answer MASK, cannot read it, or has causal layers; or where the measure hides
+    no tokens, or by another id, so that an evaluation would ask for what the model sees."""
     check_model(model, self.mask)
+    if measure.mask != self.mask:
+      hides = 'no tokens' if measure.mask is None else f'tokens by the id {measure.mask}'
+      raise ConfigError(f'task.measure = {type(measure).__name__}: it hides {hides}, and objective.prepare hides them by '
+                        f'{self.mask}; set it to diffusion.measures.Bound(mask={self.mask})')
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     batch = context.batch
@@ -141,7 +145,7 @@ def hide(batch: Batch, hidden: Array, weight: Array, time: Array, mask: int) -> 
 
 def check_model(model: Any, mask: int):
   """Raises ConfigError where a model is none that reveals what reads `mask`: it could answer MASK, or cannot read it; or
-  every layer is causal, so that what is hidden is told from what stands before it alone."""
+  a layer is causal, which would tell what is hidden from what stands before it alone."""
   if not model.read_in.vocab:
     raise ConfigError('model.read_in: its inputs are vectors, of which none can be MASK; take one that reads ids')
   if mask != model.outputs:
@@ -150,16 +154,7 @@ def check_model(model: Any, mask: int):
   if model.read_in.vocab <= mask:
     raise ConfigError(f'model.read_in.vocab = {model.read_in.vocab}: MASK, the id {mask}, cannot be read; set it to {mask + 1}, '
                       f'and give the model a Head(outputs={mask})')
-  found = [kernel.causal for stack in model.stacks().values() for kernel in _kernels(stack)]
-  if found and all(found):
-    raise ConfigError('model: its layers are causal, so that a hidden token would not see what follows; give them '
-                      'kernel=kernels.Bidirectional()')
-
-
-def _kernels(part: Any) -> Iterator[Any]:
-  """The kernels of attention in a stack."""
-  for name, value in modules.fields(part).items() if dataclasses.is_dataclass(part) else ():
-    if name == 'kernel':
-      yield value
-    for inner in value if isinstance(value, tuple) else (value,):
-      yield from _kernels(inner)
+  for name, stack in model.stacks().items():
+    if any(kernel.causal for kernel in modules.held(stack, 'kernel')):
+      raise ConfigError(f'model.{name}: a layer is causal, so that a hidden token would not see there what follows; give all '
+                        'layers kernel=kernels.Bidirectional()')

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from flax import linen as nn
 import jax
@@ -13,6 +13,15 @@ def fields(module: nn.Module) -> dict[str, Any]:
   """Name -> value of a module's own fields."""
   return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
           if f.init and f.name not in ('parent', 'name')}
+
+
+def held(part: Any, name: str) -> Iterator[Any]:
+  """The values of all fields of that name, of a part and of those in it."""
+  for field, value in fields(part).items() if dataclasses.is_dataclass(part) else ():
+    if field == name:
+      yield value
+    for inner in value if isinstance(value, tuple) else (value,):
+      yield from held(inner, name)
 
 
 def unshared(values: Mapping[str, Any]) -> dict[str, Any]:

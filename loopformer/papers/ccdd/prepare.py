@@ -167,9 +167,9 @@ class Joint:
     """Whose weights the encoder needs, or None."""
     return self.encoder.teacher
 
-  def check(self, model: Any):
-    """Raises ConfigError where the model is none for masked tokens."""
-    self.masking.check(model)
+  def check(self, model: Any, measure: Any):
+    """Raises ConfigError where the model or the measure is none for masked tokens."""
+    self.masking.check(model, measure)
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     batch = self.masking(context)
