@@ -17,7 +17,7 @@ from loopformer.types import Array, Batch, Readout, config_dataclass, whole
 
 @config_dataclass
 class Bound(AsGiven):
-  """The negative evidence lower bound in nats a token, an upper bound on the loss; its exponential; bits a byte of text.
+  """The negative evidence lower bound in nats a token, an upper bound on the loss; its exponential; of text, bits a byte.
 
   Of every sequence of n tokens that may be hidden, exactly l are, l uniform on 1..n and they drawn without replacement, and
   weigh n / l (LLaDA): of the same mean as the bound at chance times, and less spread. `accuracy` is that of hidden tokens by
@@ -70,7 +70,7 @@ class Bound(AsGiven):
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table."""
     rows, loss = max(total['rows'], 1), total['nll'] / total['tokens']
+    text = {'bits_per_byte': total['nll'] / math.log(2) / total['bytes']} if total['bytes'] else {}
     spread = max(total['squares'] / rows - (total['nll'] / rows) ** 2, 0.0) / rows
     return {'loss': loss, 'error': math.sqrt(spread) * rows / total['tokens'], 'perplexity': math.exp(min(loss, 700.0)),
-            'bits_per_byte': total['nll'] / math.log(2) / total['bytes'] if total['bytes'] else math.nan,
-            'accuracy': total['right'] / total['weight'], 'tokens': int(total['tokens'] / self.draws)}
+            **text, 'accuracy': total['right'] / total['weight'], 'tokens': int(total['tokens'] / self.draws)}

@@ -118,6 +118,9 @@ class Checkpoints:
     evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
     """
     args = self._ocp.args
+    if self._best and values and self._best.name not in values:
+      raise ConfigError(f'train.best = {self._best.name!r}: the evaluations of this task do not report it; choose one of '
+                        f'{", ".join(values)}')
     known = {self._best.name: values[self._best.name]} if self._best and values else None
     with self._saving():
       self._manager.save(step, metrics=known, args=args.Composite(
