@@ -1,5 +1,6 @@
 """Masked diffusion: the noise and its bound against exact ones, planners with an exact denoiser, and what is drawn."""
 import dataclasses
+from fractions import Fraction
 import functools
 import math
 
@@ -218,6 +219,19 @@ def test_a_plateau_hides_and_writes_as_much():
   for until in (2, 4, 6):
     counts = np.asarray((run(order, 8, keys(512), hidden(512), until=until).tokens == MASK).sum(-1))
     assert abs(counts.mean() - 8) < 3.5 * counts.std() / 512 ** 0.5
+
+
+@pytest.mark.parametrize('begins, ends', [(0.4, 0.8), (0.1, 0.7), (0.3, 0.9), (0.0625, 1 - 1e-4)])
+def test_a_plateau_has_the_steps_that_its_shares_say(monkeypatch, begins, ends):
+  """Of every number of steps, those that begin at `begins` or later and end at `ends` or earlier, in exact fractions."""
+  monkeypatch.setattr(orders, '_resampled', lambda seen, alpha_t, alpha_s, sigma: (sigma(jnp.ones(len(seen.step)), seen), alpha_t))
+  steps, step = (jnp.array(column) for column in zip(*[(n, i) for n in (5, 10, 20, 48, 10_000) for i in range(n)]))
+  none = jnp.zeros((len(step), 1), bool)
+  seen = orders.Round(step=step, steps=steps, asked=none, hidden=none, tokens=none, drawn=none, log_p=none, held=none, keys=None)
+  hides, _ = Looping(begins=begins, ends=ends)(seen)
+  first, last = Fraction(str(begins)), Fraction(str(ends))
+  right = [first <= Fraction(i, n) and Fraction(i + 1, n) <= last for i, n in zip(step.tolist(), steps.tolist())]
+  np.testing.assert_array_equal(np.asarray(hides)[:, 0] > 0, right)
 
 
 def test_kept_hides_the_least_probable_again():

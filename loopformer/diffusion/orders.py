@@ -6,6 +6,7 @@ that is left, and hides nothing, whatever a planner says.
 """
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, Protocol
 
 from flax import struct
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 from loopformer.diffusion.noise import Cosine, Linear, ranks
 from loopformer.types import Array, ConfigError, config_dataclass, real, whole
+
+MOST_PARTS = 10_000  # of all steps, in which shares of them are counted
 
 
 def times_of(step: Array, steps: Array) -> tuple[Array, Array]:
@@ -158,7 +161,8 @@ class Looping:
   """ReMDM-loop: the first part of the steps reveals up to time `on`, the next stay there, hiding visible positions with chance
   `eta` and writing as many; the last part reveals the rest.
 
-  on: the time of the plateau; begins, ends: the shares of the steps at which it begins and ends.
+  on: the time of the plateau; begins, ends: the shares of the steps at which it begins and ends, to four decimals: a step that
+  begins, or ends, there is one of it.
   """
   eta: float = 0.02
   on: float = 0.1
@@ -186,7 +190,9 @@ class Looping:
 
   def __call__(self, seen: Round) -> tuple[Array, Array]:
     t, s = seen.times
-    stays = (1 - t >= self.begins) & (1 - s <= self.ends)
+    first, last = (Fraction(share).limit_denominator(MOST_PARTS) for share in (self.begins, self.ends))  # as they are written
+    stays = ((seen.step * first.denominator >= seen.steps * first.numerator)
+             & ((seen.step + 1) * last.denominator <= seen.steps * last.numerator))
     alpha_t, alpha_s = self._alpha(1 - t), self._alpha(1 - s)
     return _resampled(seen, alpha_t, alpha_s, lambda most, seen: jnp.broadcast_to(
         jnp.where(stays, jnp.minimum(self.eta, most), 0.0)[:, None], seen.hidden.shape))
