@@ -440,6 +440,10 @@ class Around(Planner):
     return self.of.differentiated
 
   @property
+  def detached(self) -> bool:
+    return self.of.detached
+
+  @property
   def stages(self) -> tuple[int, ...]:
     return self.of.stages
 

@@ -112,6 +112,15 @@ def test_thoughts_are_not_decoded():
                   kv=THINKER.cache(1, 4), pos=jnp.zeros((1, 1), jnp.int32))
 
 
+@pytest.mark.parametrize('changed, names', [({'kernel': Bidirectional()}, 'not causal'), ({'position': None}, 'no positions')],
+                         ids=['both ways', 'no positions'])
+def test_layers_that_cannot_think_are_refused(changed, names):
+  THINKER.cell.check(D)
+  layer = parts.block(RMSNorm(), **{'position': Rotary(), **changed})
+  with pytest.raises(ConfigError, match=f'a layer of Thinking .*{names}'):
+    THINKER.cell.clone(core=Stack(layer, 1)).check(D)
+
+
 # Chains and rows -----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from loopformer.cells.cell import Cell
+from loopformer.nn import modules
 from loopformer.nn.layers import Identity
 from loopformer.nn.stack import Stack
 from loopformer.types import KV, Array, ConfigError, Context
@@ -24,6 +25,15 @@ class Thinking(Cell):
   core: Stack
   filler: int
   norm: nn.Module = Identity()
+
+  def check(self, width: int):
+    """Raises ConfigError where a layer is not causal, or has no positions of its own."""
+    if not all(kernel.causal for kernel in modules.held(self.core, 'kernel')):
+      raise ConfigError('model.cell.core: a layer of Thinking is not causal, so that tokens would see the places of thoughts that '
+                        'are still to come; give all layers kernel=kernels.Blockwise()')
+    if None in modules.held(self.core, 'position'):
+      raise ConfigError('model.cell.core: a layer of Thinking has no positions in its attention, and a thought, which takes the '
+                        'place of an embedding, would stand nowhere; give all layers position=positions.Rotary()')
 
   def enter(self, x: Array) -> State:
     """Inputs and outputs of the layers; the latter are none yet."""
