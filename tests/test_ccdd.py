@@ -181,6 +181,7 @@ def test_doubled_operations_are_those_of_the_program(name):
 def test_a_plan_with_latents_is_otherwise_the_one_within():
   of = plans.Staged(loops=(1, 3))
   own = WithLatents(of)
+  assert not own.detached and WithLatents(plans.RandomSupervision(loops=4, graded=2)).detached
   assert (own.longest, own.expected, own.differentiated, own.stages) == (3, 3.0, 3.0, (1, 3))
 
 
@@ -345,6 +346,17 @@ def test_a_number_of_clean_latents_is_no_bound_and_says_so():
   plan = clean.told(plans.schedule((0.5, 0.5)), asked)
   np.testing.assert_array_equal(plan.rows[LATENTS][1], asked[LATENTS])
   np.testing.assert_array_equal(clean.asked(batch())[LATENTS], asked[LATENTS])  # the same for all models and depths
+
+
+def test_latents_that_are_apart_have_a_time_for_every_mask_of_every_sequence():
+  """Not one for a place, which all masks of it, and all batches, would share; the same whenever it is asked for."""
+  measure = JointBound(mask=V, encoder=CONTEXT, times=Apart(), draws=8)
+  reversed_ = {**batch(64), 'targets': batch(64)['targets'][::-1]}
+  one, other = (np.asarray(measure.asked(given)['latent_time']) for given in (batch(64), reversed_))
+  assert len(one) == 512 and len(set(one.tolist())) > 500  # the least is cut off
+  assert (one != other).mean() > 0.98
+  np.testing.assert_array_equal(np.asarray(measure.asked(batch(64))['latent_time']), one)
+  assert abs(one.mean() - 0.5) < 3.5 * (1 / 12 / 512) ** 0.5
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

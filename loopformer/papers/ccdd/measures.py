@@ -60,7 +60,8 @@ class JointBound(Bound):
     place, draw = batch['row'] if 'row' in batch else rows // self.draws, rows % self.draws
     keys = jax.vmap(lambda ids, place, draw: jax.random.fold_in(key_of(self.seed, ids, place), 2 ** 20 + draw))(
         batch['targets'], place, draw)
-    time = self.times(jax.random.fold_in(jax.random.key(self.seed), 1), place, batch[TIME])
+    number = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 1)))(keys)  # of every sequence, place and draw
+    time = self.times(jax.random.fold_in(jax.random.key(self.seed), 1), number, batch[TIME])
     return with_latents_of(batch, encode=lambda tokens: self.encoder(tokens, batch.get('segments'), weights),
                            source=self.source, process=self.process, latent_time=jnp.clip(time, 1e-3, 1.0),
                            latent_weight=Signal(), keys=keys)
