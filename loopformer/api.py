@@ -136,10 +136,11 @@ def _of_run(workdir, step, mesh):
 
 
 def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[float] | None = None) -> Array:
-  """Next-token logits, f32[B, T, V].
+  """Next-token logits, f32[B, T, V]; of a masked diffusion model those of the token at each place itself.
 
   Args:
-    tokens: i32[B, T].
+    tokens: i32[B, T]; a masked diffusion model reads its MASK, the id `model.outputs`, for what is hidden, and its logits at
+      places that are not hidden mean nothing, for it was never asked there.
     steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default.
 
   Raises:

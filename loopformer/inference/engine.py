@@ -37,6 +37,7 @@ from loopformer.training import processes
 from loopformer.types import KV, SEEDS, Array, ConfigError, Params, Plan, whole
 
 ROUND = 64  # lengths are rounded up to multiples of this
+NEW_TOKENS = 64  # that `generate` writes after a prompt at most, where it is not told
 SHARED = 16  # a prompt's beginning is taken from another row if it is at least so long
 
 
@@ -467,7 +468,7 @@ class Engine:
     return {**result, 'accepted': kept / max(passes * self.num_draft, 1)} if self.num_draft else result
 
   def submit(self, prompt: str | Sequence[int] | Sequence[chat.Message], *, budget: int | Sequence[float] | None = None,
-             max_new_tokens: int = 64, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             max_new_tokens: int = NEW_TOKENS, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
              seed: int = 0, number: int = 0, stop: Sequence[str] = ()) -> int:
     """Queues a request and returns its number, 0, 1, ...
 
@@ -640,27 +641,30 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def generate(model: Any, params: Params, tokenizer: Any,
              prompts: Sequence[str | Sequence[int] | Sequence[chat.Message]], *,
-             budget: int | Sequence[float] | None = None, max_new_tokens: int = 64, temperature: float = 1.0,
+             budget: int | Sequence[float] | None = None, max_new_tokens: int | None = None, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Sequence[str] = (),
              exit: Any = None, draft: int | Sequence[float] | None = None, rows: int = 32) -> list[str]:
-  """Continues prompts. For many calls keep an `Engine`, which sets up weights and caches once.
+  """Continues prompts; with a masked diffusion model also fills their holes (`Denoiser.submit`). For many calls keep an
+  `Engine`, or a `Denoiser`, which sets up weights and caches once.
 
   Args:
     prompts: texts, lists of ids, or chats, lists of messages ({'role': 'user', 'content': ...}) that the tokenizer's
       template writes; of any lengths; an empty one starts a document.
     budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; the model's own by default.
-    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document, or its turn.
+    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document, or its turn. None: 64;
+      of a masked diffusion model, which writes all positions at once, as many as it has after the prompt.
     temperature, top_k, top_p: 0 takes the likeliest token.
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.
     exit: an exits.Adaptive, by which tokens take fewer loops.
     draft: a budget or schedule that drafts tokens, which all loops then verify; the same distribution, faster where
-      loops cost much.
+      loops cost much. A masked diffusion model has neither, and takes the denoising steps of its sampler
+      (`model.clone(sampler=Denoising(steps=8))`).
     rows: at most this many prompts at a time.
     params: on one device, or divided over a mesh, as of `Engine`.
 
   Returns:
-    The continuations, without their prompts.
+    The continuations, without their prompts; of a prompt with holes the whole text.
 
   Raises:
     ConfigError: a prompt with its continuation does not fit the model's positions; a schedule or control out of range.
@@ -684,7 +688,8 @@ def generate(model: Any, params: Params, tokenizer: Any,
     return served.run()
   vocab = min(tokenizer.vocab_size, model.read_in.vocab)
   encoded = [_ids(prompt, number, tokenizer, vocab) or [tokenizer.eos] for number, prompt in enumerate(prompts)]
-  room = max(map(len, encoded)) + whole('max_new_tokens', max_new_tokens, 1)
+  how['max_new_tokens'] = NEW_TOKENS if max_new_tokens is None else whole('max_new_tokens', max_new_tokens, 1)
+  room = max(map(len, encoded)) + how['max_new_tokens']
   length = min(_rounded(room), model.read_in.length)
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows), length=length,
                                loops=max(len(steps), model.loops), exit=exit, draft=draft)
