@@ -465,5 +465,5 @@ def test_the_study(monkeypatch, tmp_path, capsys):
   assert list(results) == ['0', '3'] and list(results['3']) == list(arms) and results['3']['1 loop']['n*'] == 8
   assert len((tmp_path / 'out/table.md').read_text().splitlines()) == 2 + 14
   names['task'] = 'connectivity'
-  with pytest.raises(SystemExit, match='--task=connectivity: this study has no such task; choose from parity'):
+  with pytest.raises(SystemExit, match='--task=connectivity: there is no .connectivity. here; choose from parity'):
     study.main([])

@@ -10,7 +10,6 @@ decay slower than tokens. What is trained stands in the work folder, and is not 
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 from absl import flags, logging
 import numpy as np
@@ -98,22 +97,14 @@ def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   for flag, known in (('arms', ARMS), ('orders', ORDERS), ('size', ('cpu', 'gpu'))):
-    for name in [FLAGS.size] if flag == 'size' else FLAGS[flag].value:
-      if name not in known:
-        sys.exit(f'error: --{flag}: there is no {name!r}; choose from {", ".join(known)}')
-  for flag in ('seeds', 'steps'):
-    if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value):
-      sys.exit(f'error: --{flag}={",".join(FLAGS[flag].value)}: give whole numbers apart by commas')
-  out = storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
-  results = {}
+    command.check_chosen(flag, FLAGS[flag].value, known)
+  command.check_whole(seeds=FLAGS.seeds, steps=FLAGS.steps)
+  out, results = storage.path(FLAGS.out), {}
   for seed in FLAGS.seeds:
     for arm in FLAGS.arms:
       results.setdefault(seed, {})[arm] = run(arm, int(seed))
-      records.write(out / 'results.json', results)
       own = tables(results)
-      for file, rows in zip(('numbers.md', 'table.md'), own):
-        storage.write(out / file, metrics.table(rows) + '\n')
+      records.report(out, results, numbers=own[0], table=own[1])
       print(f'seed {seed}: {arm} measured', flush=True)
     draw(out / 'coevolution.png', results)
   for rows in own:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-import sys
 from typing import Any
 
 from absl import flags, logging
@@ -174,10 +173,8 @@ def define_flags():
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  for name, given, known in (('size', [FLAGS.size], cot_or_loop.SIZES), ('on', FLAGS.on, TASKS)):
-    wrong = [word for word in given if word not in known]
-    if wrong:
-      sys.exit(f'error: --{name}={",".join(given)}: there is no {wrong[0]}; choose from {", ".join(known)}')
+  command.check_chosen('size', FLAGS.size, cot_or_loop.SIZES)
+  command.check_chosen('on', FLAGS.on, TASKS)
   arms, seeds = [arm(text) for text in FLAGS.arms], [seed_of(text) for text in FLAGS.seeds]
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

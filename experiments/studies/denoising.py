@@ -175,23 +175,15 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   if FLAGS.size not in configuration.SIZES or configuration.SIZES[FLAGS.size].task not in configuration.GRIDS:
     sys.exit(f'error: --size={FLAGS.size}: no size of Sudoku; choose from cpu, gpu')
-  for name in FLAGS.orders:
-    if name not in ORDERS:
-      sys.exit(f'error: --orders={",".join(FLAGS.orders)}: there is no order {name!r}; choose from {", ".join(ORDERS)}')
-  for flag in ('seeds', 'depths', 'steps'):
-    if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value or ()):
-      sys.exit(f'error: --{flag}={",".join(FLAGS[flag].value)}: give whole numbers apart by commas')
+  command.check_chosen('orders', FLAGS.orders, ORDERS)
+  command.check_whole(seeds=FLAGS.seeds, depths=FLAGS.depths, steps=FLAGS.steps)
   if FLAGS.ar and not (FLAGS.ar.isdigit() and int(FLAGS.ar)):
     sys.exit(f'error: --ar={FLAGS.ar}: give a number of loops')
-  workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
-  results = {}
+  workdir, out, results = storage.path(FLAGS.workdir), storage.path(FLAGS.out), {}
   for seed in FLAGS.seeds:
     for results[seed] in run(int(seed), workdir):
-      records.write(out / 'results.json', results)
       own = tables(results)
-      for file, rows in zip(('bounds.md', 'table.md'), own):
-        storage.write(out / file, metrics.table(rows) + '\n')
+      records.report(out, results, bounds=own[0], table=own[1])
       last = results[seed]['solved'][-1]
       print(f'seed {seed}: {last["loops"]} loops, {last["order"]} measured', flush=True)
     draw(out / 'denoising.png', results)

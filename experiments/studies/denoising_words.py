@@ -118,25 +118,18 @@ def main(argv):
   check_command('set', 'depths')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   for name, allowed in (('size', sorted({*padded.SIZES} & {*masked_diffusion.SIZES})), ('task', padded.WORDS)):
-    if FLAGS[name].value not in allowed:
-      sys.exit(f'error: --{name}={FLAGS[name].value}: this study has no such {name}; choose from {", ".join(allowed)}')
-  for name in FLAGS.orders:
-    if name not in ORDERS:
-      sys.exit(f'error: --orders={",".join(FLAGS.orders)}: there is no order {name!r}; choose from {", ".join(ORDERS)}')
-  for flag in ('seeds', 'depths', 'steps', 'padded'):
-    if not all(word.isdigit() and (int(word) or flag == 'seeds') for word in FLAGS[flag].value or ()):
-      sys.exit(f'error: --{flag}={",".join(FLAGS[flag].value)}: give whole numbers apart by commas')
+    command.check_chosen(name, FLAGS[name].value, allowed)
+  command.check_chosen('orders', FLAGS.orders, ORDERS)
+  command.check_whole(seeds=FLAGS.seeds, depths=FLAGS.depths, steps=FLAGS.steps, padded=FLAGS.padded)
   most = padded.SIZES[FLAGS.size].longest[FLAGS.task]
   if letters() > most:
     sys.exit(f'error: --letters={letters()}: {PADDED} has positions for words of {most}; give fewer')
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
   results = {seed: [] for seed in FLAGS.seeds}
   for seed, rows in results.items():
     for row in run(int(seed), workdir):
       rows.append(row)
-      records.write(out / 'results.json', results)
-      storage.write(out / 'table.md', metrics.table(table(results)) + '\n')
+      records.report(out, results, table=table(results))
       print(f'seed {seed}: {row["order"]}, {row["steps"]} steps of {row["loops"]} loops: {row["last"]:.3f}', flush=True)
   draw(out / 'words.png', results[FLAGS.seeds[0]])
   print(metrics.table(table(results)))

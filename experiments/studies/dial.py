@@ -9,8 +9,6 @@ number of hops; MFLOP and ms are those of a problem in a batch of 64) and dial.p
 """
 from __future__ import annotations
 
-import sys
-
 from absl import flags, logging
 import numpy as np
 
@@ -99,20 +97,14 @@ def define_flags():
 def main(argv):
   check_command('set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  for kind in FLAGS.kinds:
-    if kind not in KINDS:
-      sys.exit(f'error: --kinds: there is no {kind!r}; choose from {", ".join(KINDS)}')
-  if not all(seed.isdigit() for seed in FLAGS.seeds):
-    sys.exit(f'error: --seeds={",".join(FLAGS.seeds)}: give whole numbers apart by commas')
-  out = storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
-  results = {}
+  command.check_chosen('kinds', FLAGS.kinds, KINDS)
+  command.check_whole(seeds=FLAGS.seeds)
+  out, results = storage.path(FLAGS.out), {}
   for seed in FLAGS.seeds:
     for kind in FLAGS.kinds:
       results.setdefault(seed, {})[kind] = run(kind, int(seed))
-      records.write(out / 'results.json', results)
       rows = table(results)
-      storage.write(out / 'table.md', metrics.table(rows) + '\n')
+      records.report(out, results, table=rows)
       draw(out / 'dial.png', rows)
       print(f'seed {seed}: {kind} measured', flush=True)
   print(metrics.table(rows))

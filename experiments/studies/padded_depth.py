@@ -9,15 +9,13 @@ is the largest index at which 95 % of the tokens are right.
 
 What has been trained stands in the work folder, and is not trained again: the same command goes on where it was
 stopped. Writes results.json, table.md and depth.png. Milliseconds are those of one pass over 64 words, divided by their
-number, the least of several.
+number, the median of several.
 """
 from __future__ import annotations
 
 import dataclasses
 import functools
 from pathlib import Path
-import sys
-import time
 from typing import Any
 
 from absl import flags, logging
@@ -27,7 +25,7 @@ import numpy as np
 
 from experiments.configs import padded
 from experiments.main import check_command
-from experiments.tools import command, plots, records
+from experiments.tools import command, costs, plots, records
 import loopformer
 from loopformer import storage
 from loopformer.model import make_readout, run_batch
@@ -79,23 +77,9 @@ def reached(accuracies: np.ndarray, least: float = RIGHT) -> int:
   return int(found[-1]) + 1 if len(found) else 0
 
 
-def milliseconds(call: Any, problems: int) -> float:
-  """Of a problem: the least of several calls that answer so many, compilation not counted."""
-  jax.block_until_ready(call())
-  spent = []
-  for _ in range(REPEATS):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    spent.append(time.perf_counter() - start)
-  return 1e3 * min(spent) / problems
-
-
-def cost(model: Any, plan: Plan, tokens: int) -> dict[str, float]:
-  """Of a problem in a row of so many tokens, the deepest of a batch: loops, layers one after another, and operations in
-  floating point."""
-  loops = plan.steps if plan.active is None else int(plan.active.sum(0).max())
-  layers = sum(stack.applications * (loops if name == 'loop' else 1) for name, stack in model.stacks().items())
-  return {'loops': loops, 'layers in order': layers, 'MFLOP': model.flops(tokens, loops) * tokens / 1e6}
+def layers_of(model: Any, loops: int) -> int:
+  """Layers one after another, of so many loops."""
+  return sum(stack.applications * (loops if name == 'loop' else 1) for name, stack in model.stacks().items())
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -110,9 +94,9 @@ def measure(folder: Path) -> dict[str, Any]:
                          for start in range(0, words - words % ROWS, ROWS)])
   accuracies = hits[:, :size].mean(0)
   few = {name: jnp.asarray(rows[:ROWS]) for name, rows in batch.items()}
-  return {'n*': reached(accuracies), 'accuracy': float(accuracies.mean()), 'last': float(accuracies[-1]),
-          **cost(model, plan_of(planner, few), batch['tokens'].shape[1]),
-          'ms': milliseconds(lambda: right(model, planner, params, few), len(few['tokens'])),
+  cost = costs.of_pass(model, params, few, plan_of(planner, few), REPEATS)
+  return {'n*': reached(accuracies), 'accuracy': float(accuracies.mean()), 'last': float(accuracies[-1]), 'loops': int(cost.steps),
+          'layers in order': layers_of(model, int(cost.steps)), 'MFLOP': cost.flops / 1e6, 'ms': cost.milliseconds,
           'by index': [float(one) for one in accuracies]}
 
 
@@ -167,10 +151,9 @@ def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   for name, allowed in (('size', padded.SIZES), ('task', padded.WORDS)):
-    if FLAGS[name].value not in allowed:
-      sys.exit(f'error: --{name}={FLAGS[name].value}: this study has no such {name}; choose from {", ".join(allowed)}')
+    command.check_chosen(name, FLAGS[name].value, allowed)
+  command.check_whole(seeds=FLAGS.seeds)
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
   results, models = {}, arms(padded.SIZES[FLAGS.size].longest[FLAGS.task])
   for seed in FLAGS.seeds:
     results[seed] = {}
@@ -179,8 +162,7 @@ def main(argv):
       command.train(f'{CONFIG}:{FLAGS.size},task={FLAGS.task},{arm.argument}', folder, *FLAGS['set'].value,
                     f'train.seed={seed}')
       results[seed][name] = measure(folder)
-      records.write(out / 'results.json', results)
-      storage.write(out / 'table.md', metrics.table(rows_of(results)) + '\n')
+      records.report(out, results, table=rows_of(results))
       print(f'seed {seed}: {name}: n* {results[seed][name]["n*"]}', flush=True)
     draw(out / 'depth.png', results, [name for name, arm in models.items() if arm.looped])
   print(metrics.table(rows_of(results)))

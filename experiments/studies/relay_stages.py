@@ -283,18 +283,15 @@ def define_flags():
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  if FLAGS.size not in relay.SIZES:
-    sys.exit(f'error: --size={FLAGS.size}: there is no such size; choose from {", ".join(relay.SIZES)}')
+  command.check_chosen('size', FLAGS.size, relay.SIZES)
   names = (*relay.SIZES[FLAGS.size].tasks, 'all')
   if task() not in names:
     sys.exit(f'error: --task={task()}: size {FLAGS.size} has no such task; choose from {", ".join(names)}')
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir):
-      records.write(out / 'results.json', results)
-      storage.write(out / 'table.md', metrics.table(rows_of(results)) + '\n')
+      records.report(out, results, table=rows_of(results))
       print(f'seed {seed}: {list(results[seed])[-1]} measured', flush=True)
     draw(out / 'relay.png', results)
   print(metrics.table(rows_of(results)))

@@ -1,7 +1,7 @@
 """How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its texts."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 import functools
 import math
 import os
@@ -51,6 +51,21 @@ def train(spec: str, workdir: Path, *changes: str):
   if status:
     last = (log.read_text(errors='replace').split('\n')[:-1] or [''])[-1]
     raise SystemExit(f'error: the run of {spec} in {workdir} ended with status {status}, and {log.name} with: {last}')
+
+
+def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
+  """Ends the command where a flag, a word or a list of them, was given another than those that are known."""
+  words = [given] if isinstance(given, str) else given
+  for word in words:
+    if word not in known:
+      sys.exit(f'error: --{name}={",".join(words)}: there is no {word!r} here; choose from {", ".join(known)}')
+
+
+def check_whole(**given: Sequence[str] | None):
+  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number; or 0, but for seeds."""
+  for name, words in given.items():
+    if not all(word.isdecimal() and (int(word) or name == 'seeds') for word in words or ()):
+      sys.exit(f'error: --{name}={",".join(words)}: give whole numbers apart by commas{"" if name == "seeds" else ", 1 or more"}')
 
 
 def begin(main: Callable, argv: list[str]):

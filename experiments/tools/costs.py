@@ -52,13 +52,14 @@ def of_chain(model: Any, params: Params, tokenizer: Any, prompts: Sequence[Seque
 
 
 def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int = 5) -> Cost:
-  """Of a batch that goes through the steps of a plan, all of which run, at once, up to the likeliest answers; as wide
-  as its rows are."""
+  """Of a batch that goes through the steps of a plan at once, up to the likeliest answers; as wide as its rows are, and as
+  deep as the deepest of them."""
   rows, tokens = batch['tokens'].shape[:2]
   pass_of = jax.jit(lambda params, batch, plan: model.apply(
       {'params': params}, run_batch(model, params, batch, plan).z, method='logits').argmax(-1))
   batch = {name: jax.numpy.asarray(value) for name, value in batch.items()}
-  return Cost(flops=model.flops(tokens, plan.steps) * tokens, steps=float(plan.steps),
+  steps = plan.steps if plan.active is None else int(np.asarray(plan.active).sum(0).max())
+  return Cost(flops=model.flops(tokens, steps) * tokens, steps=float(steps),
               milliseconds=_milliseconds(lambda: jax.block_until_ready(pass_of(params, batch, plan)), repeats) / rows)
 
 

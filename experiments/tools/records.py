@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loopformer import reading, storage
+from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 
@@ -23,6 +24,15 @@ def read(path: str | Path, names: tuple[str, ...], remedy: str) -> list[dict]:
   if not rows or not all(isinstance(row, dict) and row.keys() >= set(names) for row in rows):
     raise ConfigError(f'{path}: it holds no rows with {", ".join(names)}; {remedy}')
   return rows
+
+
+def report(out: str | Path, results: Any, **tables: list[dict]):
+  """Writes results.json into a folder, which is made, and NAME.md for every table, given as rows."""
+  out = storage.path(out)
+  out.mkdir(parents=True, exist_ok=True)
+  write(out / 'results.json', results)
+  for name, rows in tables.items():
+    storage.write(out / f'{name}.md', metrics.table(rows) + '\n')
 
 
 def write(path: str | Path, value: Any):

@@ -8,7 +8,6 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer import sharding
 from loopformer.diffusion.noise import hidden_exactly, hide, key_of
 from loopformer.inference.measures import LESS, MORE, AsGiven, Sums, counted
 from loopformer.terms.cross_entropy import token_answers

@@ -7,7 +7,7 @@ that is left, and hides nothing, whatever a planner says.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
 from flax import struct
 import jax

@@ -11,7 +11,7 @@ from loopformer.nn.condition import TIME
 from loopformer.papers.ccdd.encoders import Hidden, RandomContext, RandomTokens
 from loopformer.papers.ccdd.plans import LATENT_TIME, LATENTS
 from loopformer.papers.ccdd.process import VP, Flow, InverseSNR, Quadratic, Signal, noised
-from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, config_dataclass, real
+from loopformer.types import Array, Batch, Params, PlanContext, config_dataclass, real
 
 
 # What is encoded -----------------------------------------------------------------------------------------------------
