@@ -62,6 +62,11 @@ def test_the_last_and_the_best_stay(tmp_path):
   assert kept(tmp_path / 'loss') == [2, 5, 6]
 
 
+def test_a_number_that_is_not_reported_is_never_the_best(tmp_path):
+  with pytest.raises(configs.ConfigError, match="train.best = 'bits_per_byte@2': the evaluations .* choose one of loss@2, x"):
+    save(tmp_path, [1], best=Best(name='bits_per_byte@2', sign=LESS), losses=[1.0])
+
+
 def test_a_later_run_knows_the_best_of_those_before(tmp_path):
   for step, value in enumerate((2.0, 1.0, 4.0, 3.0), 1):
     save(tmp_path, [step], keep=1, best=Best(name='loss@2', sign=LESS), losses=[value])

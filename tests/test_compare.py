@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments import main
-from experiments.tools import plots, records
+from experiments.tools import command, plots, records
 from tests import parts
 
 RUN = f'{parts.ROOT}/experiments/configs'
@@ -76,3 +76,18 @@ def test_reports_are_json(path):
     raise AssertionError(f'{path}: {name} is no JSON')
 
   json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
+  records.report(tmp_path / 'new/out', {'a': math.nan}, table=[{'n': 1}], more=[{'m': 0.5}])
+  assert json.loads((tmp_path / 'new/out/results.json').read_text()) == {'a': None}
+  assert [(tmp_path / f'new/out/{name}.md').read_text() for name in ('table', 'more')] == [
+      '| n |\n|--:|\n| 1 |\n', '|      m |\n|-------:|\n| 0.5000 |\n']
+  command.check_chosen('kinds', ['a', 'b'], {'a': 1, 'b': 2})
+  command.check_whole(seeds=['0', '12'], steps=['3'], depths=None)
+  for check, names in ((lambda: command.check_chosen('kinds', ['a', 'x'], ('a', 'b')), "--kinds=a,x: there is no 'x' here; choose from a, b"),
+                       (lambda: command.check_chosen('size', 'x', ('a', 'b')), "--size=x: there is no 'x' here"),
+                       (lambda: command.check_whole(seeds=['-1']), '--seeds=-1: give whole numbers'),
+                       (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):
+    with pytest.raises(SystemExit, match=names):
+      check()

@@ -33,11 +33,14 @@ from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.sharding import Mesh
 from loopformer.tasks.generated import Generated, SymbolTokenizer
 from loopformer.tasks.reasoning import Slots
 from loopformer.tasks.sudoku import Sudoku, valid
 from loopformer.tasks.words import Cyclic, Word
 from loopformer.terms.cross_entropy import CE
+from loopformer.training.checkpoint import Checkpoints
+from loopformer.training.train import _started
 from loopformer.types import ConfigError, PlanContext
 from tests import parts
 
@@ -169,6 +172,14 @@ def test_the_public_function_serves_denoisers():
   texts = loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2', '<mask:3>'], max_new_tokens=3, temperature=0.0, budget=2)
   assert len(texts) == 2 and len(texts[1].split()) <= 3
   assert loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2'], max_new_tokens=3, temperature=0.0, budget=2) == texts[:1]
+
+
+def test_the_public_function_writes_as_many_tokens_as_fit():
+  """As the command line, where it is not told how many: all positions after the prompt."""
+  text, = loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2'], temperature=0.0, budget=2)
+  served = denoiser(rows=1)
+  served.submit('1 2', temperature=0.0, budget=2)
+  assert served.stats['tokens'] == 0 and served.run() == [text] and served.stats['tokens'] == 14
 
 
 def test_text_ends_before_an_end_and_at_a_stop():
@@ -319,6 +330,16 @@ def test_a_configuration_is_checked_before_anything_runs():
                           ('cpu,kind=ar,noise=cosine', 'noise = cosine'), ('cpu,letters=8', 'letters = 8')):
     with pytest.raises(ConfigError, match=names):
       configs.load(f'masked_diffusion:{argument}')
+
+
+@pytest.mark.parametrize('there, here', [(AR, MODEL), (MODEL, AR)], ids=['into a denoiser', 'into one that writes token by token'])
+def test_a_run_does_not_start_from_one_that_reads_other_ids(tmp_path, there, here):
+  """MASK is a row of the embedding, which the other does not have."""
+  there, here = (model.clone(read_in=TokenEmbed(vocab=model.read_in.vocab, width=parts.D, length=16)) for model in (there, here))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, parts.params(there), None, {}, {})
+  with pytest.raises(ConfigError, match=r'train\.start = .*: read_in/embedding has the shape .* there, .* here'):
+    _started(parts.params(here), str(tmp_path), Mesh().make(), print)
 
 
 @pytest.mark.parametrize('submit, names', [
