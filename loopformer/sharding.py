@@ -175,9 +175,10 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
 
 
 def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
-  """The mesh of several devices that arrays are divided over; None where they lie on one device, or on the host."""
+  """The mesh of several devices that arrays are divided over; None where they lie on one device, on the host, or nowhere,
+  being traced."""
   for leaf in jax.tree.leaves(tree):
-    held = leaf.sharding if isinstance(leaf, jax.Array) else None
+    held = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
     if isinstance(held, NamedSharding) and held.mesh.axis_names == AXES and held.mesh.size > 1:
       return held.mesh
   return None

@@ -1,6 +1,7 @@
 """Masked diffusion with models: what is learned and measured, what requests get, loops as layers, and wrong uses."""
 import dataclasses
 import math
+import sys
 from types import SimpleNamespace
 
 from absl.testing import flagsaver
@@ -11,8 +12,9 @@ import pytest
 
 from experiments import main
 from experiments.studies import denoising as study, denoising_words
+from experiments.tools import ahead
 import loopformer
-from loopformer import config as configs, plans
+from loopformer import config as configs, memories, plans
 from loopformer.loop import Last
 from loopformer.api import Loaded
 from loopformer.cells.plain import Plain
@@ -24,6 +26,7 @@ from loopformer.diffusion.measures import Bound
 from loopformer.diffusion.noise import Masking, check_model
 from loopformer.diffusion.sampler import Denoiser, Denoising, Network, Rows
 from loopformer.diffusion.terms import NELBO
+from loopformer.inference import harness
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import Answers
 from loopformer.model import Looped, init_params
@@ -330,6 +333,28 @@ def test_a_configuration_is_checked_before_anything_runs():
                           ('cpu,kind=ar,noise=cosine', 'noise = cosine'), ('cpu,letters=8', 'letters = 8')):
     with pytest.raises(ConfigError, match=names):
       configs.load(f'masked_diffusion:{argument}')
+
+
+@pytest.mark.parametrize('options, names', [({'memory': memories.Ring(size=1)}, 'memory = Ring'), ({'exits': {'kl': 1}}, 'exits = ')],
+                         ids=['memory', 'exits'])
+def test_the_harness_refuses_what_denoisers_have_not_before_any_task(monkeypatch, tmp_path, options, names):
+  monkeypatch.setitem(sys.modules, 'lm_eval', SimpleNamespace())
+  monkeypatch.setattr(harness, '_harness_class', lambda: None)
+  monkeypatch.setattr(harness, '_tasks', lambda tasks, include: (None, ['any']))
+  monkeypatch.setattr('loopformer.api.load', lambda *given: Loaded(MODEL, PARAMS, TOKENIZER, None))
+  with pytest.raises(ConfigError, match=f'{names}.* holds a denoiser'):
+    harness.run_harness(tmp_path, ['any'], **options)
+
+
+@pytest.mark.parametrize('name', ['masked_diffusion:cpu', 'ccdd:cpu'])
+def test_a_planned_evaluation_hides_tokens(name):
+  """What --mode=plan --program=eval compiles is what --mode=eval runs: with hidden tokens, and with latents."""
+  config = configs.load(name)
+  mesh = config.mesh.make()
+  built = ahead.scoring(config, mesh, 2, 1e12)
+  batch, plan = built.arguments[4:6]
+  assert batch['maskable'].shape == (2, 16) and ('latents' in batch) == ('latents' in plan.rows) == (name == 'ccdd:cpu')
+  assert built.trace(mesh).jaxpr
 
 
 @pytest.mark.parametrize('there, here', [(AR, MODEL), (MODEL, AR)], ids=['into a denoiser', 'into one that writes token by token'])

@@ -111,17 +111,23 @@ def training(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bu
 def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Built:
   """An evaluation of `rows` sequences with all loops; weights whole over fsdp, if twice as much fits into `room`, bytes
   of a device, and divided if not, as `sharding.gathered` has them."""
-  model, length = config.model, config.task.length
+  model, measure, length = config.model, config.task.measure, config.task.length
   rows = -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
-  batch = _batch(estimate.rows_of(config.task), rows, mesh, stop=False)
-  schedule = jax.eval_shape(lambda: plans.schedule(plans.resolve(model.loops)))
+
+  def asked(batch):
+    batch = measure.asked(batch)
+    return batch, measure.told(plans.schedule(plans.resolve(model.loops)), batch)
+
+  batch, schedule = jax.eval_shape(asked, _batch(estimate.rows_of(config.task), rows, mesh, stop=False))
+  rows = len(batch['tokens'])  # several of a sequence, where a measure draws several masks of it
+  batch = abstract(batch, jax.tree.map(lambda leaf: NamedSharding(mesh, P(sharding.BATCH)), batch))
   exit_policy, threshold = exits.compiled(evaluate.Run(plan=None).exit)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   roles = parameter_roles(model)
   divided = 2 * sharding.bytes_of(shapes, mesh, roles, ('tensor',)) > room
   params = abstract(shapes, sharding.shardings(shapes, mesh, roles, sharding.AXES if divided else ('tensor',)))
   return Built(
-      call=evaluate.score, arguments=(model, config.task.measure, exit_policy, params, batch, schedule,
+      call=evaluate.score, arguments=(model, measure, exit_policy, params, batch, schedule,
                                       jax.ShapeDtypeStruct((model.outputs,), jnp.int32), threshold),
       told=f'{rows} sequences of {length} tokens', tokens=rows * length, steps=hlo.Steps(free=model.loops, live=1.0),
       state=0.0, model_flops=model.flops(length, model.loops) * rows * length)

@@ -364,7 +364,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     tasks: names of tasks; patterns such as 'piqa*' are allowed.
     depths: budgets; schedules: step sizes with sum one; the model's own number of loops where neither is given.
     exits: exits.Adaptive parts by the names that the table has for them, each run at every depth and schedule too.
-    memory: what texts are generated with (memories.py); the model's own by default.
+    memory: what texts are generated with (memories.py); the model's own by default. A denoiser has none, and no exits.
     include: a folder of task files (.yaml), the only ones that are looked at; None for the harness's own tasks, whose
       data it fetches from the internet.
     limit: only so many rows of every task.
@@ -388,6 +388,9 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   stores = storage.stores(folder, say)
   model, params, tokenizer, _ = load(workdir, step, mesh)
   params = sharding.gathered(params)
+  for name, given in (('memory', memory), ('exits', exits)) if model.sampler.denoises else ():
+    if given:
+      raise ConfigError(f'{name} = {given}: {workdir} holds a denoiser, which writes and scores all tokens at once; leave it out')
   model = model if memory is None else model.clone(memory=memory)
   for called, exit_policy in (exits or {}).items():
     check(model, exit_policy, f'exits = {called}')
