@@ -30,7 +30,8 @@ class JointBound(Bound):
   """As Bound, with noised latents beside the tokens.
 
   With `Corrupted` latents the loss is a bound. With those of the `Clean` sequence visible positions know hidden ones: the number
-  is `conditional`, it may be below the entropy of the data, and it has no perplexity.
+  is `conditional`, it may be below the entropy of the data, and it has no perplexity. Latent times that are `Apart` are drawn for
+  every mask of every sequence, the same for all models and depths.
   """
   encoder: RandomContext | RandomTokens | Hidden
   process: VP | Flow | Quadratic = VP()
