@@ -84,7 +84,7 @@ def test_a_pace_is_measured(monkeypatch):
 
 def test_what_is_ready_takes_no_time(monkeypatch, tmp_path, capsys):
   """And a field that one of the runs lacks is told before either is timed."""
-  monkeypatch.setattr(quickstart, 'trained', lambda folder: 2500 if folder == 'p' else 100)
+  monkeypatch.setattr(quickstart, 'trained', lambda folder: 2000 if folder == 'p' else 100)
   asked = []
   monkeypatch.setattr(quickstart, 'pace', lambda config: asked.append(config.name) or quickstart.Pace(first=30.0, step=0.25))
   monkeypatch.setattr(quickstart, 'FLAGS', {'set': SimpleNamespace(value=[])})
