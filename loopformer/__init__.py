@@ -9,7 +9,7 @@ Importing parses no flags and touches no device; what is offered here is loaded 
 import importlib
 
 __version__ = '0.1.0'
-_API = ('Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch')
+_API = ('Insight', 'Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch', 'trace')
 __all__ = [*_API, 'convert']
 
 

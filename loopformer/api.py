@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from loopformer import plans, sharding, storage
 from loopformer.data.tokenizer import load_tokenizer
 from loopformer.inference.engine import generate, warn_beyond
+from loopformer.inference.tracing import Insight, checked_tokens, trace
 from loopformer.model import Looped, init_params, run_batch
 from loopformer.types import Array, ConfigError, Params, Plan
 
-__all__ = ['Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch']
+__all__ = ['Insight', 'Loaded', 'generate', 'init_params', 'load', 'logits', 'run_batch', 'trace']
 TOKENIZER = 'tokenizer'  # where a folder that `Loaded.save` wrote keeps its own
 
 
@@ -150,20 +149,9 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
   warn_beyond(model, steps)
   if not model.read_in.vocab:
     raise ConfigError('model: its inputs are vectors, and it has no next token; call model.apply, as evaluate.py does')
-  try:
-    tokens = np.asarray(tokens)
-  except ValueError as error:  # rows of unlike lengths
-    raise ConfigError(f'tokens: no array ({error}); give integers of shape [B, T]') from error
-  if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-    raise ConfigError(f'tokens: {tokens.dtype}{list(tokens.shape)}; give integers of shape [B, T], one at least')
-  if tokens.shape[1] > model.read_in.length:
-    raise ConfigError(f'tokens: {tokens.shape[1]} a row, more than the {model.read_in.length} positions of the model '
-                      '(read_in.length); shorten them')
-  if not 0 <= tokens.min() <= tokens.max() < model.read_in.vocab:
-    raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has '
-                      f'{model.read_in.vocab} (read_in.vocab)')
+  tokens = checked_tokens(model, tokens)
   with sharding.on(sharding.mesh_of(params)):
-    return _logits(model, params, jnp.asarray(tokens, jnp.int32), plans.schedule(steps, max(len(steps), model.loops)))
+    return _logits(model, params, tokens, plans.schedule(steps, max(len(steps), model.loops)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from loopformer import memories, sharding
 from loopformer.nn import kernels
-from loopformer.types import Array, ConfigError, Context, Plan, Step, config_dataclass
+from loopformer.types import INTERMEDIATES, Array, ConfigError, Context, Plan, Step, config_dataclass
 
 
 @config_dataclass
@@ -250,8 +250,8 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
     x, kv = _without_gradient(cell, x, e, lambda k: at.replace(k=at.k + k), count, ctx, kv)
     return graded(cell, (x, kv), row)
 
-  over = nn.scan(graded if free is None else detached, variable_broadcast='params', split_rngs={'params': False},
-                 length=rows.dt.shape[0])
+  over = nn.scan(graded if free is None else detached, variable_axes={INTERMEDIATES: 0}, variable_broadcast='params',
+                 split_rngs={'params': False}, length=rows.dt.shape[0])
   (x, kv), (xs, aux) = over(cell, (x, kv), rows if free is None else (rows, free))
   return x, kv, xs, aux
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
+INTERMEDIATES = 'intermediates'  # Linen's collection of what layers tell when they are looked at (inference/tracing.py)
 SEEDS = 2**32  # how many there are: JAX cuts larger ones
 
 
@@ -417,6 +418,9 @@ class Kernel(Protocol):
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], segments i32[B, T] or None -> [B, T, H, d]."""
+
+  def weights(self, q: Array, k: Array, seg: Array | None) -> Array:
+    """What every query gives to every key, f32[B, H, T, T], rows of sum one; it is asked for where one looks on alone."""
 
 
 class Position(Protocol):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Callable
 
 from flax import linen as nn
 import jax
@@ -12,7 +12,9 @@ from loopformer import memories, roles
 from loopformer.nn import kernels
 from loopformer.nn.layers import Dense, Normal, UniformWithin
 from loopformer.roles import Role
-from loopformer.types import KV, Array, ConfigError, Context
+from loopformer.types import INTERMEDIATES, KV, Array, ConfigError, Context
+
+TOLD = 'attention'
 
 
 def qkv(attn: nn.Module, x: Array, groups: int, init: Any, ctx: Context) -> tuple[Array, Array, Array]:
@@ -128,9 +130,21 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV
     q, k, v = attn.position.augment_qk(q, k, v, pos_BS, 2 if kv is None else 1)
   if kv is None:
     out = attn.kernel(q, k, v, ctx.seg)
+    tell(attn, ctx, layer, lambda: attn.kernel.weights(q, k, ctx.seg))
   else:
-    out = kernels.read(q, k, v, memories.visible(kv, pos_BS, ctx))
+    mask = memories.visible(kv, pos_BS, ctx)
+    out = kernels.read(q, k, v, mask)
+    tell(attn, ctx, layer, lambda: kernels.weights(q, k.swapaxes(1, 2), mask))
   return out[..., :shape[-1]].reshape(*shape[:2], -1), kv
+
+
+def tell(attn: nn.Module, ctx: Context, layer: Array | int, weights: Callable[[], Array]):
+  """Leaves (step, layer, entropy f32[B, H, T] in nats) of an attention in a loop in Linen's `intermediates`, as TOLD, where
+  these are asked for; weights: () -> f32[B, H, T, S], what queries give to keys, with sum one."""
+  if ctx.step is not None and attn.is_mutable_collection(INTERMEDIATES):
+    given = weights()
+    entropy = -jnp.where(given > 0, given * jnp.log(jnp.where(given > 0, given, 1)), 0).sum(-1)
+    attn.sow(INTERMEDIATES, TOLD, (jnp.asarray(ctx.step.k), jnp.asarray(layer), entropy))
 
 
 def attention_flops(attn: nn.Module, width: int, length: int) -> float:

@@ -26,6 +26,12 @@ CUDNN = 'dot_product_attention_fwd_wrapper'  # the primitive
 NEGATIVE = -1e30  # finite: a row without any key (padding) averages the values, and is never NaN
 
 
+def _causal(kernel, q: Array, k: Array, seg: Array | None) -> Array:
+  """What the kernel gives to every key, f32[B, H, T, T], rows of sum one; for looking on, since it is held whole."""
+  mask = jnp.tri(q.shape[1], dtype=bool)[None]
+  return weights(q, k, mask if seg is None else mask & (seg[:, :, None] == seg[:, None]))
+
+
 @config_dataclass
 class Blockwise:
   """Causal attention over blocks of queries; each block reads the keys up to its end only.
@@ -35,6 +41,7 @@ class Blockwise:
   """
   size: int = 64
   causal = True
+  weights = _causal
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
@@ -59,6 +66,7 @@ class Fused:
   """
   size: int = 64
   causal = True
+  weights = _causal
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     return self.on(backend.current().name, q.dtype, q.shape[1], q.shape[3])(q, k, v, seg)
@@ -77,6 +85,7 @@ class Cudnn:
   """cuDNN's flash attention, causal, for Nvidia's GPUs in bfloat16 and float16. With segments it reads a mask,
   [B, 1, T, T]."""
   causal = True
+  weights = _causal
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     if backend.current().name != 'gpu' or q.dtype not in HALVES:
@@ -101,6 +110,7 @@ class Splash:
   size: int = 512
   interpret: bool = False
   causal = True
+  weights = _causal
   dtypes = (jnp.float32, jnp.bfloat16)  # with others the kernel's compiler crashes
 
   def __post_init__(self):
@@ -172,9 +182,22 @@ class Bidirectional:
 
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]."""
+    return attend(q, k, v, self._mask(q, seg))
+
+  def weights(self, q: Array, k: Array, seg: Array | None) -> Array:
+    """What it gives to every key, f32[B, H, T, T], rows of sum one."""
+    return weights(q, k, self._mask(q, seg))
+
+  def _mask(self, q, seg):
     length = q.shape[1]
-    mask = jnp.ones((1, length, length), bool) if seg is None else seg[:, :, None] == seg[:, None]
-    return attend(q, k, v, mask)
+    return jnp.ones((1, length, length), bool) if seg is None else seg[:, :, None] == seg[:, None]
+
+
+def weights(q: Array, k: Array, mask: Array) -> Array:
+  """What queries [B, T, H, d] give to keys [B, S, G, d] under a mask bool[B or 1, T, S]: f32[B, H, T, S], rows of sum one."""
+  q_BGrTd, k_BGSd, _ = _heads_first(q, k, k)
+  att_BGrTS = jax.nn.softmax(_scores(q_BGrTd, k_BGSd, mask), -1)
+  return att_BGrTS.reshape(att_BGrTS.shape[0], -1, *att_BGrTS.shape[3:])
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:

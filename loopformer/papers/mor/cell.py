@@ -422,6 +422,7 @@ class Routed(Cell):
       def has_capacity(taken, own=own, kv=kv):
         return taken if kv is None else own.memory.has_capacity(kv, own, taken)
 
+      before = x
       pick, route, aux = self.router.choose(x, route, r, own, has_capacity)
       if cached:
         x, kv = _Step(r, pick, route, own).while_live(self, x, kv)
@@ -429,7 +430,7 @@ class Routed(Cell):
         x, kv = remat.once(functools.partial(_step, r))(self, x, kv, pick, route, own)
         runs = True if active is None else active.reshape(-1, 1)
         auxes.append({name: leaf & runs if leaf.dtype == bool else leaf for name, leaf in aux.items()})
-      kept.append(keep(x))
+      kept.append(keep(x, before))
     steps = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0).max()
     if cached:
       return x, kv, None, {}, steps

@@ -30,24 +30,40 @@ class AveragingHard:
   def __call__(self, q: Array, k: Array, v: Array, seg: Array | None) -> Array:
     """q [B, T, H, d], k and v [B, T, G, d], seg None or i32[B, T] -> [B, T, H, d]. Raises ConfigError where a gradient
     is asked for."""
-    length, each = q.shape[1], q.shape[2] // k.shape[2]
+    each = q.shape[2] // k.shape[2]
+    return _attend(self.tolerance, q, jnp.repeat(k, each, 2), jnp.repeat(v, each, 2), self._mask(q, seg))
+
+  def weights(self, q: Array, k: Array, seg: Array | None) -> Array:
+    """What it gives to every key, f32[B, H, T, T]: the same to all that have the highest score."""
+    chosen = _chosen(self.tolerance, q, jnp.repeat(k, q.shape[2] // k.shape[2], 2), self._mask(q, seg))
+    return chosen / chosen.sum(-1, keepdims=True)
+
+  def _mask(self, q, seg):
+    length = q.shape[1]
     mask = jnp.ones((1, length, length), bool)
     if self.masked:
       mask &= jnp.tri(length, dtype=bool)
     if seg is not None:
       mask &= seg[:, :, None] == seg[:, None]
-    return _attend(self.tolerance, q, jnp.repeat(k, each, 2), jnp.repeat(v, each, 2), mask)
+    return mask
+
+
+_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _chosen(tolerance, q_BTHd, k_BSHd, mask_BTS):
+  """f32[B, H, T, S]: 1 for every key with the highest score."""
+  scores_BHTS = _exact('BTHd,BSHd->BHTS', q_BTHd, k_BSHd)
+  seen = mask_BTS[:, None]
+  best = jnp.where(seen, scores_BHTS, NEGATIVE).max(-1, keepdims=True)
+  scale = jnp.where(seen, jnp.abs(scores_BHTS), 0).max(-1, keepdims=True)
+  return (seen & (scores_BHTS >= best - tolerance * scale)).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(tolerance, q_BTHd, k_BSHd, v_BSHd, mask_BTS):
-  exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-  scores_BHTS = exact('BTHd,BSHd->BHTS', q_BTHd, k_BSHd)
-  seen = mask_BTS[:, None]
-  best = jnp.where(seen, scores_BHTS, NEGATIVE).max(-1, keepdims=True)
-  scale = jnp.where(seen, jnp.abs(scores_BHTS), 0).max(-1, keepdims=True)
-  chosen = (seen & (scores_BHTS >= best - tolerance * scale)).astype(jnp.float32)
-  out_BTHd = exact('BHTS,BSHd->BTHd', chosen, v_BSHd.astype(jnp.float32))
+  chosen = _chosen(tolerance, q_BTHd, k_BSHd, mask_BTS)
+  out_BTHd = _exact('BHTS,BSHd->BTHd', chosen, v_BSHd.astype(jnp.float32))
   return (out_BTHd / chosen.sum(-1).swapaxes(1, 2)[..., None]).astype(q_BTHd.dtype)
 
 
