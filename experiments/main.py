@@ -1,9 +1,11 @@
-"""The command line: train, evaluate at chosen depths, generate; or plan a training step for machines that are not here.
+"""The command line: train, evaluate at chosen depths, generate, inspect what loops do; or plan a training step for
+machines that are not here.
 
     python -m experiments.main --config=experiments/configs/loopformer.py:tiny --workdir=runs/tiny --set train.steps=100
     python -m experiments.main --mode=eval --workdir=runs/tiny --depths=1,2,4,8 --schedules="0.5,0.25,0.25;1" --sweep=4
     python -m experiments.main --mode=harness --workdir=runs/tiny --tasks=piqa_1500 --include=tasks --depths=1,8
     python -m experiments.main --mode=generate --workdir=runs/tiny --prompt='def main(' --budget=8 --exit=kl:1e-3
+    python -m experiments.main --mode=inspect --workdir=runs/tiny --prompt='def main(' --budget=8
     python -m experiments.main --mode=import --from=SmolLM2-135M --workdir=runs/smol
     python -m experiments.main --mode=eval --workdir=runs/smol --text=book.txt --window=512
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --devices=16 \
@@ -23,7 +25,7 @@ from typing import Any
 from absl import flags, logging
 import jax
 
-from experiments.tools import command, machines, plots, records
+from experiments.tools import command, inspection, machines, plots, records
 import loopformer
 from loopformer import config as configs, memories, plans, reading, sharding, storage
 from loopformer.data import chat as chats
@@ -66,15 +68,15 @@ def define(kind, name, default, modes, about, **options):
   kind(name, default, f'{modes}: {about}', **options)
 
 
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'harness', 'import', 'plan', 'configs'], 'What to do; configs lists '
-                  'the configurations that come with the library, with --config=NAME what is said of one.')
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'inspect', 'harness', 'import', 'plan', 'configs'], 'What '
+                  'to do; configs lists the configurations that come with the library, with --config=NAME what is said of one.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
                     'data, checkpoints, results; plan and configs need none.')
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
-                          'generate, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the model is '
-                          'divided over.')
+                          'generate, inspect, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the '
+                          'model is divided over.')
 define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the library, such as loopformer:tiny, or '
        'file.py:argument, which defines get_config.')
 define(flags.DEFINE_string, 'from', None, 'import', 'a folder with config.json and weights, as models are published, a '
@@ -97,7 +99,7 @@ define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of att
        lower_bound=1)
 define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
        lower_bound=1)
-define(flags.DEFINE_integer, 'step', None, 'eval, generate, harness', 'which checkpoint; the last by default.',
+define(flags.DEFINE_integer, 'step', None, 'eval, generate, inspect, harness', 'which checkpoint; the last by default.',
        lower_bound=0)
 define(flags.DEFINE_list, 'depths', None, 'eval, harness', "budgets, such as 1,2,4,8; the configuration's by default.")
 define(flags.DEFINE_string, 'schedules', None, 'eval, harness', 'step sizes, schedules apart by semicolons: '
@@ -114,11 +116,11 @@ define(flags.DEFINE_integer, 'window', None, 'eval', "with --text: tokens that t
        "by default, an imported model's longest.", lower_bound=1)
 define(flags.DEFINE_integer, 'stride', None, 'eval', 'with --text: windows begin so many tokens apart, and each counts what '
        'none before it did; the window by default.', lower_bound=1)
-define(flags.DEFINE_multi_string, 'prompt', [], 'generate', 'a prompt; may be repeated.')
+define(flags.DEFINE_multi_string, 'prompt', [], 'generate, inspect', 'a prompt; may be repeated.')
 define(flags.DEFINE_bool, 'chat', False, 'generate', "prompts are what a user says, written by the tokenizer's chat template.")
 define(flags.DEFINE_string, 'messages', None, 'generate', 'a file of chats to answer, a row each: {"messages": [{"role": "user", '
        '"content": ...}]}.')
-define(flags.DEFINE_string, 'budget', None, 'generate', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
+define(flags.DEFINE_string, 'budget', None, 'generate, inspect', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
 define(flags.DEFINE_list, 'tasks', None, 'harness', 'tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
 define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.tools.evaluation_data writes it; '
        "the harness's own by default.")
@@ -153,7 +155,7 @@ define(flags.DEFINE_string, 'profile', None, 'train', 'first and last step of a 
        'WORKDIR/profile takes.')
 define(flags.DEFINE_bool, 'verify', False, 'train', 'read all data first, and compare them with what was prepared.')
 machines.define_flags()
-READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'harness', 'import'])
+READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'inspect', 'harness', 'import'])
 define(flags.DEFINE_integer, 'devices', 1, 'plan', 'how many devices the mesh has.', lower_bound=1)
 define(flags.DEFINE_string, 'topology', None, 'plan', 'a machine whose own compiler compiles the program, such as v5e:4x4 '
        'or h100:8 (extra `tpu`; docs/plan.md).')
@@ -341,10 +343,7 @@ def write(folder: Path, name: str, rows: list[dict], title: str, show: str):
 def run_generate(workdir: Path):
   """Prints a continuation of every prompt."""
   model, params, tokenizer, _ = load(workdir)
-  if tokenizer is None:
-    raise ConfigError(f'workdir = {workdir}: ' + (
-        'no tokenizer came with its model; import it again with tokenizer.json or tokenizer.model beside the weights'
-        if model.read_in.vocab else 'its task has vectors as inputs, and no text that could be generated'))
+  check_text(workdir, model, tokenizer)
   budget, draft = (given and loops_or_sizes(given, flag)
                    for given, flag in ((FLAGS.budget, '--budget'), (FLAGS.draft, '--draft')))
   prompts, steps = given_prompts(), plans.resolve(model.loops if budget is None else budget, '--budget')
@@ -371,6 +370,30 @@ def run_generate(workdir: Path):
     stats = engine.stats
     say(f'--- mean loops a token: {stats["loops"]:.2f} of {len(steps)} with {FLAGS.exit}, over {stats["passes"]} '
         'tokens; the first of a text comes with its prompt, which is read with all loops, and is not among them')
+
+
+def check_text(workdir: Path, model, tokenizer):
+  """Raises ConfigError where a model reads no text."""
+  if tokenizer is None:
+    raise ConfigError(f'workdir = {workdir}: ' + (
+        'no tokenizer came with its model; import it again with tokenizer.json or tokenizer.model beside the weights'
+        if model.read_in.vocab else 'its task has vectors as inputs, and no text that could be a prompt or an answer; '
+        'loopformer.load and loopformer.trace, evaluate take vectors'))
+
+
+def run_inspect(workdir: Path):
+  """Prints what every loop does with every prompt; writes inspect/{loops,places,attention}.{csv,json} and pictures."""
+  if not FLAGS.prompt:
+    raise ConfigError('--prompt is missing: give a text to inspect')
+  model, params, tokenizer, config = load(workdir)
+  check_text(workdir, model, tokenizer)
+  steps = plans.resolve(model.loops if FLAGS.budget is None else loops_or_sizes(FLAGS.budget, '--budget'), '--budget')
+  folder = workdir / 'inspect'
+  stores = storage.stores(folder, say)
+  inspection.inspect(model, params, tokenizer, FLAGS.prompt, steps, folder if stores and processes.is_leader() else None,
+                     f'{config.name}, {workdir.name}', say)
+  if stores:
+    say(f'written to {folder}')
 
 
 def run_denoise(model, params, tokenizer, prompts, sizes):
@@ -614,7 +637,7 @@ def main(argv):
       {'plan': run_plan, 'configs': run_configs}[FLAGS.mode]()
     else:
       with configs.trusting(FLAGS.trust):
-        {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'harness': run_harness,
+        {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'inspect': run_inspect, 'harness': run_harness,
          'import': run_import}[FLAGS.mode](workdir)
   except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
     processes.leave(error, f'error: {error}')

@@ -1,5 +1,6 @@
 """What `loopformer.trace` tells of every loop: identities that hold of every model, and what it says where it cannot know."""
 import dataclasses
+import json
 import math
 
 import jax
@@ -11,12 +12,20 @@ import loopformer
 from loopformer import plans
 from loopformer.inference.tracing import Insight
 from loopformer.cells.plain import Plain
+from loopformer.config import Experiment
+from loopformer.data.tokenizer import ByteTokenizer
+from loopformer.diffusion.sampler import Denoising
 from loopformer.model import Looped
 from loopformer.nn import kernels
+from loopformer.nn.embed import Head, TokenEmbed
 from loopformer.nn.stack import Stack
 from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
+from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.papers.padded.attention import AveragingHard
+from loopformer.tasks.imported import Imported
+from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
+from tests.test_cli import run_here
 from tests.parts import D, ROWS, T, V, batch, close, looped, params, plain, tokens
 
 LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(), loops=2)
@@ -174,3 +183,66 @@ def test_what_cannot_be_traced_is_refused_in_a_line(given, message):
   with pytest.raises(ConfigError, match=message) as error:
     loopformer.trace(model, None, **{'tokens': np.asarray(tokens(2)), **given})
   assert '\n' not in str(error.value)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+READS = Looped(read_in=TokenEmbed(vocab=258, width=D, length=16), cell=plain(), loops=3)
+FILLS = Looped(read_in=TokenEmbed(vocab=259, width=D, length=16), cell=plain(1, kernel=kernels.Bidirectional()), loops=2,
+               read_out=Head(outputs=258), sampler=Denoising(steps=2))
+
+
+def saved(folder, model, tokenizer=ByteTokenizer()):
+  """The work folder of a model with parameters of no training."""
+  objective = Objective(rolls={'all': Rollout(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
+  config = Experiment(name='mine', model=model, objective=objective, task=Imported(length=16))
+  loopformer.Loaded(model, params(model), tokenizer, config).save(folder)
+  return folder
+
+
+def test_a_prompt_is_inspected(tmp_path):
+  pytest.importorskip('matplotlib')
+  folder, prompt = saved(tmp_path / 'run', READS), 'a $b_{\n'
+  status, out, err = run_here(folder, '--mode=inspect', f'--prompt={prompt}', '--budget=0.5,0.25,0.25')
+  assert status == 0, err
+  assert f'written to {folder / "inspect"}' in out and '--- 3 loops, 7 tokens' in out
+  ids = [list(prompt.encode())]
+  found = loopformer.trace(READS, params(READS), ids, steps=(0.5, 0.25, 0.25))
+  rows, table, heads = (json.loads((folder / f'inspect/{name}.json').read_text()) for name in ('places', 'loops', 'attention'))
+  assert len(rows) == 3 * 7 and len(table) == 3 and len(heads) == 3 * 2 * 2
+  assert [row['token'] for row in rows[:7]] == ['a', '\u2423', '$', 'b', '_', '{', '\u21b5']
+  chances = np.asarray(jax.nn.softmax(found.logits[:, 0]))
+  np.testing.assert_allclose([row['probability'] for row in rows], chances.max(-1).ravel(), rtol=1e-4)
+  np.testing.assert_allclose([row['rms'] for row in table], np.asarray(found.rms).mean((1, 2)), rtol=1e-4)
+  np.testing.assert_allclose([row['entropy'] for row in heads], found.attention[:, :, 0].mean(-1).ravel(), atol=1e-5)
+  assert [row['settled'] for row in rows[-7:]] == found.settled()[0].tolist()
+  assert table[-1]['answer'] == rows[-1]['answer'] and table[-1]['entropy there'] == rows[-1]['entropy']
+  assert f'{table[-1]["answer"]!r}, which is the answer since loop {rows[-1]["settled"]}' in out
+  for name in ('answers', 'motion', 'attention'):
+    assert (folder / f'inspect/{name}.png').read_bytes()[1:4] == b'PNG'
+  assert (folder / 'inspect/places.csv').read_text().count('\n') >= 1 + len(rows)
+
+
+def test_a_denoiser_answers_in_its_holes(tmp_path):
+  folder = saved(tmp_path / 'run', FILLS)
+  status, out, err = run_here(folder, '--mode=inspect', '--prompt=ab<mask:2>', '--prompt=c<mask>')
+  assert status == 0, err
+  assert '--- 2 loops, 4 tokens' in out and 'in the last hole' in out and 'of 2 places' in out and 'of 1 place ' in out
+  rows = json.loads((folder / 'inspect/0-places.json').read_text())
+  assert [row['token'] for row in rows[:4]] == ['a', 'b', '<mask>', '<mask>']
+  assert json.loads((folder / 'inspect/1-loops.json').read_text())
+  status, _, err = run_here(folder, '--mode=inspect', '--prompt=ab')
+  assert status == 1 and "--prompt='ab': a masked diffusion model answers where tokens are hidden; give it holes" in err
+
+
+def test_what_cannot_be_inspected_is_refused_in_a_line(tmp_path):
+  folder, vectors = saved(tmp_path / 'run', READS), saved(tmp_path / 'vectors', LINEAR, None)
+  for place, arguments, message in (
+      (folder, [], '--prompt is missing: give a text to inspect'), (folder, ['--prompt='], 'prompt 0 has no tokens'),
+      (folder, [f'--prompt={"a" * 17}'], 'prompt 0 has 17 tokens, more than the 16 positions'),
+      (folder, ['--prompt=a', '--budget=2.5'], '--budget=2.5: neither a whole number of loops'),
+      (folder, ['--prompt=a', '--seed=1'], '--seed: --mode=inspect does not read it'),
+      (vectors, ['--prompt=a'], 'vectors as inputs, and no text')):
+    status, _, err = run_here(place, '--mode=inspect', *arguments)
+    assert status == 1 and message in err, err
+    assert len(err.strip().splitlines()) == 1, err

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import Any, Mapping, Sequence
+import warnings
 
 from loopformer import storage
 
@@ -188,3 +189,119 @@ def growth(path: Path, rows: Rows):
     left.set_ylabel('s a step')
   grid[0, 0].legend(fontsize=8)
   save(figure, path, 150)
+
+
+SHOWN = 48  # tokens of a prompt in a picture, the last ones
+LETTERS = 9  # of a token in a cell
+MARKED = 16  # loops that an axis names one by one
+
+
+def answers(path: Path, rows: Rows, title: str):
+  """The likeliest answer at every loop and token, its probability as colour; a line is drawn where it is the last loop's and
+  stays so.
+
+  Args:
+    rows: `loop`, `place`, `token`, `answer`, `probability` and `settled` of one prompt, loop by loop.
+  """
+  pyplot = library()
+  if pyplot is None:
+    return
+  rows, left_out = _last(rows)
+  columns = [row for row in rows if row['loop'] == 1]
+  down, across = rows[-1]['loop'], len(columns)
+  figure, axes = pyplot.subplots(figsize=(2.0 + 0.62 * across, 1.9 + 0.3 * down), layout='constrained')
+  image = axes.imshow([[row['probability'] for row in rows if row['loop'] == k] for k in range(1, down + 1)], vmin=0, vmax=1,
+                      aspect='auto', cmap='viridis')
+  for i, row in enumerate(rows):
+    axes.text(i % across, i // across, _cut(row['answer']), ha='center', va='center', fontsize=6.5, parse_math=False,
+              color='black' if row['probability'] > 0.6 else 'white')
+  for x, row in enumerate(columns):
+    axes.hlines(row['settled'] - 1.5, x - 0.5, x + 0.5, color='red', linewidth=1.5)
+  axes.set_xticks(range(across), [_cut(row['token']) for row in columns], rotation=60, ha='right', fontsize=7)
+  for label in axes.get_xticklabels():
+    label.set_parse_math(False)
+  axes.set_yticks(range(down), range(1, down + 1))
+  axes.set_ylabel('loop')
+  axes.set_xlabel('token read' + (f' (the last {SHOWN}; {left_out} before)' if left_out else ''))
+  axes.set_title(f'{title}: what each loop would answer; below the red line it stays', fontsize=9, parse_math=False)
+  figure.colorbar(image, label='probability', pad=0.01)
+  _quietly(figure, path)
+
+
+def motion(path: Path, rows: Rows, title: str):
+  """Length of states, angle to the state before, size of the update and entropy of the answer, against loops: every token
+  faint, their mean thick.
+
+  Args:
+    rows: as of `answers`, with `rms`, `cosine`, `update` and `entropy`.
+  """
+  pyplot = library()
+  if pyplot is None:
+    return
+  labels = {'rms': 'rms of the state', 'cosine': 'cosine to the state before', 'update': 'update / state',
+            'entropy': 'entropy of the answer (nats)'}
+  at = range(1, rows[-1]['loop'] + 1)
+  figure, panels = pyplot.subplots(1, len(labels), figsize=(13, 3.2), layout='constrained')
+  for axes, (name, label) in zip(panels, labels.items()):
+    values = [[row[name] for row in rows if row['loop'] == k] for k in at]
+    axes.plot(at, values, color='C0', alpha=0.25, linewidth=0.8)
+    axes.plot(at, [sum(of) / len(of) for of in values], color='C0', marker='o', linewidth=2)
+    axes.set_xlabel('loop')
+    axes.set_title(label, fontsize=10)
+    if len(at) <= MARKED:
+      axes.set_xticks(at)
+    axes.grid(alpha=0.3)
+  figure.suptitle(title, fontsize=10, parse_math=False)
+  _quietly(figure, path)
+
+
+def attention(path: Path, rows: Rows, title: str):
+  """Entropy of attention at every loop: a panel a layer, a line a head; the colours are the same in all.
+
+  Args:
+    rows: `loop`, `layer`, `head` and `entropy`, a mean over tokens.
+  """
+  pyplot = library()
+  if pyplot is None:
+    return
+  layers = list(dict.fromkeys(row['layer'] for row in rows))
+  across = min(len(layers), 6)
+  down = -(-len(layers) // across)
+  figure, grid = pyplot.subplots(down, across, figsize=(1.5 + 2.4 * across, 0.8 + 2.3 * down), layout='constrained', squeeze=False,
+                                 sharex=True, sharey=True)
+  for axes, layer in zip(grid.flat, layers):
+    own = [row for row in rows if row['layer'] == layer]
+    for head in dict.fromkeys(row['head'] for row in own):
+      line = [row for row in own if row['head'] == head]
+      axes.plot([row['loop'] for row in line], [row['entropy'] for row in line], marker='.', label=f'head {head}')
+    if own[-1]['loop'] <= MARKED:
+      axes.set_xticks(sorted({row['loop'] for row in own}))
+    axes.set_title(f'layer {layer}', fontsize=9)
+    axes.grid(alpha=0.3)
+  for axes in list(grid.flat)[len(layers):]:
+    axes.set_visible(False)
+  for axes in grid[-1]:
+    axes.set_xlabel('loop')
+  for axes in grid[:, 0]:
+    axes.set_ylabel('nats')
+  if len({row['head'] for row in rows}) <= 12:
+    grid[0, 0].legend(fontsize=6)
+  figure.suptitle(f'{title}: entropy of attention, mean over tokens', fontsize=10, parse_math=False)
+  _quietly(figure, path)
+
+
+def _last(rows):
+  """The rows of the last SHOWN tokens, and how many tokens come before these."""
+  left_out = max(0, 1 + max(row['place'] for row in rows) - SHOWN)
+  return [row for row in rows if row['place'] >= left_out], left_out
+
+
+def _cut(text):
+  return text if len(text) <= LETTERS else text[:LETTERS - 1] + '\u2026'
+
+
+def _quietly(figure, path):
+  """As `save`, without a warning for every letter that matplotlib's font does not have."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='Glyph')
+    save(figure, path, 130)
