@@ -118,6 +118,12 @@ def index_page() -> str:
   return text + '\nWithout a report:\n\n' + '\n'.join(others) + '\n'
 
 
+def claims() -> dict[str, tuple[str, str]]:
+  """Folder of a report -> what is claimed and what came out, from the table of all reports."""
+  rows = re.findall(r'(?m)^\| \[[^\]]*\]\(([^/)]+)/[^)]*\) \| (.*) \| (.*) \|$', (REPORTS / 'README.md').read_text(encoding='utf-8'))
+  return {folder: (claim, found) for folder, claim, found in rows}
+
+
 def doubts(text: str) -> str:
   """Of a report, the sections whose headings tell of doubts or of what was not done, and such paragraphs elsewhere."""
   found = []
@@ -143,12 +149,13 @@ def limits_page() -> str:
   own words."""
   page = 'limits.md'
   parts = ['# Honest limits', 'Collected from the reports and configurations, in their words. Everything was measured at sizes of minutes on '
-           'two CPU cores, if a report does not say otherwise: nothing here tells how a claim fares at scale.', '## Claim by claim',
-           'What was claimed, and what came out: [the table of all reports](models/index.md).']
+           'two CPU cores, if a report does not say otherwise: nothing here tells how a claim fares at scale.']
   for name, model in models().items():
     own = []
     for folder in model['reports']:
       source = REPORTS / folder / 'README.md'
+      if folder in claims():
+        own.append('Claim: {}. At our size: {}.'.format(*claims()[folder]))
       if text := doubts(source.read_text(encoding='utf-8')):
         own.append(relinked(text, source, page))
     for config in model['configs']:

@@ -1,0 +1,92 @@
+"""The documentation site: its pages cover what there is, and it builds without a warning and without the network."""
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.parts import ROOT
+
+
+def load_hooks():
+  spec = importlib.util.spec_from_file_location('site_hooks', ROOT / 'docs/site/hooks.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+hooks = load_hooks()
+
+
+def test_every_configuration_and_report_has_a_page():
+  models = hooks.models()
+  configs = {path.stem for path in (ROOT / 'experiments/configs').glob('*.py')} - {'__init__'}
+  told = [name for model in models.values() for name in model['configs']]
+  assert sorted(told) == sorted(configs)
+  reports = {path.parent.name for path in (ROOT / 'experiments/reports').glob('*/README.md')}
+  shown = [name for model in models.values() for name in model['reports']]
+  assert sorted(shown) == sorted(reports)
+  assert all(model['title'] and model['equation'].strip() and set(model) == {'title', 'configs', 'reports', 'equation'}
+             for model in models.values())
+
+
+def test_pages_of_models_have_equation_command_and_figures():
+  made = hooks.pages()
+  for name, model in hooks.models().items():
+    page = made[f'models/{name}.md']
+    assert model['equation'].strip() in page
+    for config in model['configs']:
+      assert f'## Configuration `{config}`' in page and 'python -m experiments.main' in page
+    for folder in model['reports']:
+      report = (ROOT / 'experiments/reports' / folder / 'README.md').read_text()
+      for picture in re.findall(r'!\[[^\]]*\]\(([^)]+)\)', report):
+        assert f'](../reports/{folder}/{picture})' in page and f'reports/{folder}/{picture}' in hooks.pictures()
+
+
+def test_links_lead_where_the_site_has_the_page_and_else_name_the_file():
+  source = ROOT / 'docs/plan.md'
+  assert hooks.relinked('[r](../experiments/reports/plan/README.md)', source, 'plan.md') == '[r](models/plan.md)'
+  assert hooks.relinked('[r](../experiments/reports/README.md)', source, 'plan.md') == '[r](models/index.md)'
+  assert hooks.relinked('[launch](../launch/README.md)', source, 'plan.md') == 'launch (`launch/README.md`)'
+  assert hooks.relinked('[x](memories.md#a) [y](#b) [z](https://a.org)', source, 'plan.md') == (
+      '[x](memories.md#a) [y](#b) [z](https://a.org)')
+  report = ROOT / 'experiments/reports/dial/README.md'
+  assert hooks.relinked('![d](dial.png) [t](table.md)', report, 'models/loopformer.md') == (
+      '![d](../reports/dial/dial.png) t (`experiments/reports/dial/table.md`)')
+  assert hooks.demoted('# a\n```\n# b\n```\n## c') == '## a\n```\n# b\n```\n### c'
+
+
+def test_links_of_the_docs_lead_to_files():
+  """On GitHub, where no hook rewrites them."""
+  for page in (ROOT / 'docs').glob('*.md'):
+    for target in re.findall(r'\]\(([^()\s]+)\)', page.read_text()):
+      if not re.match(r'[a-z]+:|#', target):
+        assert (page.parent / target.partition('#')[0]).exists(), (page.name, target)
+
+
+def test_limits_are_the_reports_own_words():
+  page = hooks.limits_page()
+  assert 'Not measured: a second seed, and the other kinds' in page and '*What to doubt*' in page
+  assert 'Claim: repeat the early layers. At our size: did not reproduce.' in page
+  for name, model in hooks.models().items():
+    if set(model['reports']) & set(hooks.claims()):
+      assert f'(models/{name}.md)' in page, name
+  assert hooks.doubts('# A\nx\n\n## Doubts\nd\n\n## Not\ny\n\n- Not done: z') == '*Doubts*\n\nd\n\n- Not done: z'
+
+
+def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path):
+  for module in ('mkdocs', 'material', 'mkdocstrings_handlers.python'):
+    pytest.importorskip(module)
+  done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', str(tmp_path / 'site')], cwd=ROOT,
+                        capture_output=True, text=True, timeout=600, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+  assert done.returncode == 0, done.stdout + done.stderr
+  pages = {path.relative_to(tmp_path / 'site').as_posix(): path.read_text() for path in (tmp_path / 'site').rglob('*.html')}
+  for name in ('index', 'concepts/index', 'models/parcae/index', 'limits/index', 'api/types_and_sockets/index'):
+    assert f'{name}.html' in pages
+  for name, page in pages.items():
+    assert not re.search(r'<(script|img|iframe)[^>]*src="?https?:', page), name
+    assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect)"[^>]*href="?https?:', page), name
+  assert 'loopformer.inference.tracing.trace' in pages['api/the_functions/index.html']
+  assert (tmp_path / 'site/search/search_index.json').exists()
