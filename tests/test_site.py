@@ -10,14 +10,15 @@ import pytest
 from tests.parts import ROOT
 
 
-def load_hooks():
-  spec = importlib.util.spec_from_file_location('site_hooks', ROOT / 'docs/site/hooks.py')
+def load(name: str):
+  """A file of docs/site, which is no package."""
+  spec = importlib.util.spec_from_file_location(f'site_{name}', ROOT / f'docs/site/{name}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
 
 
-hooks = load_hooks()
+hooks = load('hooks')
 
 
 def test_every_configuration_and_report_has_a_page():
@@ -76,6 +77,13 @@ def test_limits_are_the_reports_own_words():
   assert hooks.doubts('# A\nx\n\n## Doubts\nd\n\n## Not\ny\n\n- Not done: z') == '*Doubts*\n\nd\n\n- Not done: z'
 
 
+def test_fields_in_running_text_become_lists():
+  pytest.importorskip('griffe')
+  text = 'A plan.\n\nt, dt: times. k: how many;\n  or more\nother: no field\n\n    t: code\n\nArgs:\n  k: as it is'
+  assert load('fields').listed(text, {'t', 'dt', 'k'}) == (
+      'A plan.\n\n- `t, dt`: times.\n- `k`: how many;\n  or more\nother: no field\n\n    t: code\n\nArgs:\n  k: as it is')
+
+
 def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path):
   for module in ('mkdocs', 'material', 'mkdocstrings_handlers.python'):
     pytest.importorskip(module)
@@ -89,4 +97,5 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path):
     assert not re.search(r'<(script|img|iframe)[^>]*src="?https?:', page), name
     assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect)"[^>]*href="?https?:', page), name
   assert 'loopformer.inference.tracing.trace' in pages['api/the_functions/index.html']
+  assert '<li><code>active</code>: None (every step runs)' in pages['api/types_and_sockets/index.html']
   assert (tmp_path / 'site/search/search_index.json').exists()
