@@ -25,7 +25,8 @@ class Insight:
   that they began with; None where the cell does not tell it.
   logits: f32[K, B, T, V], what every state would answer: through the model's own bridge, coda, norm and head. Of a model
   whose inputs are vectors these are its answers, [K, B, T, outputs].
-  entropy: f32[K, B, T] in nats, of the distribution softmax(logits); None where answers are no distribution.
+  entropy: f32[K, B, T] in nats, of the distribution softmax(logits); None where an answer is one number. Whether several numbers are
+  the logits of classes, their task alone knows, where inputs are vectors.
   rms: f32[K, B, T], root mean square of a token's state.
   cosine: f32[K, B, T], of the angle between the state after a loop and the one before it. update: f32[K, B, T], the length of
   their difference, as a part of the length of the new state. Of the first loop against `start`: NaN where there is none.
@@ -98,8 +99,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     found = _trace(model.clone(remat=loop.KeepAll()), params, tokens, plan, pos, seg)
   told = found.pop('told')
   unknown = {}
-  if not model.read_in.vocab:
-    unknown['entropy'] = 'the model reads vectors, and its answers are no distribution over tokens'
+  if model.outputs == 1:
+    unknown['entropy'] = 'an answer is one number, and no distribution'
   if found['start'] is None:
     unknown |= dict.fromkeys(('start', 'cosine', 'update'), f'{type(model.cell).__name__} runs its loops in a way of its own, '
                              'and does not tell the state before the first')
@@ -154,7 +155,7 @@ def _trace(model, params, tokens, plan, pos, seg):
 
   logits = jax.lax.map(answers, states)
   entropy = None
-  if model.read_in.vocab:
+  if model.outputs > 1:
     log = jax.nn.log_softmax(logits)
     entropy = -(jnp.exp(log) * log).sum(-1)
   new = states.astype(jnp.float32)
