@@ -8,7 +8,7 @@ ENTRY = re.compile(r'(?:(?<=^)|(?<=\n)|(?<=[.;]\s))((?:\w+, )*\w+): (?=\S)')
 
 def listed(text: str, names: set[str]) -> str:
   """The text, in which every `name: ` of names that begins a line or a sentence begins an entry of a list."""
-  out, entries = [], False
+  out = []
   for paragraph in re.split(r'(\n\s*\n)', text):
     if paragraph.startswith('    ') or re.match(r'(Args|Returns|Raises|Yields|Attributes):', paragraph):
       out.append(paragraph)

@@ -175,7 +175,7 @@ def _by_layer(told) -> tuple[tuple[str, ...], np.ndarray] | tuple[str, None]:
       continue
     name = '/'.join(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key != TOLD)
     steps, layers, entropies = (np.asarray(part) for part in leaf)
-    steps, layers = (np.broadcast_to(part.reshape(*part.shape, *(1,) * (entropies.ndim - 3 - part.ndim)),
+    steps, layers = (np.broadcast_to(part.reshape((*part.shape, *(1,) * (entropies.ndim - 3 - part.ndim))),
                                      entropies.shape[:-3]).ravel() for part in (steps, layers))
     for step, layer, entropy in zip(steps, layers, entropies.reshape(-1, *entropies.shape[-3:])):
       found[int(layer), name, int(step)] = entropy
