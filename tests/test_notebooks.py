@@ -35,7 +35,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
   pytest.importorskip('matplotlib')
-  said = parts.python(RUN, str(path), LOOPFORMER_NOTEBOOK_STEPS='4')
+  said = parts.python(RUN, str(path), timeout=1200, LOOPFORMER_NOTEBOOK_STEPS='4')
   assert said.endswith('STEPS 4\n')
 
 
