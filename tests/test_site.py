@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -29,8 +30,9 @@ def test_every_configuration_and_report_has_a_page():
   reports = {path.parent.name for path in (ROOT / 'experiments/reports').glob('*/README.md')}
   shown = [name for model in models.values() for name in model['reports']]
   assert sorted(shown) == sorted(reports)
-  assert all(model['title'] and model['equation'].strip() and set(model) == {'title', 'configs', 'reports', 'equation'}
-             for model in models.values())
+  assert all(model['title'] and set(model) == {'title', 'configs', 'reports', 'equation'} for model in models.values())
+  written = tomllib.loads((ROOT / 'docs/site/models.toml').read_text())
+  assert all(model['equation'].strip() for model in written.values()) and set(written) <= set(models)
 
 
 def test_pages_of_models_have_equation_command_and_figures():

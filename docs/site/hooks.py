@@ -2,6 +2,7 @@
 report, the API from docstrings, and the limits from the reports. Used by mkdocs (mkdocs.yml); `python -m mkdocs build --strict`.
 """
 import ast
+import functools
 import os
 from pathlib import Path
 import re
@@ -34,9 +35,21 @@ API = {
 }
 
 
+@functools.cache
 def models() -> dict[str, dict]:
-  """Name -> title, configs, reports and equation of every page of a model."""
-  return tomllib.loads((ROOT / 'docs/site/models.toml').read_text(encoding='utf-8'))
+  """Name -> title, configs, reports and equation of every page of a model: those of models.toml, and after them, without an equation,
+  configurations and reports that it does not name."""
+  told = tomllib.loads((ROOT / 'docs/site/models.toml').read_text(encoding='utf-8'))
+  configs = {path.stem for path in (ROOT / 'experiments/configs').glob('*.py')} - {'__init__'}
+  reports = {path.parent.name for path in REPORTS.glob('*/README.md')}
+  configs -= {name for model in told.values() for name in model['configs']}
+  reports -= {name for model in told.values() for name in model['reports']}
+  others = {}
+  for name in sorted(configs | reports):
+    title = (about(name) if name in configs else (REPORTS / name / 'README.md').read_text(encoding='utf-8')).partition('\n')[0]
+    others[name] = {'title': re.split(r'[:.(]', title.strip('# '))[0].strip(), 'configs': [name] * (name in configs),
+                    'reports': [name] * (name in reports), 'equation': ''}
+  return told | others
 
 
 def page_of_report(folder: str) -> str | None:
@@ -98,7 +111,9 @@ def about(config: str) -> str:
 
 def model_page(name: str, model: dict) -> str:
   """Equation, command and all that the configuration says of itself, and the reports."""
-  page, parts = f'models/{name}.md', [f'# {model["title"]}', f'The step of the loop:\n\n```text\n{model["equation"].strip()}\n```']
+  page, parts = f'models/{name}.md', [f'# {model["title"]}']
+  if model['equation']:
+    parts.append(f'The step of the loop:\n\n```text\n{model["equation"].strip()}\n```')
   for config in model['configs']:
     text = about(config)
     first, _, rest = text.partition('\n\n')
