@@ -68,15 +68,16 @@ def define(kind, name, default, modes, about, **options):
   kind(name, default, f'{modes}: {about}', **options)
 
 
-flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'inspect', 'harness', 'import', 'plan', 'configs'], 'What '
-                  'to do; configs lists the configurations that come with the library, with --config=NAME what is said of one.')
+flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'inspect', 'harness', 'import', 'plan', 'configs'],
+                  'What to do; configs lists the configurations that come with the library, with --config=NAME what is '
+                  'said of one.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
                     'data, checkpoints, results; plan and configs need none.')
 flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
                                      '--workdir is missing: name the folder of the run')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
-                          'generate, inspect, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices that the '
-                          'model is divided over.')
+                          'generate, inspect, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices '
+                          'that the model is divided over.')
 define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the library, such as loopformer:tiny, or '
        'file.py:argument, which defines get_config.')
 define(flags.DEFINE_string, 'from', None, 'import', 'a folder with config.json and weights, as models are published, a '
@@ -390,8 +391,8 @@ def run_inspect(workdir: Path):
   steps = plans.resolve(model.loops if FLAGS.budget is None else loops_or_sizes(FLAGS.budget, '--budget'), '--budget')
   folder = workdir / 'inspect'
   stores = storage.stores(folder, say)
-  inspection.inspect(model, params, tokenizer, FLAGS.prompt, steps, folder if stores and processes.is_leader() else None,
-                     f'{config.name}, {workdir.name}', say)
+  into = folder if stores and processes.is_leader() else None
+  inspection.inspect(model, params, tokenizer, FLAGS.prompt, steps, into, f'{config.name}, {workdir.name}', say)
   if stores:
     say(f'written to {folder}')
 

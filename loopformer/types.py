@@ -420,7 +420,7 @@ class Kernel(Protocol):
     """q [B, T, H, d], k and v [B, T, G, d], segments i32[B, T] or None -> [B, T, H, d]."""
 
   def weights(self, q: Array, k: Array, seg: Array | None) -> Array:
-    """What every query gives to every key, f32[B, H, T, T], rows of sum one; it is asked for where one looks on alone."""
+    """What every query gives to every key, f32[B, H, T, T], rows of sum one; for looking on (inference/tracing.py)."""
 
 
 class Position(Protocol):

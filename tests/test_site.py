@@ -83,16 +83,19 @@ def test_fields_in_running_text_become_lists():
   pytest.importorskip('griffe')
   text = 'A plan.\n\nt, dt: times. k: how many;\n  or more\nother: no field\n\n    t: code\n\nArgs:\n  k: as it is'
   assert load('fields').listed(text, {'t', 'dt', 'k'}) == (
-      'A plan.\n\n- `t, dt`: times.\n- `k`: how many;\n  or more\nother: no field\n\n    t: code\n\nArgs:\n  k: as it is')
+      'A plan.\n\n- `t, dt`: times.\n- `k`: how many;\n  or more\nother: no field\n\n    t: code\n\n'
+      'Args:\n  k: as it is')
 
 
 def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path):
   for module in ('mkdocs', 'material', 'mkdocstrings_handlers.python'):
     pytest.importorskip(module)
-  done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', str(tmp_path / 'site')], cwd=ROOT,
-                        capture_output=True, text=True, timeout=600, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+  done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', str(tmp_path / 'site')],
+                        cwd=ROOT, capture_output=True, text=True, timeout=600,
+                        env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
   assert done.returncode == 0, done.stdout + done.stderr
-  pages = {path.relative_to(tmp_path / 'site').as_posix(): path.read_text() for path in (tmp_path / 'site').rglob('*.html')}
+  pages = {path.relative_to(tmp_path / 'site').as_posix(): path.read_text()
+           for path in (tmp_path / 'site').rglob('*.html')}
   for name in ('index', 'concepts/index', 'models/parcae/index', 'limits/index', 'api/types_and_sockets/index'):
     assert f'{name}.html' in pages
   for name, page in pages.items():

@@ -1,4 +1,5 @@
-"""What `loopformer.trace` tells of every loop: identities that hold of every model, and what it says where it cannot know."""
+"""What `loopformer.trace` tells of every loop: identities that hold of every model, and what it says where it cannot
+know."""
 import dataclasses
 import json
 import math
@@ -29,7 +30,8 @@ from loopformer.types import ConfigError
 from tests.test_cli import run_here
 from tests.parts import D, ROWS, T, V, batch, close, looped, params, plain, tokens
 
-LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(), loops=2)
+LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(),
+                loops=2)
 TRACED = ['base_loop', 'prelude_coda', 'ouro', 'mor', 'plt', 'ordered']  # a way of telling each
 
 
@@ -137,7 +139,8 @@ def test_a_padded_row_is_the_row_and_documents_do_not_see_each_other():
     assert np.abs(seen - rows).max() > 1e-3, field
   packed = batch(2)
   model = ROWS['base_loop'].model
-  found = loopformer.trace(model, params(model), packed['tokens'], positions=packed['positions'], segments=packed['segments'])
+  found = loopformer.trace(model, params(model), packed['tokens'], positions=packed['positions'],
+                           segments=packed['segments'])
   first = np.asarray(packed['positions']) == 0
   assert (found.attention[:, :, 0][..., first[0]] == 0).all() and (found.attention[:, :, 1][..., first[1]] == 0).all()
 
@@ -165,7 +168,8 @@ def told(layer, step=0, shape=(1, 2, T)):
 
 
 def test_attentions_are_put_in_order_and_named():
-  layers = {'b': {'attn': {'attention': (told(1, 1), told(1, 0))}}, 'a': {'attn': {'attention': (told(0, 0), told(0, 1))}}}
+  layers = {'b': {'attn': {'attention': (told(1, 1), told(1, 0))}},
+            'a': {'attn': {'attention': (told(0, 0), told(0, 1))}}}
   names, values = tracing._by_layer({'core': {'block': layers}})
   assert names == ('0', '1') and values[:, :, 0, 0, 0].tolist() == [[0, 1], [10, 11]]
   two = {'latents': {'attn': {'attention': (told(0),)}}, 'tokens': {'attn': {'attention': (told(0),)}}}
@@ -205,8 +209,8 @@ def test_what_cannot_be_traced_is_refused_in_a_line(given, message):
 # The command line ----------------------------------------------------------------------------------------------------
 
 READS = Looped(read_in=TokenEmbed(vocab=258, width=D, length=16), cell=plain(), loops=3)
-FILLS = Looped(read_in=TokenEmbed(vocab=259, width=D, length=16), cell=plain(1, kernel=kernels.Bidirectional()), loops=2,
-               read_out=Head(outputs=258), sampler=Denoising(steps=2))
+FILLS = Looped(read_in=TokenEmbed(vocab=259, width=D, length=16), cell=plain(1, kernel=kernels.Bidirectional()),
+               loops=2, read_out=Head(outputs=258), sampler=Denoising(steps=2))
 
 
 def saved(folder, model, tokenizer=ByteTokenizer()):
@@ -225,7 +229,8 @@ def test_a_prompt_is_inspected(tmp_path):
   assert f'written to {folder / "inspect"}' in out and '--- 3 loops, 7 tokens' in out
   ids = [list(prompt.encode())]
   found = loopformer.trace(READS, params(READS), ids, steps=(0.5, 0.25, 0.25))
-  rows, table, heads = (json.loads((folder / f'inspect/{name}.json').read_text()) for name in ('places', 'loops', 'attention'))
+  rows, table, heads = (json.loads((folder / f'inspect/{name}.json').read_text())
+                        for name in ('places', 'loops', 'attention'))
   assert len(rows) == 3 * 7 and len(table) == 3 and len(heads) == 3 * 2 * 2
   assert [row['token'] for row in rows[:7]] == ['a', '\u2423', '$', 'b', '_', '{', '\u21b5']
   chances = np.asarray(jax.nn.softmax(found.logits[:, 0]))

@@ -1,4 +1,5 @@
-"""Docstrings of this library tell of fields and arguments in running text, `name: what it is.` Here they become lists."""
+"""Docstrings of this library tell of fields and arguments in running text, `name: what it is.` Here they become
+lists."""
 import re
 
 import griffe

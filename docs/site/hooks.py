@@ -1,5 +1,6 @@
-"""Pages of the site that are made of what stands elsewhere in the repository: a page a model from its configuration's own words and its
-report, the API from docstrings, and the limits from the reports. Used by mkdocs (mkdocs.yml); `python -m mkdocs build --strict`.
+"""Pages of the site that are made of what stands elsewhere in the repository: a page a model from its configuration's
+own words and its report, the API from docstrings, and the limits from the reports. Used by mkdocs (mkdocs.yml); `python
+-m mkdocs build --strict`.
 """
 import ast
 import functools
@@ -37,8 +38,8 @@ API = {
 
 @functools.cache
 def models() -> dict[str, dict]:
-  """Name -> title, configs, reports and equation of every page of a model: those of models.toml, and after them, without an equation,
-  configurations and reports that it does not name."""
+  """Name -> title, configs, reports and equation of every page of a model: those of models.toml, and after them,
+  without an equation, configurations and reports that it does not name."""
   told = tomllib.loads((ROOT / 'docs/site/models.toml').read_text(encoding='utf-8'))
   configs = {path.stem for path in (ROOT / 'experiments/configs').glob('*.py')} - {'__init__'}
   reports = {path.parent.name for path in REPORTS.glob('*/README.md')}
@@ -46,8 +47,9 @@ def models() -> dict[str, dict]:
   reports -= {name for model in told.values() for name in model['reports']}
   others = {}
   for name in sorted(configs | reports):
-    title = (about(name) if name in configs else (REPORTS / name / 'README.md').read_text(encoding='utf-8')).partition('\n')[0]
-    others[name] = {'title': re.split(r'[:.(]', title.strip('# '))[0].strip(), 'configs': [name] * (name in configs),
+    text = about(name) if name in configs else (REPORTS / name / 'README.md').read_text(encoding='utf-8')
+    title = re.split(r'[:.(\n]', text.strip('# '))[0].strip()
+    others[name] = {'title': title, 'configs': [name] * (name in configs),
                     'reports': [name] * (name in reports), 'equation': ''}
   return told | others
 
@@ -58,8 +60,8 @@ def page_of_report(folder: str) -> str | None:
 
 
 def relinked(text: str, source: Path, page: str) -> str:
-  """Markdown of a file of the repository as it stands in a page of the site: links to other pages lead there, pictures are beside the
-  page of reports, and what is in the repository alone is named by its path.
+  """Markdown of a file of the repository as it stands in a page of the site: links to other pages lead there, pictures
+  are beside the page of reports, and what is in the repository alone is named by its path.
 
   source: the file that the text comes from; page: where it is shown, from the site's root.
   """
@@ -74,7 +76,7 @@ def relinked(text: str, source: Path, page: str) -> str:
       name = there.relative_to(ROOT).as_posix() if there.is_relative_to(ROOT) else path
       return f'{words} (`{name}`)' if words.strip('`') != name else f'`{name}`'
     relative = os.path.relpath(shown, Path(page).parent).replace(os.sep, '/')
-    return f'{picture}[{words}]({relative}{"#" + anchor if anchor and shown.endswith(".md") and there.suffix == ".md" and there.parent == ROOT / "docs" else ""})'
+    return f'{picture}[{words}]({relative}{"#" + anchor if anchor and there.is_relative_to(ROOT / "docs") else ""})'
 
   return LINK.sub(link, text)
 
@@ -117,7 +119,7 @@ def model_page(name: str, model: dict) -> str:
   for config in model['configs']:
     text = about(config)
     first, _, rest = text.partition('\n\n')
-    parts += [f'## Configuration `{config}`', first.replace('<', '&lt;'), f'```text\n{rest.strip()}\n```' if rest.strip() else '']
+    parts += [f'## Configuration `{config}`', first.replace('<', '&lt;'), f'```text\n{rest.strip()}\n```' if rest else '']
   for folder in model['reports']:
     source = REPORTS / folder / 'README.md'
     parts.append(relinked(demoted(source.read_text(encoding='utf-8')), source, page))
@@ -135,7 +137,8 @@ def index_page() -> str:
 
 def claims() -> dict[str, tuple[str, str]]:
   """Folder of a report -> what is claimed and what came out, from the table of all reports."""
-  rows = re.findall(r'(?m)^\| \[[^\]]*\]\(([^/)]+)/[^)]*\) \| (.*) \| (.*) \|$', (REPORTS / 'README.md').read_text(encoding='utf-8'))
+  text = (REPORTS / 'README.md').read_text(encoding='utf-8')
+  rows = re.findall(r'(?m)^\| \[[^\]]*\]\(([^/)]+)/[^)]*\) \| (.*) \| (.*) \|$', text)
   return {folder: (claim, found) for folder, claim, found in rows}
 
 
@@ -160,11 +163,12 @@ def departures(text: str) -> str:
 
 
 def limits_page() -> str:
-  """What did not reproduce, what was not measured, and where configurations depart from papers: in the reports' and configurations'
-  own words."""
+  """What did not reproduce, what was not measured, and where configurations depart from papers: in the reports' and
+  configurations' own words."""
   page = 'limits.md'
-  parts = ['# Honest limits', 'Collected from the reports and configurations, in their words. Everything was measured at sizes of minutes on '
-           'two CPU cores, if a report does not say otherwise: nothing here tells how a claim fares at scale.']
+  parts = ['# Honest limits', 'Collected from the reports and configurations, in their words. Everything was measured '
+           'at sizes of minutes on two CPU cores, if a report does not say otherwise: nothing here tells how a claim '
+           'fares at scale.']
   for name, model in models().items():
     own = []
     for folder in model['reports']:
@@ -208,9 +212,11 @@ def pictures() -> dict[str, Path]:
 
 def on_config(config):
   """Fills in the lists of models and of the API where the navigation says so."""
-  lists = {'MODELS': [{'Overview': 'models/index.md'}, *({model['title']: f'models/{name}.md'} for name, model in models().items())],
+  of_models = [{model['title']: f'models/{name}.md'} for name, model in models().items()]
+  lists = {'MODELS': [{'Overview': 'models/index.md'}, *of_models],
            'API': [{title: f'api/{slug(title)}.md'} for title in API]}
-  config.nav = [{title: lists.get(entry, entry) if isinstance(entry, str) else entry} for part in config.nav for title, entry in part.items()]
+  config.nav = [{title: lists.get(entry, entry) if isinstance(entry, str) else entry}
+                for part in config.nav for title, entry in part.items()]
   return config
 
 

@@ -20,16 +20,16 @@ def encoded(model: Any, params: Any, tokenizer: Any, prompt: str, number: int) -
   """The ids of a prompt; of a model that denoises those of its holes too. Raises ConfigError naming the prompt."""
   if model.sampler.denoises:
     if not HOLE.search(prompt):
-      raise ConfigError(f'--prompt={prompt!r}: a masked diffusion model answers where tokens are hidden; give it holes, <mask> or '
-                        '<mask:5>')
+      raise ConfigError(f'--prompt={prompt!r}: a masked diffusion model answers where tokens are hidden; give it holes, '
+                        '<mask> or <mask:5>')
     ids = model.sampler.serve(model, params, tokenizer, rows=1).encode(prompt)
   else:
     ids = tokenizer.encode(prompt)
   if not ids:
     raise ConfigError(f'--prompt={prompt!r}: prompt {number} has no tokens to inspect; give a text')
   if len(ids) > model.read_in.length:
-    raise ConfigError(f'--prompt: prompt {number} has {len(ids)} tokens, more than the {model.read_in.length} positions of the '
-                      'model (read_in.length); shorten it')
+    raise ConfigError(f'--prompt: prompt {number} has {len(ids)} tokens, more than the {model.read_in.length} positions '
+                      'of the model (read_in.length); shorten it')
   return list(ids)
 
 
@@ -63,13 +63,15 @@ def places(insight: Insight, ids: Sequence[int], name: Any) -> list[dict]:
 
 
 def loops(insight: Insight, rows: list[dict], asked: Sequence[int]) -> list[dict]:
-  """A row a loop: means over the tokens, of the answers those over the places `asked`; and the answer at the last of these."""
+  """A row a loop: means over the tokens, of the answers those over the places `asked`; and the answer at the last of
+  these."""
   table = []
   for k in range(insight.loops):
     own = [row for row in rows if row['loop'] == k + 1]
     last = own[asked[-1]]
-    row = {'loop': k + 1, 'step': float(insight.plan.dt[k]), 'answer': last['answer'], 'probability': last['probability'],
-           'entropy there': last['entropy'], 'entropy': float(np.mean([own[t]['entropy'] for t in asked])),
+    row = {'loop': k + 1, 'step': float(insight.plan.dt[k]), 'answer': last['answer'],
+           'probability': last['probability'], 'entropy there': last['entropy'],
+           'entropy': float(np.mean([own[t]['entropy'] for t in asked])),
            **{name: float(np.mean([row[name] for row in own])) for name in ('rms', 'cosine', 'update')}}
     if insight.attention is not None:
       row['attention'] = float(insight.attention[k].mean())
@@ -86,7 +88,8 @@ def heads(insight: Insight) -> list[dict]:
           for k in range(insight.loops) for n, name in enumerate(insight.layers) for h in range(means.shape[-1])]
 
 
-def report(insight: Insight, ids: Sequence[int], name: Any, hidden: int | None, folder: Path | None, stem: str, title: str) -> str:
+def report(insight: Insight, ids: Sequence[int], name: Any, hidden: int | None, folder: Path | None, stem: str,
+           title: str) -> str:
   """What is printed of one prompt; tables and pictures go to a folder, if one is given."""
   asked = [t for t, id_ in enumerate(ids) if id_ == hidden] if hidden is not None else range(len(ids))
   rows = places(insight, ids, name)
@@ -94,9 +97,10 @@ def report(insight: Insight, ids: Sequence[int], name: Any, hidden: int | None, 
   last = rows[asked[-1]]
   where = 'in the last hole' if hidden is not None else 'after the last token'
   since = insight.settled()[0][list(asked)]
-  lines = [metrics.table(table), f'{where}: {table[-1]["answer"]!r}, which is the answer since loop {last["settled"]}; of '
-           f'{len(since)} {"places" if len(since) > 1 else "place"} {int((since == 1).sum())} never changed after loop 1, and '
-           f'{int((since == insight.loops).sum()) if insight.loops > 1 else 0} changed in the last']
+  first, late = int((since == 1).sum()), int((since == insight.loops).sum()) if insight.loops > 1 else 0
+  lines = [metrics.table(table), f'{where}: {table[-1]["answer"]!r}, which is the answer since loop {last["settled"]}; '
+           f'of {len(since)} {"places" if len(since) > 1 else "place"} {first} never changed after loop 1, and {late} '
+           'changed in the last']
   lines += [f'{field}: unknown, {why}' for field, why in insight.unknown.items()]
   if folder is not None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +116,8 @@ def report(insight: Insight, ids: Sequence[int], name: Any, hidden: int | None, 
   return '\n'.join(lines)
 
 
-def inspect(model: Any, params: Any, tokenizer: Any, prompts: Sequence[str], steps: Any, folder: Path | None, title: str,
-            log: Any):
+def inspect(model: Any, params: Any, tokenizer: Any, prompts: Sequence[str], steps: Any, folder: Path | None,
+            title: str, log: Any):
   """Traces every prompt, prints what its loops did, and writes it to the folder, if one is given."""
   from loopformer.inference.tracing import trace
   hidden = model.outputs if model.sampler.denoises else None

@@ -197,8 +197,8 @@ MARKED = 16  # loops that an axis names one by one
 
 
 def answers(path: Path, rows: Rows, title: str):
-  """The likeliest answer at every loop and token, its probability as colour; a line is drawn where it is the last loop's and
-  stays so.
+  """The likeliest answer at every loop and token, its probability as colour; a line is drawn where it is the last
+  loop's and stays so.
 
   Args:
     rows: `loop`, `place`, `token`, `answer`, `probability` and `settled` of one prompt, loop by loop.
@@ -210,8 +210,8 @@ def answers(path: Path, rows: Rows, title: str):
   columns = [row for row in rows if row['loop'] == 1]
   down, across = rows[-1]['loop'], len(columns)
   figure, axes = pyplot.subplots(figsize=(2.0 + 0.62 * across, 1.9 + 0.3 * down), layout='constrained')
-  image = axes.imshow([[row['probability'] for row in rows if row['loop'] == k] for k in range(1, down + 1)], vmin=0, vmax=1,
-                      aspect='auto', cmap='viridis')
+  chances = [[row['probability'] for row in rows if row['loop'] == k] for k in range(1, down + 1)]
+  image = axes.imshow(chances, vmin=0, vmax=1, aspect='auto', cmap='viridis')
   for i, row in enumerate(rows):
     axes.text(i % across, i // across, _cut(row['answer']), ha='center', va='center', fontsize=6.5, parse_math=False,
               color='black' if row['probability'] > 0.6 else 'white')
@@ -229,8 +229,8 @@ def answers(path: Path, rows: Rows, title: str):
 
 
 def motion(path: Path, rows: Rows, title: str):
-  """Length of states, angle to the state before, size of the update and entropy of the answer, against loops: every token
-  faint, their mean thick.
+  """Length of states, angle to the state before, size of the update and entropy of the answer, against loops: every
+  token faint, their mean thick.
 
   Args:
     rows: as of `answers`, with `rms`, `cosine`, `update` and `entropy`.
@@ -267,8 +267,8 @@ def attention(path: Path, rows: Rows, title: str):
   layers = list(dict.fromkeys(row['layer'] for row in rows))
   across = min(len(layers), 6)
   down = -(-len(layers) // across)
-  figure, grid = pyplot.subplots(down, across, figsize=(1.5 + 2.4 * across, 0.8 + 2.3 * down), layout='constrained', squeeze=False,
-                                 sharex=True, sharey=True)
+  figure, grid = pyplot.subplots(down, across, figsize=(1.5 + 2.4 * across, 0.8 + 2.3 * down), layout='constrained',
+                                 squeeze=False, sharex=True, sharey=True)
   for axes, layer in zip(grid.flat, layers):
     own = [row for row in rows if row['layer'] == layer]
     for head in dict.fromkeys(row['head'] for row in own):

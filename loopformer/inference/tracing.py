@@ -23,17 +23,18 @@ class Insight:
 
   states: [K, B, T, D], what is read out of the state after every loop (`Cell.output`). start: [B, T, D], of the state
   that they began with; None where the cell does not tell it.
-  logits: f32[K, B, T, V], what every state would answer: through the model's own bridge, coda, norm and head. Of a model
-  whose inputs are vectors these are its answers, [K, B, T, outputs].
-  entropy: f32[K, B, T] in nats, of the distribution softmax(logits); None where an answer is one number. Whether several numbers are
-  the logits of classes, their task alone knows, where inputs are vectors.
+  logits: f32[K, B, T, V], what every state would answer: through the model's own bridge, coda, norm and head. Of a
+  model whose inputs are vectors these are its answers, [K, B, T, outputs].
+  entropy: f32[K, B, T] in nats, of the distribution softmax(logits); None where an answer is one number. Whether
+  several numbers are the logits of classes, their task alone knows, where inputs are vectors.
   rms: f32[K, B, T], root mean square of a token's state.
-  cosine: f32[K, B, T], of the angle between the state after a loop and the one before it. update: f32[K, B, T], the length of
-  their difference, as a part of the length of the new state. Of the first loop against `start`: NaN where there is none.
-  attention: f32[K, N, B, H, S] in nats, entropies of what each head's queries give to keys, at each of the S tokens that the
-  layer reads, which are the T tokens (in CCDD's joined sequences the latents too); None where layers do not tell it. A loop that passes a token by
-  (a router's: aux['taken']) still has an entropy there, of what was computed and dropped. N are the layers that
-  `layers` names; those of prelude and coda, which no loop runs, are not among them.
+  cosine: f32[K, B, T], of the angle between the state after a loop and the one before it. update: f32[K, B, T], the
+  length of their difference, as a part of the length of the new state. Of the first loop against `start`: NaN where
+  there is none.
+  attention: f32[K, N, B, H, S] in nats, entropies of what each head's queries give to keys, at each of the S tokens
+  that the layer reads, which are the T tokens (in CCDD's joined sequences the latents too); None where layers do not
+  tell it. A loop that passes a token by (a router's: aux['taken']) still has an entropy there, of what was computed and
+  dropped. N are the layers that `layers` names; those of prelude and coda, which no loop runs, are not among them.
   aux: what the cell tells of every loop, by name, leaves [K, ...] (such as the logits of a halting gate).
   plan: what was run. unknown: name of a field -> why it is None, or NaN at first.
   """
@@ -64,7 +65,8 @@ class Insight:
 
 @config_dataclass
 class BeforeAndAfter:
-  """Keep the states before and after every step, [2, B, T, D], or the latter alone, where a cell does not tell the former."""
+  """Keep the states before and after every step, [2, B, T, D], or the latter alone, where a cell does not tell the
+  former."""
 
   def __call__(self, x: Array, before: Array | None = None) -> Array:
     return x if before is None else jnp.stack([before, x])
@@ -74,13 +76,13 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
           positions: Any = None, segments: Any = None) -> Insight:
   """What every loop of one parallel pass does; nothing is decoded. It runs the model's own loop, once.
 
-  Memory: K states, K times the logits f32[B, T, V], and for every layer the weights of attention f32[B, H, T, T], one loop at a
-  time; so it is for prompts and not for corpora.
+  Memory: K states, K times the logits f32[B, T, V], and for every layer the weights of attention f32[B, H, T, T], one
+  loop at a time; so it is for prompts and not for corpora.
 
   Args:
     tokens: i32[B, T]; or vectors f32[B, T, inputs], of a model that reads such.
-    steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default. Or a
-      plan, all of whose steps run, where a cell reads more of it than sizes (`Plan.rows`).
+    steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default. Or
+      a plan, all of whose steps run, where a cell reads more of it than sizes (`Plan.rows`).
     positions: i32[B, T], of each token in its document; 0..T-1 by default.
     segments: i32[B, T], tokens attend within equal numbers only; give padding a number of its own.
 
@@ -102,8 +104,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
   if model.outputs == 1:
     unknown['entropy'] = 'an answer is one number, and no distribution'
   if found['start'] is None:
-    unknown |= dict.fromkeys(('start', 'cosine', 'update'), f'{type(model.cell).__name__} runs its loops in a way of its own, '
-                             'and does not tell the state before the first')
+    unknown |= dict.fromkeys(('start', 'cosine', 'update'), f'{type(model.cell).__name__} runs its loops in a way of '
+                             'its own, and does not tell the state before the first')
   layers, attention = _by_layer(told)
   if attention is None:
     unknown['attention'] = layers if isinstance(layers, str) else ''
@@ -114,8 +116,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
 def _plan(model, steps):
   if isinstance(steps, Plan):
     if steps.active is not None or steps.no_grad_steps is not None:
-      raise ConfigError('steps: a plan with skipped steps, or with steps without gradient; give one whose steps all run, such '
-                        'as plans.schedule(sizes)')
+      raise ConfigError('steps: a plan with skipped steps, or with steps without gradient; give one whose steps all run, '
+                        'such as plans.schedule(sizes)')
     return steps
   steps = plans.resolve(model.loops if steps is None else steps)
   warn_beyond(model, steps)
@@ -134,10 +136,11 @@ def checked_tokens(model: Any, tokens: Any) -> Array:
   if tokens.ndim != axes or not tokens.size or not np.issubdtype(tokens.dtype, kind):
     raise ConfigError(f'tokens: {tokens.dtype}{list(tokens.shape)}; give {wanted}, one at least')
   if tokens.shape[1] > length:
-    raise ConfigError(f'tokens: {tokens.shape[1]} a row, more than the {length} positions of the model (read_in.length); '
-                      'shorten them')
+    raise ConfigError(f'tokens: {tokens.shape[1]} a row, more than the {length} positions of the model '
+                      '(read_in.length); shorten them')
   if vocab and not 0 <= tokens.min() <= tokens.max() < vocab:
-    raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has {vocab} (read_in.vocab)')
+    raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has {vocab} '
+                      '(read_in.vocab)')
   return jnp.asarray(tokens, jnp.int32 if vocab else jnp.float32)
 
 
@@ -180,8 +183,8 @@ def _by_layer(told) -> tuple[tuple[str, ...], np.ndarray] | tuple[str, None]:
     for step, layer, entropy in zip(steps, layers, entropies.reshape(-1, *entropies.shape[-3:])):
       found[int(layer), name, int(step)] = entropy
   if not found:
-    return ('no layer of the loop tells what its attention looks at: it has none that is a distribution over tokens, or its '
-            'cell or paper reads keys in a way of its own'), None
+    return ('no layer of the loop tells what its attention looks at: it has none that is a distribution over tokens, or '
+            'its cell or paper reads keys in a way of its own'), None
   if len({entropy.shape for entropy in found.values()}) > 1:
     return 'its layers have attentions of several shapes', None
   layers = sorted({(layer, name) for layer, name, _ in found})

@@ -139,8 +139,8 @@ def attended(attn: nn.Module, q: Array, k: Array, v: Array, ctx: Context, kv: KV
 
 
 def tell(attn: nn.Module, ctx: Context, layer: Array | int, weights: Callable[[], Array]):
-  """Leaves (step, layer, entropy f32[B, H, T] in nats) of an attention in a loop in Linen's `intermediates`, as TOLD, where
-  these are asked for; weights: () -> f32[B, H, T, S], what queries give to keys, with sum one."""
+  """Leaves (step, layer, entropy f32[B, H, T] in nats) of an attention in a loop in Linen's `intermediates`, as TOLD,
+  where these are asked for; weights: () -> f32[B, H, T, S], what queries give to keys, with sum one."""
   if ctx.step is not None and attn.is_mutable_collection(INTERMEDIATES):
     given = weights()
     entropy = -jnp.where(given > 0, given * jnp.log(jnp.where(given > 0, given, 1)), 0).sum(-1)

@@ -194,7 +194,7 @@ class Bidirectional:
 
 
 def weights(q: Array, k: Array, mask: Array) -> Array:
-  """What queries [B, T, H, d] give to keys [B, S, G, d] under a mask bool[B or 1, T, S]: f32[B, H, T, S], rows of sum one."""
+  """What queries [B, T, H, d] give to keys [B, S, G, d], mask bool[B or 1, T, S]: f32[B, H, T, S], rows of sum one."""
   q_BGrTd, k_BGSd, _ = _heads_first(q, k, k)
   att_BGrTS = jax.nn.softmax(_scores(q_BGrTd, k_BGSd, mask), -1)
   return att_BGrTS.reshape(att_BGrTS.shape[0], -1, *att_BGrTS.shape[3:])
