@@ -28,7 +28,7 @@ from loopformer.tasks.imported import Imported
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
 from tests.test_cli import run_here
-from tests.parts import D, ROWS, T, V, batch, close, looped, params, plain, tokens
+from tests.parts import D, ROWS, T, V, batch, close, looped, over, params, plain, tokens
 
 LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(),
                 loops=2)
@@ -126,7 +126,8 @@ def test_neighbours_change_nothing(insights):
 
 
 def test_a_padded_row_is_the_row_and_documents_do_not_see_each_other():
-  model = looped(plain(kernel=kernels.Bidirectional()), loops=2)  # in which padding would be seen
+  both_ways = plain(1, kernel=kernels.Bidirectional())  # in which padding would be seen, by the loop and by the coda
+  model = looped(both_ways, loops=2, coda=both_ways.core)
   weights, ids, room = params(model), tokens(1), 3
   alone = loopformer.trace(model, weights, ids[:, :T - room])
   segments = jnp.asarray([[0] * (T - room) + [1] * room])
@@ -141,6 +142,7 @@ def test_a_padded_row_is_the_row_and_documents_do_not_see_each_other():
   model = ROWS['base_loop'].model
   found = loopformer.trace(model, params(model), packed['tokens'], positions=packed['positions'],
                            segments=packed['segments'])
+  close(found.states[-1], over(model, params(model), packed, plans.schedule(plans.resolve(model.loops))).x, 1e-5)
   first = np.asarray(packed['positions']) == 0
   assert (found.attention[:, :, 0][..., first[0]] == 0).all() and (found.attention[:, :, 1][..., first[1]] == 0).all()
 
