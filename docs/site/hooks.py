@@ -191,6 +191,7 @@ def api_page(title: str, names: list[str]) -> str:
 
 
 def slug(title: str) -> str:
+  """The name of a page's file."""
   return title.lower().replace(' ', '_')
 
 
