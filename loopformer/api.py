@@ -39,18 +39,18 @@ class Loaded(NamedTuple):
     """
     from loopformer import config as configs
     from loopformer.training.checkpoint import FOLDER, Checkpoints
-    workdir = storage.path(workdir)
-    storage.check_workdir(workdir, writes=True)
-    if (workdir / configs.FILE).exists():
-      raise ConfigError(f'workdir = {workdir}: it holds a run; give a new folder')
-    if (workdir / FOLDER).exists():
-      raise ConfigError(f'workdir = {workdir}: it holds checkpoints and no configuration, as of an import that was '
-                        f'interrupted; remove {workdir / FOLDER}, or give a new folder')
+    folder = storage.path(workdir)
+    storage.check_workdir(folder, writes=True)
+    if (folder / configs.FILE).exists():
+      raise ConfigError(f'workdir = {folder}: it holds a run; give a new folder')
+    if (folder / FOLDER).exists():
+      raise ConfigError(f'workdir = {folder}: it holds checkpoints and no configuration, as of an import that was '
+                        f'interrupted; remove {folder / FOLDER}, or give a new folder')
     if self.tokenizer is not None:
-      self.tokenizer.save(workdir / TOKENIZER)
-    with Checkpoints(workdir) as checkpoints:
+      self.tokenizer.save(folder / TOKENIZER)
+    with Checkpoints(folder) as checkpoints:
       checkpoints.save(0, self.params, None, {}, {})
-    configs.save(dataclasses.replace(self.config, model=self.model), workdir)  # last: it makes the folder one of a run
+    configs.save(dataclasses.replace(self.config, model=self.model), folder)  # last: it makes the folder one of a run
 
 
 def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, trust: bool = False,

@@ -9,6 +9,7 @@ found, and code that lies in the folder itself runs only where trust is given (`
 from __future__ import annotations
 
 import ast
+import collections.abc
 import contextlib
 import contextvars
 import dataclasses
@@ -191,7 +192,7 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
                   _parse(text, inner[name], _annotation(value, name), path, _optional(value, name)))
 
 
-def _declared(kind: type, name: str) -> tuple[Any, type | None]:
+def _declared(kind: type, name: str) -> tuple[Any, Any]:
   """The declared type of a field of a kind of parts, as it stands there, and the class that declares it."""
   for cls in kind.__mro__ if dataclasses.is_dataclass(kind) else ():
     declared = cls.__dict__.get('__annotations__', {}).get(name)
@@ -320,7 +321,7 @@ def check(config: Experiment):
   if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model, config.task.measure)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
-  for steps in (*train.extended, train.steps):
+  for steps in (*typing.cast(tuple, train.extended), train.steps):
     try:
       config.optim.make(steps, Roles())
     except TypeError as error:  # memories have a `make` too
@@ -345,7 +346,7 @@ def check_values(value: Any, path: str):
     check_values(inner, where)
 
 
-def _check_kind(kind: type, name: str, value: Any, where: str) -> set[str]:
+def _check_kind(kind: Any, name: str, value: Any, where: str) -> set[str]:
   """The words of the declared type of a field that holds no parts; raises ConfigError where the value is of another."""
   declared, cls = _declared(kind, name)
   called = _kind_name(declared)
@@ -380,7 +381,7 @@ def _check_socket(name: str, value: Any, kind: Any, where: str):
   """Raises ConfigError where a part of the library stands in a field, of declared type `kind`, that is for others: it lacks
   what the socket of the field's name asks for, or is of none of the declared types."""
   inner = typing.get_args(kind)
-  if isinstance(value, (Mapping, tuple)) and typing.get_origin(kind) in (Mapping.__origin__, dict, tuple):
+  if isinstance(value, (Mapping, tuple)) and typing.get_origin(kind) in (collections.abc.Mapping, dict, tuple):
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
       _check_socket(name, item, inner[-1] if isinstance(value, Mapping) else inner[0], f'{where}[{key!r}]')
   if not is_part(value) and not isinstance(value, nn.Module) or not (shown := _name_of(type(value))).startswith(PARTS):
@@ -424,7 +425,7 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
   The file defines `get_config()` or `get_config(argument: str)`. Those that come with the library have short names too,
   `loopformer:tiny`, and are found from every folder.
   """
-  bucket = re.match(r'(\w+://)?', spec)[0]
+  bucket = (re.match(r'\w+://', spec) or [''])[0]
   name, _, argument = spec.removeprefix(bucket).partition(':')
   path = _file_of(bucket + name)
   module = _import_file(path)
@@ -444,7 +445,7 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Experiment:
 def published() -> dict[str, Path]:
   """The configuration files that come with the library, by their short names."""
   spec = importlib.util.find_spec('experiments.configs')
-  files = [file for folder in (spec.submodule_search_locations if spec else ()) for file in Path(folder).glob('*.py')]
+  files = [file for folder in (spec and spec.submodule_search_locations or ()) for file in Path(folder).glob('*.py')]
   return {file.stem: file for file in sorted(files) if file.stem != '__init__'}
 
 
@@ -470,13 +471,13 @@ def _import_file(path: Any) -> types.ModuleType:
   if name not in sys.modules:
     file = str(storage.fetched(path))  # whatever its name ends with
     loader = importlib.machinery.SourceFileLoader(name, file)
-    module_spec = importlib.util.spec_from_file_location(name, file, loader=loader)
-    module = importlib.util.module_from_spec(module_spec)
+    module_spec: Any = importlib.util.spec_from_file_location(name, file, loader=loader)
+    module: Any = importlib.util.module_from_spec(module_spec)
     module.__source__ = source
     sys.modules[name] = module
     try:
       with moved.importable(), _telling(path):
-        module_spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
       del sys.modules[name]
       raise
@@ -528,15 +529,15 @@ def choose(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
 
 def save(config: Experiment, workdir: str | Path):
   """Writes config.json, and a copy of the configuration file where parts of it are defined there."""
-  workdir = storage.path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  folder = storage.path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
   encoded = json.dumps(_encode(config), indent=1)
   for name, module in list(sys.modules.items()):
     if name.startswith(LOADED) and f'"{name}:' in encoded:
-      copy = workdir / f'{name.removeprefix(LOADED)}.py'
+      copy = folder / f'{name.removeprefix(LOADED)}.py'
       if not copy.exists():
         storage.write(copy, module.__source__)  # as it was read: the file may have changed or gone since
-  storage.write(workdir / FILE, encoded + '\n')
+  storage.write(folder / FILE, encoded + '\n')
 
 
 def is_saved(config: Experiment, workdir: str | Path) -> bool:
@@ -576,15 +577,15 @@ def read(workdir: str | Path, like: Experiment | None = None) -> Experiment:
     ConfigError: it holds none, or one that names what is no part of the library, which runs where trust is given alone;
       or one that is damaged, or of a version whose parts are not those of this one.
   """
-  workdir = storage.path(workdir)
-  path = workdir / FILE
+  folder = storage.path(workdir)
+  path = folder / FILE
   if not path.exists():
-    raise ConfigError(f'workdir = {workdir}: no config.json in it, so no run was started there; '
+    raise ConfigError(f'workdir = {folder}: no config.json in it, so no run was started there; '
                       'give the work folder of a training run')
   remedy = 'put the file back that the run wrote'
   encoded = reading.read_json(path, remedy)
   with reading.naming(path, remedy):
-    found = _decode(encoded, workdir, set() if like is None else set(_named(_encode(like))))
+    found = _decode(encoded, folder, set() if like is None else set(_named(_encode(like))))
     if not isinstance(found, Experiment):
       raise ConfigError(f'it describes no experiment; {remedy}')
   return found

@@ -1,6 +1,7 @@
 """The loop: one step applied to every row of a plan. All that is looped in the library goes through `run`."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Callable
 
@@ -216,7 +217,8 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
   elif plan.no_grad_steps is not None and not cell.is_initializing():
     first, k = plan.no_grad_steps.max(), plan.no_grad_steps + (k[:, None] if plan.no_grad_steps.ndim else k)
     row = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=first, precomputed=None)
-    x, kv = _without_gradient(cell, x, e, lambda k: row.replace(k=k, active=k < plan.no_grad_steps), first, ctx, kv)
+    x, kv = _without_gradient(cell, x, e, lambda k: dataclasses.replace(row, k=k, active=k < plan.no_grad_steps), first,
+                              ctx, kv)
   rows = Step(t=plan.t, dt=plan.dt, active=plan.active, k=k, precomputed=precomputed)
   ran = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
   total = (ran + plan.free).max()

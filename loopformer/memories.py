@@ -6,7 +6,8 @@ the parallel pass computes, and how far off the others are, is in docs/memories.
 """
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ def slots_of(caches) -> int:
 class Slotted:
   """A memory that keeps one KV of `slots`, with a place for every position."""
   rewinds = True
+  slots: Callable[[int], int]
 
   def make(self, loops: int, *size, width: int | None = None) -> KV:
     """The empty cache; arguments as for `empty`. No states are kept, so `width` is not read."""
@@ -176,8 +178,9 @@ def put(kv: KV, slot: Array | int, pos: Array, place: Array, layer: Array | int,
   def written(cache, new):
     return kv.layout.put(cache, (slot, layer, row, place), new, mode='drop', unique_indices=True)
 
-  kv = kv.replace(k=written(kv.k, k), v=written(kv.v, v),
-                  pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True) if first else kv.pos)
+  kv = dataclasses.replace(
+      kv, k=written(kv.k, k), v=written(kv.v, v),
+      pos=kv.pos.at[slot, row, place].set(pos, mode='drop', unique_indices=True) if first else kv.pos)
   keys, values = (kv.layout.of_heads(_layer(cache, slot, layer)) for cache in (kv.k, kv.v))
   return kv, keys, values, jax.lax.dynamic_index_in_dim(kv.pos, slot, keepdims=False)
 

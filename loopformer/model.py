@@ -14,7 +14,7 @@ from loopformer.nn import modules
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.nn.layers import Linear, transposed
 from loopformer.nn.stack import Stack
-from loopformer.types import KV, Array, Batch, Context, Params, Plan, Readout, StepView, Trace
+from loopformer.types import Array, Batch, Context, Params, Plan, Readout, StepView, Trace
 
 
 class Looped(nn.Module):
@@ -43,7 +43,7 @@ class Looped(nn.Module):
     super().__post_init__()
 
   def __call__(self, tokens: Array, plan: Plan, pos: Array | None = None, seg: Array | None = None,
-               kv: dict[str, KV] | None = None, keep: Any = loop.Last(), precomputed: Any = None,
+               kv: dict[str, Any] | None = None, keep: Any = loop.Last(), precomputed: Any = None,
                noise: Array | None = None) -> Trace:
     """Runs a plan.
 
@@ -70,7 +70,7 @@ class Looped(nn.Module):
     return Trace(x=x, z=z, xs=xs, aux=aux, kv=kv, steps=steps, plan=plan)
 
   def adapt(self, tokens: Array, plan: Plan, exit_policy: Any, threshold: Array | None, pos: Array | None = None,
-            seg: Array | None = None, kv: dict[str, KV] | None = None, precomputed: Any = None,
+            seg: Array | None = None, kv: dict[str, Any] | None = None, precomputed: Any = None,
             keys: Array | None = None) -> Trace:
     """Runs the steps of a plan until `exit_policy` (exits.Adaptive) lets go; arguments as for the model itself.
 
@@ -176,13 +176,15 @@ def run_batch(model: Looped, params: Params, batch: Batch, plan: Plan, **options
 
   options: further arguments of the model, such as `keep`, `noise`, or `method='adapt'` and what that takes.
   """
-  return model.apply({'params': params}, batch['tokens'], plan, pos=batch.get('positions'), seg=batch.get('segments'),
-                     **options)
+  trace: Any = model.apply({'params': params}, batch['tokens'], plan, pos=batch.get('positions'),
+                           seg=batch.get('segments'), **options)
+  return trace
 
 
 def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
   """The way from states of this batch to answers."""
   variables = {'params': params}
+  table: Any = model.apply(variables, method='table')
 
   def one(x):
     return model.apply(variables, x, batch['tokens'], batch.get('positions'), batch.get('segments'), method='read')
@@ -190,7 +192,7 @@ def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
   def read(x):
     return one(x) if x.ndim == 3 else jax.vmap(one)(x)
 
-  return Readout(table=model.apply(variables, method='table'), read=read, dtype=model.dtype)
+  return Readout(table=table, read=read, dtype=model.dtype)
 
 
 def init_params(model: Looped, key: Array) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.model import make_readout, run_batch
+from loopformer.model import Looped, make_readout, run_batch
 from loopformer.types import (Array, Batch, ConfigError, Params, PlanContext, Planner, Preparation, Term, Trace,
                               config_dataclass)
 
@@ -118,10 +118,11 @@ class Objective:
       ConfigError: a teacher's weights are missing.
     """
     named, encoder = context.named('prepare'), self._encoder
+    prepare: Any = self.prepare
     if encoder is None:
-      return context.replace(batch=self.prepare(named))
+      return dataclasses.replace(context, batch=prepare(named))
     self._all_there(frozen)
-    return context.replace(batch=self.prepare(named, jax.lax.stop_gradient(frozen[encoder.name])))
+    return dataclasses.replace(context, batch=prepare(named, jax.lax.stop_gradient(frozen[encoder.name])))
 
   @property
   def _encoder(self):
@@ -171,9 +172,10 @@ class Objective:
     readout = dataclasses.replace(make_readout(model, params, context.batch), of=of)
     shares = {name: weighted.term(rolls, context.batch, readout, params) / jnp.maximum(denominators[name], 1e-9)
               for name, weighted in self.terms.items()}
-    return sum(self.terms[name].weight * share for name, share in shares.items()), shares
+    total: Any = sum(self.terms[name].weight * share for name, share in shares.items())
+    return total, shares
 
-  def _of(self, roll, model, params, frozen):
+  def _of(self, roll, model, params, frozen) -> tuple[Looped, Params]:
     """(model, parameters) that a rollout runs with."""
     if roll.teacher is None:
       return model, params

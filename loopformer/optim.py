@@ -110,7 +110,7 @@ class AtanAdam:
 
 class AtanState(NamedTuple):
   """count: i32[], updates so far; m, v: moments, as parameters."""
-  count: Array
+  count: Array  # type: ignore[assignment]  # saved under this name, which tuple has for a method
   m: Any
   v: Any
 
@@ -241,7 +241,7 @@ def _scale_by_shape(update):
 
 class CountState(NamedTuple):
   """count: i32[], updates so far."""
-  count: Array
+  count: Array  # type: ignore[assignment]  # saved under this name, which tuple has for a method
 
 
 def cautious_decay(rate: optax.Schedule) -> optax.GradientTransformation:

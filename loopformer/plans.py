@@ -426,6 +426,7 @@ class Staged(Planner):
 
 class Around(Planner):
   """A planner that changes what another one, `of`, makes."""
+  of: Any
 
   @property
   def longest(self) -> int:
@@ -479,10 +480,11 @@ def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
   """As `schedule`, in NumPy's arrays: no device is asked for anything."""
   dt = np.asarray(steps, np.float32)
   t = np.concatenate([[0.0], np.cumsum(steps, dtype=np.float64)[:-1]]).astype(np.float32)
+  plan: Any = Plan  # whose arrays are JAX's elsewhere
   if rows is None:
-    return Plan(t=t, dt=dt)
+    return plan(t=t, dt=dt)
   pad = (0, rows - len(dt))
-  return Plan(t=np.pad(t, pad), dt=np.pad(dt, pad), active=np.arange(rows) < len(dt))
+  return plan(t=np.pad(t, pad), dt=np.pad(dt, pad), active=np.arange(rows) < len(dt))
 
 
 def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, ...]:

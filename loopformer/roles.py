@@ -77,7 +77,8 @@ def stacked(module: nn.Module, name: str):
 @contextlib.contextmanager
 def collecting() -> Iterator[Callable[[Any], Roles]]:
   """Within it a model is initialised; what it gives turns the shapes of the parameters into their roles."""
-  declared, stacks = {}, set()
+  declared: dict[Any, Any] = {}
+  stacks: set[Any] = set()
 
   def roles(params):
     found = Roles()

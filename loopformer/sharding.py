@@ -7,6 +7,7 @@ own heads and hidden units.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any, Callable, ContextManager, Mapping
@@ -174,9 +175,9 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def mesh_of(tree: Any) -> jax.sharding.Mesh | None:
-  """The mesh of several devices that arrays are divided over; None where they lie on one device, on the host, or nowhere,
-  being traced."""
+def mesh_of(tree: Any) -> Any:
+  """The mesh (jax.sharding.Mesh) of several devices that arrays are divided over; None where they lie on one device, on the
+  host, or nowhere, being traced."""
   for leaf in jax.tree.leaves(tree):
     held = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
     if isinstance(held, NamedSharding) and held.mesh.axis_names == AXES and held.mesh.size > 1:
@@ -285,8 +286,9 @@ def spread(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
 def of_cache(kv: KV, sizes: Mapping[str, int]) -> KV:
   """Partitions of a cache's arrays: rows over data and fsdp, heads over tensor where it divides them."""
   heads = ('tensor',) if kv.layout.count(kv.k) % sizes['tensor'] == 0 else ()
-  own = P(None, None, BATCH, *(None,) * (kv.layout.heads - 3), *heads)
-  return kv.replace(k=own, v=own, pos=P(None, BATCH))
+  own: Any = P(None, None, BATCH, *(None,) * (kv.layout.heads - 3), *heads)
+  places: Any = P(None, BATCH)
+  return dataclasses.replace(kv, k=own, v=own, pos=places)
 
 
 def agreed(longest: Array) -> Array:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any, Callable, Mapping, Protocol, runtime_checkable
+from typing import Any, Callable, Mapping, Protocol, dataclass_transform, runtime_checkable
 import zlib
 
 from flax import struct
@@ -91,11 +91,11 @@ class PlanContext:
     """The same with keys of their own for what bears a name."""
     number = zlib.crc32(name.encode())
     sequences = None if self.sequences is None else jax.random.fold_in(self.sequences, number)
-    return self.replace(key=jax.random.fold_in(self.key, number), sequences=sequences)
+    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number), sequences=sequences)
 
   def microbatch(self, number: Array, batch: Batch) -> PlanContext:
     """That of a part of the batch, which draws a plan of its own."""
-    return self.replace(key=jax.random.fold_in(self.key, number), batch=batch, sequences=self.key)
+    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number), batch=batch, sequences=self.key)
 
 
 @struct.dataclass
@@ -653,6 +653,7 @@ def real(name: str, value: Any, allowed: str, why: str = '') -> float:
   return number
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def config_dataclass(cls):
   """Class decorator of the parts of a configuration: a frozen, keyword-only dataclass."""
   return dataclasses.dataclass(frozen=True, kw_only=True)(cls)

@@ -1,6 +1,8 @@
 """The timed cell: the stack, modulated by where the step stands (LoopFormer section 2; timestep encoding)."""
 from __future__ import annotations
 
+from typing import Any
+
 from loopformer.cells.cell import Cell
 from loopformer.nn.condition import LoopIndex, Modulation, NoiseTime, StepNumber, Table, Trajectory
 from loopformer.nn.stack import Stack
@@ -31,5 +33,6 @@ class Timed(Cell):
     return self.modulation(self.condition(plan))
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
-    x, kv = self.core(x, ctx, ctx.step.precomputed, kv)
+    step: Any = ctx.step
+    x, kv = self.core(x, ctx, step.precomputed, kv)
     return x, kv, {}

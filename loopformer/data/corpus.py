@@ -123,7 +123,8 @@ class Files:
 
   def _found(self, field: str, left_out: collections.Counter | None = None) -> list[storage.File]:
     """Every file that the globs of a field match, once, in order of path."""
-    files, names, passed = {}, collections.defaultdict(set), collections.defaultdict(set)
+    files, names = {}, collections.defaultdict(set)
+    passed: dict[str, set] = collections.defaultdict(set)
     for pattern in getattr(self, field):
       found = _matches(pattern, self.root, passed)
       if not found:
@@ -175,10 +176,10 @@ class Files:
     with reading.opened(self._at(path), REMEDY) as f:
       for row, line in enumerate(f):
         where, remedy = f'Files: {path} row {row + 1}', 'correct or remove the row'
-        line = line.strip() and reading.decoded(line, where, 'save the file as UTF-8').strip()
-        if not line:
+        text = reading.decoded(line, where, 'save the file as UTF-8').strip() if line.strip() else ''
+        if not text:
           continue
-        record = reading.parsed(line, where, remedy, dict | None)
+        record = reading.parsed(text, where, remedy, dict | None)
         if record is None:
           yield row, None
         elif self.field in record:
@@ -371,9 +372,9 @@ def _matches(pattern: str, root: str, passed: dict[str, set]) -> dict[str, tuple
     own = os.path.join(root, os.path.expanduser(pattern))
     found = list(_named(os.path.join(own, '*') if os.path.basename(own) == '**' else own, passed))
     passed['links to nothing'] |= {path for path in found if not os.path.exists(path)}
-    paths = filter(os.path.isfile, found)
+    own_files = filter(os.path.isfile, found)
     before = 0 if storage.whole(pattern) else len(os.path.join(root, ''))
-    return {path[before:]: (_identity(path), storage.described(path[before:], path)) for path in paths}
+    return {path[before:]: (_identity(path), storage.described(path[before:], path)) for path in own_files}
   place = storage.path(pattern)
   found = storage.attempt(lambda: storage.files(place).glob(str(place), detail=True), pattern)
   paths = {f'{storage.scheme(place)}://{key}': about for key, about in found.items() if about['type'] == 'file'}

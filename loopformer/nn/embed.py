@@ -116,11 +116,11 @@ class TiedHead(nn.Module):
   def __call__(self, x: Array) -> Array:
     return self.norm(x)
 
-  def table(self, read_in: TokenEmbed | Tokens) -> Array:
+  def table(self, read_in: Any) -> Array:
     """The head's matrix, [V, D]."""
     return read_in.table()
 
-  def outputs_of(self, read_in: TokenEmbed | Tokens) -> int:
+  def outputs_of(self, read_in: Any) -> int:
     """Rows of that matrix."""
     return read_in.vocab
 

@@ -42,7 +42,9 @@ class Accelerator:
 
   def speed(self, apart: int) -> float:
     """Bytes a second that it sends to devices, the first and the last of which are so many places apart."""
-    return self.interconnect if self.node is None or apart <= self.node else self.network
+    if self.node is None or self.network is None or apart <= self.node:
+      return self.interconnect
+    return self.network
 
 
 ACCELERATORS = {
@@ -85,7 +87,12 @@ def measured_bandwidth(megabytes: int | None = None) -> float:
   megabytes = megabytes or (256 if jax.default_backend() == 'cpu' else 2048)
   negate = jax.jit(lambda x: -x, donate_argnums=0)
   x = [negate(jnp.ones(megabytes << 18))]  # without a new array a call, whose pages the system would have to find
-  return 2.0 * x[0].nbytes / _least_seconds(lambda: x.append(negate(x.pop())) or x[0])
+
+  def once():
+    x[0] = negate(x[0])
+    return x[0]
+
+  return 2.0 * x[0].nbytes / _least_seconds(once)
 
 
 def _least_seconds(program, *operands, seconds=0.5):
@@ -150,7 +157,8 @@ class Parts:
   SECONDS = 10.0
 
   def __init__(self, path: Any, number: int):
-    self._path, self._number, self._held, self._written, self._at = path, number, [], 0, time.monotonic()
+    self._path, self._number, self._written, self._at = path, number, 0, time.monotonic()
+    self._held: list[str] = []
 
   def add(self, line: str):
     self._held.append(line)
@@ -165,9 +173,9 @@ class Parts:
       self._number, self._held, self._written = self._number + 1, [], 0
 
 
-def writer(folder: str | Path, first_step: int) -> Writer:
+def writer(workdir: str | Path, first_step: int) -> Writer:
   """The writer of a work folder, without the rows of steps after the first."""
-  folder = storage.path(folder)
+  folder = storage.path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / 'metrics.jsonl'
   parts = _files(path)
@@ -221,7 +229,8 @@ def bytes_used() -> float:
 def _unfound(*names: str):
   """Meanwhile an import does not find these modules, but for those that are loaded already."""
   hidden = [name for name in names if name not in sys.modules]
-  sys.modules.update(dict.fromkeys(hidden))
+  modules: dict[str, Any] = sys.modules
+  modules.update(dict.fromkeys(hidden))
   try:
     yield
   finally:
