@@ -6,7 +6,7 @@ import pytest
 from tests import parts
 
 HEAVY = ('grain', 'array_record', 'sentencepiece', 'matplotlib', 'torch', 'tensorboardX', 'orbax', 'pyarrow',
-         'safetensors', 'fsspec', 'gcsfs', 's3fs')
+         'wandb', 'datasets', 'safetensors', 'fsspec', 'gcsfs', 's3fs')
 REPORT = '''
 import importlib, json, sys
 importlib.import_module(sys.argv[1])

@@ -1,4 +1,5 @@
-"""Where numbers go while a run trains: JSON lines always, TensorBoard where it is installed; and the speed of light.
+"""Where numbers go while a run trains: JSON lines always, TensorBoard where it is installed, Weights & Biases
+(wandb_run.py) where a project is named; and the speed of light.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import reading, storage
+from loopformer.training import wandb_run
 from loopformer.types import ConfigError, config_dataclass
 
 
@@ -107,20 +109,21 @@ def _least_seconds(program, *operands, seconds=0.5):
 
 
 class Writer:
-  """Writes rows to `lines`, and to TensorBoard event files where tensorboardX is installed.
+  """Writes rows to `lines`, and their numbers to `boards`: TensorBoard event files, Weights & Biases.
 
   A resumed run drops the rows from its first step on, which it will write again.
   """
 
-  def __init__(self, lines: Lines | Parts, board: Any):
-    self._lines, self._board = lines, board
+  def __init__(self, lines: Lines | Parts, *boards: Any):
+    self._lines, self._boards = lines, boards
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]):
     """One row; values are numbers, or lists and texts for the JSON lines alone."""
     self._lines.add(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
-    for name, value in values.items() if self._board else ():
+    for name, value in values.items() if self._boards else ():
       if isinstance(value, (int, float)):
-        self._board.add_scalar(f'{kind}/{name}', value, step)
+        for board in self._boards:
+          board.add_scalar(f'{kind}/{name}', value, step)
 
   def flush(self):
     """Sees that all rows are where a resumed run finds them."""
@@ -128,8 +131,8 @@ class Writer:
 
   def close(self):
     self._lines.flush()
-    if self._board:
-      self._board.close()
+    for board in self._boards:
+      board.close()
 
 
 class Lines:
@@ -186,7 +189,7 @@ def writer(workdir: str | Path, first_step: int) -> Writer:
       storage.write(part_, ''.join(json.dumps(row) + '\n' for row in kept))
   number = 1 + max((int(part_.stem.rpartition('-')[2]) for part_ in parts if part_ != path), default=-1)
   lines = Parts(path, number) if storage.remote(path) else Lines(path)
-  return Writer(lines, _tensorboard(folder, first_step))
+  return Writer(lines, *filter(None, (_tensorboard(folder, first_step), wandb_run.begin(folder))))
 
 
 def _part(path: Any, number: int) -> Any:
