@@ -1,10 +1,11 @@
 """What tools say of the source: types of the public modules. Skipped where a tool is not installed (extra `dev`)."""
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests import parts
+from tests import parts, tidy
 
 
 def mypy(*arguments: str) -> subprocess.CompletedProcess:
@@ -28,3 +29,27 @@ def test_who_uses_the_library_has_its_types(tmp_path):
   assert 'Revealed type is' in lines[0] and 'loopformer.api.Loaded' in lines[0], lines
   assert '"Loaded" has no attribute "paint"' in lines[1] and lines[1].partition(': ')[0].endswith('user.py:6')
   assert 'user.py:7' in lines[2] and '[call-arg]' in lines[2]
+
+
+@pytest.mark.parametrize('text, why', [
+    ('a\nb\n', []), ('', []), ('a', ['f:1: ends with no newline']), ('a\n\n', ['f:3: ends with more than one newline']),
+    ('a \nb\n', ['f:1: spaces at the end of the line']), ('a\r\n', ['f:1: spaces at the end of the line']),
+    ('<' * 7 + ' HEAD\n' + '=' * 7 + '\n', ['f:1: a mark of a merge', 'f:2: a mark of a merge']), ('=' * 8 + '\n', [])])
+def test_what_is_not_tidy(text, why):
+  assert tidy.faults('f', text) == why
+
+
+def test_hooks_are_programs_of_this_environment():
+  """Each can be started offline; and those of the source say nothing of it now."""
+  yaml = pytest.importorskip('yaml')
+  repositories = yaml.safe_load((parts.ROOT / '.pre-commit-config.yaml').read_text())['repos']
+  assert [repository['repo'] for repository in repositories] == ['local']
+  hooks = {hook['id']: hook for hook in repositories[0]['hooks']}
+  assert all(hook['language'] == 'system' and hook['entry'].startswith('python -m ') for hook in hooks.values())
+  assert set(hooks) == {'ruff', 'mypy', 'tidy'}
+  kept = re.compile(hooks['tidy']['exclude'])
+  texts = [path for pattern in ('*.md', '*.toml', '*.cfg', '*.cff', 'loopformer/**/*.py', 'experiments/**/*.py', 'tests/*.py',
+                                'launch/*', 'docs/*.md') for path in parts.ROOT.glob(pattern) if path.is_file()]
+  names = [name for path in texts if not kept.search(name := str(path.relative_to(parts.ROOT)))]
+  assert len(names) > 200
+  assert [fault for name in names for fault in tidy.faults(name, (parts.ROOT / name).read_text())] == []

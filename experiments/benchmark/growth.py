@@ -50,4 +50,3 @@ def growth_suite(size: Size, repeats: int, axes: Iterable[str] = AXES, factors: 
 def slope(values: Mapping[int, float]) -> float:
   """The exponent of a power law through the points."""
   return float(np.polyfit(*([math.log(number) for number in numbers] for numbers in zip(*values.items())), 1)[0])
-
