@@ -6,15 +6,17 @@ many names it has, and a byte-order mark before a text is no part of it.
 """
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
+import re
 import sysconfig
 
 from loopformer import reading, storage
@@ -158,18 +160,7 @@ class Files:
       else:
         data = reading.contents(self._at(path), REMEDY)
         rows = [(None, reading.decoded(data, f'Files: {path}', 'convert it to UTF-8 or remove it'))]
-      for row, text in rows:
-        where = path if row is None else f'{path} row {row + 1}'
-        if not isinstance(text, str | None):
-          raise ValueError(
-            f'Files.field={self.field!r}: {where} holds {type(text).__name__}, not text; name another field'
-          )
-        if text is None:
-          left_out['rows of null'] += 1
-        elif text := text.lstrip(reading.MARK):
-          yield path if row is None else f'{path}#{row}', text
-        else:
-          left_out['empty documents'] += 1
+      yield from _texts_of(rows, path, 'Files', self.field, left_out)
 
   def _jsonl(self, path: str):
     """(row from 0, what its field holds); blank lines are rows that hold nothing."""
@@ -185,7 +176,7 @@ class Files:
         elif self.field in record:
           yield row, record[self.field]
         else:
-          raise self._missing(f'{path} row {row + 1}', list(record))
+          raise _missing('Files', self.field, f'{path} row {row + 1}', list(record))
 
   def _parquet(self, path: str):
     """(row from 0, what its field holds)."""
@@ -202,7 +193,7 @@ class Files:
       except damage as e:
         raise ValueError(f'Files: {path} is damaged, or not parquet ({_first(e)}); fetch it again or remove it') from e
       if self.field not in names:
-        raise self._missing(path, names)
+        raise _missing('Files', self.field, path, names)
       batches = file.iter_batches(batch_size=256, columns=[self.field])
       while True:
         try:
@@ -219,11 +210,91 @@ class Files:
     """Where a file or glob of this name lies."""
     return storage.within(self.root, name)
 
-  def _missing(self, where: str, present: list[str]) -> ValueError:
-    return ValueError(
-      f'Files.field={self.field!r}: {where} has no such field; it has {", ".join(present) or "none"}: '
-      'set Files.field to one of them'
-    )
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubDataset:
+  """Part: a data set of Hugging Face (extra `datasets`), a document a row: of the Hub by `name`, or in a `folder` of this
+  machine, as `save_to_disk` writes it or of files that datasets reads.
+
+  revision: the commit of one of the Hub, 40 hexadecimal digits, so that the data stay what they are. subset: its
+  configuration, where it has several. train, validation_split: names of splits; without the second a `validation` share of
+  documents is held out. With it, train documents whose contents also stand in validation are dropped. field: the column of
+  the text. streaming: rows are read as they come; False keeps them in the cache of datasets. Empty rows are skipped.
+  ConfigError names the field, or split and row, at fault.
+  """
+
+  name: str = ''
+  revision: str = ''
+  folder: str = dataclasses.field(default='', repr=False)  # the data are the same wherever they lie
+  subset: str = ''
+  train: str = 'train'
+  validation_split: str = ''
+  validation: float = 0.05
+  field: str = 'text'
+  streaming: bool = True
+
+  def __post_init__(self):
+    _check_share('HubDataset', self.validation)
+    if bool(self.name) == bool(self.folder):
+      raise ConfigError(f'HubDataset.name={self.name!r}, folder={self.folder!r}: give one of the two')
+    if self.folder and (self.revision or storage.remote(self.folder)):
+      raise ConfigError(f'HubDataset.folder={self.folder!r}: ' + (
+          'a folder has no revision; leave that out' if self.revision else 'give a folder of this machine, or Files'))
+    if self.name and not re.fullmatch('[0-9a-f]{40}', self.revision):
+      raise ConfigError(f'HubDataset.revision={self.revision!r}: give the commit of {self.name}, 40 hexadecimal digits (on its '
+                        'page under Files and versions), so that its data stay what they are')
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Fields that hold paths."""
+    return ('folder',) if self.folder else ()
+
+  def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
+    """All documents; what is skipped is counted in `left_out` by why."""
+    if not self.validation_split:
+      return _split(functools.partial(self._texts, 'train'), self.validation, left_out)
+    return _given(self._texts, collections.Counter() if left_out is None else left_out)
+
+  def sources(self) -> list[storage.File]:
+    """Every file of the folder, in order of path; none of the Hub's, whose contents the revision names."""
+    root = os.path.expanduser(self.folder)
+    if self.folder and not os.path.isdir(root):
+      raise FileNotFoundError(f'HubDataset.folder={self.folder!r}: there is no such folder')
+    files = [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
+             if not name.startswith(('.', 'cache-'))] if self.folder else []  # datasets keeps results beside its own files
+    return [storage.described(name.replace(os.sep, '/'), os.path.join(root, name)) for name in sorted(files)]
+
+  def _texts(self, which: str, left_out: collections.Counter):
+    split = self.train if which == 'train' else self.validation_split
+    yield from _texts_of(enumerate(self._column(split)), split, 'HubDataset', self.field, left_out)
+
+  def _column(self, split: str):
+    """What the field holds, row by row."""
+    try:
+      import datasets
+    except ImportError as error:
+      raise ImportError("reading a data set of Hugging Face needs datasets: install the extra 'datasets'") from error
+    root, where = os.path.expanduser(self.folder), self.folder or self.name
+    self.sources()  # whose folder is there
+    try:
+      if self.folder and any(os.path.exists(os.path.join(root, name)) for name in ('dataset_dict.json', 'state.json')):
+        found = datasets.load_from_disk(root)
+        if isinstance(found, datasets.DatasetDict):
+          found = found[split]
+        elif split != (found.split or 'train'):
+          raise ValueError(f'it has the split {found.split or "train"} alone')
+      else:
+        found = datasets.load_dataset(root or self.name, self.subset or None, split=split, streaming=self.streaming,
+                                      revision=self.revision or None)
+      rows = iter(found)
+      first = next(rows, None)
+    except (ValueError, LookupError, OSError, datasets.exceptions.DatasetsError) as error:
+      raise ConfigError(f'HubDataset: the split {split!r} of {where} cannot be read ({_first(error)}); correct name, subset, '
+                        'revision or split') from error
+    if first is not None and self.field not in first:
+      raise _missing('HubDataset', self.field, f'{where}, {split}', list(first))
+    for row in rows if first is None else itertools.chain([first], rows):
+      yield row[self.field]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,6 +370,25 @@ def rows_of(where: str, name: str, left_out: collections.Counter | None = None) 
                           '{"messages": [...]} or {"prompt": ..., "answer": ...}')
       check_messages(messages, told)
       yield row, messages
+
+
+def _texts_of(rows: Iterable, path: str, part: str, field: str, left_out: collections.Counter) -> Iterator[tuple[str, str]]:
+  """(name, text) of every row (its number from 0, None where the file is one document; what it holds) that has text."""
+  for row, text in rows:
+    where = path if row is None else f'{path} row {row + 1}'
+    if not isinstance(text, str | None):
+      raise ValueError(f'{part}.field={field!r}: {where} holds {type(text).__name__}, not text; name another field')
+    if text is None:
+      left_out['rows of null'] += 1
+    elif text := text.lstrip(reading.MARK):
+      yield path if row is None else f'{path}#{row}', text
+    else:
+      left_out['empty documents'] += 1
+
+
+def _missing(part: str, field: str, where: str, present: list[str]) -> ValueError:
+  return ValueError(f'{part}.field={field!r}: {where} has no such field; it has {", ".join(present) or "none"}: '
+                    f'set {part}.field to one of them')
 
 
 def content_hash(text: str) -> int:

@@ -8,7 +8,7 @@ import os
 from loopformer import storage
 from loopformer.data import batches, prepared
 from loopformer.data.chat import SavedTokenizer
-from loopformer.data.corpus import Files, StandardLibrary
+from loopformer.data.corpus import Files, HubDataset, StandardLibrary
 from loopformer.data.tokenizer import Bytes, GivenJson, GivenPieces, Tokenizer, TrainedPieces, load_tokenizer
 from loopformer.inference import measures
 
@@ -21,7 +21,7 @@ class Text:
   every machine keeps a copy.
   """
 
-  corpus: StandardLibrary | Files = StandardLibrary()
+  corpus: StandardLibrary | Files | HubDataset = StandardLibrary()
   tokenizer: TrainedPieces | GivenPieces | GivenJson | SavedTokenizer | Bytes = TrainedPieces()
   length: int = 128
   documents: batches.Joined | batches.Separate = batches.Joined()
