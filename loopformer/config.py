@@ -68,7 +68,8 @@ REAL = {
 SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Cell, 'control': sockets.Control,
            'evals': sockets.Evaluations, 'exit': sockets.Exit, 'inject': sockets.Injection, 'kernel': sockets.Kernel,
            'linear': sockets.Projection, 'measure': sockets.Measure, 'memory': sockets.Memory,
-           'optim': sockets.Optimiser, 'plan': sockets.Planner, 'position': sockets.Position, 'prepare': sockets.Preparation, 'read_in': sockets.ReadIn,
+           'optim': sockets.Optimiser, 'plan': sockets.Planner, 'position': sockets.Position,
+           'prepare': sockets.Preparation, 'read_in': sockets.ReadIn,
            'read_out': sockets.ReadOut, 'remat': sockets.Remat, 'rule': sockets.Rule, 'sampler': sockets.Sampler,
            'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts

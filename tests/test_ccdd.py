@@ -112,7 +112,9 @@ def test_a_chain_with_the_true_latents_has_the_law_of_the_noise_at_every_time(pr
 
 
 def test_a_step_has_the_coefficients_of_the_sheet():
-  one = lambda value: jnp.full((1, 1, 1), value)
+  def one(value):
+    return jnp.full((1, 1, 1), value)
+
   t, s = jnp.array([0.6]), jnp.array([0.5])
   z = DDPM()(VP(), one(0.4 ** 0.5 * 1.7), one(1.7), t, s, one(0.0))
   np.testing.assert_allclose(z, one(0.5 ** 0.5 * 1.7), rtol=1e-6)  # the mean stays on the way of the mean

@@ -74,7 +74,7 @@ def test_override(path, text, value):
   assert at(config, path) == value and type(at(config, path)) is type(value)
   moved = set(flatten(config).items()) ^ set(flatten(TINY).items())
   assert {name for name, _ in moved} <= {path}  # nothing else
-  assert type(config) is type(TINY) and TINY == paper.get_config('tiny')  # and not in place
+  assert type(config) is type(TINY) and paper.get_config('tiny') == TINY  # and not in place
 
 
 @pytest.mark.parametrize('assignment, message', [

@@ -133,7 +133,7 @@ def test_what_just_fits_is_served():
   prompt = ('abcdefghij' * 8)[:76]
   (text,) = run((prompt,), max_new_tokens=4)
   ids = TOKENIZER.encode(prompt)
-  for i in range(4):
+  for _ in range(4):
     row = np.zeros((1, 80), np.int32)
     row[0, :len(ids)] = ids
     ids.append(int(loopformer.logits(MODEL, PARAMS, row)[0, len(ids) - 1].argmax()))

@@ -153,7 +153,8 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
   model = configs.load('loopformer:tiny,loops=2').model
   params = init_params(model, jax.random.key(0))
   held = {name: torch.from_numpy(np.array(value)) for name, value in to_official('loopformer', model, params).items()}
-  torch.save({'model': held, 'model_args': {'n_head': model.cell.core.block.attn.heads}, 'best_val_loss': np.float32(3.5), 'iter_num': np.int64(7),
+  torch.save({'model': held, 'model_args': {'n_head': model.cell.core.block.attn.heads},
+              'best_val_loss': np.float32(3.5), 'iter_num': np.int64(7),
               'losses': np.arange(3.0)}, tmp_path / 'ckpt.pt')
   status, out, err = run_here(tmp_path / 'run', '--mode=import', f'--from={tmp_path / "ckpt.pt"}', '--kind=loopformer',
                               '--loops=2')

@@ -1,4 +1,6 @@
-"""What tools say of the source: types of the public modules. Skipped where a tool is not installed (extra `dev`)."""
+"""What tools say of the source: lint of all, types of the public modules, ends of lines. Skipped where a tool is not
+installed (extra `dev`).
+"""
 import re
 import subprocess
 import sys
@@ -6,6 +8,12 @@ import sys
 import pytest
 
 from tests import parts, tidy
+
+
+def test_ruff_finds_nothing():
+  pytest.importorskip('ruff', reason='ruff is not installed (extra `dev`)')
+  done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '.'], cwd=parts.ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
 
 
 def mypy(*arguments: str) -> subprocess.CompletedProcess:

@@ -55,7 +55,7 @@ def test_partition_is_a_trajectory(loops, seed):
   active = np.arange(loops - 1) < count
   assert sizes.shape == (100, loops - 1) and part.longest == loops - 1 and sizes.dtype == np.int32
   assert (sizes.sum(1) == loops).all()  # exactly, in integers
-  assert 1 <= count.min() and count.max() <= loops - 1
+  assert count.min() >= 1 and count.max() <= loops - 1
   assert (sizes[active] >= 1).all() and not sizes[~active].any()
   np.testing.assert_array_equal(plan.active, active)
   np.testing.assert_allclose(plan.dt, sizes / loops, rtol=1e-6)

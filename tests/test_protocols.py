@@ -113,7 +113,7 @@ def test_a_part_has_what_its_socket_asks_for(socket, part):
 
 def test_parts_are_described_whole():
   """Of every module and part of a socket a docstring, and one of what calls it."""
-  for socket, part in CASES:
+  for _, part in CASES:
     assert part.__doc__ and not re.match(rf'{part.__name__}\((\w+:|\*)', part.__doc__), part  # which Python writes itself
     assert issubclass(part, nn.Module) or part.__dataclass_params__.frozen, part
 

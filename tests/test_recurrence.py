@@ -39,7 +39,7 @@ def run(model, weights, text, loops: int):
 @pytest.mark.parametrize('log_a, dt', [(0, 0), (50, 50), (-50, -50), (50, -50), (-50, 50), (80, 80)])
 def test_decay_is_between_zero_and_one(log_a, dt):
   a, delta = decay(jnp.full(3, float(log_a)), jnp.full(3, float(dt)))
-  assert ((0 < a) & (a < 1)).all() and np.isfinite(delta).all()
+  assert ((a > 0) & (a < 1)).all() and np.isfinite(delta).all()
 
 
 def bare(**options):

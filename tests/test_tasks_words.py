@@ -18,7 +18,8 @@ from loopformer.types import ConfigError
 from tests import parts
 
 GROUPS = {'Z2': (Cyclic(degree=2), 2), 'Z7': (Cyclic(degree=7), 7), 'S3': (Symmetric(degree=3), 6),
-          'S4': (Symmetric(degree=4), 24), 'S5': (Symmetric(degree=5), 120), 'A4': (Alternating(degree=4), 12), 'A5': (Alternating(degree=5), 60)}
+          'S4': (Symmetric(degree=4), 24), 'S5': (Symmetric(degree=5), 120), 'A4': (Alternating(degree=4), 12),
+          'A5': (Alternating(degree=5), 60)}
 LANGUAGES = {'parity': (PARITY, r'0*(10*10*)*10*'), 'ab': (AB, r'(ab)*'),
              'no aa, no bb': (NO_AA_BB, r'(?!.*(aa|bb))[abc]*')}
 group = pytest.mark.parametrize('name', GROUPS)

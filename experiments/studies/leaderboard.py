@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import concurrent.futures
 import math
 from pathlib import Path
-import sys
 from typing import Any
 
 from absl import flags, logging
@@ -192,7 +191,7 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   figure, panels = pyplot.subplots(tall, wide, figsize=(2.3 * wide, 1.9 * tall), layout='constrained', sharex=True,
                                    sharey=True, squeeze=False)
   for axes, (name, rows) in zip(panels.flat, found.items()):
-    for other, theirs in found.items():
+    for theirs in found.values():
       axes.plot([row['loops'] for row in theirs], [row[show] for row in theirs], color='0.88', linewidth=0.8)
     axes.errorbar([row['loops'] for row in rows], [row[show] for row in rows], [row['spread'] for row in rows], marker='o',
                   markersize=3, color=colours[name])

@@ -25,7 +25,8 @@ from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
 COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, Damped, Halting,
-            condition.Trajectory, condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal,
+            condition.Trajectory, condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat,
+            inject.Diagonal,
             starts.Embedded, starts.Zeros, starts.Noise, stack.Stack, blocks.Block, blocks.PreNorm,
             blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm, blocks.Chain,
             attention.SelfAttention, attention.ValueEmbed, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,

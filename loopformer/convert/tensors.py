@@ -1,8 +1,8 @@
 """Files of tensors that are read and written one tensor at a time; shapes are known before anything is allocated.
 
-Files are read by the package safetensors, or by PyTorch (`pytorch_model.bin`). They are written here, because the package wants all tensors of a file at
-once: eight bytes with the length of a header, the header (JSON: dtype, shape and place of every tensor), then the
-tensors, row by row. Large models lie in several such files, beside an index.
+Files are read by the package safetensors, or by PyTorch (`pytorch_model.bin`). They are written here, because the
+package wants all tensors of a file at once: eight bytes with the length of a header, the header (JSON: dtype, shape and
+place of every tensor), then the tensors, row by row. Large models lie in several such files, beside an index.
 """
 from __future__ import annotations
 

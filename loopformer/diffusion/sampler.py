@@ -22,7 +22,7 @@ from loopformer import plans, sharding
 from loopformer.data import chat
 from loopformer.data.tokenizer import Tokenizer, anchor, continuation, ends_of
 from loopformer.diffusion.noise import check_model
-from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, by_position, times_of
+from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, times_of
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits
 from loopformer.training import processes
 from loopformer.types import SEEDS, Array, ConfigError, Params, Plan, config_dataclass, real, whole

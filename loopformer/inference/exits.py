@@ -106,7 +106,7 @@ class Adaptive:
     return self.rule.threshold
 
   @property
-  def static(self) -> 'Adaptive':
+  def static(self) -> Adaptive:
     """The same for all thresholds, so that one compiled program serves them: 1 is one for every rule."""
     return self if self.threshold is None else dataclasses.replace(self,
                                                                    rule=dataclasses.replace(self.rule, threshold=1))

@@ -405,7 +405,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     result = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, log_samples=False,
                                      bootstrap_iters=BOOTSTRAPS)
     rows += [{'task': part, 'budget': len(steps), 'schedule': label, 'exit': called,
-              **({'likelihood': 'bound'} if bound else {}), 'loops': lm.mean_loops, 'rows': result['n-samples'].get(part, {}).get('effective', ''),
+              **({'likelihood': 'bound'} if bound else {}), 'loops': lm.mean_loops,
+              'rows': result['n-samples'].get(part, {}).get('effective', ''),
               **_numbers(found), 'seconds': round(time.time() - start, 1)}
              for part, found in result['results'].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row if key != 'seconds')) + ['seconds']

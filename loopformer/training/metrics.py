@@ -308,7 +308,8 @@ def _rows(path: Any) -> list[dict]:
       damaged.append(number)
   damaged = [number for number in damaged if number < len(lines)]
   if damaged:
-    warnings.warn(f'{path}: {len(damaged)} rows are damaged and left out, the first of them on line {damaged[0]}')
+    warnings.warn(f'{path}: {len(damaged)} rows are damaged and left out, the first of them on line {damaged[0]}',
+                  stacklevel=2)
   return rows
 
 

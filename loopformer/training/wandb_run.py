@@ -57,7 +57,7 @@ class WandbRun:
     except Exception as error:
       self._failed = True
       first = (str(error).splitlines() or [type(error).__name__])[0]
-      warnings.warn(f'Weights & Biases is told no more of this run, which goes on: {first}')
+      warnings.warn(f'Weights & Biases is told no more of this run, which goes on: {first}', stacklevel=2)
 
 
 def begin(folder: Any) -> WandbRun | None:
@@ -67,6 +67,6 @@ def begin(folder: Any) -> WandbRun | None:
   found = importlib.util.find_spec('wandb')
   if found is None or found.origin is None:  # a folder of that name, which wandb itself makes, is no package
     warnings.warn(f'{PROJECT}={os.environ[PROJECT]}: nothing is told to Weights & Biases, because wandb is not installed; '
-                  "pip install 'loopformer[wandb]', or unset it")
+                  "pip install 'loopformer[wandb]', or unset it", stacklevel=2)
     return None
   return WandbRun(folder)

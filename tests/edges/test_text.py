@@ -119,7 +119,7 @@ def test_generation(tokenizer, model, temperature):
   for piece in engine.stream():
     texts[piece.request] = texts.get(piece.request, '') + piece.text
   for request in requests:
-    assert 0 <= min(request.drawn) and max(request.drawn) < tokenizer.vocab_size
+    assert min(request.drawn) >= 0 and max(request.drawn) < tokenizer.vocab_size
     new = request.drawn[:request.drawn.index(tokenizer.eos)] if tokenizer.eos in request.drawn else request.drawn
     whole, head = tokenizer.decode(request.prompt + new), tokenizer.decode(request.prompt)
     assert texts[request.number] == whole.removeprefix(head)

@@ -1,13 +1,11 @@
 """Encoders of clean sequences: what the latents of CCDD are noised from. Frozen parts, that learn nothing."""
 from __future__ import annotations
 
-import functools
-from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from loopformer import loop, plans
+from loopformer import plans
 from loopformer.model import run_batch
 from loopformer.objective import Own
 from loopformer.types import Array, ConfigError, Params, config_dataclass, whole

@@ -22,7 +22,10 @@ LEAST = 1e-3  # time of tokens and latents but for their end; training has none 
 def noise_of(keys: Array, length: int, width: int) -> Array:
   """f32[B, T, d], N(0, 1), of keys [B]; what a position draws does not depend on the length of the row."""
   names = jnp.arange(length) + 2 ** 17  # planners and tokens draw under others
-  draw = lambda key, i: jax.random.normal(jax.random.fold_in(key, i), (width,))
+
+  def draw(key, i):
+    return jax.random.normal(jax.random.fold_in(key, i), (width,))
+
   return jax.vmap(lambda key: jax.vmap(lambda i: draw(key, i))(names))(keys)
 
 
