@@ -85,7 +85,8 @@ def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
       '| n |\n|--:|\n| 1 |\n', '|      m |\n|-------:|\n| 0.5000 |\n']
   command.check_chosen('kinds', ['a', 'b'], {'a': 1, 'b': 2})
   command.check_whole(seeds=['0', '12'], steps=['3'], depths=None)
-  for check, names in ((lambda: command.check_chosen('kinds', ['a', 'x'], ('a', 'b')), "--kinds=a,x: there is no 'x' here; choose from a, b"),
+  for check, names in ((lambda: command.check_chosen('kinds', ['a', 'x'], ('a', 'b')),
+                        "--kinds=a,x: there is no 'x' here; choose from a, b"),
                        (lambda: command.check_chosen('size', 'x', ('a', 'b')), "--size=x: there is no 'x' here"),
                        (lambda: command.check_whole(seeds=['-1']), '--seeds=-1: give whole numbers'),
                        (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):

@@ -310,7 +310,8 @@ def with_(**changes):
     (with_(cell=Plain(Stack(parts.block(RMSNorm()), 1))), 5, 'model.loop: a layer is causal'),
     (with_(prelude=Stack(parts.block(RMSNorm()), 1)), 5, 'model.prelude: a layer is causal'),
     (with_(coda=Stack(parts.block(RMSNorm()), 1)), 5, 'model.coda: a layer is causal'),
-    (with_(read_in=Vectors(inputs=2, width=parts.D, length=16)), 5, 'vectors')], ids=['inside', 'unread', 'causal', 'prelude', 'coda', 'vectors'])
+    (with_(read_in=Vectors(inputs=2, width=parts.D, length=16)), 5, 'vectors')],
+                         ids=['inside', 'unread', 'causal', 'prelude', 'coda', 'vectors'])
 def test_models_that_are_no_denoisers_are_refused(model, mask, names):
   with pytest.raises(ConfigError, match=names):
     check_model(model, mask)
