@@ -16,6 +16,7 @@ COMMANDS = {  # word -> (module, what it does); of MAIN the word is the mode
     'train': (MAIN, 'train a configuration, or go on with the run of a work folder'),
     'eval': (MAIN, 'evaluate a run at depths, schedules and exits, or on a text of your own'),
     'generate': (MAIN, 'write texts, or answer chats'),
+    'inspect': (MAIN, 'what every loop answers of a prompt, how far it goes and where it looks'),
     'harness': (MAIN, 'tasks of lm-evaluation-harness at any depth (extra `eval`)'),
     'import': (MAIN, "make a work folder of a model of Hugging Face, GGUF, or a paper's own code"),
     'plan': (MAIN, 'what a run would need of devices that are not here'),
