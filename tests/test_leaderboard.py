@@ -64,6 +64,17 @@ def test_operations_are_those_that_run():
   assert counted['loopformer'] == pytest.approx(counted['base_loop'] + short, rel=0.05)
 
 
+def test_shift_loops_in_the_second_half_of_its_run():
+  config = config_of('shift', ',steps=300')
+  state = config.control.start()
+  assert config.train.eval_every == 150 and config.control.stage(state) == 0
+  told = {f'{name}@{loops}': 1.0 for name in ('loss', 'grad_norm') for loops in (1, 4)}
+  state = config.control.watch(state, 149, told)
+  assert config.control.stage(state) == 0
+  assert config.control.stage(config.control.watch(state, 150, told)) == 1
+  assert config_of('once', ',steps=300').train.eval_every == 300
+
+
 class Flags:
   """What the study reads of its flags."""
 

@@ -301,6 +301,13 @@ def systems(size: Size, steps: int, vocab: int, length: int) -> dict[str, Any]:
 BEGINS = {'loopus': 'decoder', 'melt': 'ouro'}  # what stands before, in half of the budget
 
 
+def often(steps: int, control: Any) -> dict[str, int]:
+  """Of a run of so many steps (0: the size's own): evaluated and saved at its end, and in between where a stage may end."""
+  if not steps:
+    return {}
+  return {'eval_every': steps if control == NoControl() else max(1, steps // 2), 'save_every': steps}
+
+
 def budgets(size: str, name: str) -> tuple[int, ...]:
   """The numbers of loops that a system can be evaluated at."""
   found = SIZES[size]
@@ -335,6 +342,6 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(cell=system.cell, read_out=Head(outputs=vocab, std=size.std, norm=system.norm),
                    loops=loops, remat=loop.KeepAll(), **fields),
       objective=system.objective, task=data, control=system.control,
-      train=dataclasses.replace(run, steps=steps, start=given['start'] or None),
+      train=dataclasses.replace(run, steps=steps, start=given['start'] or None, **often(given['steps'], system.control)),
       optim=Freeze(of=optim, paths=system.learned) if system.learned else optim,
       evals=Depths(budgets=tuple(sorted({1, loops}))))

@@ -89,7 +89,7 @@ class Study:
       return folder
     shared = [f"task.folder='{workdir / 'data'}'"] if self.task == 'text' else []
     command.train(self.spec(name, rate=rate, steps=steps, **start), folder, *FLAGS['set'].value, f'train.seed={seed}',
-                  f'train.eval_every={steps}', f'train.save_every={steps}', *shared)
+                  *shared)
     return folder
 
   def sweep(self, name: str):
@@ -178,10 +178,9 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   for name, rows in found.items():
     axes.plot([row['MFLOP a token'] for row in rows], [row[show] for row in rows], marker='o' if len(rows) > 1 else 's',
               markersize=4, color=colours[name], label=name)
-  values = [row[show] for rows in found.values() for row in rows]
-  if show == 'loss':  # what fails far beyond its training would hide all others
-    low = min(values)
-    axes.set_ylim(low - 0.05, min(max(values) + 0.05, low + 1.5))
+  best = [min(row[show] for row in rows) for rows in found.values()]
+  if show == 'loss':  # what fails far from its training would hide all others
+    axes.set_ylim(min(best) - 0.1, max(best) + 0.2)
   axes.set(xscale='log', xlabel='operations a token, millions (forward)', ylabel=plots.LABELS[show])
   axes.grid(alpha=0.3)
   axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
@@ -199,7 +198,7 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
     axes.set_title(name, fontsize=8)
     axes.tick_params(labelsize=6)
     if show == 'loss':
-      axes.set_ylim(low - 0.05, min(max(values) + 0.05, low + 1.5))
+      axes.set_ylim(min(best) - 0.1, max(best) + 0.2)
   for axes in list(panels.flat)[len(found):]:
     axes.axis('off')
   figure.supxlabel('loops (dotted: those of the training)', fontsize=8)

@@ -50,7 +50,7 @@ def run(width: int, loops: int, operations: float) -> dict:
   workdir = storage.path(FLAGS.workdir)
   folder = workdir / f'{FLAGS.system}-{width}-{loops}-{steps}'
   command.train(spec(width, loops, steps=steps, rate=FLAGS.rate), folder, *FLAGS['set'].value,
-                f"task.folder='{workdir / 'data'}'", f'train.eval_every={steps}', f'train.save_every={steps}')
+                f"task.folder='{workdir / 'data'}'")
   model, params, _, config = loopformer.load(folder)
   sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
   ends = sum(size for name, size in sizes.items() if name not in ('cell', 'read_in', 'read_out'))
