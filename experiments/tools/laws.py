@@ -7,7 +7,7 @@ All have the loss of a model with D tokens of training as
 and differ in what N counts. With N_once parameters that are applied once in a pass (embedding and head left out), and
 N_rec that are applied r times:
 
-    Unrolled     N = N_once + r N_rec       every loop counts as layers of its own (Parcae, 2604.12946, section 5)
+    Unrolled     N = N_once + r N_rec       every loop counts as layers of its own (Parcae, 2604.12946)
     Equivalent   N = N_once + r^phi N_rec   phi, fitted: what a loop is worth; 1 as layers of its own, 0 nothing ("How much
                                             is one recurrence worth?", 2604.21106)
 
