@@ -150,7 +150,8 @@ def table(results: dict[str, list[dict]], times: dict[str, float | None], show: 
     whole = next(row for row in budgets if row['loops'] == run['loops'])
     best = (min if less else max)(budgets, key=lambda row: row[show])
     radius = run.get('radius')
-    rows.append({'system': name, 'parameters': run['parameters'], 'rate': f'{run["rate"]:g}', 'steps': run['steps'],
+    rows.append({'system': name, 'seeds': len(results[name]), 'parameters': run['parameters'],
+                 'rate': f'{run["rate"]:g}', 'steps': run['steps'],
                  show: round(whole[show], 3), '+-': round(whole['spread'], 3), 'at loops': run['loops'],
                  'best': f'{best[show]:.3f} at {best["loops"]}', 'MFLOP a token': round(whole['MFLOP a token'], 3),
                  'cache bytes a token': '' if run['cache'] is None else round(run['cache']),
