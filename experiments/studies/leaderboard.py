@@ -5,11 +5,10 @@
     python -m experiments.studies.leaderboard --size=small --task=text --seeds=0,1 --workdir=... --out=...    # one GPU
 
 Trains every system of experiments/configs/leaderboard.py. The operations of a training step are those of the matrix
-products that its program runs (`estimate.step_flops`: what is of no use
-counts, such as steps of sequences that are done), and every system takes as many steps as have the operations of
-`--steps` steps of `base`. First three learning rates, for a quarter of that (`--share`); then the best of them by the
-validation loss at all loops, whole, for every seed. A system that begins where another stops
-(loopus, melt) has half of the budget, and the other the first half.
+products that its program runs (`estimate.step_flops`: what is of no use counts, such as steps of sequences that are done),
+and every system takes as many steps as have the operations of `--steps` steps of `base`. First three learning rates, for
+a quarter of that (`--share`); then the best of them by the validation loss at all loops, whole, for every seed. A system
+that begins where another stops (loopus, melt) has half of the budget, and the other the first half.
 
 What is trained stands in the work folder and is not trained again; a study that was stopped goes on. Writes results.json,
 table.md (at all L loops, and the best of all budgets), budgets.md (at every budget), rates.md (what the rates did),
@@ -37,7 +36,6 @@ from loopformer.inference import measures
 from loopformer.inference.evaluate import evaluate
 from loopformer.training import metrics
 from loopformer.training.checkpoint import trained
-from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
 
@@ -225,9 +223,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   known = names_of(FLAGS.task)
   names = FLAGS.systems or known
-  for name in names:
-    if name not in known:
-      raise ConfigError(f'--systems: there is no {name!r} for --task={FLAGS.task}; choose from {", ".join(known)}')
+  command.check_chosen('systems', names, known)
   seeds = [int(seed) for seed in numbers(','.join(FLAGS.seeds), '--seeds', int)]
   rates = [float(rate) for rate in numbers(','.join(FLAGS.rates), '--rates', float)]
   out, show = storage.path(FLAGS.out), show_of(FLAGS.task)
@@ -251,8 +247,7 @@ def main(argv):
         results.setdefault(name, []).append(
             {**measure(folder, leaderboard.budgets(FLAGS.size, name), FLAGS.eval_batches or 32), 'rate': study.rate(name),
              'seed': seed})
-        records.write(out / 'results.json', results)
-        storage.write(out / 'budgets.md', metrics.table(budget_table(results, show)) + '\n')
+        records.report(out, results, budgets=budget_table(results, show))
         draw(out, results, show)
         print(f'{name}, seed {seed}: measured', flush=True)
   times = {name: timed(folder) for name, folder in folders.items()}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.main import check_command, held_out
-from experiments.tools import command, records
+from experiments.tools import command, costs, records
 import loopformer
 from loopformer import memories, plans, storage
 from loopformer.training import metrics
@@ -69,7 +69,6 @@ def measure(model, params, batches) -> list[dict]:
   rows, length = [], batches[0]['tokens'].shape[1]
   for part in MEMORIES:
     own = model.clone(memory=part)
-    caches = jax.tree.leaves(jax.eval_shape(lambda: own.cache(1, length)))
     for prompt in (0, length // 2):
       total = {}
       for batch in batches:
@@ -81,7 +80,7 @@ def measure(model, params, batches) -> list[dict]:
       rows.append({'memory': str(part), 'one pass over': prompt, 'mean difference': total['off'] / count,
                    'largest': total['most'], 'NLL': total['nll'] / count,
                    'change of NLL': (total['nll'] - total['whole']) / count, 'same argmax': total['same'] / count,
-                   'bytes a token': sum(leaf.size * leaf.dtype.itemsize for leaf in caches) / length,
+                   'bytes a token': costs.cache_bytes(own, length, own.loops),
                    'tokens': int(count)})
   return rows
 

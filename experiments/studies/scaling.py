@@ -120,8 +120,7 @@ def main(argv):
   with concurrent.futures.ThreadPoolExecutor(FLAGS.together) as pool:
     for row in pool.map(lambda job: run(*job), jobs):
       rows.append(row)
-      records.write(out / 'results.json', rows)
-      storage.write(out / 'points.md', metrics.table(rows) + '\n')
+      records.report(out, rows, points=rows)
       draw(out / 'scaling.png', rows)
       print(f'width {row["width"]}, {row["loops"]} loops, {row["operations"]:g} operations: {row["loss"]:.3f}', flush=True)
   points = [laws.Point(once=row['once'], looped=row['looped'], loops=row['loops'], tokens=row['tokens'], loss=row['loss'])

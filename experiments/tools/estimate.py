@@ -166,17 +166,11 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
   options = config.train
   sharding.check_model(config.model, mesh)
   sharding.check_batch(options.batch, options.accumulate, mesh)
-  roles = parameter_roles(config.model)
-  optimizer = config.optim.make(options.steps, roles)
-  state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, options.seed))
-  example = rows_of(config.task)
+  roles, example = parameter_roles(config.model), rows_of(config.task)
   rows = options.batch // options.accumulate // (mesh.shape['data'] * mesh.shape['fsdp'])
   steps = expected(config.objective, example, rows, options.steps)
 
-  quick = coarse(config)
-  batch = _batch(options.batch, example, NamedSharding(mesh, P(sharding.BATCH)))
-  step = make_step(quick.model, quick.objective, optimizer, mesh, options.accumulate, options.seed)
-  traced = step.trace(_placed(state, mesh, roles), batch, frozen=teachers_of(config, quick.model, mesh))
+  state, traced = _traced(coarse(config), mesh, example)
   compiled = traced.lower().compile(compiler_options=QUICK)
   memory, program = compiled.memory_analysis(), Program(compiled.as_text(), steps)
 
@@ -202,21 +196,22 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
 def step_flops(config: Any) -> float:
   """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans: what
   runs without being of use, such as steps of sequences that are done, counts too."""
-  options, mesh = config.train, sharding.Mesh().make(jax.devices()[:1])
-  roles, example = parameter_roles(config.model), rows_of(config.task)
-  optimizer = config.optim.make(options.steps, roles)
-  state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, options.seed))
+  options, mesh, example = config.train, sharding.Mesh().make(jax.devices()[:1]), rows_of(config.task)
   steps = expected(config.objective, example, options.batch // options.accumulate, options.steps)
-  step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
-  traced = step.trace(_placed(state, mesh, roles), _batch(options.batch, example, NamedSharding(mesh, P(sharding.BATCH))),
-                      frozen=teachers_of(config, config.model, mesh))
+  _, traced = _traced(config, mesh, example)
   return sum(product.flops for product in products(traced.jaxpr.jaxpr, steps, mesh.shape))
 
 
-def _batch(rows: int, example: Mapping[str, np.ndarray], over_rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a training batch."""
-  return {name: jax.ShapeDtypeStruct((rows, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
-          for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
+def _traced(config: Any, mesh: jax.sharding.Mesh, example: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+  """The shapes of the training state, and the training step as it is traced with batches of such an example."""
+  options, roles = config.train, parameter_roles(config.model)
+  optimizer = config.optim.make(options.steps, roles)
+  state = jax.eval_shape(functools.partial(init_state, config.model, optimizer, options.seed))
+  over_rows = NamedSharding(mesh, P(sharding.BATCH))
+  batch = {name: jax.ShapeDtypeStruct((options.batch, *np.shape(leaf)), np.asarray(leaf).dtype, sharding=over_rows)
+           for name, leaf in {**example, 'row': np.int32(0), 'stop': np.float32(0)}.items()}
+  step = make_step(config.model, config.objective, optimizer, mesh, options.accumulate, options.seed)
+  return state, step.trace(_placed(state, mesh, roles), batch, frozen=teachers_of(config, config.model, mesh))
 
 
 def teachers_of(config: Any, model: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
