@@ -91,6 +91,7 @@ class Experiment:
 
 
 def is_part(value: Any) -> bool:
+  """Whether a value is a part, an instance of a dataclass."""
   return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 

@@ -78,6 +78,7 @@ def pair(term, rolls, pick, remedy):
 
 
 def check_alike(term, own, taught):
+  """Raises ConfigError where what two rollouts give has not one shape."""
   if own != taught:
     raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {own}, {term.teacher!r} {taught}; give both rollouts '
                       'the same steps')
