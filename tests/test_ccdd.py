@@ -149,7 +149,7 @@ def test_latents_are_heard_once_they_are_learned_and_not_before(name):
 def test_with_unlearned_latents_it_is_the_cell_within(name):
   own, inner = model(CELLS[name]), model(CELLS[name].of)
   params = parts.params(own)
-  first = jax.eval_shape(lambda: parts.init_params(own, jax.random.key(0)))['cell']['into']['out']['kernel']
+  first = parts.shapes(own)['cell']['into']['out']['kernel']
   assert first.shape == (C, D)
   closed = {**params, 'cell': {**params['cell'], 'into': jax.tree.map(jnp.zeros_like, params['cell']['into'])}}
   alone = {**params, 'cell': {key: value for key, value in params['cell'].items() if key not in ('into', 'guess', 'clock')}}
@@ -167,6 +167,24 @@ def test_padding_is_not_heard_and_time_is(name):
   close(*(tuple(leaf[:, :-2] for leaf in found) for found in (given, poked)), 1e-6)
   later = answers(own, params, one['tokens'], plan_of(z, 0.9), one['segments'])
   assert float(jnp.abs(later[0] - given[0]).max()) > 1e-4
+
+
+@pytest.mark.parametrize('name', CELLS)
+def test_gradients_are_those_of_the_loss_where_every_sequence_has_its_time(name):
+  smooth = Doubled(timed(block(Experts(MLP(hidden=24), top=2))), **ENDS)  # of two experts, so that no choice switches
+  own = model(smooth if name == 'moe' else CELLS[name])
+  params, one = parts.params(own), batch(2)
+  plan = plan_of(latents(2), jnp.array([0.2, 0.7]))
+
+  def loss(params):
+    trace = own.apply({'params': params}, one['tokens'], plan, seg=one['segments'])
+    return jnp.square(own.apply({'params': params}, trace.z, method='logits')).mean()
+
+  direction = jax.tree.map(lambda leaf: jnp.asarray(np.random.default_rng(1).standard_normal(leaf.shape), leaf.dtype), params)
+  value = jax.jit(lambda size: loss(jax.tree.map(lambda leaf, way: leaf + size * way, params, direction)))
+  slope = (float(value(1e-3)) - float(value(-1e-3))) / 2e-3
+  gradient = jax.jit(jax.grad(loss))(params)
+  assert float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))) == pytest.approx(slope, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['moe', 'mmdit'])

@@ -214,6 +214,7 @@ class Dense(nn.Module):
 
     Args:
       init: draws W [I, features]; bias: draws b, or None for none. ctx: where the step stands, for others than this.
+      gain: [features], or of sequences or tokens, [B, 1 or T, features].
       divided: which axis of W a tensor group divides, -1 (outputs), -2, or None.
       heads: None, or (H, G) where W makes queries, keys and values, of which q [B, T, H, d] and k, v [B, T, G, d] are
         returned. It is laid out [I, G (H/G queries + 1 key + 1 value) d], so that it divides over groups; where the
@@ -228,7 +229,9 @@ class Dense(nn.Module):
         head = features // (heads[0] + 2 * heads[1])
         q, k, v = (dense_heads(x, part.reshape(x.shape[-1], -1, head)) for part in unfused(kernel, *heads))
         return tuple(checkpoint_name(y, kernels.PRODUCT) for y in (q, k, v))
-      y = checkpoint_name(dense(x, kernel, gain), kernels.PRODUCT)
+      of_weights = gain is not None and gain.ndim == 1
+      y = checkpoint_name(dense(x, kernel, gain if of_weights else None), kernels.PRODUCT)
+      y = y if gain is None or of_weights else (y * gain).astype(x.dtype)
     if bias is not None:
       role = Role(tensor=-1 if divided == -1 else None)
       bias = roles.param(self, 'bias', bias, (features,), role).astype(y.dtype)
