@@ -8,6 +8,7 @@ from typing import Any, Callable
 from flax import linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxpr_as_fun
 import jax.numpy as jnp
 
 from loopformer import memories, sharding
@@ -253,7 +254,8 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
     return graded(cell, (x, kv), row)
 
   over = nn.scan(graded if free is None else detached, variable_axes={INTERMEDIATES: 0}, variable_broadcast='params',
-                 split_rngs={'params': False}, length=rows.dt.shape[0])
+                 split_rngs={'params': False}, length=rows.dt.shape[0],
+                 check_constancy_invariants=False)  # parameters are read alone, and the check is a trace
   (x, kv), (xs, aux) = over(cell, (x, kv), rows if free is None else (rows, free))
   return x, kv, xs, aux
 
@@ -277,14 +279,18 @@ def _step(cell, carry, row, *, e, ctx, keep):
 
   if row.active is None or cell.is_initializing():
     x, kv, aux = apply(cell, x, kv)
-  else:
+  else:  # traced once, for what it gives and for the shapes of what a step that is skipped gives
     module, variables = cell.unbind()
-    shapes = jax.eval_shape(lambda v, x, kv: module.apply(v, x, e, ctx, kv)[2], variables, x, kv)
+    traced, shapes = jax.make_jaxpr(lambda variables, x, kv: apply(module.bind(variables), x, kv), return_shape=True)(
+        variables, x, kv)
 
-    def skip(cell, x, kv):
-      return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    def taken():
+      return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(traced)(*jax.tree.leaves((variables, x, kv))))
 
-    x, kv, aux = nn.cond(row.active.any(), apply, skip, cell, x, kv)
+    def skipped():
+      return x, kv, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[2])
+
+    x, kv, aux = jax.lax.cond(row.active.any(), taken, skipped)
   return (x, kv), (keep(cell.output(x), cell.output(before)), aux)
 
 

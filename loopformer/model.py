@@ -205,13 +205,25 @@ def _touch_all(model, tokens, plan):
   return model.logits(model(tokens, plan).z)
 
 
-@functools.lru_cache(maxsize=64)
-def parameter_roles(model: Looped) -> roles.Roles:
-  """What each parameter is to optimisers, meshes and decoding (roles.py); its initialisation is traced, not run."""
+@functools.lru_cache(maxsize=256)
+def _declared(model: Looped) -> tuple[Any, roles.Roles]:
+  """Shapes and roles of the parameters, from one trace of their initialisation."""
   with roles.collecting() as collected:
-    return collected(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+  return shapes, collected(shapes)
+
+
+def parameter_shapes(model: Looped) -> Any:
+  """The tree of `init_params`, of shapes and dtypes (jax.ShapeDtypeStruct); nothing is allocated."""
+  return jax.tree.map(lambda leaf: leaf, _declared(model)[0])  # dicts of its own: others may change them
+
+
+def parameter_roles(model: Looped) -> roles.Roles:
+  """What each parameter is to optimisers, meshes and decoding (roles.py)."""
+  return _declared(model)[1]
 
 
 def parameter_count(model: Looped) -> int:
   """Number of parameters, without allocating them."""
-  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(model, jax.random.key(0)))))
+  return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))

@@ -19,7 +19,7 @@ from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, parameter_shapes
 from loopformer.nn.attention import SelfAttention, ValueEmbed
 from loopformer.nn.blocks import Block, Chain, PeriNorm, PostNorm, SandwichNorm
 from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
@@ -193,7 +193,7 @@ def roles_of(tree) -> Roles:
 
 
 def shapes(model: Looped):
-  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return parameter_shapes(model)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'keep'))

@@ -9,7 +9,7 @@ import pytest
 from experiments.benchmark import __main__ as benchmark, compile, decode, growth, imported, memory, plain, sizes, train
 from experiments.configs import loopformer as configuration
 from loopformer import loop, plans
-from loopformer.model import init_params
+from loopformer.model import init_params, parameter_shapes
 from loopformer.nn import kernels
 from loopformer.training import metrics
 from tests import parts
@@ -149,7 +149,7 @@ def test_the_plain_peer_has_our_gradient():
 def dtypes(model) -> dict[str, set]:
   """Of what a training pass holds."""
   tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
-  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  params = parameter_shapes(model)
   trace = jax.eval_shape(lambda params, tokens: model.apply({'params': params}, tokens, plans.Uniform(2)(None),
                                                             keep=loop.Every()), params, tokens)
   return {'params': {leaf.dtype.name for leaf in jax.tree.leaves(params)}, 'answers': {trace.z.dtype.name},

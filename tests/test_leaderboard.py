@@ -8,7 +8,7 @@ from experiments.configs import leaderboard
 from experiments.studies import leaderboard as study
 from experiments.tools import command, estimate
 from loopformer import config as configs
-from loopformer.model import init_params
+from loopformer.model import parameter_shapes
 from loopformer.types import ConfigError
 
 SYSTEMS = tuple(study.names_of('text'))
@@ -19,7 +19,7 @@ def config_of(name, more=''):
 
 
 def sizes(config):
-  shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  shapes = parameter_shapes(config.model)
   return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
 
 

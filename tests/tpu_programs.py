@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.tools import ahead, topologies
 from loopformer import config as configs, sharding
-from loopformer.model import init_params, parameter_roles
+from loopformer.model import parameter_roles, parameter_shapes
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
 from tests import parts
@@ -55,7 +55,7 @@ def described(program: ahead.Compiled) -> dict:
 def weights(mesh: dict[str, int]) -> list[list]:
   """Of every parameter its bytes, and whether fsdp and tensor divide it."""
   model = configs.load(CONFIG, SMALL).model
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shapes = parameter_shapes(model)
   divided = sharding.specs(shapes, type('Sizes', (), {'shape': mesh}), parameter_roles(model))
   return [[leaf.size * 4, 'fsdp' in tuple(spec), 'tensor' in tuple(spec)] for leaf, spec in zip(
       jax.tree.leaves(shapes), jax.tree.leaves(divided, is_leaf=lambda leaf: isinstance(leaf, P)))]

@@ -23,7 +23,7 @@ import numpy as np
 from experiments.tools import estimate, hlo, topologies
 from loopformer import backend, config as configs, plans, sharding
 from loopformer.inference import engine, evaluate, exits, flat, sampling
-from loopformer.model import init_params, parameter_roles
+from loopformer.model import parameter_roles, parameter_shapes
 from loopformer.training import metrics
 from loopformer.training.checkpoint import abstract
 from loopformer.training.step import init_state, make_step
@@ -122,7 +122,7 @@ def scoring(config: Any, mesh: jax.sharding.Mesh, rows: int, room: float) -> Bui
   rows = len(batch['tokens'])  # several of a sequence, where a measure draws several masks of it
   batch = abstract(batch, jax.tree.map(lambda leaf: NamedSharding(mesh, P(sharding.BATCH)), batch))
   exit_policy, threshold = exits.compiled(evaluate.Run(plan=None).exit)
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shapes = parameter_shapes(model)
   roles = parameter_roles(model)
   divided = 2 * sharding.bytes_of(shapes, mesh, roles, ('tensor',)) > room
   params = abstract(shapes, sharding.shardings(shapes, mesh, roles, sharding.AXES if divided else ('tensor',)))
@@ -186,7 +186,7 @@ def _serving(config, mesh, rows):
     found['specs'] = engine.partitions(found['model'], params, empty, mesh.shape)
     return params, empty
 
-  params, empty = jax.eval_shape(make, jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
+  params, empty = jax.eval_shape(make, parameter_shapes(config.model))
   roles = parameter_roles(found['model'])
   params = jax.tree_util.tree_map_with_path(lambda path, leaf: _decoded(path, leaf, mesh, roles), params)
   placed = abstract(empty, jax.tree.map(lambda spec: NamedSharding(mesh, spec), found['specs']))

@@ -32,7 +32,7 @@ import numpy as np
 
 from experiments.tools.hlo import Program, Steps
 from loopformer import config as configs, sharding
-from loopformer.model import init_params, parameter_roles
+from loopformer.model import parameter_roles, parameter_shapes
 from loopformer.roles import Roles
 from loopformer.training import metrics
 from loopformer.training.checkpoint import abstract
@@ -219,7 +219,7 @@ def teachers_of(config: Any, model: Any, mesh: jax.sharding.Mesh) -> dict[str, A
   made = {}
   for name, teacher in config.objective.teachers.items():
     runs = teacher.model(model)
-    shapes = jax.eval_shape(lambda runs=runs: init_params(runs, jax.random.key(0)))
+    shapes = parameter_shapes(runs)
     made[name] = _placed(shapes, mesh, parameter_roles(runs))
   return made
 

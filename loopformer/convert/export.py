@@ -20,7 +20,6 @@ from typing import Any
 import uuid
 
 from flax.traverse_util import flatten_dict
-import jax
 import numpy as np
 
 import loopformer
@@ -29,7 +28,7 @@ from loopformer.convert import description, llama, own, table, tensors
 from loopformer.convert.pretrained import CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer, ends_of
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, parameter_shapes
 from loopformer.nn import low_rank
 from loopformer.nn.layers import DTYPES
 from loopformer.training import processes
@@ -77,12 +76,12 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   table.check_count('shard_bytes', shard_bytes)
   flat = flatten_dict(params, sep='/')
-  expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  expected = flatten_dict(parameter_shapes(model), sep='/')
   tensors.compare({path: leaf.shape for path, leaf in expected.items()},
                   {path: leaf.shape for path, leaf in flat.items()}, 'params')
   model, params = without_updates(model, params)
   flat = flatten_dict(params, sep='/')
-  expected = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  expected = flatten_dict(parameter_shapes(model), sep='/')
   decoder, reason = llama.decoder_of(model)
   if decoder is None:
     places = own.places({path: leaf.shape for path, leaf in expected.items()})

@@ -21,7 +21,7 @@ from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
                                         json_tokenizer)
-from loopformer.model import Looped, init_params, parameter_roles
+from loopformer.model import Looped, parameter_roles, parameter_shapes
 from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params, config_dataclass, real, whole
 
@@ -174,7 +174,7 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
 
 def read_own(model: Looped, held: Tensors, path: Any, put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters under our own names."""
-  shapes = flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/')
+  shapes = flatten_dict(parameter_shapes(model), sep='/')
   return own.read({name: leaf.shape for name, leaf in shapes.items()}, held, path, put)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer.cells.recur import Recur
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, parameter_shapes
 from loopformer.nn.inject import Concat
 from loopformer.nn.layers import UniformWithin
 from loopformer.starts import Noise
@@ -58,7 +58,7 @@ def retrofit(params: Params, model: Looped, *, prelude: Sequence[int], core: Seq
       flat |= {TARGETS[name] + path.removeprefix(SOURCE): jnp.asarray(leaf)[np.asarray(layers)]
                for path, leaf in source.items() if path.startswith(SOURCE)}
   flat |= adapter(model, key)
-  _check_shapes(flat, flatten_dict(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sep='/'))
+  _check_shapes(flat, flatten_dict(parameter_shapes(model), sep='/'))
   return unflatten_dict(flat, sep='/')
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import loop
-from loopformer.model import init_params, make_readout, run_batch
+from loopformer.model import make_readout, parameter_shapes, run_batch
 from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, config_dataclass, whole
 
 
@@ -137,7 +137,7 @@ def check(model: Any, exit_policy: Any, name: str):
     raise ConfigError(f'{name} = {exit_policy}: it picks from the states of a whole plan, and does not stop token by token; '
                       'use exits.Adaptive with a rule, or no exit for all steps')
   plan = Plan(t=jnp.zeros(2), dt=jnp.full(2, 0.5))
-  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  params = parameter_shapes(model)
   try:
     jax.eval_shape(lambda params: model.apply({'params': params}, model.read_in.example(), plan, exit_policy,
                                               exit_policy.threshold,

@@ -80,8 +80,8 @@ def adapted(model: nn.Module, rank: int, each: bool = False) -> nn.Module:
 
 def added(model: nn.Module, plain: nn.Module) -> tuple[str, ...]:
   """Paths of the parameters that a model has and another does not: of what `adapted` has added, for `frozen.Freeze`."""
-  from loopformer.model import init_params  # whose parts may be these
-  own, other = (flatten_dict(jax.eval_shape(lambda m=m: init_params(m, jax.random.key(0))), sep='/')
+  from loopformer.model import parameter_shapes  # whose parts may be these
+  own, other = (flatten_dict(parameter_shapes(m), sep='/')
                 for m in (model, plain))
   return tuple(path for path in own if path not in other)
 

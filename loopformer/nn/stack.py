@@ -45,15 +45,15 @@ class Stack(nn.Module):
 
     roles.stacked(self, 'block')
     # The cache is carried, not scanned over: as a scanned input and output it would be copied whole each time.
-    layer = ctx.remat.layer(layer) if ctx.remat else layer
+    layer = ctx.remat.layer(layer) if ctx.remat and not self.is_initializing() else layer
     order = tuple(range(self.depth)) if self.order is None else self.order
     if kv is None and not self.is_initializing() and unrolls(len(order)):
       for index, which in enumerate(order):
         own = nn.map_variables(layer, 'params', trans_in_fn=functools.partial(layer_of, which))
         (x, kv), _ = own(self.block, (x, kv), (index, layer_of(index, mods)))
       return x if self.norm is None else self.norm(x), kv
-    scan = functools.partial(nn.scan, layer, variable_axes={'params': 0, INTERMEDIATES: 0},
-                             split_rngs={'params': True})
+    scan = functools.partial(nn.scan, layer, variable_axes={'params': 0, INTERMEDIATES: 0}, split_rngs={'params': True},
+                             check_constancy_invariants=self.is_initializing())  # elsewhere it is but another trace
     if self.order is None:
       (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), mods))
     elif self.is_initializing():  # each block once, whatever runs when

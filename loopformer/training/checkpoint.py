@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, Mapping
 import jax
 
 from loopformer import reading, sharding, storage
-from loopformer.model import init_params, parameter_roles
+from loopformer.model import parameter_roles, parameter_shapes
 from loopformer.training import processes
 from loopformer.types import ConfigError, config_dataclass, whole
 
@@ -265,7 +265,7 @@ def restore_model(workdir: str | Path, model: Any, mesh: jax.sharding.Mesh | Non
 
   They are divided over the axes fsdp and tensor of the mesh, or lie on the first device.
   """
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shapes = parameter_shapes(model)
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda _: device, shapes)

@@ -115,7 +115,7 @@ class Gated(Cell):
 
     if kv is not None:
       over = nn.scan(lambda cell, kv, piece: cell._cached(rows, ctx, keep, kv, piece), variable_broadcast='params',
-                     split_rngs={'params': False})
+                     split_rngs={'params': False}, check_constancy_invariants=self.is_initializing())
       kv, x = over(self, kv, pieces)
       return joined(x, 1), kv, None, {}, steps
     options = dict(keep=keep, remat=remat)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer.cells.plain import Plain
-from loopformer.model import Looped, init_params
+from loopformer.model import Looped, parameter_shapes
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import Head, TokenEmbed
@@ -141,5 +141,5 @@ def weights(vertices: int) -> Params:
     positions[place, [at.i.start + i, at.k.start + k, at.j.start + j, at.filler]] = 1.0
   made = {'read_in': {'embedding': embedding, 'positions': positions}, 'prelude': stacked(start),
           'cell': {'core': stacked(both, some)}, 'read_out': {'kernel': table}}
-  like = jax.eval_shape(lambda: init_params(model(n), jax.random.key(0)))
+  like = parameter_shapes(model(n))
   return jax.tree.map(lambda shape, leaf: jnp.asarray(leaf, jnp.float32).reshape(shape.shape), like, made)

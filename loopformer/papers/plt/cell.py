@@ -155,7 +155,7 @@ class Shifted(Cell):
     kept = jax.tree.map(lambda leaf: leaf[None], keep(x))
     if plan.steps > 1:
       scan = nn.scan(remat.step(step), variable_broadcast='params', split_rngs={'params': False},
-                     length=plan.steps - 1)
+                     length=plan.steps - 1, check_constancy_invariants=self.is_initializing())
       x, others = scan(self, x, None if runs is None else runs[1:])
       kept = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), kept, others)
     if runs is None:
@@ -242,7 +242,8 @@ def _layers(core: Stack, x: Array, ctx: Context, view: Any) -> tuple[Array, Any]
 
   layer = ctx.remat.layer(layer) if ctx.remat else layer
   roles.stacked(core, 'block')
-  scan = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=core.depth)
+  scan = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=core.depth,
+                 check_constancy_invariants=core.is_initializing())
   x, left = scan(core.block, x, view)
   return (x if core.norm is None else core.norm(x)), left
 
