@@ -37,7 +37,8 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize('rs, scale', [(False, 6 / RANK), (True, 6 / RANK ** 0.5)])
 def test_it_is_added_to_the_weights(rs, scale, base, tmp_path):
-  halves, weights = written(tmp_path / 'lora', use_rslora=rs), dict(reference.weights(CONFIG))
+  halves = written(tmp_path / 'lora', use_rslora=rs, init_lora_weights='gaussian' if rs else True)
+  weights = dict(reference.weights(CONFIG))
   for name in TARGETS:
     a, b = (halves[f'base_model.model.{name}.lora_{half}.weight'] for half in 'AB')
     weights[f'{name}.weight'] = weights[f'{name}.weight'] + scale * b @ a
@@ -64,6 +65,9 @@ def test_peft_computes_the_same(base, tmp_path):
     ({'targets': {'model.layers.1.self_attn.q_proj': (D, 2 * D)}}, r'it is for another model: .*which is \(32, 32\) here'),
     ({'r': 5}, r'it is for another model: .* of rank 5'), ({'r': 'x'}, "r = 'x'"), ({'lora_alpha': None}, 'lora_alpha = None'),
     ({'use_dora': True}, r'use_dora = True: it is read as False alone; merge the adapter with PEFT'),
+    ({'init_lora_weights': 'pissa_niter_4'}, "init_lora_weights = 'pissa_niter_4': the adapter is of weights that were changed"),
+    ({'init_lora_weights': 'olora'}, "'olora'"), ({'layer_replication': [[0, 2], [1, 2]]}, 'layer_replication'),
+    ({'alora_invocation_tokens': [3, 4]}, r'alora_invocation_tokens = \[3, 4\]: it is read as None alone'),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'), ({'peft_type': 'IA3'}, "peft_type = 'IA3'")])
 def test_an_adapter_that_does_not_fit(options, message, base, tmp_path):
   written(tmp_path / 'lora', **options)

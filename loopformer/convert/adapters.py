@@ -19,7 +19,9 @@ from loopformer.types import ConfigError, real, whole
 
 CONFIG, NAME = 'adapter_config.json', 'adapter_model.safetensors'
 PLAIN = {'use_dora': False, 'bias': 'none', 'modules_to_save': None, 'rank_pattern': {}, 'alpha_pattern': {},
-         'fan_in_fan_out': False, 'lora_bias': False}  # fields, and the values under which an adapter is no more than this
+         'fan_in_fan_out': False, 'lora_bias': False, 'layer_replication': None, 'alora_invocation_tokens': None,
+         'use_qalora': False}  # fields, and the values under which an adapter is no more than this
+STARTS = True, False, 'gaussian', 'eva', 'orthogonal'  # init_lora_weights; others, as pissa and olora, change the model's weights
 AGAIN = 'download it again'
 
 
@@ -38,6 +40,11 @@ def with_adapter(held: Tensors, folder: str | Path) -> Tensors:
     if config.get(name, plain) not in (plain, None):
       raise ConfigError(f'{path / CONFIG}: {name} = {config[name]!r}: it is read as {plain!r} alone; merge the adapter with '
                         'PEFT (merge_and_unload), and give what it saves')
+  start = config.get('init_lora_weights')
+  if start not in (None, *STARTS):
+    raise ConfigError(f'{path / CONFIG}: init_lora_weights = {start!r}: the adapter is of weights that were changed when its '
+                      'training began, and not of those of the model; convert it with PEFT (save_pretrained with '
+                      'path_initial_model_for_weight_conversion), or merge it (merge_and_unload), and give what it saves')
   with reading.naming(path / CONFIG, AGAIN):
     rank = whole('r', config.get('r'), 1)
     scale = real('lora_alpha', config.get('lora_alpha'), '(-inf, inf)') / (
