@@ -314,7 +314,7 @@ def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str,
     check_causal(model, params)
 
   def batches():
-    found = passage.batches(text, tokenizer, length, stride=FLAGS.stride, rows=rows)
+    found = passage.batches(text, tokenizer, length, stride=FLAGS.stride, rows=rows, causal=not model.sampler.denoises)
     return found if FLAGS.eval_batches is None else itertools.islice(found, FLAGS.eval_batches)
 
   return {'text-' + re.sub(r'[^\w+-]+', '_', Path(FLAGS.text).stem): batches}, (

@@ -9,7 +9,7 @@ import numpy as np
 from loopformer.types import ConfigError, whole
 
 
-def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None, rows: int = 32
+def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None, rows: int = 32, causal: bool = True
             ) -> Iterator[dict[str, np.ndarray]]:
   """Batches in which every token of a text has weight once.
 
@@ -24,9 +24,11 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
     length: tokens that a window reads at most.
     stride: None for `length`.
     rows: windows of a batch, at most; the last is filled up with rows that do not count (`counted`).
+    causal: whether no token reads what follows it, as what fills up the last window does.
 
   Yields:
-    tokens, targets, positions, i32[rows, T], weights, f32[rows, T], counted, f32[rows].
+    tokens, targets, positions, i32[rows, T], weights, f32[rows, T], counted, f32[rows]; for models that are not causal also
+    segments, i32[rows, T], 1 for the text and 0 for what fills up, so that the text does not read it.
 
   Raises:
     ConfigError: a text without tokens, or a stride beyond the length.
@@ -48,6 +50,7 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
     fresh = np.where(some == 0, 0, length - stride)  # the first of a window that no window before it counts
     weights = np.zeros((rows, length), np.float32)
     weights[:len(some)] = (index >= fresh[:, None]) & (at[:len(some)] < count)
+    segments = {} if causal else {'segments': (at < count).astype(np.int32)}
     yield {'tokens': ids[np.minimum(at, count - 1)], 'targets': ids[np.minimum(at + 1, count)],
            'positions': np.broadcast_to(index, (rows, length)), 'weights': weights,
-           'counted': (np.arange(rows) < len(some)).astype(np.float32)}
+           'counted': (np.arange(rows) < len(some)).astype(np.float32), **segments}
