@@ -79,10 +79,10 @@ class Flags:
   """What the study reads of its flags."""
 
   def __init__(self, workdir):
-    self.workdir = str(workdir)
+    self.workdir, self.changes = str(workdir), []
 
   def __getitem__(self, name):
-    return type('Flag', (), {'value': []})
+    return type('Flag', (), {'value': self.changes})
 
 
 def test_the_best_rate_is_taken_and_those_that_follow_share_the_budget(tmp_path, monkeypatch):
@@ -112,6 +112,29 @@ def test_the_best_rate_is_taken_and_those_that_follow_share_the_budget(tmp_path,
   halves = (made.flops('once') + made.flops('base_loop')) / 2
   assert made.steps('shift', 1.0) == round(100 * made.flops('base') / halves)
   assert study.Study('cpu', 'text', 100, 0.25, (5e-3,)).budget == made.budget
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_the_one_that_is_asked_for(tmp_path, monkeypatch):
+  calls, flags = [], Flags(tmp_path)
+  monkeypatch.setattr(command, 'train', lambda spec, folder, *changes: calls.append(changes))
+  monkeypatch.setattr(study, 'FLAGS', flags)
+  monkeypatch.setattr(study, 'trained', lambda folder: 100 if (folder / 'config.json').exists() else None)
+  made = study.Study('cpu', 'p_hop', 100, 0.25, (3e-3,))
+  folder = made.train('base', 3e-3, 0, 1.0)
+  configs.save(configs.load(made.spec('base', rate=3e-3, steps=100), calls.pop()), folder)
+  assert made.train('base', 3e-3, 0, 1.0) == folder and not calls
+  flags.changes = ['optim.decay=0.5']
+  assert made.train('base', 3e-3, 0, 1.0) == folder and calls == [('optim.decay=0.5', 'train.seed=0')]
+  flags.changes = []
+  study.Study('small', 'p_hop', 100, 0.25, (3e-3,)).train('base', 3e-3, 0, 1.0)
+  assert len(calls) == 2
+
+
+@pytest.mark.parametrize('check', [
+    lambda: command.check_whole(seeds=['0', '1', '00']), lambda: command.check_chosen('systems', ['base', 'base'], SYSTEMS)])
+def test_what_is_given_twice_does_not_count_twice(check):
+  with pytest.raises(SystemExit, match='error: --(seeds|systems)=.*: (0|base) stands there more than once'):
+    check()
 
 
 def results():

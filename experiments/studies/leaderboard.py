@@ -83,11 +83,10 @@ class Study:
       start = {'start': self.train(before, self.rate(before), seed, share)}
     steps, workdir = self.steps(name, share), storage.path(FLAGS.workdir)
     folder = workdir / f'{self.task}-{name}-{rate:g}-{steps}-{seed}'
-    if trained(folder) == steps:
-      return folder
     shared = [f"task.folder='{workdir / 'data'}'"] if self.task == 'text' else []
-    command.train(self.spec(name, rate=rate, steps=steps, **start), folder, *FLAGS['set'].value, f'train.seed={seed}',
-                  *shared)
+    spec, changes = self.spec(name, rate=rate, steps=steps, **start), (*FLAGS['set'].value, f'train.seed={seed}', *shared)
+    if trained(folder) != steps or not configs.is_saved(configs.load(spec, changes), folder):
+      command.train(spec, folder, *changes)  # which refuses to go on with a run of another configuration
     return folder
 
   def sweep(self, name: str):
@@ -224,7 +223,8 @@ def main(argv):
   known = names_of(FLAGS.task)
   names = FLAGS.systems or known
   command.check_chosen('systems', names, known)
-  seeds = [int(seed) for seed in numbers(','.join(FLAGS.seeds), '--seeds', int)]
+  command.check_whole(seeds=FLAGS.seeds)
+  seeds = list(map(int, FLAGS.seeds))
   rates = [float(rate) for rate in numbers(','.join(FLAGS.rates), '--rates', float)]
   out, show = storage.path(FLAGS.out), show_of(FLAGS.task)
   out.mkdir(parents=True, exist_ok=True)

@@ -54,18 +54,27 @@ def train(spec: str, workdir: Path, *changes: str):
 
 
 def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
-  """Ends the command where a flag, a word or a list of them, was given another than those that are known."""
+  """Ends the command where a flag, a word or a list of them, was given another than those that are known, or one twice."""
   words = [given] if isinstance(given, str) else given
   for word in words:
     if word not in known:
       sys.exit(f'error: --{name}={",".join(words)}: there is no {word!r} here; choose from {", ".join(known)}')
+  _check_once(name, words)
 
 
 def check_whole(**given: Sequence[str] | None):
-  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number; or 0, but for seeds."""
+  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one twice; or 0,
+  but for seeds."""
   for name, words in given.items():
     if not all(word.isdecimal() and (int(word) or name == 'seeds') for word in words or ()):
       sys.exit(f'error: --{name}={",".join(words)}: give whole numbers apart by commas{"" if name == "seeds" else ", 1 or more"}')
+    _check_once(name, [str(int(word)) for word in words or ()])
+
+
+def _check_once(name: str, words: Sequence[str]):
+  for word in words:
+    if words.count(word) > 1:
+      sys.exit(f'error: --{name}={",".join(words)}: {word} stands there more than once, and would count as often; give it once')
 
 
 def begin(main: Callable, argv: list[str]):
