@@ -505,7 +505,8 @@ def _telling(path: Any) -> Iterator[None]:
 def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   """Reads a configuration's argument: `arguments('small,loops=4', size='tiny', loops=8)`.
 
-  A word without `=` is the value of the first name. Raises ConfigError for names that are not among the defaults.
+  A word without `=` is the value of the first name; where the default is a bool, 0 and 1 are. Raises ConfigError for names
+  that are not among the defaults, and for values of another type than theirs.
   """
   values = dict(defaults)
   first = next(iter(defaults))
@@ -516,7 +517,10 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
       close = difflib.get_close_matches(name, defaults, 1)
       raise ConfigError(f'config argument {word!r}: no {name!r} here; {f"did you mean {close[0]!r}? " if close else ""}'
                         f'there are {", ".join(defaults)}')
-    values[name] = _parse(value, defaults[name], type(defaults[name]), f'config argument {name}')
+    if isinstance(defaults[name], bool):
+      values[name] = choose(name, value, {'0': False, '1': True})
+    else:
+      values[name] = _parse(value, defaults[name], type(defaults[name]), f'config argument {name}')
   return values
 
 

@@ -1,6 +1,8 @@
+import ast
 import dataclasses
 import itertools
 from pathlib import Path
+import re
 import sys
 import types
 
@@ -198,6 +200,14 @@ def test_arguments():
   assert configs.arguments('small,loops=4', size='tiny', loops=8) == {'size': 'small', 'loops': 4}
   assert configs.arguments('loops=4,size=small', size='tiny', loops=8) == {'size': 'small', 'loops': 4}
   assert choose('size', 'a', {'a': 1}) == 1
+
+
+@pytest.mark.parametrize('name', configs.published())
+def test_a_switch_takes_0_and_1_alone(name):
+  about = ast.get_docstring(ast.parse(configs.published()[name].read_text(encoding='utf-8')))
+  for switch in re.findall(r'^ {4}(\w+) +1: ', about, re.M):
+    with pytest.raises(ConfigError, match=f"config argument {switch} = '?2'?: choose one of (-1, )?0, 1"):
+      configs.load(f'{name}:from=there,data=there,{switch}=2' if name == 'finetune' else f'{name}:{switch}=2')
 
 
 def test_read_of_a_folder_without_a_run(tmp_path):

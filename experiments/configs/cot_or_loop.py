@@ -142,7 +142,7 @@ def form_of(kind: str, task: str, source: Source, steps: int | None, internalise
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,kind=loop,task=parity,steps=4`."""
-  given = arguments(argument, size='cpu', kind='chain', task='parity', steps='', internalise=0, inject=0)
+  given = arguments(argument, size='cpu', kind='chain', task='parity', steps='', internalise=0, inject=False)
   size, kind, task = choose('size', given['size'], SIZES), given['kind'], given['task']
   choose('kind', kind, {name: None for name in KINDS})
   source = choose('task', task, size.tasks)
@@ -151,8 +151,8 @@ def get_config(argument: str = '') -> Experiment:
   if internalise and (kind != 'chain' or steps is not None):
     raise ConfigError(f'config argument internalise = {internalise}: it takes whole chains apart, stage by stage; '
                       'leave out steps, and give kind=chain')
-  if given['inject'] not in (0, 1) or given['inject'] and kind != 'loop':
-    raise ConfigError(f'config argument inject = {given["inject"]}: give 0, or 1 with kind=loop')
+  if given['inject'] and kind != 'loop':
+    raise ConfigError('config argument inject = 1: give 0, or 1 with kind=loop')
   form = form_of(kind, task, source, steps, internalise)
   grow = Same()
   if internalise:

@@ -40,18 +40,24 @@ from loopformer.training.train import Train
 from loopformer.types import ConfigError
 
 MOST = 1024  # tokens of a row, if nothing else is said
+SHARE = 0.5
 
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `from=runs/smol,data=chats.jsonl,rank=16`."""
-  given = arguments(argument, **{'from': ''}, data='', text='', share=0.5, validation='', template='', length=0, rank=8,
-                    each=0, steps=1000, batch=8, peak=0.0, seed=0, bf16=0, average=0.0)
+  given = arguments(argument, **{'from': ''}, data='', text='', share=SHARE, validation='', template='', length=0, rank=8,
+                    each=False, steps=1000, batch=8, peak=0.0, seed=0, bf16=False, average=0.0)
   source = given['from']
   if not source or not (given['data'] or given['text']):
     raise ConfigError('config argument: from and data (or text) are missing; give them, such as '
                       'finetune:from=runs/smol,data=chats.jsonl')
+  for name, needed in (('validation', 'data'), ('template', 'data'), ('each', 'rank')):
+    if given[name] and not given[needed]:
+      raise ConfigError(f'config argument {name}: is read with {needed} alone; leave it out')
+  if given['share'] != SHARE and not (given['data'] and given['text']):
+    raise ConfigError('config argument share: is read with both data and text; leave it out')
   old = configs.read(source)
-  model = adapted(old.model, given['rank'], bool(given['each'])) if given['rank'] else old.model
+  model = adapted(old.model, given['rank'], given['each']) if given['rank'] else old.model
   optim = AdamW(schedule=WarmupCosine(peak=given['peak'] or (2e-4 if given['rank'] else 2e-5), end=0.0,
                                       warmup=given['steps'] // 30), b2=0.999, decay=0.0)
   if given['rank']:

@@ -69,7 +69,7 @@ POSITIONS = {'rope': Rotary(), 'nope': None, 'ape': None, 'alibi': Alibi()}
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,map=2111`."""
-  given = arguments(argument, size='cpu', map='', block=1, inject=0, position='rope', std=0.02)
+  given = arguments(argument, size='cpu', map='', block=1, inject=False, position='rope', std=0.02)
   size = choose('size', given['size'], SIZES)
   if not given['map'].isdigit() and given['map']:
     raise ConfigError(f'config argument map = {given["map"]}: give one digit a layer, such as 4211')

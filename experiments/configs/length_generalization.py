@@ -65,7 +65,7 @@ CPU = {'parity': Setting(layers=1, heads=16, longest=12, interval=40, tests=(14,
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,task=copy`."""
-  given = arguments(argument, size='cpu', task='parity', loops='given', inject=1)
+  given = arguments(argument, size='cpu', task='parity', loops='given', inject=True)
   small = choose('size', given['size'], {'cpu': True, 'paper': False})
   make = choose('task', given['task'], TASKS)
   setting = (CPU if small else PAPER)[given['task']]

@@ -122,11 +122,11 @@ KINDS = ('loopformer', 'base', 'base_loop', 'tmlt')
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny`, `small,kind=tmlt,ee=1` or `tiny,loops=4`."""
-  given = arguments(argument, size='tiny', kind='loopformer', ee=0, loops=8, dtype='')
+  given = arguments(argument, size='tiny', kind='loopformer', ee=False, loops=8, dtype='')
   size, kind, loops = choose('size', given['size'], SIZES), given['kind'], given['loops']
   choose('kind', kind, dict.fromkeys(KINDS))
   if given['ee'] and kind not in ('base_loop', 'tmlt'):
-    raise ConfigError(f'config argument ee = {given["ee"]}: early exit is a variant of base_loop and tmlt, '
+    raise ConfigError('config argument ee = 1: early exit is a variant of base_loop and tmlt, '
                       f'not of {kind}')
   layers = size.layers * loops if kind == 'base' else size.layers
   once = kind == 'base'
@@ -135,7 +135,7 @@ def get_config(argument: str = '') -> Experiment:
       model=Looped(
           read_in=size.read_in, cell=cell(kind, size, layers, given['dtype'] or size.dtype), read_out=size.read_out,
           loops=1 if once else loops, remat=size.remat),
-      objective=objective(kind, bool(given['ee']), loops),
+      objective=objective(kind, given['ee'], loops),
       task=size.task,
       train=size.train,
       optim=AdamW(schedule=size.schedule),

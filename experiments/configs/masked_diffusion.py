@@ -109,14 +109,14 @@ def generators(letters: int, numbers: int, diffuses: bool) -> dict[str, Any]:
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,loops=4` or `cpu,kind=ar`."""
-  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, letters=0, consistency=0.0, time=0,
+  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, letters=0, consistency=0.0, time=False,
                     noise='linear')
   size = choose('size', given['size'], SIZES)
   task = given['task'] or size.task
   diffuses = choose('kind', given['kind'], {'diffusion': True, 'ar': False})
   of = choose('task', task, generators(given['letters'] or size.letters, size.numbers, diffuses))
   noise = choose('noise', given['noise'], {'linear': Linear(), 'cosine': Cosine()})
-  told, loops = choose('time', given['time'], {0: False, 1: True}), given['loops'] or size.loops
+  loops = given['loops'] or size.loops
   if not diffuses and task == 'sudoku9':
     raise ConfigError(f'config argument kind = ar: cells of {task} are told from those before them alone, and clues stand '
                       'behind, too; take task=sudoku4')
@@ -126,9 +126,9 @@ def get_config(argument: str = '') -> Experiment:
     raise ConfigError(f'config argument letters = {given["letters"]}: {task} has no words; leave it out')
   if given['consistency'] < 0:
     raise ConfigError(f'config argument consistency = {given["consistency"]}: fewer loops would learn to disagree; give 0 or more')
-  for name, value in () if diffuses else (('time', 0), ('noise', 'linear')):
-    if given[name] != value:
-      raise ConfigError(f'config argument {name} = {given[name]}: nothing is hidden with kind=ar; leave it out')
+  for name, value in () if diffuses else (('time', int(given['time'])), ('noise', given['noise'])):
+    if value not in (0, 'linear'):
+      raise ConfigError(f'config argument {name} = {value}: nothing is hidden with kind=ar; leave it out')
   if of is None:
     from loopformer.data.tokenizer import TrainedPieces
     vocab, length = size.vocab, size.length
@@ -141,7 +141,7 @@ def get_config(argument: str = '') -> Experiment:
                        **({'position': Rotary()} if size.rotary else {}))
   core = Stack(Block(attn=attn, mlp=MLP(hidden=4 * width, std=std), norm=RMSNorm(), dtype=size.dtype), size.layers)
   cell = Recur(core, Add()) if loops > 1 or size.layers == 1 else Plain(core)
-  if told and diffuses:
+  if given['time']:
     cell = ToldHidden(cell, width=width, mask=vocab)
   inputs = dict(vocab=vocab + diffuses, width=width, length=length, std=std if not size.rotary else 0.02)
   model = Looped(read_in=TokensIn(**inputs) if size.rotary else TokenEmbed(**inputs), cell=cell, loops=loops,

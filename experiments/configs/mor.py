@@ -117,7 +117,7 @@ def layer_map(sharing: str, layers: int, recursions: int) -> tuple[int, ...]:
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny,kind=token`."""
   given = arguments(argument, size='tiny', kind='mor', recursions=3, layers=0, sharing='middle_cycle',
-                    memory='recursion', router='linear', alpha=0.1, c=0.016, auxiliary=0, balance='loss', form='code',
+                    memory='recursion', router='linear', alpha=0.1, c=0.016, auxiliary=False, balance='loss', form='code',
                     gate='sigmoid', z=0.0, steps=0)
   size, kind, sharing = choose('size', given['size'], SIZES), given['kind'], given['sharing']
   choose('kind', kind, dict.fromkeys(KINDS))
@@ -136,7 +136,7 @@ def get_config(argument: str = '') -> Experiment:
     raise ConfigError(f'config argument memory = {given["memory"]}: without a router each loop has keys of its own; '
                       'leave it out')
   if kind != 'mor' and given['auxiliary']:
-    raise ConfigError(f'config argument auxiliary = {given["auxiliary"]}: another router is for kind=mor; leave it out')
+    raise ConfigError('config argument auxiliary = 1: another router is for kind=mor; leave it out')
   out_std = size.std / math.sqrt(2 * layers) if given['size'] == 'tiny' else size.std
   block = Block(attn=SelfAttention(heads=size.heads, groups=size.groups, std=size.std, out_std=out_std,
                                    position=Rotary(), kernel=Fused(size=size.block)),

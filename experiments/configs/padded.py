@@ -114,8 +114,8 @@ def fillers_of(text: str) -> int | Power:
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,task=parity,loops=log,lengths=doubling`."""
-  given = arguments(argument, size='cpu', task='', loops='', fillers='0', place='query', untied=0, lengths='',
-                    attention='', mask=0)
+  given = arguments(argument, size='cpu', task='', loops='', fillers='0', place='query', untied=False, lengths='',
+                    attention='', mask=False)
   size = choose('size', given['size'], SIZES)
   task = given['task'] or {'cpu': 'parity', 'gpu': 'a5'}[given['size']]
   longest = choose('task', task, size.longest)

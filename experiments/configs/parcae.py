@@ -79,7 +79,7 @@ SECOND_VOCAB = 65_536
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,inject=concat,rate=1e-2`."""
-  given = arguments(argument, size='cpu', inject='', each=1, norm=-1, rate=0.0, kind='parcae', ramp=0, curve='sqrt')
+  given = arguments(argument, size='cpu', inject='', each=True, norm=-1, rate=0.0, kind='parcae', ramp=0, curve='sqrt')
   size, kind = given['size'], given['kind']
   make = choose('size', size, {'cpu': small, **dict.fromkeys(SIZES, published), **dict.fromkeys(SECOND, second)})
   choose('kind', kind, dict.fromkeys(('parcae', 'transformer', 'rdm')))
@@ -89,7 +89,7 @@ def get_config(argument: str = '') -> Experiment:
   inject = given['inject'] or ('concat' if kind == 'rdm' else 'diagonal')
   choose('inject', inject, INJECT)
   choose('curve', given['curve'], CURVES)
-  norm = size not in SECOND if given['norm'] < 0 else bool(given['norm'])
+  norm = choose('norm', given['norm'], {-1: size not in SECOND, 0: False, 1: True})
   return make({**given, 'inject': inject, 'norm': norm})
 
 

@@ -145,7 +145,7 @@ def problems(size: str, task: str, kind: str, beyond: int = 0, far: bool = False
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu` or `cpu,kind=tuned,start=runs/chain,chains=runs/merged.jsonl`."""
-  given = arguments(argument, size='cpu', task='', kind='aligned', inject=0, relay=1.0, start='', chains='')
+  given = arguments(argument, size='cpu', task='', kind='aligned', inject=False, relay=1.0, start='', chains='')
   size, kind = choose('size', given['size'], SIZES), choose('kind', given['kind'], {kind: kind for kind in KINDS})
   task = given['task'] or next(iter(size.tasks))
   choose('task', task, {**size.tasks, 'all': None})
@@ -154,6 +154,10 @@ def get_config(argument: str = '') -> Experiment:
       raise ConfigError(f'config argument {name} = {given[name]!r}: kind = {kind} '
                         + ('needs both start, a work folder, and chains, a file' if kind == 'tuned' else
                            'starts from no other run'))
+  if given['relay'] < 0 or kind != 'aligned' and given['relay'] != 1:
+    raise ConfigError(f'config argument relay = {given["relay"]}: ' + (
+        'rounds would be learned not to be shown; give 0 or more' if kind == 'aligned' else
+        f'kind = {kind} shows no rounds; leave it out'))
   decodes = kind in ('chain', 'tuned')
   form = Chain if decodes else Rounds
   tests = max(len(source.beyond) for name, source in size.tasks.items() if task in (name, 'all'))
