@@ -353,6 +353,8 @@ def run_generate(workdir: Path):
   for name in DENOISING:
     if FLAGS[name].present:
       raise ConfigError(f'--{name}: the model of {workdir} writes token by token, without denoising; leave it out')
+  if FLAGS['fill'].present and FLAGS.exit is None:
+    raise ConfigError(f'--fill={FLAGS.fill}: is read with --exit alone, by which tokens skip steps; leave it out')
   exit_policy = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory, sampler=given_sampler() or model.sampler)
   warn_beyond(model, steps)
@@ -403,6 +405,8 @@ def run_denoise(model, params, tokenizer, prompts, sizes):
     if FLAGS[name].present:
       raise ConfigError(f'--{name}: a masked diffusion model writes all tokens at once, and not one by one; leave it out (it has '
                         f'{", ".join(f"--{name}" for name in DENOISING)})')
+  if FLAGS['max_new_tokens'].present and all(isinstance(prompt, str) and HOLE.search(prompt) for prompt in prompts):
+    raise ConfigError(f'--max_new_tokens={FLAGS.max_new_tokens}: holes of a prompt are filled, and nothing is added; leave it out')
   warn_beyond(model, sizes)
   model = model.clone(sampler=given_order(model.sampler))
   denoiser = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), loops=max(len(sizes), model.loops),
@@ -428,7 +432,10 @@ def given_order(sampler):
     if name not in SCORES | SIGMAS | PLANNERS or bool(colon) + (name not in SIGMAS) != 1 or len(eta) > 1:
       raise ConfigError(f'--order={FLAGS.order}: there is no such order; choose from {", ".join(SCORES | PLANNERS)}, or '
                         f'{", ".join(f"{name}:ETA" for name in SIGMAS)}')
-    order = orders.Ranked(score=SCORES[name]) if name in SCORES else PLANNERS[name] if name in PLANNERS else SIGMAS[name](*eta)
+    try:
+      order = orders.Ranked(score=SCORES[name]) if name in SCORES else PLANNERS[name] if name in PLANNERS else SIGMAS[name](*eta)
+    except ConfigError as error:
+      raise ConfigError(f'--order={FLAGS.order}: {error}') from None
   if FLAGS.blocks is not None:
     if not isinstance(order, orders.Ranked):
       raise ConfigError(f'--blocks={FLAGS.blocks}: is read with an order by rank ({", ".join(SCORES)}); leave it out')
@@ -446,7 +453,8 @@ def given_prompts() -> list:
     return [[{'role': 'user', 'content': text}] for text in FLAGS.prompt] if FLAGS.chat else FLAGS.prompt or ['']
   if FLAGS.prompt:
     raise ConfigError('--prompt and --messages: give one of the two')
-  given = [messages for _, messages in rows_of(FLAGS.messages, FLAGS.messages)]
+  given = [messages for _, messages in rows_of(FLAGS.messages, FLAGS.messages,
+                                            remedy='name a file of chats by --messages')]
   if not given:
     raise ConfigError(f'--messages={FLAGS.messages}: it has no rows; write one a line')
   return given
@@ -549,8 +557,11 @@ def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:
 
 
 def given_schedules() -> list[tuple[float, ...]]:
-  """The step sizes of --schedules."""
-  return [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
+  """The step sizes of --schedules. Raises ConfigError where it was given and names none."""
+  found = [numbers(text, '--schedules') for text in (FLAGS.schedules or '').split(';') if text.strip()]
+  if FLAGS.schedules and not found:
+    raise ConfigError(f'--schedules={FLAGS.schedules}: names none; give step sizes, such as 0.5,0.25,0.25')
+  return found
 
 
 def given_memory():
@@ -604,10 +615,12 @@ def only_exit(model) -> exits.Adaptive:
 def leaves(text: str, flag: str) -> dict[str, exits.Adaptive]:
   """'kl:1e-3,1e-2;state:0.1' -> an exit for every threshold. Raises ConfigError naming the flag."""
   found = {}
-  for word in filter(None, text.split(';')):
-    name, _, thresholds = word.strip().partition(':')
+  if text and not text.strip('; '):
+    raise ConfigError(f'{flag}={text}: names none; give a rule and thresholds, such as kl:1e-3')
+  for word in filter(None, map(str.strip, text.split(';'))):
+    name, _, thresholds = word.partition(':')
     if name not in RULES | DRAWN or name in DRAWN and thresholds:
-      raise ConfigError(f'{flag}={text}: there is no rule {word.strip()!r}; choose from {", ".join(RULES)} with a '
+      raise ConfigError(f'{flag}={text}: there is no rule {word!r}; choose from {", ".join(RULES)} with a '
                         f'threshold, {", ".join(DRAWN)} without one')
     if name in DRAWN:
       found[name] = exits.Adaptive(rule=DRAWN[name]())

@@ -419,12 +419,18 @@ def test_steps_loops_and_orders_are_flags(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize('model, word, names', [
     (MODEL, '--draft=1', '--draft: a masked'), (MODEL, '--exit=kl:0.1', '--exit: a masked'),
     (MODEL, '--memory=first', '--memory: a masked'), (MODEL, '--contrast=1', '--contrast: a masked'),
-    (MODEL, '--order=up', '--order=up'), (MODEL, '--order=cap', '--order=cap'), (MODEL, '--order=cap:7', 'Cap.eta = 7'),
+    (MODEL, '--order=up', '--order=up'), (MODEL, '--order=cap', '--order=cap'), (MODEL, '--order=cap:7', '--order=cap:7: Cap.eta = 7'),
     (MODEL, '--order=margin:1', '--order=margin:1'), (AR, '--denoise=4', '--denoise: the model of'),
     (AR, '--order=left', '--order: the model of')], ids=lambda value: value if isinstance(value, str) else '')
 def test_flags_of_the_other_kind_of_model_are_refused(monkeypatch, capsys, tmp_path, model, word, names):
   with pytest.raises(ConfigError, match=names):
     generate(monkeypatch, model, capsys, tmp_path, word)
+
+
+def test_holes_are_filled_and_nothing_is_added(monkeypatch, capsys, tmp_path):
+  with pytest.raises(ConfigError, match='--max_new_tokens=2: holes of a prompt are filled'):
+    generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 <mask>', '--max_new_tokens=2')
+  assert generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 <mask>', '--prompt=1', '--max_new_tokens=2').count('---') == 2
 
 
 def test_blocks_go_with_ranks(monkeypatch, capsys, tmp_path):

@@ -345,13 +345,15 @@ class Conversations:
         yield f'{path}#{row}', json.dumps({'messages': messages}, ensure_ascii=False)
 
 
-def rows_of(where: str, name: str, left_out: collections.Counter | None = None) -> Iterator[tuple[int, list[dict]]]:
+def rows_of(where: str, name: str, left_out: collections.Counter | None = None, remedy: str = REMEDY
+            ) -> Iterator[tuple[int, list[dict]]]:
   """(row from 0, messages) of a .jsonl file of chats, which messages call `name`; counts the rows that are empty.
 
   Raises:
-    ConfigError: a row that is no JSON, or has neither messages nor prompt and answer, as texts.
+    ConfigError: a file that cannot be read, ending with the remedy; a row that is no JSON, or has neither messages nor prompt
+      and answer, as texts.
   """
-  with reading.opened(where, REMEDY) as file:
+  with reading.opened(where, remedy) as file:
     for row, line in enumerate(file):
       told = f'{name} row {row + 1}'
       text = reading.decoded(line, told, 'save the file as UTF-8').strip() if line.strip() else ''
