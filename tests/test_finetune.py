@@ -133,3 +133,12 @@ def test_chats_that_cannot_be_answered(flags, message, base, tmp_path):
            for flag in flags]
   status, _, err = run_here(base / 'run', '--mode=generate', *given)
   assert status == 1 and message in err and err.strip().count('\n') == 0
+
+
+@pytest.mark.parametrize('more, told', [
+    ('data=x,rank=0,each=1', 'each: is read with rank alone'), ('text=x,validation=y', 'validation: is read with data alone'),
+    ('text=x,template=y', 'template: is read with data alone'), ('text=x,share=0.25', 'share: is read with both data and text'),
+    ('data=x,bf16=2', "bf16 = '2': choose one of 0, 1")])
+def test_an_argument_that_nothing_reads_is_refused(more, told):
+  with pytest.raises(ConfigError, match=f'config argument {told}'):
+    configs.load(f'finetune:from=there,{more}')

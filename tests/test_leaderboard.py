@@ -152,7 +152,7 @@ def test_tables_say_what_was_measured(tmp_path):
   assert [row['system'] for row in rows] == ['looped', 'base', 'noisy']
   looped = rows[0]
   assert looped['loss'] == 2.3 and looped['+-'] == 0.2 and looped['best'] == '2.200 at 2' and looped['ms a token'] == 1.23
-  assert rows[1]['ms a token'] == '' and rows[2]['cache bytes a token'] == ''
+  assert rows[1]['+-'] == '' and rows[1]['ms a token'] == '' and rows[2]['cache bytes a token'] == ''
   assert study.budget_table(results(), 'loss')[0] == {'system': 'base', '1': 3.0, '2': '', '3': ''}
   accuracies = {name: [{**run, 'rows': [{**row, 'accuracy': 1 / row['loss']} for row in run['rows']]} for run in runs]
                 for name, runs in results().items()}

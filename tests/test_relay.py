@@ -334,7 +334,8 @@ def test_plans_and_cells_that_do_not_fit():
     ('huge', "size = 'huge'.*cpu, gpu, paper"), ('cpu,kind=taught', "kind = 'taught'"),
     ('gpu,task=left', "task = 'left'"),
     ('cpu,kind=tuned', 'start = .* needs both'), ('cpu,kind=tuned,start=runs/a', 'chains = .* needs both'),
-    ('cpu,start=runs/a', 'starts from no other run'), ('cpu,kind=chain,chains=a', 'starts from no other run')])
+    ('cpu,start=runs/a', 'starts from no other run'), ('cpu,kind=chain,chains=a', 'starts from no other run'),
+    ('cpu,relay=-0.5', 'rounds would be learned not to be shown'), ('cpu,kind=chain,relay=2', 'kind = chain shows no rounds')])
 def test_arguments(argument, message):
   with pytest.raises(ConfigError, match=message):
     configs.load(f'experiments/configs/relay.py:{argument}')

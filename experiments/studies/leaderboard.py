@@ -149,7 +149,8 @@ def table(results: dict[str, list[dict]], times: dict[str, float | None], show: 
     radius = run.get('radius')
     rows.append({'system': name, 'seeds': len(results[name]), 'parameters': run['parameters'],
                  'rate': f'{run["rate"]:g}', 'steps': run['steps'],
-                 show: round(whole[show], 3), '+-': round(whole['spread'], 3), 'at loops': run['loops'],
+                 show: round(whole[show], 3), '+-': round(whole['spread'], 3) if len(results[name]) > 1 else '',
+                 'at loops': run['loops'],
                  'best': f'{best[show]:.3f} at {best["loops"]}', 'MFLOP a token': round(whole['MFLOP a token'], 3),
                  'cache bytes a token': '' if run['cache'] is None else round(run['cache']),
                  'ms a token': '' if times.get(name) is None else round(times[name], 2),
