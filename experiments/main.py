@@ -491,6 +491,13 @@ def run_import(workdir: Path):
   for name in given:
     if IMPORT[name] not in (None, 'kind' in given):
       raise ConfigError(f'--{name}: is read {"with" if IMPORT[name] else "without"} --kind alone; leave it out')
+  if 0 < given.get('damped', 1) < 1 and given.get('loops', 1) < 2 and 'retrofit' not in given:
+    raise ConfigError(f'--damped={given["damped"]:g}: a loop of one step would go that share of the decoder\'s way and stop '
+                      'there; give --loops, 2 or more')
+  path = storage.path(source)
+  if 'kind' not in given and path.is_dir() and not (path / 'config.json').is_file():
+    raise ConfigError(f'--from={source}: it has no config.json; give a folder as models are published, with config.json beside '
+                      'the weights, or whose code wrote them by --kind')
   machines.connect()
   loaded = loopformer.load(source, mesh=machines.mesh_for_import(FLAGS.set), **given)
   loaded.save(workdir)

@@ -104,6 +104,9 @@ def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None,
     if kind is not None or options.get('loops') is None:
       raise ConfigError(f'relaxed = {relaxed}: layers of a Hugging Face folder or a .gguf file are tied over loops; give '
                         'loops, and no kind')
+    for name in ('damped', 'retrofit'):
+      if options.get(name) is not None:
+        raise ConfigError(f'{name} = {options[name]}, relaxed = {relaxed}: two ways to make a loop of a decoder; give one')
     loops = options.pop('loops')
     model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
     model, params = convert.relaxed(model, params, loops=loops, rank=relaxed)

@@ -142,3 +142,9 @@ def test_chats_that_cannot_be_answered(flags, message, base, tmp_path):
 def test_an_argument_that_nothing_reads_is_refused(more, told):
   with pytest.raises(ConfigError, match=f'config argument {told}'):
     configs.load(f'finetune:from=there,{more}')
+
+
+def test_a_denoiser_is_not_taught_next_tokens(tmp_path):
+  configs.save(configs.load('masked_diffusion:cpu'), tmp_path)
+  with pytest.raises(ConfigError, match='its model denoises, .* train.start='):
+    configs.load(f'finetune:from={tmp_path},data=x')

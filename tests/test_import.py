@@ -169,12 +169,15 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     (['--from=SOURCE', '--dtype=int8'], "dtype = 'int8'"), (['--from=SOURCE', '--set=train.steps=3'], '--set train.steps=3'),
     (['--from=SOURCE', '--damped=0'], 'damped = 0.0'), (['--from=SOURCE', '--retrofit=9'], 'prelude = 9, coda = 0: the model has'),
     (['--from=SOURCE', '--damped=0.5', '--retrofit=0'], 'two ways'),
+    (['--from=SOURCE', '--damped=0.5'], '--damped=0.5: a loop of one step'), (['--from=FOLDER'], 'it has no config.json; give'),
+    (['--from=SOURCE', '--damped=0.5', '--loops=2', '--relaxed=2'], 'damped = 0.5, relaxed = 2: two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'), (['--from=SOURCE', '--prelude=9'], 'prelude = 9'),
     (['--from=SOURCE', '--depths=2'], '--depths: --mode=import does not read it'),
 ], ids=str)
 def test_what_cannot_be_imported(flags, message, state, tmp_path):
   source = published(tmp_path / 'llama', state, 'safetensors')
-  status, out, err = run_here(tmp_path / 'run', '--mode=import', *(flag.replace('SOURCE', str(source)) for flag in flags))
+  status, out, err = run_here(tmp_path / 'run', '--mode=import', *(
+      flag.replace('SOURCE', str(source)).replace('FOLDER', str(tmp_path)) for flag in flags))
   assert status == 1 and message in err and 'Traceback' not in err and not (tmp_path / 'run/config.json').exists()
 
 

@@ -57,6 +57,9 @@ def get_config(argument: str = '') -> Experiment:
   if given['share'] != SHARE and not (given['data'] and given['text']):
     raise ConfigError('config argument share: is read with both data and text; leave it out')
   old = configs.read(source)
+  if old.model.sampler.denoises:
+    raise ConfigError(f'config argument from = {source}: its model denoises, and answers and texts are learned here token by '
+                      f'token; train it on by a configuration of its own, with --set train.start={source}')
   model = adapted(old.model, given['rank'], given['each']) if given['rank'] else old.model
   optim = AdamW(schedule=WarmupCosine(peak=given['peak'] or (2e-4 if given['rank'] else 2e-5), end=0.0,
                                       warmup=given['steps'] // 30), b2=0.999, decay=0.0)

@@ -87,15 +87,21 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     segments: i32[B, T], tokens attend within equal numbers only; give padding a number of its own.
 
   Raises:
-    ConfigError: steps or tokens that the model cannot run; positions or segments of another shape than the tokens.
+    ConfigError: steps or tokens that the model cannot run; positions or segments that are no integers of the shape of the
+        tokens; positions that the model does not have.
   """
   plan = _plan(model, steps)
   tokens = checked_tokens(model, tokens)
-  given = {'positions': positions, 'segments': segments}
+  given = {name: None if array is None else np.asarray(array) for name, array in (('positions', positions),
+                                                                                 ('segments', segments))}
   for name, array in given.items():
-    if array is not None and np.shape(array) != tokens.shape[:2]:
-      raise ConfigError(f'{name}: shape {list(np.shape(array))}; give integers of the shape of the tokens, '
+    if array is not None and (array.shape != tokens.shape[:2] or not np.issubdtype(array.dtype, np.integer)):
+      raise ConfigError(f'{name}: {array.dtype}, shape {list(array.shape)}; give integers of the shape of the tokens, '
                         f'{list(tokens.shape[:2])}')
+  own = given['positions']
+  if own is not None and not 0 <= own.min() <= own.max() < model.read_in.length:
+    raise ConfigError(f'positions: from {own.min()} to {own.max()}, but the model has {model.read_in.length} '
+                      '(read_in.length), from 0')
   pos, seg = (None if array is None else jnp.asarray(array, jnp.int32) for array in given.values())
   with sharding.on(sharding.mesh_of(params)):
     found = _trace(model.clone(remat=loop.KeepAll()), params, tokens, plan, pos, seg)
