@@ -25,12 +25,15 @@ LENGTH = ('train.steps', 'train.extended')
 
 
 def with_its_paths(config: Any, workdir: Any) -> Any:
-  """The configuration with its paths as the work folder's run, if there is one, has written them: the same ones, but
-  data were prepared under those names."""
+  """The configuration with its paths as the work folder's run, if there is one, has written them, because data were prepared
+  under those names; where the run's is another path, as `check` allows while nothing is saved, the configuration's own."""
   workdir = storage.path(workdir)
   if not (workdir / configs.FILE).exists():
     return config
-  return configs.with_paths(config, dict(configs.paths(configs.read(workdir, config))))
+  here = dict(configs.paths(config))
+  same = {where: path for where, path in configs.paths(configs.read(workdir, config))
+          if where in here and storage.absolute(path) == storage.absolute(here[where])}
+  return configs.with_paths(config, same)
 
 
 def check(config: Any, workdir: Any):

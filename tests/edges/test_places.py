@@ -312,6 +312,17 @@ def test_a_folder_of_before_paths_were_whole(home, tmp_path, monkeypatch):
   resume.check(configs.absolute(config), here / 'run')
 
 
+def test_a_start_that_was_corrected_before_anything_was_saved_is_the_one_that_is_taken(home):
+  def started(folder):
+    return dataclasses.replace(test_config.TINY, train=dataclasses.replace(test_config.TINY.train, start=folder))
+
+  configs.save(configs.absolute(started('mistaken')), 'run')
+  config = configs.absolute(started('meant'))
+  resume.check(config, 'run')
+  assert resume.with_its_paths(config, 'run') == config
+  assert resume.with_its_paths(started('mistaken'), 'run') == configs.absolute(started('mistaken'))
+
+
 def test_globs_that_name_their_folder_need_no_other(home):
   (home / 'x.txt').write_text(TEXT)
   for glob in ('~/x.txt', str(home / '*.txt')):
