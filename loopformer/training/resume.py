@@ -4,7 +4,8 @@ What is reported and kept may change (config.FREE). The number of steps may, whe
 many steps would have been: none of the steps that were trained had another learning rate. Then config.json says the
 new number, and is as true as if it had said so from the start. Schedules that end with the run, a cosine or a
 cool-down that has begun, make it another run: `train.extended` says that it was one, and of how many steps. While
-nothing is saved yet, all but the task may change. Anything else is another run.
+nothing is saved yet, all but the task may change, and that too where nothing was prepared for it. Anything else is another
+run.
 """
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ import numpy as np
 from loopformer import config as configs, storage
 from loopformer.training.checkpoint import trained
 from loopformer.training.control import NoControl
+from loopformer.training.lock import FILE as LOCK
 from loopformer.types import ConfigError
 
 LENGTH = ('train.steps', 'train.extended')
+TOLD = 8  # differences that an error tells of
 
 
 def with_its_paths(config: Any, workdir: Any) -> Any:
@@ -43,12 +46,13 @@ def check(config: Any, workdir: Any):
     return
   saved, done = configs.read(workdir, config), trained(workdir)
   differences = list(configs.difference(saved, config))
-  if done is None:  # nothing but data were made
-    differences = [row for row in differences if row[0].startswith('task')]
+  if done is None:  # nothing but data were made, if that
+    differences = [row for row in differences if row[0].startswith('task')] if _prepared(workdir) else []
   others = [row for row in differences if row[0] not in LENGTH]
   if not differences:
     return
-  told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences)
+  told = ', '.join(f'{path} is {old} there, {new} here' for path, old, new in differences[:TOLD])
+  told += f', and {len(differences) - TOLD} more' if len(differences) > TOLD else ''
   told = f'workdir = {workdir} holds a run of another configuration: {told}. '
   if others:
     moved = any(path.endswith('.root') for path, *_ in others)
@@ -73,6 +77,11 @@ def check(config: Any, workdir: Any):
   raise ConfigError(f'{told}{path} goes by the number of steps, and its {done} steps were trained as those of a '
                     f'shorter run. To go on after step {old.steps} as a run of {new.steps} steps does there, add --set '
                     f'train.extended={past}; or {start}')
+
+
+def _prepared(workdir: Any) -> bool:
+  """Whether a folder holds more than what a run writes before it prepares data."""
+  return any(entry.name not in (configs.FILE, LOCK, 'log.txt') and entry.suffix != '.py' for entry in workdir.iterdir())
 
 
 def unlike(saved: Any, config: Any, done: int) -> str | None:

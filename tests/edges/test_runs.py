@@ -587,6 +587,22 @@ def test_what_may_change_when_a_run_goes_on(schedule, steps, done, changes, told
       resume.check(config, tmp_path)
 
 
+def test_a_task_may_change_until_something_is_prepared_for_it(tmp_path):
+  """A file of data that was mistyped is corrected in the same folder."""
+  saved = setting()
+  configs.save(saved, tmp_path)
+  for name in ('lock.json', 'log.txt', 'mine_0123abcd.py'):
+    (tmp_path / name).write_text('')
+  config = configs.override(saved, 'task.held_out=33')
+  resume.check(config, tmp_path)
+  (tmp_path / 'data').mkdir()
+  with pytest.raises(ConfigError, match='task.held_out is .* there, 33 here'):
+    resume.check(config, tmp_path)
+  with pytest.raises(ConfigError, match=r' here, and \d+ more\. Give another') as error:
+    resume.check(configs.load('relay:cpu'), tmp_path)
+  assert str(error.value).count(' there, ') == 8
+
+
 @pytest.mark.parametrize('changes, where', [
     (dict(optim=Muon(schedule=FLAT, others=AdamW(schedule=FLAT))), 'optim.decay'),  # its weight decay has its own
     (dict(optim=Muon(schedule=FLAT, decay=FLAT, others=AdamW(schedule=COSINE))), 'optim.others.schedule'),
