@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import Looped, make_readout, run_batch
-from loopformer.types import (Array, Batch, ConfigError, Params, PlanContext, Planner, Preparation, Term, Trace,
+from loopformer.types import (Array, Batch, ConfigError, Params, PlanContext, Planner, Preparation, Teacher, Term, Trace,
                               config_dataclass)
 
 
@@ -50,15 +50,16 @@ class Lent:
 class Rollout:
   """One run of the model: how its steps are arranged, which states it keeps, and with whose weights it runs.
 
-  weights_of: None: those that learn; or a teacher, whose weights do not: `Own`, or a work folder, which is `Lent`.
+  weights_of: None: those that learn; or a teacher, whose weights do not, such as `Own`; or a work folder, which is
+  `Lent`.
   """
   plan: Planner
   keep: Any = loop.Last()
-  weights_of: str | Own | None = None
+  weights_of: str | Teacher | None = None
   paths = ('weights_of',)
 
   @property
-  def teacher(self) -> Own | Lent | None:
+  def teacher(self) -> Teacher | None:
     """Whose weights it runs with, if not with those that learn."""
     return Lent(folder=self.weights_of) if isinstance(self.weights_of, str) else self.weights_of
 
@@ -140,7 +141,7 @@ class Objective:
     return {name: weighted.term.weight(batch) for name, weighted in self.terms.items()}
 
   @property
-  def teachers(self) -> dict[str, Own | Lent]:
+  def teachers(self) -> dict[str, Teacher]:
     """Those whose weights some rollouts, or the preparation, run with, by their names."""
     every = [*(roll.teacher for roll in self.rolls.values()), self._encoder]
     return {teacher.name: teacher for teacher in every if teacher is not None}

@@ -29,6 +29,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 INTERMEDIATES = 'intermediates'  # Linen's collection of what layers tell when they are looked at (inference/tracing.py)
+GIVEN = 'given'  # another, of what their attention gives, where a cell asks (papers/melt/teacher.py)
 SEEDS = 2**32  # how many there are: JAX cuts larger ones
 
 
@@ -319,13 +320,28 @@ class Memory(Protocol):
 class Preparation(Protocol):
   """What becomes of a batch in every step, before anything is summed; see `Objective.prepare`."""
 
-  teacher: Any  # whose weights it runs with (`objective.Own`), or None
+  teacher: Teacher | None  # whose weights it runs with
 
   def check(self, model: Any, measure: Any):
     """Raises ConfigError where the model does not fit it, or the measure that the model is evaluated by."""
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     """The batch that is learned from. weights: the teacher's; not given where there is none."""
+
+
+class Teacher(Protocol):
+  """Whose weights a rollout runs with, where they are not those that learn: the last ones of a work folder, frozen."""
+
+  @property
+  def folder(self) -> str:
+    """The work folder."""
+
+  @property
+  def name(self) -> str:
+    """By which its weights are known."""
+
+  def model(self, own: Any) -> Any:
+    """The model that runs, where the model `own` learns."""
 
 
 class Term(Protocol):

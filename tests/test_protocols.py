@@ -29,6 +29,7 @@ from loopformer.papers.loopus.terms import Supervision
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.melt.plans import Apart, Transition
+from loopformer.papers.melt.teacher import OwnWithAttention, WithAttention
 from loopformer.papers.melt.terms import Aligned
 from loopformer.papers.mor.cell import Routed
 from loopformer.papers.mor.memory import Compact
@@ -57,7 +58,8 @@ PARTS = {
     types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
                     plans.LogDepth, Transition, Apart, RoundByRound, WithLatents],
     types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
-                 Gated, Showing, Thinking, ToldHidden, Summed, Doubled],
+                 Gated, Showing, Thinking, ToldHidden, Summed, Doubled, WithAttention],
+    types.Teacher: [objective.Own, objective.Lent, OwnWithAttention],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
                  ponder.Ponder, Supervision,

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from flax import linen as nn
+import jax.numpy as jnp
 
 from loopformer.nn.attention import SelfAttention, check_attention, heads_of
 from loopformer.nn.layers import DTYPES, MLP, Identity, LayerNorm, RMSNorm, gelu_tanh
-from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
+from loopformer.types import GIVEN, KV, Array, ConfigError, Context, config_dataclass
 
 
 def check_layer(layer: nn.Module, width: int, where: str):
@@ -107,6 +108,8 @@ class Block(Layer):
     (norm_a, *after_a), (norm_m, *after_m) = (
         [Identity() if name is None else self.norm.copy(name=name) for name in names] for names in self.placement.norms)
     branch, kv = self.attn(self._scaled(norm_a(x), s_a), ctx, kv, layer, g_a)
+    if self.is_mutable_collection(GIVEN) and not self.is_initializing():
+      self.sow(GIVEN, 'attention', (jnp.asarray(layer), branch))
     x = self.placement.join(x, branch, *after_a)
     return self.placement.join(x, self.mlp(self._scaled(norm_m(x), s_m), g_m, ctx), *after_m), kv
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend, roles
-from loopformer.types import INTERMEDIATES, KV, Array, ConfigError, Context
+from loopformer.types import GIVEN, INTERMEDIATES, KV, Array, ConfigError, Context
 
 
 def unrolls(layers: int) -> bool:
@@ -52,7 +52,8 @@ class Stack(nn.Module):
         own = nn.map_variables(layer, 'params', trans_in_fn=functools.partial(layer_of, which))
         (x, kv), _ = own(self.block, (x, kv), (index, layer_of(index, mods)))
       return x if self.norm is None else self.norm(x), kv
-    scan = functools.partial(nn.scan, layer, variable_axes={'params': 0, INTERMEDIATES: 0}, split_rngs={'params': True},
+    scan = functools.partial(nn.scan, layer, variable_axes={'params': 0, INTERMEDIATES: 0, GIVEN: 0},
+                             split_rngs={'params': True},
                              check_constancy_invariants=self.is_initializing())  # elsewhere it is but another trace
     if self.order is None:
       (x, kv), _ = scan(length=self.depth)(self.block, (x, kv), (jnp.arange(self.depth), mods))

@@ -77,8 +77,7 @@ def pair(term, rolls, pick, remedy):
   return found
 
 
-def check_alike(term, own, taught):
+def check_alike(term, own, taught, remedy='give both rollouts the same steps'):
   """Raises ConfigError where what two rollouts give has not one shape."""
   if own != taught:
-    raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {own}, {term.teacher!r} {taught}; give both rollouts '
-                      'the same steps')
+    raise ConfigError(f'{type(term).__name__}: {term.roll!r} gives {own}, {term.teacher!r} {taught}; {remedy}')

@@ -26,7 +26,7 @@ class Transition(Around):
 
 @config_dataclass
 class Apart(Around):
-  """The plan of `of`, every loop with rows of its own: the model as it was before its conversion, such as a teacher."""
+  """The plan of `of`, every loop with rows of its own: the model as it was before its conversion."""
   of: Planner
 
   def __call__(self, context: PlanContext) -> Plan:
