@@ -87,8 +87,11 @@ def text_of(config) -> str:
 
 
 @pytest.mark.parametrize('file, argument', VARIANTS, ids=[name_of(*v) for v in VARIANTS])
-def test_golden(file, argument):
+def test_golden(file, argument, tmp_path, monkeypatch):
   path = FOLDER / f'{name_of(file, argument)}.txt'
+  monkeypatch.chdir(tmp_path)  # where a teacher's configuration lies, which is read
+  for folder in re.findall(r'\bbase=([^,]+)', argument):
+    configs.save(config_of(file, argument.split(',')[0]), folder)
   config = config_of(file, argument)
   configs.check(config)
   text = text_of(config)

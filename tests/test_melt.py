@@ -1,6 +1,7 @@
 """MELT: shared rows against the models that it is between, chunks, what a cache holds, both phases, and the teacher."""
 import dataclasses
 import functools
+import re
 
 import hypothesis
 from hypothesis import strategies as st
@@ -13,19 +14,24 @@ import pytest
 from experiments.configs import melt as paper
 import loopformer
 from loopformer import config as configs, loop, memories, plans
+from loopformer.cells.halting import Halting
+from loopformer.cells.plain import Normed, Plain
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
-from loopformer.model import init_params, parameter_count, parameter_roles
+from loopformer.model import init_params, make_readout, parameter_count, parameter_roles, run_batch
+from loopformer.nn import stack as stacks
 from loopformer.nn.embed import Head
-from loopformer.nn.layers import Identity
+from loopformer.nn.blocks import Chain
+from loopformer.nn.layers import Identity, RMSNorm
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.objective import Objective, Own, Rollout, Weighted
 from loopformer.optim import AdamW, WSD
 from loopformer.papers.melt import cell as cells
 from loopformer.papers.melt.attention import Constant, Elementwise, Flight, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.melt.plans import BLEND, Apart, Transition
+from loopformer.papers.melt.teacher import OwnWithAttention, WithAttention
 from loopformer.papers.melt.terms import Aligned
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
@@ -34,7 +40,7 @@ from loopformer.training.frozen import ParamGroups
 from loopformer.training.step import State, make_step
 from loopformer.training.train import train
 from loopformer.types import ConfigError, Context, Readout, Step, Trace
-from tests import parts
+from tests import parts, test_config
 from tests.parts import ROWS, D, L, N, T, V, close, forward, over, padded, poked, tokens
 from tests.test_data import write_corpus
 from tests.test_family import brief, compiled_once
@@ -45,6 +51,7 @@ OURO = ROWS['ouro'].model
 UNIFORM = plans.Uniform(L)(None)
 PATH = 'cell/core/block/attn/latent'
 CHUNK = 3
+CONFIG = dataclasses.replace(test_config.TINY, task=dataclasses.replace(test_config.TINY.task, length=T))
 assert T % CHUNK and T > 2 * CHUNK  # a last chunk that is not full, and a chunk that reads two others
 
 
@@ -360,9 +367,11 @@ def test_plans_of_the_phases():
   assert not Apart(of=plans.Uniform(L))(parts.plan_context(jax.random.key(0), step=9)).rows[BLEND].any()
 
 
-def phases(plan, **terms) -> Objective:
-  rolls = {'all': Rollout(plan, keep=loop.Every()),
-           'teacher': Rollout(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights_of='there')}
+LENT = Rollout(Apart(of=plans.Uniform(L)), keep=loop.Every(), weights_of='there')
+
+
+def phases(plan, teacher=LENT, **terms) -> Objective:
+  rolls = {'all': Rollout(plan, keep=loop.Every()), 'teacher': teacher}
   every = {'kd': Distill(roll='all', teacher='teacher', chunk=5), 'aligned': Aligned(roll='all', teacher='teacher')}
   return Objective(rolls=rolls, terms={name: Weighted(weight, every[name]) for name, weight in terms.items()})
 
@@ -472,7 +481,8 @@ def test_a_model_is_trained_converted_decoded_and_resumed(tmp_path):
   base, _ = run('base', 'cpu')
   started = f'base={tmp_path / "base"}'
   run('transition', f'cpu,phase=transition,{started}')
-  assert sum('11 of 13 parameters start from step 4' in line for line in log) == 2  # the student, and its teacher
+  assert sum('11 of 13 parameters start from step 4' in line for line in log) == 1
+  assert f'the teacher of {tmp_path / "base"} is as it was at step 4' in log
   with compiled_once():
     end, config = run('distill', f'cpu,phase=distill,{started},start={tmp_path / "transition"}')
     assert any('13 of 13 parameters start from step 4' in line for line in log)
@@ -483,6 +493,10 @@ def test_a_model_is_trained_converted_decoded_and_resumed(tmp_path):
   texts = loopformer.generate(model, params, tokenizer, ['ab', 'ab'], max_new_tokens=3, temperature=0)
   assert texts[0] == texts[1]
   theirs = loopformer.load(tmp_path / 'base')[1]
+  taught = OwnWithAttention(folder=str(tmp_path / 'base')).model(model)
+  batch = parts.batch(length=30)
+  close(told(taught, theirs, batch, plans.Uniform(3)(None)), told(model, converted(model, theirs), batch, Apart(
+      of=plans.Uniform(3))(None)), 1e-5)
   fresh = jax.jit(lambda: init_params(model, jax.random.key(0)))()
   own = config.model.clone(memory=Latest(chunk=config.task.length))
   text = jax.random.randint(jax.random.key(0), (2, 20), 0, 256)
@@ -491,6 +505,114 @@ def test_a_model_is_trained_converted_decoded_and_resumed(tmp_path):
   assert jax.tree.structure(fresh) == jax.tree.structure(closed)
   close(loopformer.logits(own, closed, text), loopformer.logits(loopformer.load(tmp_path / 'base')[0], theirs, text),
         1e-5)
+
+
+# The teacher as it was trained ---------------------------------------------------------------------------------------
+
+
+def saved(folder, model) -> str:
+  """A work folder of a model, with the parameters of the tests."""
+  loopformer.Loaded(model, parts.params(model), None, dataclasses.replace(CONFIG, model=model)).save(folder)
+  return str(folder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def told(model, weights, batch, plan):
+  """What a teacher tells: its states, what they answer, and what its attention gave."""
+  trace = run_batch(model, weights, batch, plan, keep=loop.Every())
+  readout = make_readout(model, weights, batch)
+  return trace.xs, readout.logits(readout.read(trace.xs)), trace.aux['attention']
+
+
+@pytest.mark.parametrize('plan', [UNIFORM, padded(3)], ids=['all', 'skipped'])
+def test_a_teacher_of_its_own_make_is_the_converted_model_with_rows_of_every_loop(plan):
+  """On a packed, ragged, padded batch; its parameters are those of the model that it stands around."""
+  model, batch, taught = melt(), parts.batch(), OURO.clone(cell=WithAttention(OURO.cell))
+  assert parts.shapes(taught) == parts.shapes(OURO) and parameter_roles(taught) == parameter_roles(OURO)
+  theirs = told(model, converted(model), batch, plan.replace(rows={BLEND: jnp.zeros(L)}))
+  close(told(taught, parts.params(OURO), batch, plan), theirs, 1e-5)
+  assert theirs[2].shape == (L, N, *batch['tokens'].shape, D) and np.abs(theirs[2][:3]).min((0, 2, 3, 4)).max() > 0
+  trace = over(taught, parts.params(OURO), batch, plan)
+  np.testing.assert_array_equal(trace.aux['halt'], over(OURO, parts.params(OURO), batch, plan).aux['halt'])
+
+
+CHAINED = parts.looped(Plain(Stack(Chain((parts.block(RMSNorm()), parts.sandwich())), 2)))
+ORDERED = ROWS['ordered'].model
+
+
+@pytest.mark.parametrize('model, order', [
+    (CHAINED, [('blocks_0', 0), ('blocks_1', 0), ('blocks_0', 1), ('blocks_1', 1)]),
+    (ORDERED, [('', layer) for layer in range(5)])], ids=['chain', 'ordered'])
+@pytest.mark.parametrize('unrolled, remat', [(False, loop.KeepAll()), (False, loop.PerLayer()), (True, loop.PerLayer())],
+                         ids=['scanned', 'per_layer', 'unrolled'])
+def test_layers_are_told_in_the_order_in_which_they_run(model, order, unrolled, remat, monkeypatch):
+  """Against what Linen sees of the calls of attention, where layers are scanned."""
+  weights, plan = parts.params(model), plans.Uniform(1)(None)
+  _, seen = model.apply({'params': weights}, tokens(2), plan, mutable=['intermediates'],
+                        capture_intermediates=lambda module, _: module.name == 'attn')
+  block = seen['intermediates']['cell']['core']['block']
+  expected = jnp.stack([(block[name] if name else block)['attn']['__call__'][0][0][0][layer] for name, layer in order])
+  monkeypatch.setattr(stacks, 'unrolls', lambda layers: unrolled)
+  trace = model.clone(cell=WithAttention(model.cell), remat=remat).apply({'params': weights}, tokens(2), plan)
+  close(trace.aux['attention'][0], expected, 1e-5)
+
+
+def test_one_learns_from_it_what_one_learned_from_the_converted_model(tmp_path):
+  """Loss, terms and gradients; none reaches the teacher."""
+  folder, weights = saved(tmp_path / 'base', OURO), converted(melt())
+  teacher = Rollout(plans.Uniform(L), keep=loop.Every(), weights_of=OwnWithAttention(folder=folder))
+  objective, batch = phases(plans.Uniform(L), teacher, **BOTH), parts.batch()
+  (name, part), = objective.teachers.items()
+  assert part == teacher.weights_of and name != Own(folder=folder).name
+  context = parts.plan_context(jax.random.key(0), batch)
+
+  def loss(weights, theirs):
+    return objective(melt(), weights, context, objective.denominators(batch), {name: theirs})
+
+  values, (grads, taught) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, parts.params(OURO))
+  theirs, (expected, _) = shares(False, weights, weights)
+  close((values, grads), (theirs, expected), 1e-5)
+  assert values[1]['aligned'] > 1e-3 and not any(leaf.any() for leaf in jax.tree.leaves(taught))
+  assert objective.flops(melt(), 8) == 3 * melt().flops(8, L) + OURO.flops(8, L)
+  config = dataclasses.replace(CONFIG, model=melt(), objective=objective)
+  configs.check(config)
+  configs.save(config, tmp_path / 'run')
+  assert configs.read(tmp_path / 'run').objective == objective
+
+
+def test_teachers_that_cannot_tell_are_refused(tmp_path):
+  """Each in one line, which names the folder where there is one to change."""
+  def refused(match, model=None, part=OwnWithAttention, folder=None):
+    folder = folder or saved(tmp_path / str(len(list(tmp_path.iterdir()))), model)
+    objective = phases(plans.Uniform(L), Rollout(plans.Uniform(L), loop.Every(), part(folder=folder)), **BOTH)
+    with pytest.raises(ConfigError, match=match) as error:
+      configs.check(dataclasses.replace(CONFIG, model=melt(), objective=objective))
+      (name, teacher), = objective.teachers.items()
+      batch = parts.batch()
+      jax.eval_shape(lambda weights, theirs: objective(melt(), weights, parts.plan_context(
+          jax.random.key(0), batch), objective.denominators(batch), {name: theirs}), parts.shapes(melt()), parts.shapes(
+              teacher.model(melt())))
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
+
+  missing = str(tmp_path / 'nobody')
+  refused(f'{re.escape(missing)}.*no config.json in it', folder=missing)
+  refused(r'weights_of = .*: model\.cell\.of = Gated: its loops run together', melt())
+  refused("gives .*'teacher' .*of as many layers", OURO.clone(cell=Halting(Normed(Stack(OURO.cell.core.block, N + 1),
+                                                                               RMSNorm(1e-6)))))
+  refused("'teacher' does not tell .*OwnWithAttention", OURO, Own)
+  linear = config_of('linear_icl', '').model
+  with pytest.raises(ConfigError, match='model.cell.of: 0 of its 1 layers tell'):
+    jax.eval_shape(lambda weights: linear.clone(cell=WithAttention(linear.cell)).apply(
+        {'params': weights}, linear.read_in.example(), UNIFORM), parts.shapes(linear))
+
+
+def test_a_plain_pass_holds_nothing_of_it():
+  def text(model):
+    return jax.jit(lambda weights: model.apply({'params': weights}, tokens(3), UNIFORM).aux).lower(
+        parts.params(OURO)).as_text()
+
+  shape = f'{L}x{N}x3x{T}x{D}x'
+  assert shape in text(OURO.clone(cell=WithAttention(OURO.cell))) and shape not in text(OURO)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 
 A model as Ouro's (configs/ouro.py) is trained, and then converted in two phases: rows of the loops' own are blended
 into shared ones; and what attention gives is aligned. In both the answers of all loops are distilled from the first
-model, which is frozen.
+model, which is frozen, and runs as it was trained: all loops over all tokens, without chunks.
 
 Argument: size, then any of
 
@@ -15,7 +15,7 @@ Argument: size, then any of
             gpu    text, four loops of eight layers of width 512: one GPU
             1.4b   as published, from Ouro-1.4B: sequences of 10,000 tokens, chunks of 500
     phase   base, transition or distill
-    base    of the last two: the work folder of the first model's run, which is their teacher
+    base    of the last two: the work folder of the first model's run, which is their teacher; it is read
     start   of distill: the work folder whose last weights it starts from
     chunk   tokens that go together; the size's own by default; the sequence's length is the pass without chunks
     gate    elementwise; or scalar, mean (of loops), average (moving), last (loop), as in the paper's ablation
@@ -43,11 +43,12 @@ from loopformer.nn.kernels import Fused
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
-from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.objective import Objective, Own, Rollout, Weighted
 from loopformer.optim import AdamW, WSD, WarmupCosine
 from loopformer.papers.melt.attention import Constant, Elementwise, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest
-from loopformer.papers.melt.plans import Apart, Transition
+from loopformer.papers.melt.plans import Transition
+from loopformer.papers.melt.teacher import OwnWithAttention
 from loopformer.papers.melt.terms import Aligned
 from loopformer.tasks.text import Text
 from loopformer.terms.distill import Distill
@@ -131,10 +132,11 @@ def get_config(argument: str = '') -> Experiment:
   run = dataclasses.replace(getattr(size, phase), start=given['start'] or given['base'])
   terms = {'kd': Weighted(1.0, Distill(roll='all', teacher='teacher'))}
   if phase == 'transition':
+    teacher = Rollout(plan, keep=loop.Every(), weights_of=Own(folder=given['base']))
     plan = Transition(of=plan, steps=run.steps)
   else:
+    teacher = Rollout(plan, keep=loop.Every(), weights_of=OwnWithAttention(folder=given['base']))
     terms['aligned'] = Weighted(0.1, Aligned(roll='all', teacher='teacher'))
-  teacher = Rollout(Apart(of=plans.Uniform(size.loops)), keep=loop.Every(), weights_of=given['base'])
   base, gates = (AdamW(schedule=WSD(peak=peak, end=peak, warmup=0.02), decay=0.1) for peak in size.rates)
   learned = given['gate'] in ('elementwise', 'scalar')
   return Experiment(
