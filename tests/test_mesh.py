@@ -1,6 +1,7 @@
 """What is done with a trained model, on eight devices as on one."""
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from experiments.tools import machines
 from loopformer import config as configs, sharding
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
-from tests import eight_inference, parts, quick, test_cli
+from tests import eight_inference, meshes, parts, quick, test_cli
 
 MESHES = list(eight_inference.MESHES)
 
@@ -135,3 +136,19 @@ def test_only_the_mesh_may_be_set_for_a_trained_model(tmp_path, mode):
   assert status == 1 and not out
   assert err.splitlines()[-1] == (f'error: --set train.batch=2: {mode[0]} takes the run as it was trained; only mesh.data, '
                                   'mesh.fsdp and mesh.tensor may be set')
+
+
+@pytest.mark.slow
+def test_a_network_with_batches_of_its_own_trains_on_eight_devices_as_on_one():
+  """Tokens that are masked and latents that are noised within the step, times of every sequence, experts. `python -m
+  tests.meshes` does it for the other systems."""
+  name = 'ccdd:cpu,kind=moe,source=corrupted,times=apart'
+  difference, where = meshes.compared([name], '2x2x2', 2)[name]
+  assert difference < meshes.TOLERANCE, where
+
+
+def test_what_is_apart():
+  assert meshes.numbers([{'a': 1, 'b': [2.0, 'x']}]) == {'/0/a': 1.0, '/0/b/0': 2.0}
+  assert meshes.apart({'a': 1.0, 'b': 2.0}, {'a': 1.0, 'b': 2.5}) == (0.25, 'b')
+  assert meshes.apart({'a': math.nan, 'b': 0.0}, {'a': math.nan, 'b': 0.01}) == (pytest.approx(0.1), 'b')
+  assert meshes.apart({'a': math.nan}, {'a': 1.0})[0] == math.inf

@@ -84,13 +84,14 @@ def test_a_pace_is_measured(monkeypatch):
 
 def test_what_is_ready_takes_no_time(monkeypatch, tmp_path, capsys):
   """And a field that one of the runs lacks is told before either is timed."""
-  monkeypatch.setattr(quickstart, 'trained', lambda folder: 2000 if folder == 'p' else 100)
+  steps = {name: configs.load(f'quickstart:{name}').train.steps for name in ('text', 'pointers')}
+  monkeypatch.setattr(quickstart, 'trained', lambda folder: steps['pointers'] if folder == 'p' else 100)
   asked = []
   monkeypatch.setattr(quickstart, 'pace', lambda config: asked.append(config.name) or quickstart.Pace(first=30.0, step=0.25))
   monkeypatch.setattr(quickstart, 'FLAGS', {'set': SimpleNamespace(value=[])})
   quickstart.run_train({'text': 't', 'pointers': 'p'})
   out = capsys.readouterr().out
-  assert asked == ['quickstart text'] and 'text: 600 steps of 0.25 s' in out and 'pointers' not in out
+  assert asked == ['quickstart text'] and f'text: {steps["text"] - 100} steps of 0.25 s' in out and 'pointers' not in out
   assert out.splitlines()[-1].startswith('this will take about ')
   monkeypatch.setattr(quickstart, 'FLAGS', {'set': SimpleNamespace(value=['task.documents.x=1'])})
   with pytest.raises(ConfigError, match='task.documents.x'):

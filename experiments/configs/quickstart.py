@@ -12,7 +12,7 @@ import dataclasses
 from experiments.configs import loopformer
 from loopformer.config import Experiment, arguments, choose
 
-RUNS = {'text': ('tiny', 700), 'pointers': ('pointers', 2000)}
+RUNS = {'text': ('tiny', 500), 'pointers': ('pointers', 2500)}
 
 
 def get_config(argument: str = '') -> Experiment:

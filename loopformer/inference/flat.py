@@ -8,7 +8,7 @@ import jax
 
 from loopformer import backend
 from loopformer.cells.cell import Around
-from loopformer.model import parameter_roles
+from loopformer.model import Looped, parameter_roles
 from loopformer.nn.modules import fields, unshared
 from loopformer.nn.stack import Stack, layer_of
 from loopformer.roles import Roles
@@ -41,7 +41,7 @@ class Flat(nn.Module):
     return self.block.layers * len(self.order)
 
 
-def flattened(model: nn.Module, params: Any, transpose: bool = False) -> tuple[nn.Module, Any]:
+def flattened(model: Looped, params: Any, transpose: bool = False) -> tuple[Any, Any]:
   """The same function with small stacks flat: (model, parameters). The arrays are copies of the stacks' slices, with
   `turn` [O, I] where a projection has a kernel [I, O]; kernels are in the dtype in which they multiply. Forward
   alone."""

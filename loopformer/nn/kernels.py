@@ -11,7 +11,6 @@ from typing import Any, Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 import jax.numpy as jnp
 
 from loopformer import backend, sharding
@@ -126,6 +125,8 @@ class Splash:
                        (q * q.shape[-1] ** -0.5).astype(q.dtype), k, v, seg)
 
   def _attend(self, q, k, v, seg):
+    # Here, because the import takes a quarter of a second, and no other backend needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
     length, heads = q.shape[1:3]
     size = next(size for size in range(min(self.size, length), 0, -LANES) if length % size == 0)
     blocks = splash_attention_kernel.BlockSizes(
