@@ -465,6 +465,17 @@ def test_the_study_measures_grids_and_tables_them_by_seed(monkeypatch):
   assert second == [{**row, 'seed 0': 0.0, 'seed 1': 0.25}]
 
 
+def test_the_study_has_whole_grids_written_cell_by_cell(monkeypatch):
+  config = configs.load('masked_diffusion:cpu,kind=ar')
+  monkeypatch.setattr(study, 'FLAGS', SimpleNamespace(samples=4))
+  loaded = Loaded(config.model, parts.params(config.model), SymbolTokenizer(config.task.of.symbols), config)
+  assert 0 <= study.written(loaded) <= 1  # it has a place for each of 16 cells, and for what it begins with
+  grids = study.puzzles(config, 4)['targets']
+  grids[0, 0] = grids[0, 1]
+  monkeypatch.setattr(study.loopformer, 'generate', lambda *given, **options: [loaded.tokenizer.decode(grid) for grid in grids])
+  assert study.written(loaded) == 0.75
+
+
 def test_the_study_of_words_judges_slots(monkeypatch):
   form = Slots(of=Word(shortest=7, longest=7, group=Cyclic(degree=3)))  # as many tokens and symbols as grids have
   task, tokenizer = Generated(of=form, held_out=4), SymbolTokenizer(form.symbols)

@@ -143,7 +143,8 @@ def get_config(argument: str = '') -> Experiment:
   cell = Recur(core, Add()) if loops > 1 or size.layers == 1 else Plain(core)
   if given['time']:
     cell = ToldHidden(cell, width=width, mask=vocab)
-  inputs = dict(vocab=vocab + diffuses, width=width, length=length, std=std if not size.rotary else 0.02)
+  places = length + (of is not None and not diffuses)  # one more than it trains on: a token to begin with, and all to write
+  inputs = dict(vocab=vocab + diffuses, width=width, length=places, std=std if not size.rotary else 0.02)
   model = Looped(read_in=TokensIn(**inputs) if size.rotary else TokenEmbed(**inputs), cell=cell, loops=loops,
                  read_out=Head(outputs=vocab, std=std), remat=loop.PerLayer(),
                  **({'sampler': Denoising(steps=length)} if diffuses else {}))
