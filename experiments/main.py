@@ -137,8 +137,8 @@ define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, th
        'budget then judge.')
 define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: the loops of '
        'the shallow answer (0: none), and after a comma the weight of its log-probabilities, 1 by default: 1,0.5.')
-define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens; of a masked diffusion model as many as '
-       'fit, by default.', lower_bound=1)
+define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens; by default as many of them '
+       'as fit, of a masked diffusion model all that fit.', lower_bound=1)
 define(flags.DEFINE_integer, 'denoise', None, 'generate', 'denoising steps of a masked diffusion model (docs/denoising.md); its '
        'own by default. Prompts may have holes: <mask>, <mask:5>.', lower_bound=1)
 define(flags.DEFINE_string, 'order', None, 'generate', 'with a masked diffusion model, what is written first: confidence, likeliest, '
@@ -258,7 +258,7 @@ def run_eval(workdir: Path):
   params = sharding.gathered(params)
   jobs = {}
   if FLAGS.sweep is not None:
-    jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops)}
+    jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops, '--sweep')}
   if FLAGS.schedules:
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given_schedules()}
   if FLAGS.depths or not (jobs or FLAGS.exits):
@@ -360,11 +360,13 @@ def run_generate(workdir: Path):
   warn_beyond(model, steps)
   encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else chats.begun(tokenizer, prompt, f'prompt {number}')
              for number, prompt in enumerate(prompts)]
-  room = max(len(ids) or 1 for ids in encoded) + FLAGS.max_new_tokens
+  fits = [max(1, model.read_in.length - (len(ids) or 1)) for ids in encoded]
+  news = [FLAGS.max_new_tokens if FLAGS['max_new_tokens'].present else min(FLAGS.max_new_tokens, most) for most in fits]
+  room = max((len(ids) or 1) + new for ids, new in zip(encoded, news))
   engine = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), exit=exit_policy, draft=draft,
                                length=min(max(room, 2), model.read_in.length), loops=max(len(steps), model.loops))
-  for number, prompt in enumerate(encoded):
-    engine.submit(prompt, budget=budget, max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature,
+  for number, (prompt, new) in enumerate(zip(encoded, news)):
+    engine.submit(prompt, budget=budget, max_new_tokens=new, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, engine.run()):
     told = prompt if isinstance(prompt, str) else ''.join(f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: '

@@ -1,6 +1,7 @@
 """CCDD: noise of latents and the ways back, cells with latents, what a batch and its number may know, and what is drawn."""
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -349,6 +350,12 @@ def test_an_encoder_is_the_model_of_a_folder_and_does_not_learn(tmp_path):
   assert measured[LATENTS].shape == (4, T, C)
   # Batches that are divided over devices find the encoder's weights on these.
   parts.python(ON_TWO, hidden.folder, XLA_FLAGS=f'{quick.FLAGS} --xla_force_host_platform_device_count=2')
+  z = measured[LATENTS]
+  Loaded(encoder, jax.tree.map(lambda leaf: 0 * leaf, weights), None, config).save(tmp_path / 'other')
+  shutil.rmtree(tmp_path / 'encoder/checkpoints')  # its run has gone on
+  (tmp_path / 'other/checkpoints').rename(tmp_path / 'encoder/checkpoints')
+  (tmp_path / 'encoder/checkpoints/0').rename(tmp_path / 'encoder/checkpoints/8')
+  assert float(jnp.abs(JointBound(mask=V, encoder=hidden).asked(batch())[LATENTS] - z).max()) > 0.1
   with pytest.raises(ConfigError, match=r'Hidden\.width = 17'):
     Hidden(folder=str(tmp_path / 'encoder'), width=D + 1)(batch()['tokens'], None, weights)
 

@@ -314,7 +314,7 @@ def test_loops_and_step_sizes_of_the_command_line():
     (['--schedules=0.5,0.25'], 'sum to 0.75'),
     (['--depths=0'], '--depths = 0'),
     (['--depths=two'], '--depths=two'),
-    (['--sweep=9'], 'budget = 9'),
+    (['--sweep=9'], '--sweep = 9'),
     (['--sweep=0'], '--sweep=0: must be a positive integer'),
 ], ids=['step', 'schedule', 'zero', 'word', 'sweep', 'no sweep'])
 def test_eval_refuses(undisturbed, arguments, expected):
@@ -390,6 +390,19 @@ def test_generate_with_an_exit(undisturbed):
     mean = {'state:0': '4.00 of 4 with state:0', 'state:1e9': '1.00 of 4 with state:1e9', None: ''}[leave]
     assert told.startswith(mean) and bool(told) == bool(mean)
   assert texts['state:0'] == texts[None]
+
+
+def test_generate_writes_as_many_tokens_as_fit_unless_it_is_told_how_many(undisturbed):
+  workdir, _ = undisturbed
+  given = '--mode=generate', '--prompt=one', '--prompt=' + 'x' * 62, '--temperature=0'
+  status, out, err = run_here(workdir, *given)
+  assert status == 0, err
+  model, params, tokenizer, _ = loopformer.load(workdir)
+  rows = [loopformer.generate(model, params, tokenizer, [prompt], max_new_tokens=new, temperature=0.0)[0]
+          for prompt, new in (('one', 61), ('x' * 62, 2))]  # of 64 positions
+  assert out == ''.join(f'--- 4 loops\n{prompt}{text}\n' for prompt, text in zip(('one', 'x' * 62), rows))
+  status, _, err = run_here(workdir, *given, '--max_new_tokens=64')
+  assert status and 'more than the 64 positions' in err
 
 
 def test_generate_without_a_prompt(undisturbed):

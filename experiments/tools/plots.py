@@ -86,7 +86,7 @@ def exits(path: Path, panels: Mapping[str, Rows], show: str = 'loss'):
       if points:
         axes.plot([row['budget'] for row in points], [row[show] for row in points], color=colour[rule], label=rule,
                   **({'linestyle': '--', 'marker': 'x'} if rule == FIXED else {'marker': '.'}))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.3)
   for axes in grid[-1]:
     axes.set_xlabel('mean loops a token')
@@ -113,7 +113,7 @@ def ranking(path: Path, rows: Rows, title: str, show: str = 'loss'):
   axes.plot([row[show] for row in rows], range(len(rows)), 'o')
   axes.set_yticks(range(len(rows)), [row['schedule'] for row in rows], fontsize=7)
   axes.set_xlabel(LABELS.get(show, show))
-  axes.set_title(title)
+  axes.set_title(title, parse_math=False)
   axes.grid(alpha=0.3)
   save(figure, path, 150)
 
@@ -247,7 +247,7 @@ def motion(path: Path, rows: Rows, title: str):
     axes.plot(at, values, color='C0', alpha=0.25, linewidth=0.8)
     axes.plot(at, [sum(of) / len(of) for of in values], color='C0', marker='o', linewidth=2)
     axes.set_xlabel('loop')
-    axes.set_title(label, fontsize=10)
+    axes.set_title(label, fontsize=10, parse_math=False)
     if len(at) <= MARKED:
       axes.set_xticks(at)
     axes.grid(alpha=0.3)

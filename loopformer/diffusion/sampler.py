@@ -162,7 +162,7 @@ class Denoising:
   denoises = True
 
   def __post_init__(self):
-    whole('sampler.steps', self.steps, 1, why='denoising takes at least one step')
+    whole('sampler.steps', self.steps, 1, why=f'denoising takes 1 to {plans.LONGEST} steps')
     real('sampler.guidance', self.guidance, '[0, inf)')
 
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Denoiser:
@@ -310,7 +310,7 @@ class Denoiser:
         token, which the text would not show. After another, `max_new_tokens` positions are written.
       budget: loops in every step, or step sizes; all loops by default. steps: denoising steps; the sampler's by default.
       max_new_tokens: None: up to the end of the row. The text ends where an end token was written.
-      temperature, top_k, top_p, seed, number, stop: as of `Engine.submit`.
+      temperature, top_k, top_p, seed, number, stop: as of `Engine.submit`; with holes there is no stop.
 
     Raises:
       ConfigError: what does not fit the positions, the loops or the planner; values out of range.
@@ -318,13 +318,15 @@ class Denoiser:
     for name, value in (('seed', seed), ('number', number)):
       whole(name, value, 0, SEEDS - 1)
     steps = self.model.sampler.steps if steps is None else whole('steps', steps, 1, plans.LONGEST,
-                                                                why='denoising takes at least one step')
+                                                                why=f'denoising takes 1 to {plans.LONGEST} steps')
     sizes = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(sizes) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(sizes)} loops, but there is room for {self.loops}; make the denoiser with '
                         f'loops={len(sizes)}')
     ids = self.encode(prompt)
     holes = self.mask in ids
+    if holes and stop:
+      raise ConfigError(f'stop = {stop!r}: holes are filled, and nothing is written that could end sooner; leave it out')
     if not holes:
       ids += [self.mask] * (self.length - len(ids) if max_new_tokens is None else whole('max_new_tokens', max_new_tokens, 1))
     if len(ids) > self.length or self.mask not in ids:

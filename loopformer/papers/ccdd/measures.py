@@ -7,7 +7,7 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from loopformer import sharding
+from loopformer import sharding, storage
 from loopformer.diffusion.measures import Bound, key_of
 from loopformer.inference.measures import LESS, MORE
 from loopformer.nn.condition import TIME
@@ -15,12 +15,18 @@ from loopformer.papers.ccdd.encoders import Hidden, RandomContext, RandomTokens
 from loopformer.papers.ccdd.plans import LATENT_TIME, LATENTS, with_latents
 from loopformer.papers.ccdd.prepare import Apart, Clean, Corrupted, Slower, Together, with_latents_of
 from loopformer.papers.ccdd.process import VP, Flow, Quadratic, Signal
+from loopformer.training.checkpoint import trained
 from loopformer.types import Batch, Plan, config_dataclass
 
 
-@functools.lru_cache(maxsize=4)
 def weights_of(encoder: Hidden, mesh: jax.sharding.Mesh | None) -> Any:
-  """The weights that an encoder needs, read once, on the devices of the batches that it encodes."""
+  """The weights that an encoder needs, on the devices of the batches that it encodes; read once, and again where its run
+  has gone on."""
+  return _weights_at(encoder, trained(storage.path(encoder.folder)), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _weights_at(encoder, step, mesh):
   from loopformer.api import load
   return load(encoder.folder, mesh=mesh).params
 
