@@ -205,13 +205,22 @@ def _touch_all(model, tokens, plan):
   return model.logits(model(tokens, plan).z)
 
 
-@functools.lru_cache(maxsize=256)
 def _declared(model: Looped) -> tuple[Any, roles.Roles]:
-  """Shapes and roles of the parameters, from one trace of their initialisation."""
+  """Shapes and roles of the parameters, from one trace of their initialisation, which is remembered."""
+  try:
+    return _remembered(model)
+  except TypeError:  # a field of somebody's module is a list or a dict, which have no hash
+    return _of_initialisation(model)
+
+
+def _of_initialisation(model):
   with roles.collecting() as collected:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
   return shapes, collected(shapes)
+
+
+_remembered = functools.lru_cache(maxsize=256)(_of_initialisation)
 
 
 def parameter_shapes(model: Looped) -> Any:
