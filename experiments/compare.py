@@ -83,7 +83,7 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
         first = results[0]['number']
         of_seeds = [row[first] for row in rows]
         table.append({'model': name, 'seeds': len(results), 'parameters': results[0]['parameters'], 'test': split,
-                      'loops': rows[0]['schedule'], first: mean.pop(first), '+-': (max(of_seeds) - min(of_seeds)) / 2,
+                      'loops': rows[0]['schedule'], first: mean.pop(first), '+-': records.half_range(of_seeds),
                       **{key: value for key, value in mean.items() if key not in ('tokens', 'perplexity')},
                       **{key: float(np.mean([result['diagnosis'][key] for result in results]))
                          for key in results[0]['diagnosis']},

@@ -45,10 +45,11 @@ from absl import flags
 from experiments import compare
 runs, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 compare.draw(out, runs, 'conditional')
-print(json.dumps(compare.summary(runs)))
+print(json.dumps(compare.summary(runs) + compare.summary({'a': runs['a'][:1]})))
 """
-  row = json.loads(parts.python(code, json.dumps({'a': [seed(0.25), seed(0.75)]}), str(tmp_path)).splitlines()[-1])[0]
+  row, alone, *_ = json.loads(parts.python(code, json.dumps({'a': [seed(0.25), seed(0.75)]}), str(tmp_path)).splitlines()[-1])[::2]
   assert (row['conditional'], row['+-'], 'loss' in row) == (0.5, 0.25, False)
+  assert (alone['conditional'], alone['+-']) == (0.25, '')  # one seed has no range
 
 
 def test_plots_show_what_the_rows_have(tmp_path):

@@ -52,7 +52,7 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
     mean = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
     accuracies = [row['accuracy'] for row in found]
     rows.append({'run': name, 'seeds': len(found), 'accuracy': mean.pop('accuracy'),
-                 '+-': (max(accuracies) - min(accuracies)) / 2, **mean})
+                 '+-': records.half_range(accuracies), **mean})
   return rows
 
 

@@ -55,8 +55,8 @@ def table(results: dict[str, dict]) -> list[dict]:
   for kind in dict.fromkeys(kind for kinds in results.values() for kind in kinds):
     for same in zip(*(kinds[kind] for kinds in results.values() if kind in kinds)):
       mean = {key: float(np.mean([row[key] for row in same])) for key in same[0]}
-      spread = (max(row[ALL] for row in same) - min(row[ALL] for row in same)) / 2
-      rows.append({'kind': kind, 'loops': int(mean.pop('loops')), 'accuracy': round(mean.pop(ALL), 4), '+-': round(spread, 4),
+      rows.append({'kind': kind, 'loops': int(mean.pop('loops')), 'accuracy': round(mean.pop(ALL), 4),
+                   '+-': records.half_range([row[ALL] for row in same]),
                    'MFLOP': round(mean.pop('MFLOP'), 3), 'steps': int(mean.pop('steps')), 'ms': round(mean.pop('ms'), 3),
                    **{split: round(value, 3) for split, value in mean.items()}})
   return rows

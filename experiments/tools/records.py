@@ -1,4 +1,5 @@
 """Results as JSON: what is not finite is null, because JSON has no such numbers and most readers refuse them."""
+from collections.abc import Sequence
 import json
 import math
 from pathlib import Path
@@ -24,6 +25,11 @@ def read(path: str | Path, names: tuple[str, ...], remedy: str) -> list[dict]:
   if not rows or not all(isinstance(row, dict) and row.keys() >= set(names) for row in rows):
     raise ConfigError(f'{path}: it holds no rows with {", ".join(names)}; {remedy}')
   return rows
+
+
+def half_range(values: Sequence[float]) -> float | str:
+  """Half of how far values of several seeds lie apart, for a column `+-`; of one there is none: ''."""
+  return (max(values) - min(values)) / 2 if len(values) > 1 else ''
 
 
 def report(out: str | Path, results: Any, **tables: list[dict]):
