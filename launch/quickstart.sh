@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to two trained looped models, and a picture of what loops buy: installs, trains a small LoopFormer on real
 # text and another on a reasoning task (jumps along pointers), evaluates each with 1, 2, 4 and 8 loops from one checkpoint,
-# and lets the first write. Says in advance how long it will take: a quarter of an hour on one CPU core.
+# and lets the first write. Says in advance how long it will take: ten minutes on two quiet CPU cores.
 #   bash launch/quickstart.sh [--set path=value ...]      (WORKDIR=runs/tiny names the folder; run again to resume)
 # The second run is in WORKDIR-pointers. --set changes both runs, so it names fields that both have. The picture is
 # WORKDIR/eval/dial.png.
