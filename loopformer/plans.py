@@ -25,7 +25,7 @@ class Uniform(Planner):
   loops: int
 
   def __post_init__(self):
-    whole('Uniform.loops', self.loops, 1, LONGEST, why='a plan needs at least one step')
+    whole('Uniform.loops', self.loops, 1, why='a plan needs at least one step')
 
   @property
   def longest(self) -> int:
@@ -50,7 +50,7 @@ class Partition(Planner):
   loops: int
 
   def __post_init__(self):
-    whole('Partition.loops', self.loops, 2, LONGEST,
+    whole('Partition.loops', self.loops, 2,
           why='a trajectory shorter than the long one needs at least two loops to choose from')
 
   @property
@@ -88,7 +88,7 @@ class RandomDepth(Planner):
   loops: int
 
   def __post_init__(self):
-    whole('RandomDepth.loops', self.loops, 2, LONGEST, why='a depth below the full one needs at least two loops')
+    whole('RandomDepth.loops', self.loops, 2, why='a depth below the full one needs at least two loops')
 
   @property
   def longest(self) -> int:
@@ -114,7 +114,7 @@ class Constant:
   loops: int
 
   def __post_init__(self):
-    whole('depth.loops', self.loops, 1, LONGEST, why='a plan needs at least one step')
+    whole('depth.loops', self.loops, 1, why='a plan needs at least one step')
 
   def mean(self, step: Array) -> Array:
     """Mean number of loops at a training step."""
@@ -216,8 +216,8 @@ class Stairs:
   every: int = 500
 
   def __post_init__(self):
-    whole('depth.first', self.first, 1, LONGEST, why='a plan needs at least one step')
-    whole('depth.last', self.last, self.first, LONGEST, why='a curriculum does not go down')
+    whole('depth.first', self.first, 1, why='a plan needs at least one step')
+    whole('depth.last', self.last, self.first, why='a curriculum does not go down')
     whole('depth.add', self.add, 0, why='a curriculum does not go down')
     whole('depth.every', self.every, 1, why='a stair takes at least one step')
 
@@ -262,7 +262,7 @@ class Truncated(Planner):
   over: Shared | PerSequence = Shared()
 
   def __post_init__(self):
-    whole('Truncated.graded', self.graded, 1, LONGEST, why='without a graded step nothing in the loop is learned')
+    whole('Truncated.graded', self.graded, 1, why='without a graded step nothing in the loop is learned')
     if self.graded > math.ceil(self.depth.last_mean):
       raise ConfigError(f'Truncated.graded = {self.graded} is more than the mean number of steps, '
                         f'{self.depth.last_mean:g}; lower it')
@@ -328,7 +328,7 @@ class Given(Planner):
   most: int
 
   def __post_init__(self):
-    whole('Given.most', self.most, 1, LONGEST, why='a plan needs at least one step')
+    whole('Given.most', self.most, 1, why='a plan needs at least one step')
 
   @property
   def longest(self) -> int:
@@ -403,7 +403,7 @@ class Staged(Planner):
     if not self.loops:
       raise ConfigError('Staged.loops is empty: give numbers of loops')
     for loops in self.loops:
-      whole('Staged.loops', loops, 1, LONGEST, why='a plan needs at least one step')
+      whole('Staged.loops', loops, 1, why='a plan needs at least one step')
 
   @property
   def stages(self) -> tuple[int, ...]:
