@@ -1,8 +1,8 @@
 """Exports the model of a work folder for Hugging Face's transformers, and compares the two.
 
-python -m experiments.tools.export --workdir=runs/tiny --out=exports/tiny --check
-python -m experiments.tools.export --workdir=runs/tiny --out=exports/tiny --dtype=bfloat16 --loops=4
-python -m experiments.tools.export --workdir=runs/large --out=exports/large --set mesh.fsdp=8
+    python -m experiments.tools.export --workdir=runs/tiny --out=exports/tiny --check
+    python -m experiments.tools.export --workdir=runs/tiny --out=exports/tiny --dtype=bfloat16 --loops=4
+    python -m experiments.tools.export --workdir=runs/large --out=exports/large --set mesh.fsdp=8
 """
 import importlib.util
 from pathlib import Path

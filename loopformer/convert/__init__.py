@@ -1,10 +1,10 @@
 """Weights of other implementations, in and out; and of plain models, into looped ones.
 
-model, params = loopformer.convert.from_official('loopformer', 'ckpt.pt', heads=32)
-loopformer.logits(model, params, tokens, steps=4)
+    model, params = loopformer.convert.from_official('loopformer', 'ckpt.pt', heads=32)
+    loopformer.logits(model, params, tokens, steps=4)
 
-model, params, tokenizer = loopformer.convert.from_pretrained('SmolLM2-135M')    # a folder, or a .gguf file
-loopformer.convert.export(model, params, tokenizer, 'out')                       # for transformers
+    model, params, tokenizer = loopformer.convert.from_pretrained('SmolLM2-135M')    # a folder, or a .gguf file
+    loopformer.convert.export(model, params, tokenizer, 'out')                       # for transformers
 """
 from loopformer.convert.export import export
 from loopformer.convert.official import from_official, to_official

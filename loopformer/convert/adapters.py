@@ -1,7 +1,7 @@
 """Adapters of PEFT (LoRA) for decoders of Hugging Face: W + alpha / r B A, added to the tensors before they are read in.
 
-adapter_config.json            r, lora_alpha, use_rslora (alpha / sqrt r), fan_in_fan_out
-adapter_model.safetensors      base_model.model.{name}.lora_A.weight [r, in], lora_B.weight [out, r]
+    adapter_config.json            r, lora_alpha, use_rslora (alpha / sqrt r), fan_in_fan_out
+    adapter_model.safetensors      base_model.model.{name}.lora_A.weight [r, in], lora_B.weight [out, r]
 """
 from __future__ import annotations
 
