@@ -208,9 +208,10 @@ def _touch_all(model, tokens, plan):
 def _declared(model: Looped) -> tuple[Any, roles.Roles]:
   """Shapes and roles of the parameters, from one trace of their initialisation, which is remembered."""
   try:
-    return _remembered(model)
-  except TypeError:  # a field of somebody's module is a list or a dict, which have no hash
+    hash(model)
+  except TypeError:  # a field of somebody's module is a list or a dict
     return _of_initialisation(model)
+  return _remembered(model)
 
 
 def _of_initialisation(model):

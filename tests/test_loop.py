@@ -15,9 +15,10 @@ from loopformer.inference.evaluate import evaluate
 from loopformer.loop import Every, KeepAll, Offload, PerLayer, PerStep, Products
 from loopformer.model import init_params, parameter_count
 from loopformer.nn import kernels, stack as stacks
+from loopformer.nn.blocks import Block
 from loopformer.nn.condition import Modulation, Trajectory, sinusoid
 from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash, attend
-from loopformer.nn.layers import Normal, UnitNorm, dense, gelu, transposed
+from loopformer.nn.layers import Normal, RMSNorm, UnitNorm, dense, gelu, transposed
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, Plan, Step
 from tests import parts
@@ -602,3 +603,14 @@ def test_evaluation_of_longer_sequences_is_refused():
   batch = {name: np.zeros((1, FAR), np.int32) for name in ('tokens', 'targets', 'weights')}
   with pytest.raises(ConfigError, match='33 a row, more than the 32 positions'):
     evaluate(model, parts.params(model), [batch], {'1': (1.0,)}, measure=measures.Answers())
+
+
+@pytest.mark.parametrize('skips', [False, True])
+def test_a_layer_is_traced_once_a_pass(monkeypatch, skips):
+  """One trace serves all layers and all steps, whether these may be skipped or not."""
+  model, calls, call = parts.looped(parts.plain(norm=RMSNorm(1e-4))), [], Block.__call__
+  shapes, plan = parts.shapes(model), parts.padded(2) if skips else plans.schedule(plans.resolve(2))
+  assert (plan.active is not None) == skips
+  monkeypatch.setattr(Block, '__call__', lambda self, *given, **named: calls.append(1) or call(self, *given, **named))
+  jax.eval_shape(lambda params: model.apply({'params': params}, parts.tokens(1), plan).z, shapes)
+  assert len(calls) == 1
