@@ -182,4 +182,4 @@ def test_a_report_of_runs():
   assert cosines.cosines_of(looped, parts.params(looped), 2) == dict.fromkeys(MATRICES, 1.0)
   rows = cosines.summary({'a': [{'accuracy': 0.5, 'x': 1.0}, {'accuracy': 0.75, 'x': 2.0}], 'b': [{'accuracy': 1.0}]})
   assert rows == [{'run': 'a', 'seeds': 2, 'accuracy': 0.625, '+-': 0.125, 'x': 1.5},
-                  {'run': 'b', 'seeds': 1, 'accuracy': 1.0, '+-': 0.0}]
+                  {'run': 'b', 'seeds': 1, 'accuracy': 1.0, '+-': ''}]
