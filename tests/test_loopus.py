@@ -428,6 +428,7 @@ def test_the_rule_leaves_a_loop(turned):
     ('gpu,from=x,encoder=0,decoder=3,start=y', 'start = y: loopus of size gpu does not read it'),
     ('gpu,from=x,encoder=0,decoder=3,arm=pretrain', 'it makes the decoder of size cpu'), ('none', "size = 'none'"),
     ('start=x,encoder=0..1', 'encoder = 0..1: loopus of size cpu'), ('arm=none', "arm = 'none'"),
+    ('text=x', 'text = x: pretrain of size cpu does not read it'),
     ('start=x,gate=open', "gate = 'open'"), ('start=x,graded=9', 'RandomSupervision.graded = 9')])
 def test_arguments_that_do_not_fit(argument, message):
   with pytest.raises(ConfigError, match=message):

@@ -17,6 +17,7 @@ Argument: size, then any of
     start    of `cpu`: the work folder of `arm=pretrain`
     from     of the others: the work folder of a decoder that was imported, or trained here
     encoder, decoder   of the others: layers outside the loop, such as 0..1 and 27..27, or none
+    text     of the others: a glob of texts, such as texts/*.jsonl (corpus.Files); Python's standard library without it
     gate     s4d        as released: channel n decays at the rate n, and many hardly move at first
              accept     alpha begins near one in all channels, and the first loop near what the decoder gave
     loops, graded       B and K: steps a text, and how many of them are supervised; the size's own by default
@@ -35,6 +36,7 @@ from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment, arguments, choose
 from loopformer.data.chat import SavedTokenizer
+from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import Bytes
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
@@ -86,14 +88,16 @@ BUDGETS = (1, 2, 3, 4, 6, 8, 12)
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,start=runs/pretrained` or `gpu,from=runs/base,encoder=0..1,decoder=29`."""
-  given = arguments(argument, size='cpu', arm='', start='', **{'from': ''}, encoder='', decoder='', gate='s4d', loops=0,
-                    graded=0)
+  given = arguments(argument, size='cpu', arm='', start='', **{'from': ''}, encoder='', decoder='', text='',
+                    gate='s4d', loops=0, graded=0)
   size, own = choose('size', given['size'], SIZES), given['size'] == 'cpu'
   arm = given['arm'] or ('pretrain' if own and not given['start'] else 'loopus')
   choose('arm', arm, dict.fromkeys(ARMS))
   choose('gate', given['gate'], GATES)
   check(given, own, arm)
   decoder, task = small() if own else imported(given['from'], given['encoder'], given['decoder'], size.length)
+  if given['text']:
+    task = dataclasses.replace(task, corpus=Files(train=(given['text'],)))
   loops, graded = given['loops'] or size.loops, given['graded'] or size.graded
   run, optim = dataclasses.replace(size.train, start=given['start'] or given['from'] or None), size.optim
   if arm == 'pretrain':
@@ -122,7 +126,9 @@ def check(given: dict, own: bool, arm: str):
         for name in ('encoder', 'decoder'))):
     if wanted and not given[name]:
       raise ConfigError(f'config argument {name} is missing: {arm} of size {given["size"]} needs {why}')
-    if given[name] and not wanted:
+  for name in ('start', 'from', 'encoder', 'decoder', 'text'):
+    read = not own if name != 'start' else own and arm != 'pretrain'
+    if given[name] and not read:
       raise ConfigError(f'config argument {name} = {given[name]}: {arm} of size {given["size"]} does not read it; leave it out')
   if arm == 'pretrain' and not own:
     raise ConfigError(f'config argument arm = pretrain: it makes the decoder of size cpu; with from = {given["from"]} there is one')

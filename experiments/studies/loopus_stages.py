@@ -1,13 +1,14 @@
 """LoopUS against continued training without loops: every arm from one decoder, on the same tokens.
 
     python -m experiments.studies.loopus_stages --seeds=0,1 --workdir=runs/loopus --out=experiments/reports/loopus
-    python -m experiments.studies.loopus_stages --from=runs/smollm --encoder=0..1 --decoder=29 \\
+    python -m experiments.studies.loopus_stages --from=runs/smollm --encoder=0..1 --decoder=29 --text='texts/*.jsonl' \\
         --workdir=runs/loopus_smollm --out=runs/loopus_smollm/report
 
-Without --from a decoder of six layers is trained first (experiments/configs/loopus.py). The arms: `base`, as many tokens
-without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one; `ungated`,
-without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own, and goes
-on where it was stopped. Writes results.json, table.md, depths.png.
+Without --from a decoder of six layers is trained first (experiments/configs/loopus.py). --text: what all arms are
+trained on, with --from; Python's standard library without it. --loops: B, the size's own without it. The arms: `base`, as
+many tokens without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one;
+`ungated`, without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own,
+and goes on where it was stopped. Writes results.json, table.md, depths.png.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir, --from, and --set, which acts on all arms.
+# experiments.main defines --workdir, --from, --text, --loops, and --set, which acts on all arms.
 flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
 flags.DEFINE_string('encoder', None, 'With --from: layers before the loop, such as 0..1, or none.')
 flags.DEFINE_string('decoder', None, 'With --from: layers after the loop.')
@@ -64,12 +65,13 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
     source = f'cpu,start={start}'
   else:
     start = storage.path(FLAGS['from'].value)
-    source = f'gpu,from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}'
+    source = f'gpu,from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}' + (f',text={FLAGS.text}' if FLAGS.text else '')
+  deep = f',loops={FLAGS.loops}' if FLAGS.loops else ''
   found = {}
   for arm in FLAGS.arms:
     folder = workdir / f'{arm}-{seed}'
     # Other tokens than the decoder was trained on.
-    command.train(f'loopus:{source},{ARMS[arm]}', folder, *changes, f'train.seed={seed + 1000}')
+    command.train(f'loopus:{source},{ARMS[arm]}{deep}', folder, *changes, f'train.seed={seed + 1000}')
     config = configs.read(folder)
     if not found:
       found['untrained'] = {'rows': measure(start, config, folder, budgets, thresholds)[0], 'exits': []}
@@ -112,12 +114,14 @@ def draw(out: Path, results: dict[str, dict]):
 
 
 def main(argv):
-  check_command('set', 'from')
+  check_command('set', 'from', 'text', 'loops')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   given = [name for name in ('from', 'encoder', 'decoder') if FLAGS[name].value is not None]
   if given and len(given) < 3:
     raise ConfigError(f'--{given[0]}: --from, --encoder and --decoder are given together; experiments.studies.loopus_split '
                       'proposes the latter two')
+  if FLAGS.text and not given:
+    raise ConfigError(f'--text={FLAGS.text}: without --from the decoder is one of bytes of the standard library; add --from')
   for arm in FLAGS.arms:
     if arm not in ARMS:
       raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')
