@@ -146,13 +146,15 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
     steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default.
 
   Raises:
-    ConfigError: a schedule that does not sum to one, or more tokens than the model has positions.
+    ConfigError: a schedule that does not sum to one, more tokens than the model has positions, or such as its cell makes
+      nothing of in so many steps.
   """
   steps = plans.resolve(model.loops if steps is None else steps)
   warn_beyond(model, steps)
   if not model.read_in.vocab:
     raise ConfigError('model: its inputs are vectors, and it has no next token; call model.apply, as evaluate.py does')
   tokens = checked_tokens(model, tokens)
+  model.cell.check_tokens(tokens, len(steps))
   with sharding.on(sharding.mesh_of(params)):
     return _logits(model, params, tokens, plans.schedule(steps, max(len(steps), model.loops)))
 

@@ -265,6 +265,10 @@ class Cell(Protocol):
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
+  def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
+    """Raises ConfigError where so many steps make no sense over the tokens of these rows, i32[B, T], within these
+    segments, i32[B, T], both of the host; asked before an evaluation or a trace."""
+
   def precompute(self, plan: Plan) -> Any:
     """What it computes ahead of the loop, from the plan alone: leaves [K, ...]; None where there is nothing."""
 

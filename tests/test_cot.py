@@ -11,9 +11,13 @@ import pytest
 from experiments.configs import cot_or_loop as paper
 from experiments.studies import cot_or_loop as study, cot_sampling
 from experiments.tools import costs
+import loopformer
 from loopformer import config as configs, loop, plans
 from loopformer.api import Loaded
+from loopformer.cells.damped import Damped
 from loopformer.cells.plain import Plain
+from loopformer.inference.evaluate import evaluate
+from loopformer.inference.measures import Answers
 from loopformer.model import Looped, run_batch
 from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.kernels import Bidirectional
@@ -110,6 +114,26 @@ def test_thoughts_are_not_decoded():
   with pytest.raises(ConfigError, match='model.cell = Thinking: its thoughts are made within one pass'):
     THINKER.apply({'params': parts.params(THINKER)}, jnp.zeros((1, 1), jnp.int32), plans.schedule((1.0,)),
                   kv=THINKER.cache(1, 4), pos=jnp.zeros((1, 1), jnp.int32))
+
+
+def test_thoughts_need_places():
+  """Of a problem alone every loop would answer the same; and what has room for the thoughts is taken."""
+  weights, ids = parts.params(THINKER), THOUGHTS.ids(problems(3)[0].prompt)
+  full = [*ids, *[THOUGHTS.pad] * T]
+  logits = loopformer.trace(THINKER, weights, [full]).logits[:, 0]
+  assert all(np.abs(logits[k + 1, len(ids) + k] - logits[k, len(ids) + k]).max() > 1e-4 for k in range(T))
+  batch = study.batch_of(THOUGHTS, problems(2, 4, 3))
+  for tokens, steps in (([ids], None), ([full[:-1]], None), ([full], T + 2), ([[THOUGHTS.pad] * 4], 2), ([full[::-1]], 2),
+                        ([full, full[1:] + full[:1]], 2)):
+    for ask in (loopformer.trace, loopformer.logits):
+      with pytest.raises(ConfigError, match=r'tokens: row \d has \d tokens of a problem and \d fillers'):
+        ask(THINKER, weights, tokens, steps=steps)
+  evaluate(THINKER, weights, [batch], {'all': plans.resolve(T + 1)}, measure=Answers())
+  with pytest.raises(ConfigError, match='row 0 has 3 tokens of a problem and 2 fillers .* puts 3 thoughts'):
+    evaluate(THINKER, weights, [batch], {'more': plans.resolve(T + 2)}, measure=Answers())
+  around = THINKER.clone(cell=Damped(THINKER.cell, 0.5))
+  with pytest.raises(ConfigError, match='puts 2 thoughts'):
+    loopformer.trace(around, weights, [ids])
 
 
 @pytest.mark.parametrize('changed, names', [({'kernel': Bidirectional()}, 'not causal'), ({'position': None}, 'no positions')],

@@ -125,7 +125,10 @@ def inspect(model: Any, params: Any, tokenizer: Any, prompts: Sequence[str], ste
     storage.check(folder, 'workdir', writes=True)
   for number, prompt in enumerate(prompts):
     ids = encoded(model, params, tokenizer, prompt, number)
-    insight = trace(model, params, np.asarray([ids]), steps=steps)
+    try:
+      insight = trace(model, params, np.asarray([ids]), steps=steps)
+    except ConfigError as error:
+      raise ConfigError(f'--prompt: prompt {number}: {error}') from error
     stem = f'{number}-' if len(prompts) > 1 else ''
     log(f'--- {insight.loops} loops, {len(ids)} tokens\n{prompt}')
     log(report(insight, ids, lambda id_: text_of(tokenizer, id_, hidden), hidden, folder, stem, title))

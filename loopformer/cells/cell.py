@@ -27,6 +27,9 @@ class Cell(nn.Module):
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
+  def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
+    """Raises ConfigError where so many steps make no sense over the tokens of these rows: never."""
+
   def precompute(self, plan: Plan) -> Any:
     """What it computes ahead of the loop, leaves [K, ...]: nothing."""
     return None
@@ -82,6 +85,10 @@ class Around(Cell):
       raise ConfigError(f'model.cell.of = {type(self.of).__name__}: its loops run together, so that nothing can be done '
                         f'after each; {type(self).__name__} takes a cell whose steps run one by one, such as Plain')
     self.of.check(width)
+
+  def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
+    """As the inner cell does."""
+    self.of.check_tokens(tokens, steps, seg)
 
   def precompute(self, plan: Plan) -> Any:
     """As of the inner cell."""

@@ -91,14 +91,18 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
 
   Raises:
-    ConfigError: a batch has longer rows than the model has positions.
+    ConfigError: a batch has longer rows than the model has positions; or, of arrays on the host, tokens that its cell makes
+      nothing of in so many steps.
   """
   mesh = sharding.mesh_of(params)
   schedules = {name: steps if isinstance(steps, Run) else plans.check_steps(steps, name=f'schedules[{name!r}]')
                for name, steps in schedules.items()}
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
+  longest = max((steps.plan.longest if isinstance(steps, Run) else len(steps) for steps in schedules.values()), default=1)
   for batch in batches:
+    if not isinstance(batch['tokens'], jax.Array):
+      model.cell.check_tokens(batch['tokens'], longest, batch.get('segments'))
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
     if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)

@@ -87,7 +87,7 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     segments: i32[B, T], tokens attend within equal numbers only; give padding a number of its own.
 
   Raises:
-    ConfigError: steps or tokens that the model cannot run; positions or segments that are no integers of the shape of the
+    ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are no integers of the shape of the
         tokens; positions that the model does not have.
   """
   plan = _plan(model, steps)
@@ -102,6 +102,7 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
   if own is not None and not 0 <= own.min() <= own.max() < model.read_in.length:
     raise ConfigError(f'positions: from {own.min()} to {own.max()}, but the model has {model.read_in.length} '
                       '(read_in.length), from 0')
+  model.cell.check_tokens(tokens, plan.steps, given['segments'])
   pos, seg = (None if array is None else jnp.asarray(array, jnp.int32) for array in given.values())
   with sharding.on(sharding.mesh_of(params)):
     found = _trace(model.clone(remat=loop.KeepAll()), params, tokens, plan, pos, seg)

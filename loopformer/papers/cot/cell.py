@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from loopformer.cells.cell import Cell
 from loopformer.nn import modules
@@ -34,6 +35,21 @@ class Thinking(Cell):
     if None in modules.held(self.core, 'position'):
       raise ConfigError('model.cell.core: a layer of Thinking has no positions in its attention, and a thought, which takes the '
                         'place of an embedding, would stand nowhere; give all layers position=positions.Rotary()')
+
+  def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
+    """Raises ConfigError where a row, up to the end of its first segment, is not a problem and then `steps - 1` fillers or
+    more: thoughts would have no place, and every step would answer the same."""
+    tokens, most = np.asarray(tokens), steps - 1
+    own = np.ones(tokens.shape, bool) if seg is None else np.equal(seg, np.asarray(seg)[:, :1])
+    given = own & (tokens != self.filler)
+    counts = given.sum(1)
+    fillers = (own & ~given).sum(1)
+    wrong = (counts < 1) | (fillers < most) | (given != (np.arange(tokens.shape[1]) < counts[:, None])).any(1)
+    if wrong.any():
+      row = int(wrong.argmax())
+      raise ConfigError(f'tokens: row {row} has {counts[row]} tokens of a problem and {fillers[row]} fillers (id {self.filler}), and '
+                        f'Thinking with {steps} steps puts {most} thoughts into the places of fillers; give a problem of one token '
+                        f'or more, and after it {most} fillers, or fewer steps')
 
   def enter(self, x: Array) -> State:
     """Inputs and outputs of the layers; the latter are none yet."""
