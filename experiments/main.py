@@ -40,7 +40,7 @@ from loopformer.inference.sampling import Contrast
 from loopformer.model import parameter_count
 from loopformer.training import interrupts, metrics, processes, resume
 from loopformer.training.processes import say
-from loopformer.training.train import NotFinite, train
+from loopformer.training.train import train
 from loopformer.types import SEEDS, ConfigError
 
 FLAGS = flags.FLAGS
@@ -662,7 +662,7 @@ def main(argv):
       with configs.trusting(FLAGS.trust):
         {'train': run_train, 'eval': run_eval, 'generate': run_generate, 'inspect': run_inspect, 'harness': run_harness,
          'import': run_import}[FLAGS.mode](workdir)
-  except (ConfigError, NotFinite, ValueError, OSError, ImportError) as error:
+  except command.TOLD as error:
     processes.leave(error, f'error: {error}')
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
     if isinstance(error, jax.errors.JaxRuntimeError) and not re.search('out of memory|resource_exhausted', str(error), re.I):

@@ -375,6 +375,25 @@ def test_stage_two_merges_by_table_and_writes_once(stage, tmp_path):
   assert stage[count:] == stage[count - 1:count]  # nothing is written again, and the run goes on
 
 
+def test_chains_of_other_flags_are_not_taken(stage, tmp_path, monkeypatch):
+  """Neither of other --tries, nor of another table; an interrupted stage is made whole, and one of no known flags is refused."""
+  ask = functools.partial(study.taught, tmp_path / 'taught', 3, tmp_path / 'loop', tmp_path / 'decoder')
+  told = ask()
+  with monkeypatch.context() as changed:
+    changed.setattr(study.FLAGS, 'tries', 4)
+    with pytest.raises(ConfigError, match='taught: it was made with tries = 3, not with 4; give the same, or another --workdir'):
+      ask()
+  with monkeypatch.context() as changed:
+    changed.setitem(study.TABLES, 'cpu', {'LEFT': study.Tables(5, (4, 2), (2, 1))})
+    with pytest.raises(ConfigError, match='made with chains = '):
+      ask()
+  (tmp_path / 'taught/filled.json').unlink()
+  assert ask() == told
+  (tmp_path / 'taught/made_with.json').unlink()
+  with pytest.raises(ConfigError, match='nothing says with which flags'):
+    ask()
+
+
 @pytest.mark.parametrize('verifier', ['loop', 'truth'])
 def test_controls_go_a_size_further_in_every_phase(stage, verifier, tmp_path):
   last, told = study.self_taught(tmp_path, 3, verifier, 'plain', 'decoder')

@@ -99,11 +99,14 @@ def far(kind: str) -> Any:
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
-def made(folder: Path, make) -> tuple[Path, list[dict]]:
-  """The file of merged problems, and what became of its table; both are written once, by make() -> (problems, told)."""
+def made(folder: Path, table: dict, make) -> tuple[Path, list[dict]]:
+  """The file of merged problems, and what became of the table of chains; both are written once, by make() -> (problems,
+  told). Raises ConfigError where they were with another table, other originals or --tries."""
   file, told = folder / 'merged.jsonl', folder / 'filled.json'
-  if not (file.exists() and told.exists()):
-    folder.mkdir(parents=True, exist_ok=True)
+  done = file.exists() and told.exists()
+  records.made_with(folder / 'made_with.json', done, tries=FLAGS.tries, chains=table,
+                    originals={name: own.originals for name, own in tables().items()})
+  if not done:
     problems, rows = make()
     record(file, problems)
     records.write(told, [dataclasses.asdict(row) for row in rows])
@@ -115,15 +118,16 @@ def made(folder: Path, make) -> tuple[Path, list[dict]]:
 
 def taught(folder: Path, seed: int, loop: Path, decoder: Path) -> list[dict]:
   """Stage II: what became of the table of chains."""
+  table = {name: dict(zip(sizes, tables()[name].written)) for name, sizes in beyond().items()}
+
   def make():
     model, params, _, _ = loopformer.load(loop)
     of = far('aligned')
-    table = {name: dict(zip(sizes, tables()[name].written)) for name, sizes in beyond().items()}
     problems, told = filled(table, of, ('taught', seed), lambda some: by_loop(model, params, Rounds(of=of), some),
                             lambda problem, written: consistent(of, problem, written), FLAGS.tries)
     return originals(of, seed, {name: of.originals for name, of in tables().items()}) + problems, told
 
-  file, told = made(folder, make)
+  file, told = made(folder, table, make)
   train(f',kind=tuned,start={decoder},chains={file}', folder, seed)
   return told
 
@@ -155,7 +159,7 @@ def self_taught(folder: Path, seed: int, verifier: str, plain: Path, decoder: Pa
       return first + kept + problems, rows
 
     own = folder / f'phase-{phase + 1}'
-    file, rows = made(own, make)
+    file, rows = made(own, table, make)
     kept, told = recorded(file)[len(first):], told + rows
     train(f',kind=tuned,start={start},chains={file}', own, seed, f'train.steps={steps}', f'optim.schedule.peak={peak}',
           *weights)

@@ -14,9 +14,10 @@ from absl import app, flags
 
 from loopformer import storage
 from loopformer.training import interrupts
-from loopformer.types import ConfigError
+from loopformer.training.train import NotFinite
 
 FLAGS = flags.FLAGS
+TOLD = NotFinite, ValueError, OSError, ImportError  # which say by themselves what is wrong; ConfigError is a ValueError
 
 
 def run(main):
@@ -78,14 +79,14 @@ def _check_once(name: str, words: Sequence[str]):
 
 
 def begin(main: Callable, argv: list[str]):
-  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used ends it
-  with one line."""
+  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used, files
+  that cannot be read or written, and a loss that is no number end it with one line."""
   interrupts.unwind()
   try:
     if 'out' in FLAGS and FLAGS.out:
       storage.check(FLAGS.out, '--out', writes=True)
     main(argv)
-  except ConfigError as error:
+  except TOLD as error:
     sys.exit(f'error: {error}')
 
 

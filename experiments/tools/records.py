@@ -32,6 +32,34 @@ def half_range(values: Sequence[float]) -> float | str:
   return (max(values) - min(values)) / 2 if len(values) > 1 else ''
 
 
+def made_with(note: str | Path, done: bool, **given: Any):
+  """Writes down with what something is about to be made, unless a note says so already: then it must be with the same.
+
+  So a study that keeps what it has made, and makes the rest when it goes on, never takes for its own what other flags made.
+
+  Args:
+    note: the file.
+    done: whether what was made stands there.
+    given: name -> value, of JSON.
+
+  Raises:
+    ConfigError: it was made with other values, or nothing says with which; with the first of these.
+  """
+  note, now = storage.path(note), json.loads(json.dumps(plain(given)))
+  if not note.exists():
+    if done:
+      raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, or give '
+                        'another --workdir')
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write(note, now)
+    return
+  before = reading.read_json(note, f'remove {note.parent}, or give another --workdir')
+  for name in (*now, *before):
+    if name not in before or name not in now or before[name] != now[name]:
+      raise ConfigError(f'{note.parent}: it was made with {name} = {before.get(name, "none")}, not with '
+                        f'{now.get(name, "none")}; give the same, or another --workdir')
+
+
 def report(out: str | Path, results: Any, **tables: list[dict]):
   """Writes results.json into a folder, which is made, and NAME.md for every table, given as rows."""
   out = storage.path(out)
