@@ -4,12 +4,13 @@
       --steps=400 --workdir=runs/heal --out=experiments/reports/imported/retrofit
     python -m experiments.studies.heal --from=SmolLM2-135M --prelude=14 --coda=11 --damped=0.25 --loops=4 ...
 
-Imports the decoder (flags as of --mode=import), evaluates it at every budget of --depths on held-out documents of the
-corpus, trains it on the others as retrofitted recurrence is trained (section 11 of Huginn's sheet: Muon for matrices and
-the adapter, AdamW for the rest, a number of loops drawn from a Poisson law with log-normal rate whose mean, --loops, is
-reached after three quarters of the run; at most eight loops have gradients), and evaluates it again. The plain decoder
-stands beside, on the same text: as it is, and trained on as many tokens without loops, which is the control. Writes
-results.json and table.md. The same command goes on where it was interrupted.
+Imports the decoder (flags as of --mode=import), evaluates it at every budget of --depths (1 to --loops by default) on
+held-out documents of the corpus, trains it on the others as retrofitted recurrence is trained (section 11 of Huginn's
+sheet: Muon for matrices and the adapter, AdamW for the rest, a number of loops drawn from a Poisson law with log-normal
+rate whose mean, --loops, is reached after three quarters of the run; at most eight loops have gradients), and evaluates
+it again. The plain decoder stands beside, on the same text: as it is, and trained on as many tokens without loops, which
+is the control. Writes results.json and table.md. The same command goes on where it was interrupted; with other flags it
+needs another --workdir.
 """
 from __future__ import annotations
 
@@ -17,19 +18,19 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from experiments.main import check_command, held_out, numbers
+from experiments.main import check_command, held_out
 from experiments.tools import command, records
 import loopformer
 from loopformer import config as configs, plans, storage
 from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files
-from loopformer.inference.evaluate import evaluate
+from loopformer.inference.evaluate import Depths, evaluate
 from loopformer.inference.measures import text_bytes
 from loopformer.objective import Objective, Rollout, Weighted
 from loopformer.optim import WSD, AdamW, Muon
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
-from loopformer.training import metrics
+from loopformer.training import metrics, resume
 from loopformer.training.train import Train, train
 from loopformer.types import ConfigError
 
@@ -37,10 +38,7 @@ FLAGS = flags.FLAGS
 IMPORT = ('prelude', 'coda', 'retrofit', 'damped', 'loops')
 GRADED = 8  # loops with gradients, at most
 
-flags.DEFINE_list('corpus', None, 'Globs of text, as of corpus.Files; a twentieth of the documents is held out.', required=True)
-flags.DEFINE_integer('steps', 400, 'Steps of training; 0: none.', lower_bound=0)
-flags.DEFINE_integer('batch', 8, 'Windows of a step.', lower_bound=1)
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+WINDOW = 256  # tokens, if nothing else is said
 
 
 def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tuple[str, ...],
@@ -54,7 +52,7 @@ def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tu
   return configs.Experiment(
       name=start.name, model=loaded.model,
       objective=Objective(rolls={'drawn': Rollout(plans.Truncated(depth=depth, graded=min(GRADED, mean)))},
-                          terms={'lm': Weighted(1.0, CE(roll='drawn'))}),
+                          terms={'lm': Weighted(1.0, CE(roll='drawn'))}), evals=Depths(budgets=(mean,)),
       task=Text(corpus=Files(train=corpus), tokenizer=SavedTokenizer(path=str(start)), length=window),
       train=Train(steps=max(steps, 1), batch=batch, start=str(start), log_every=5, eval_every=max(steps, 1), eval_batches=4,
                   save_every=max(1, min(steps, 50)), keep=1),
@@ -62,19 +60,31 @@ def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tu
                  decay=WSD(peak=1e-4), others=AdamW(schedule=schedules['adam'])))
 
 
-def arm(name: str, options: dict, budgets: tuple[int, ...], workdir: Path) -> list[dict]:
+def imported(start: Path, options: dict) -> loopformer.Loaded:
+  """The decoder of --from, which is imported into a folder with these options, once. Raises ConfigError where the folder
+  holds what others made."""
+  source, done = FLAGS['from'].value, configs.is_workdir(start)
+  records.made_with(start / 'made_with.json', done, **{'from': source}, **options)
+  if not done:
+    loaded = loopformer.load(source, **options)
+    if loaded.tokenizer is None:
+      raise ConfigError(f'--from={source}: no tokenizer came with it, and a text is to be read; add its files')
+    loaded.save(start)
+  return loopformer.load(start)
+
+
+def arm(name: str, options: dict, schedules: dict[str, tuple[float, ...]], workdir: Path) -> list[dict]:
   """Rows of one model, before and after; options: of the import."""
   start, run = workdir / f'{name}-imported', workdir / name
-  if not configs.is_workdir(start):
-    loaded = loopformer.load(FLAGS['from'].value, **options)
-    if loaded.tokenizer is None:
-      raise ConfigError(f'--from={FLAGS["from"].value}: no tokenizer came with it, and a text is to be read; add its files')
-    loaded.save(start)
-  loaded, mean = loopformer.load(start), options.get('loops') or 1
-  window = FLAGS.window or 256
+  loaded, mean = imported(start, options), options.get('loops') or 1
+  most = loaded.model.read_in.length
+  window = min(WINDOW, most) if FLAGS.window is None else FLAGS.window
+  if window > most:
+    raise ConfigError(f'--window={window}: the model has {most} positions (read_in.length); give fewer')
   config = healing(loaded, start, FLAGS.steps, FLAGS.batch, window, tuple(FLAGS.corpus), mean)
+  if FLAGS.steps:
+    resume.check(config, run)  # before data are prepared there
   config.task.prepare(run)
-  schedules = {str(budget): plans.resolve(budget) for budget in (budgets if mean > 1 else (1,))}
 
   def rows(model, params, when):
     found = evaluate(model, params, held_out(config, run, 4), schedules, text_bytes(loaded.tokenizer))
@@ -89,6 +99,21 @@ def arm(name: str, options: dict, budgets: tuple[int, ...], workdir: Path) -> li
   return table
 
 
+def budgets(loops: int) -> dict[str, tuple[float, ...]]:
+  """The budgets of --depths by name. Raises ConfigError, or ends the command, naming the flag."""
+  command.check_whole(depths=FLAGS.depths)
+  given = list(map(int, FLAGS.depths)) if FLAGS.depths else range(1, loops + 1)
+  return {str(budget): plans.resolve(budget, '--depths') for budget in given}
+
+
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines those of imports, --window, --depths."""
+  flags.DEFINE_list('corpus', None, 'Globs of text, as of corpus.Files; a twentieth of the documents is held out.', required=True)
+  flags.DEFINE_integer('steps', 400, 'Steps of training; 0: none.', lower_bound=0)
+  flags.DEFINE_integer('batch', 8, 'Windows of a step.', lower_bound=1)
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   check_command('from', 'window', 'depths', *IMPORT)
   logging.set_verbosity(logging.WARNING)
@@ -96,12 +121,13 @@ def main(argv):
   given = {name: FLAGS[name].value for name in IMPORT if FLAGS[name].present}
   if FLAGS['from'].value is None or given.get('loops', 1) < 2 or not {'retrofit', 'damped'} & set(given):
     raise ConfigError('--from, --loops (2 or more) and --retrofit or --damped are needed: name a decoder and how it is to loop')
-  budgets = numbers(','.join(FLAGS.depths), '--depths', int) if FLAGS.depths else (1, 2, 3, 4)
-  table = [*arm('looped', given, budgets, workdir), *arm('plain', {}, budgets, workdir)]
+  schedules = budgets(given['loops'])
+  table = [*arm('looped', given, schedules, workdir), *arm('plain', {}, {'1': (1.0,)}, workdir)]
   out.mkdir(parents=True, exist_ok=True)
   records.write(out / 'results.json', {'flags': {**given, 'steps': FLAGS.steps, 'batch': FLAGS.batch}, 'rows': table})
   storage.write(out / 'table.md', metrics.table(table) + '\n')
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)
