@@ -136,16 +136,16 @@ def rows_of(task: Any) -> dict[str, np.ndarray]:
           'positions': np.arange(task.length, dtype=np.int32)}
 
 
-def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step: int) -> Steps:
-  """Draws plans for `rows` sequences at a training step, in the last stage."""
+def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step: int, stage: int | None = None) -> Steps:
+  """Draws plans for `rows` sequences at a training step, in a stage of the run's controller; the last if absent."""
   batch = {name: np.broadcast_to(leaf, (rows, *np.shape(leaf))) for name, leaf in example.items()}
   batch['row'] = np.arange(rows, dtype=np.int32)
   free, taken, most = [], 0.0, 0
   for roll in objective.rolls.values():
-    stage = max(len(roll.plan.stages) - 1, 0)
+    own = max(len(roll.plan.stages) - 1, 0) if stage is None else stage
 
-    def draw(key, plan=roll.plan, stage=stage):
-      drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(stage), batch=batch))
+    def draw(key, plan=roll.plan, own=own):
+      drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(own), batch=batch))
       live = None if drawn.active is None else drawn.active.reshape(drawn.steps, -1).any(-1).sum()
       return live, None if drawn.no_grad_steps is None else drawn.free.max()
 
@@ -194,12 +194,28 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def step_flops(config: Any) -> float:
-  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans: what
-  runs without being of use, such as steps of sequences that are done, counts too."""
+  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans, and
+  over the stages of the run: what runs without being of use, such as steps of sequences that are done, counts too."""
   options, mesh, example = config.train, sharding.Mesh().make(jax.devices()[:1]), rows_of(config.task)
-  steps = expected(config.objective, example, options.batch // options.accumulate, options.steps)
   _, traced = _traced(config, mesh, example)
-  return sum(product.flops for product in products(traced.jaxpr.jaxpr, steps, mesh.shape))
+  total = 0.0
+  for stage, share in shares(config).items():
+    steps = expected(config.objective, example, options.batch // options.accumulate, options.steps, stage)
+    total += share * sum(product.flops for product in products(traced.jaxpr.jaxpr, steps, mesh.shape))
+  return total
+
+
+def shares(config: Any) -> dict[int, float]:
+  """Stage -> share of the run's steps that are in it, where no evaluation tells the controller anything: stages end when
+  they must (`Plateau.longest`), or never."""
+  control, options = config.control, config.train
+  nothing = {f'loss@{name}': math.nan for name in config.evals.schedules()}
+  state, counts = control.start(), collections.Counter()
+  for number in range(1, options.steps + 1):
+    counts[control.stage(state)] += 1
+    if number % options.eval_every == 0:
+      state = control.watch(state, number, nothing)
+  return {stage: count / options.steps for stage, count in counts.items()}
 
 
 def _traced(config: Any, mesh: jax.sharding.Mesh, example: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
