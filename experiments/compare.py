@@ -79,12 +79,11 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
   for name, results in runs.items():
     for split in results[0]['tests']:
       for rows in zip(*[result['tests'][split] for result in results]):
-        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ('schedule', 'budget')}
         first = results[0]['number']
-        of_seeds = [row[first] for row in rows]
+        mean = records.means(rows, first)
         table.append({'model': name, 'seeds': len(results), 'parameters': results[0]['parameters'], 'test': split,
-                      'loops': rows[0]['schedule'], first: mean.pop(first), '+-': records.half_range(of_seeds),
-                      **{key: value for key, value in mean.items() if key not in ('tokens', 'perplexity')},
+                      'loops': rows[0]['schedule'], first: mean.pop(first), '+-': mean.pop('+-'),
+                      **{key: value for key, value in mean.items() if key not in ('budget', 'tokens', 'perplexity')},
                       **{key: float(np.mean([result['diagnosis'][key] for result in results]))
                          for key in results[0]['diagnosis']},
                       'minutes of training': round(float(np.mean([r['seconds'] for r in results])) / 60, 1)})
@@ -96,8 +95,7 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
   """depths.png, where a run was evaluated at several depths, and training.png."""
   curves, flat = {}, {}
   for name, results in runs.items():
-    rows = [{'budget': int(same[0]['schedule']), show: float(np.mean([row[show] for row in same])),
-             'spread': (max(row[show] for row in same) - min(row[show] for row in same)) / 2}
+    rows = [{**records.means(same, show), 'budget': int(same[0]['schedule'])}
             for same in zip(*[result['tests']['validation'] for result in results]) if same[0]['schedule'].isdigit()]
     if len(rows) > 1:
       curves[name] = rows

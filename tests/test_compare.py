@@ -93,3 +93,9 @@ def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
                        (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):
     with pytest.raises(SystemExit, match=names):
       check()
+
+
+def test_means_over_seeds_are_made_in_one_way():
+  rows = [{'loss': 1.0, 'loops': 2, 'schedule': '2'}, {'loss': 3.0, 'loops': 2, 'schedule': '2'}]
+  assert records.means(rows, 'loss') == {'loss': 2.0, 'loops': 2.0, '+-': 1.0}
+  assert records.means(rows[:1], 'loss') == {'loss': 1.0, 'loops': 2.0, '+-': ''}

@@ -1,4 +1,5 @@
 """All systems on equal terms: what is equal is counted, and the best rate is taken."""
+import dataclasses
 import json
 
 import jax
@@ -73,6 +74,19 @@ def test_shift_loops_in_the_second_half_of_its_run():
   assert config.control.stage(state) == 0
   assert config.control.stage(config.control.watch(state, 150, told)) == 1
   assert config_of('once', ',steps=300').train.eval_every == 300
+  assert estimate.shares(config) == {0: 0.5, 1: 0.5} and estimate.shares(config_of('once', ',steps=300')) == {0: 1.0}
+  assert estimate.shares(config_of('shift', ',steps=301')) == {0: 150 / 301, 1: 151 / 301}
+  forever = dataclasses.replace(config, control=dataclasses.replace(config.control, longest=None))
+  assert estimate.shares(forever) == {0: 1.0}
+
+
+def test_a_run_is_counted_over_its_stages():
+  """Whatever it is called: the operations of one loop and of all, by the shares of steps."""
+  once, looped = (estimate.step_flops(config_of(name)) for name in ('once', 'base_loop'))
+  config = config_of('shift', ',steps=300')
+  assert estimate.step_flops(config) == pytest.approx((once + looped) / 2, rel=1e-6)
+  early = dataclasses.replace(config, control=dataclasses.replace(config.control, longest=0))
+  assert estimate.step_flops(early) == pytest.approx(looped, rel=1e-6)
 
 
 class Flags:

@@ -49,10 +49,8 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
   """A row a name: means over seeds, and half the range of the accuracy."""
   rows = []
   for name, found in runs.items():
-    mean = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
-    accuracies = [row['accuracy'] for row in found]
-    rows.append({'run': name, 'seeds': len(found), 'accuracy': mean.pop('accuracy'),
-                 '+-': records.half_range(accuracies), **mean})
+    mean = records.means(found, 'accuracy')
+    rows.append({'run': name, 'seeds': len(found), 'accuracy': mean.pop('accuracy'), '+-': mean.pop('+-'), **mean})
   return rows
 
 

@@ -10,8 +10,6 @@ number of hops; MFLOP and ms are those of a problem in a batch of 64) and dial.p
 from __future__ import annotations
 
 from absl import flags, logging
-import numpy as np
-
 from experiments.main import check_command, held_out
 from experiments.tools import command, costs, plots, records
 import loopformer
@@ -54,9 +52,9 @@ def table(results: dict[str, dict]) -> list[dict]:
   rows = []
   for kind in dict.fromkeys(kind for kinds in results.values() for kind in kinds):
     for same in zip(*(kinds[kind] for kinds in results.values() if kind in kinds)):
-      mean = {key: float(np.mean([row[key] for row in same])) for key in same[0]}
+      mean = records.means(same, ALL)
       rows.append({'kind': kind, 'loops': int(mean.pop('loops')), 'accuracy': round(mean.pop(ALL), 4),
-                   '+-': records.half_range([row[ALL] for row in same]),
+                   '+-': mean.pop('+-'),
                    'MFLOP': round(mean.pop('MFLOP'), 3), 'steps': int(mean.pop('steps')), 'ms': round(mean.pop('ms'), 3),
                    **{split: round(value, 3) for split, value in mean.items()}})
   return rows

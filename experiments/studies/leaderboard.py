@@ -25,7 +25,6 @@ from typing import Any
 
 from absl import flags, logging
 import jax
-import numpy as np
 
 from experiments.configs import leaderboard
 from experiments.main import check_command, held_out, numbers
@@ -63,9 +62,7 @@ class Study:
     return f'{CONFIG}:{self.size},system={name},task={self.task}{told}'
 
   def flops(self, name: str) -> float:
-    """Operations of a training step; of `shift` the mean of its two halves."""
-    if name == 'shift':
-      return (self.flops('once') + self.flops('base_loop')) / 2
+    """Operations of a training step, in the mean over the run."""
     if name not in self.counted:
       start = {'start': 'none'} if name in leaderboard.BEGINS else {}
       self.counted[name] = estimate.step_flops(configs.load(self.spec(name, **start)))
@@ -131,12 +128,8 @@ def show_of(task: str) -> str:
 
 def means(results: dict[str, list[dict]], show: str) -> dict[str, list[dict]]:
   """Name -> a row for every budget: means over seeds, and half the range of `show`."""
-  found = {}
-  for name, runs in results.items():
-    found[name] = [{**{key: float(np.mean([row[key] for row in same])) for key in same[0]}, 'loops': same[0]['loops'],
-                    'spread': (max(row[show] for row in same) - min(row[show] for row in same)) / 2}
-                   for same in zip(*(run['rows'] for run in runs))]
-  return found
+  return {name: [{**records.means(same, show), 'loops': same[0]['loops']} for same in zip(*(run['rows'] for run in runs))]
+          for name, runs in results.items()}
 
 
 def table(results: dict[str, list[dict]], times: dict[str, float | None], show: str) -> list[dict]:
@@ -149,7 +142,7 @@ def table(results: dict[str, list[dict]], times: dict[str, float | None], show: 
     radius = run.get('radius')
     rows.append({'system': name, 'seeds': len(results[name]), 'parameters': run['parameters'],
                  'rate': f'{run["rate"]:g}', 'steps': run['steps'],
-                 show: round(whole[show], 3), '+-': round(whole['spread'], 3) if len(results[name]) > 1 else '',
+                 show: round(whole[show], 3), '+-': whole['+-'] and round(whole['+-'], 3),
                  'at loops': run['loops'],
                  'best': f'{best[show]:.3f} at {best["loops"]}', 'MFLOP a token': round(whole['MFLOP a token'], 3),
                  'cache bytes a token': '' if run['cache'] is None else round(run['cache']),
@@ -191,7 +184,7 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   for axes, (name, rows) in zip(panels.flat, found.items()):
     for theirs in found.values():
       axes.plot([row['loops'] for row in theirs], [row[show] for row in theirs], color='0.88', linewidth=0.8)
-    axes.errorbar([row['loops'] for row in rows], [row[show] for row in rows], [row['spread'] for row in rows], marker='o',
+    axes.errorbar([row['loops'] for row in rows], [row[show] for row in rows], [row['+-'] or 0.0 for row in rows], marker='o',
                   markersize=3, color=colours[name])
     axes.axvline(results[name][0]['loops'], color='0.6', linewidth=0.6, linestyle=':')
     axes.set_title(name, fontsize=8)

@@ -92,7 +92,8 @@ def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
         left[arm, row['threshold']].append((row['budget'], row['loss']))
 
   def shown(values):
-    return f'{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}'
+    spread = records.half_range(values)
+    return f'{np.mean(values):.3f}' + (f' ± {spread:.3f}' if spread != '' else '')
 
   arms = list(next(iter(results.values())))
   depths = [{'loops': budget, **{arm: shown(losses[arm, budget]) for arm in arms}}
@@ -109,7 +110,7 @@ def draw(out: Path, results: dict[str, dict]):
       for row in measured['rows']:
         curves[arm].setdefault(int(row['budget']), []).append(row['loss'])
   plots.depths(out / 'depths.png', {arm: [
-      {'budget': budget, 'loss': float(np.mean(values)), 'spread': float(np.ptp(values)) / 2}
+      {'budget': budget, 'loss': float(np.mean(values)), '+-': records.half_range(values)}
       for budget, values in sorted(rows.items())] for arm, rows in curves.items()})
 
 

@@ -40,7 +40,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   """What `show` names on the validation split, against the number of loops.
 
   Args:
-    curves: name -> rows with `budget`, `show` and, where several seeds were run, `spread` (half the range).
+    curves: name -> rows with `budget`, `show` and, where several seeds were run, `+-` (half the range).
     flat: name -> the same of models that have no loops to choose, drawn as horizontal lines.
   """
   pyplot = library()
@@ -51,7 +51,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
     rows = sorted((row for row in rows if row['schedule'].isdigit()) if 'schedule' in rows[0] else rows,
                   key=lambda row: row['budget'])
     axes.errorbar([row['budget'] for row in rows], [row[show] for row in rows],
-                  [row.get('spread', 0.0) for row in rows], marker='o', capsize=3, label=name)
+                  [row.get('+-') or 0.0 for row in rows], marker='o', capsize=3, label=name)
   for i, (name, value) in enumerate((flat or {}).items()):
     axes.axhline(value, color=f'C{len(curves) + i}', linestyle='--', label=name)
   budgets = sorted({row['budget'] for rows in curves.values() for row in rows})

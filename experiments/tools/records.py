@@ -1,9 +1,12 @@
 """Results as JSON: what is not finite is null, because JSON has no such numbers and most readers refuse them."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import math
+import numbers
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loopformer import reading, storage
 from loopformer.training import metrics
@@ -32,8 +35,14 @@ def half_range(values: Sequence[float]) -> float | str:
   return (max(values) - min(values)) / 2 if len(values) > 1 else ''
 
 
+def means(rows: Sequence[Mapping[str, Any]], show: str) -> dict[str, Any]:
+  """The means of all numbers that rows of several seeds have, by name; `+-` is `half_range` of what `show` names."""
+  return {**{name: float(np.mean([row[name] for row in rows])) for name, value in rows[0].items() if isinstance(value, numbers.Real)},
+          '+-': half_range([row[show] for row in rows])}
+
+
 def made_with(note: str | Path, done: bool, **given: Any):
-  """Writes down with what something is about to be made, unless a note says so already: then it must be with the same.
+  """Writes down with what something is about to be made; where it was made already, it must have been with the same.
 
   So a study that keeps what it has made, and makes the rest when it goes on, never takes for its own what other flags made.
 
@@ -46,13 +55,13 @@ def made_with(note: str | Path, done: bool, **given: Any):
     ConfigError: it was made with other values, or nothing says with which; with the first of these.
   """
   note, now = storage.path(note), json.loads(json.dumps(plain(given)))
-  if not note.exists():
-    if done:
-      raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, or give '
-                        'another --workdir')
+  if not done:
     note.parent.mkdir(parents=True, exist_ok=True)
     write(note, now)
     return
+  if not note.exists():
+    raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, or give '
+                      'another --workdir')
   before = reading.read_json(note, f'remove {note.parent}, or give another --workdir')
   for name in (*now, *before):
     if name not in before or name not in now or before[name] != now[name]:
