@@ -110,13 +110,14 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 def main(argv):
   check_command('set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
+  command.check_whole(seeds=FLAGS.seeds)
   named = [named.partition('=')[::2] for named in FLAGS.run]
   try:
     workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
     tasks = {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named}
     show = FLAGS.show or next((measures.main_number(task.measure) for task in tasks.values()), 'loss')
     check_shown(show, tasks)
-    budgets = FLAGS.budgets and [int(n) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
+    budgets = FLAGS.budgets and [len(plans.resolve(n, '--budgets')) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   except ConfigError as error:
     sys.exit(f'error: {error}')
   out.mkdir(parents=True, exist_ok=True)

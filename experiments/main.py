@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import itertools
+import math
 from pathlib import Path
 import re
 import sys
@@ -56,6 +57,7 @@ PLANNERS = {'ancestral': orders.Ancestral(), 'doubtful': orders.Resampling(sigma
 SIGMAS = {'cap': lambda eta: orders.Resampling(sigma=orders.Cap(eta=eta)),
           'rescale': lambda eta: orders.Resampling(sigma=orders.Rescale(eta=eta)), 'plateau': lambda eta: orders.Looping(eta=eta)}
 ROWS = 32  # prompts at a time
+SCHEDULES = 10_000  # of a sweep
 AT_ONCE = 16_384  # tokens of --text in a batch, at most, where a window has fewer
 MEMORIES = {'per_loop': memories.PerLoop(), 'first': memories.First(), 'last': memories.Ring(size=1),
             'mean': memories.Mean()}
@@ -258,6 +260,10 @@ def run_eval(workdir: Path):
   params = sharding.gathered(params)
   jobs = {}
   if FLAGS.sweep is not None:
+    count = math.comb(model.loops - 1, FLAGS.sweep - 1)
+    if count > SCHEDULES:
+      raise ConfigError(f'--sweep={FLAGS.sweep}: there are {count:,} schedules of so many steps on the grid of 1/{model.loops}, more '
+                        f'than the {SCHEDULES:,} that are ranked; give fewer steps, or name some by --schedules')
     jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops, '--sweep')}
   if FLAGS.schedules:
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given_schedules()}
@@ -668,8 +674,10 @@ def main(argv):
     if isinstance(error, jax.errors.JaxRuntimeError) and not re.search('out of memory|resource_exhausted', str(error), re.I):
       processes.leave(error)
     asked = str(error).partition('\n')[0] or 'no more to be had'
-    processes.leave(error, f'error: out of memory ({asked}); take a smaller batch (train.batch, or more train.accumulate), a '
-                    'smaller model, or mesh.fsdp over more devices; --mode=plan tells what a step needs')
+    less = ('a smaller batch (train.batch, or more train.accumulate), a smaller model' if FLAGS.mode == 'train' else
+            'fewer loops, fewer or shorter texts, a smaller model')
+    processes.leave(error, f'error: out of memory ({asked}); take {less}, or mesh.fsdp over more devices; --mode=plan tells what '
+                    'a step needs')
   except Exception as error:
     processes.leave(error)
 

@@ -32,12 +32,13 @@ from flax import linen as nn
 import numpy as np
 
 from loopformer import moved, reading, storage, types as sockets
-from loopformer.inference.evaluate import Depths
+from loopformer.inference.evaluate import Depths, Run
 from loopformer.model import Looped
 from loopformer.nn import modules
 from loopformer.nn.layers import DTYPES
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
+from loopformer.plans import LONGEST
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
@@ -299,6 +300,7 @@ def check(config: Experiment):
     if length > model.read_in.length:
       raise ConfigError(f'task: the examples of the split {split!r} have {length} tokens, more than model.read_in.length '
                         f'= {model.read_in.length}, the positions of the model; shorten the ones or raise the other')
+  _check_loops(config)
   if config.objective.longest > model.loops:
     raise ConfigError(f'objective: a plan of {config.objective.longest} steps is longer than model.loops = '
                       f'{model.loops}; raise model.loops')
@@ -330,6 +332,20 @@ def check(config: Experiment):
       raise ConfigError(f'optim = {_name_of(type(config.optim))}: no optimiser can be made of it ({error}); give one of those '
                         'of loopformer.optim') from error
   best_of(config)
+
+
+def _check_loops(config: Experiment):
+  """Raises ConfigError where a plan, or the model's caches, would have more steps than a budget may have: each is a row of
+  every plan, and an entry of every cache, which are allocated whole."""
+  schedules = config.evals.schedules()
+  found = {'model.loops': config.model.loops}
+  found |= {f'objective.rolls.{name}.plan': max(roll.plan.longest, roll.plan.expected)
+            for name, roll in config.objective.rolls.items() if Planner in type(roll.plan).__mro__}
+  found |= {f'evals: {name}': run.plan.longest for name, run in schedules.items() if isinstance(run, Run)}
+  for name, loops in found.items():
+    if loops > LONGEST:
+      raise ConfigError(f'{name}: {loops:,.0f} steps, more than the {LONGEST:,} that a program can be made for and run; give '
+                        'fewer loops')
 
 
 def check_values(value: Any, path: str):

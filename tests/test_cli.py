@@ -314,12 +314,19 @@ def test_loops_and_step_sizes_of_the_command_line():
     (['--schedules=0.5,0.25'], 'sum to 0.75'),
     (['--depths=0'], '--depths = 0'),
     (['--depths=two'], '--depths=two'),
-    (['--sweep=9'], '--sweep = 9'),
+    (['--sweep=9'], '--sweep = 9'), (['--depths=1,99999999'], '--depths = 99999999'),
     (['--sweep=0'], '--sweep=0: must be a positive integer'),
-], ids=['step', 'schedule', 'zero', 'word', 'sweep', 'no sweep'])
+], ids=['step', 'schedule', 'zero', 'word', 'sweep', 'endless', 'no sweep'])
 def test_eval_refuses(undisturbed, arguments, expected):
   status, _, err = run_here(undisturbed[0], '--mode=eval', *arguments)
   assert status == 1 and expected in err and 'Traceback' not in err
+
+
+def test_a_sweep_over_more_schedules_than_can_be_ranked(undisturbed, monkeypatch):
+  from experiments import main
+  monkeypatch.setattr(main, 'SCHEDULES', 34)
+  status, _, err = run_here(undisturbed[0], '--mode=eval', '--sweep=4')
+  assert status == 1 and '--sweep=4: there are 35 schedules of so many steps on the grid of 1/8, more than the 34' in err
 
 
 def test_unfinished_run_is_refused(setting, tmp_path):

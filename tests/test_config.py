@@ -14,6 +14,7 @@ from experiments.configs import loopformer as paper
 from loopformer import config as configs, plans
 from loopformer.config import check, choose, describe, difference, flatten, override
 from loopformer.inference import measures
+from loopformer.inference.evaluate import Named, Run
 from loopformer.loop import Every
 from loopformer.model import parameter_shapes
 from loopformer.nn.blocks import Chain
@@ -449,3 +450,25 @@ def test_parts_are_plain_values():
   assert TokenEmbed(vocab=1, width=1, length=1) == TokenEmbed(vocab=1, width=1, length=1)
   assert Normal(0.0) == Normal(0.0) != Normal(0.1)
   assert parameter_shapes(TINY.model)
+
+
+@pytest.mark.parametrize('change, named', [
+    ('model.loops=99999999', 'model.loops: 99,999,999 steps, more than the 10,000'),
+    ('objective.rolls.long.plan.loops=99999999', r'objective.rolls.long.plan: 99,999,999 steps'),
+    ('evals.budgets=(1,99999999)', r'evals.budgets = 99999999: .* 1 to 10000')])
+def test_plans_that_never_end_are_refused(change, named):
+  """Before anything is allocated or compiled."""
+  with pytest.raises(ConfigError, match=named):
+    check(override(paper.get_config('tiny'), change))
+
+
+def test_depths_that_never_end_are_refused():
+  config = paper.get_config('tiny,kind=base_loop')
+  check(config)
+  drawn = plans.Truncated(depth=plans.Poisson(average=1e8), graded=2)
+  with pytest.raises(ConfigError, match=r'objective.rolls.\w+.plan: 100,000,000 steps'):
+    check(dataclasses.replace(config, objective=dataclasses.replace(
+        config.objective, rolls={name: Rollout(drawn) for name in config.objective.rolls})))
+  runs = Named(runs={'deep': Run(plan=plans.Uniform(10 ** 8))})
+  with pytest.raises(ConfigError, match='evals: deep: 100,000,000 steps'):
+    check(dataclasses.replace(config, evals=runs))

@@ -350,6 +350,13 @@ def test_large_models_are_written_in_several_files(tmp_path):
   same(from_pretrained(tmp_path / 'some')[1], params)
 
 
+def test_an_export_keeps_the_dtype_of_its_products(tmp_path):
+  export(MODEL, parts.params(MODEL), None, tmp_path / 'out')
+  assert MODEL.dtype == 'float32' and from_pretrained(tmp_path / 'out', dtype='float32')[0] == MODEL
+  with pytest.raises(ConfigError, match="dtype = 'bfloat16': it is an export of a model whose products are in float32"):
+    from_pretrained(tmp_path / 'out', dtype='bfloat16')
+
+
 @pytest.mark.parametrize('model', [MODEL, DECODERS['llama'][0]])
 def test_bfloat16_is_the_nearest_one(model, tmp_path):
   params = parts.params(model)

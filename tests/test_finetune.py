@@ -144,6 +144,14 @@ def test_an_argument_that_nothing_reads_is_refused(more, told):
     configs.load(f'finetune:from=there,{more}')
 
 
+def test_one_loop_has_no_update_of_its_own(tmp_path):
+  config = configs.load('loopformer:tiny,kind=base')
+  configs.save(config, tmp_path)
+  assert config.model.loops == 1
+  with pytest.raises(ConfigError, match='config argument each = 1: the model of .* has one loop'):
+    configs.load(f'finetune:from={tmp_path},data=x,each=1')
+
+
 def test_a_denoiser_is_not_taught_next_tokens(tmp_path):
   configs.save(configs.load('masked_diffusion:cpu'), tmp_path)
   with pytest.raises(ConfigError, match='its model denoises, .* train.start='):

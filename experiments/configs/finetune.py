@@ -60,6 +60,9 @@ def get_config(argument: str = '') -> Experiment:
   if old.model.sampler.denoises:
     raise ConfigError(f'config argument from = {source}: its model denoises, and answers and texts are learned here token by '
                       f'token; train it on by a configuration of its own, with --set train.start={source}')
+  if given['each'] and old.model.loops == 1:
+    raise ConfigError(f'config argument each = 1: the model of {source} has one loop, whose update is the one that all share; leave '
+                      'it out')
   model = adapted(old.model, given['rank'], given['each']) if given['rank'] else old.model
   optim = AdamW(schedule=WarmupCosine(peak=given['peak'] or (2e-4 if given['rank'] else 2e-5), end=0.0,
                                       warmup=given['steps'] // 30), b2=0.999, decay=0.0)

@@ -128,7 +128,8 @@ def main(argv):
       raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')
   workdir, out = storage.path(FLAGS.workdir).absolute(), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
-  budgets = list(numbers(','.join(FLAGS.budgets), '--budgets', int))
+  command.check_whole(seeds=FLAGS.seeds, budgets=FLAGS.budgets)
+  budgets = [len(plans.resolve(int(budget), '--budgets')) for budget in FLAGS.budgets]
   thresholds = list(numbers(','.join(FLAGS.thresholds), '--thresholds'))
   results = {}
   for seed in FLAGS.seeds:

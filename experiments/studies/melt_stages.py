@@ -160,6 +160,7 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
 
 def main(argv):
   check_command('set')
+  command.check_whole(seeds=FLAGS.seeds, chunks=FLAGS.chunks)
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

@@ -286,6 +286,7 @@ def define_flags():
 
 def main(argv):
   check_command('set')
+  command.check_whole(seeds=FLAGS.seeds)
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   command.check_chosen('size', FLAGS.size, relay.SIZES)
   names = (*relay.SIZES[FLAGS.size].tasks, 'all')

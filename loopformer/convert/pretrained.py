@@ -32,7 +32,7 @@ AGAIN = 'download it again'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
-                    damped: float | None = None, retrofit: int | None = None, dtype: str = 'float32',
+                    damped: float | None = None, retrofit: int | None = None, dtype: str | None = None,
                     mesh: jax.sharding.Mesh | None = None, adapter: str | Path | None = None
                     ) -> tuple[Looped, Params, Tokenizer | None]:
   """(model, params, tokenizer) of a pretrained model; params are float32, with the tree of `model.init_params`.
@@ -52,7 +52,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     retrofit: retrofitted recurrence (retrofit.py): so many layers after the prelude are dropped, and every step of the loop
       over those that are left takes the prelude's output in again, by an adapter that is new, as is the state that the
       loop begins with. Such a model must be trained before it is of use.
-    dtype: of the matrix products, 'float32' or 'bfloat16'; an export of ours keeps its own.
+    dtype: of the matrix products, 'float32' (the default) or 'bfloat16'; an export of ours keeps its own.
     mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
       one at a time (stacks of layers whole), and every device gets its own part.
 
@@ -71,8 +71,9 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     real('damped', damped, '(0, 1]')
     if retrofit is not None:
       raise ConfigError(f'damped = {damped}, retrofit = {retrofit}: two ways to make a loop of a decoder; give one')
-  if dtype not in DTYPES:
+  if dtype not in (None, *DTYPES):
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
+  given, dtype = dtype, dtype or 'float32'
   path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL))
   if path.suffix == '.gguf' and path.is_file():
     metadata, held = gguf.read(path)
@@ -100,6 +101,9 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       with reading.naming(path / CONFIG, AGAIN):
         model = own.untied(description.decode(config, path / CONFIG), held)
+        if given not in (None, model.dtype):
+          raise ConfigError(f'dtype = {given!r}: it is an export of a model whose products are in {model.dtype}, which it keeps; '
+                            'leave it out')
         model = model if loops is None else model.clone(loops=loops)
         layers = max((stack.depth for stack in model.stacks().values()), default=0)
         if layers > max((len(held), *(axis for shape in held.shapes.values() for axis in shape))):

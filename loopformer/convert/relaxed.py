@@ -32,7 +32,7 @@ def relaxed(model: Looped, params: Params, *, loops: int, rank: int) -> tuple[Lo
   Args:
     model, params: as `from_pretrained` gives them: Looped with a Plain cell, run once, of pre-norm blocks. Prelude and coda
       stay as they are.
-    loops: a divisor of the layers that the loop has now.
+    loops: a divisor of the layers that the loop has now, 2 or more.
     rank: of every update; at most the smaller side of each product.
 
   Raises:
@@ -40,6 +40,8 @@ def relaxed(model: Looped, params: Params, *, loops: int, rank: int) -> tuple[Lo
   """
   check_count('loops', loops)
   check_count('rank', rank)
+  if loops == 1:
+    raise ConfigError(f'rank = {rank}, loops = 1: one loop has nothing that is tied; give loops, 2 or more')
   core = model.cell.core
   if type(model.cell) is not Plain or model.loops != 1 or core.order is not None:
     raise ConfigError('model: it is no plain decoder (a Plain cell that runs once); give one, as of from_pretrained')

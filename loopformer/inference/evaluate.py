@@ -28,7 +28,7 @@ class Depths:
 
   def schedules(self) -> dict[str, tuple[float, ...]]:
     """Name -> step sizes."""
-    return {str(budget): plans.resolve(budget) for budget in self.budgets}
+    return {str(budget): plans.resolve(budget, 'evals.budgets') for budget in self.budgets}
 
 
 @config_dataclass
@@ -46,7 +46,7 @@ class Named:
 
   def schedules(self) -> dict[str, Any]:
     """Name -> step sizes, or a run."""
-    return {**{str(budget): plans.resolve(budget) for budget in self.budgets}, **self.runs}
+    return {**{str(budget): plans.resolve(budget, 'evals.budgets') for budget in self.budgets}, **self.runs}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -91,15 +91,16 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
 
   Raises:
-    ConfigError: a batch has longer rows than the model has positions; or, of arrays on the host, tokens that its cell makes
-      nothing of in so many steps.
+    ConfigError: a batch has longer rows than the model has positions; or, of arrays on the host, tokens that its cell
+      makes nothing of in so many steps.
   """
   mesh = sharding.mesh_of(params)
   schedules = {name: steps if isinstance(steps, Run) else plans.check_steps(steps, name=f'schedules[{name!r}]')
                for name, steps in schedules.items()}
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
   totals = {name: {} for name in schedules}
-  longest = max((steps.plan.longest if isinstance(steps, Run) else len(steps) for steps in schedules.values()), default=1)
+  longest = max((steps.plan.longest if isinstance(steps, Run) else len(steps) for steps in schedules.values()),
+                default=1)
   for batch in batches:
     if not isinstance(batch['tokens'], jax.Array):
       model.cell.check_tokens(batch['tokens'], longest, batch.get('segments'))
