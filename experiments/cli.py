@@ -55,7 +55,10 @@ def resolved(words: list[str]) -> tuple[str, list[str]]:
 def main():
   """Runs the command that `sys.argv` names, as `python -m` would its module."""
   words = sys.argv[1:]
-  if not words or words[0] in ('--help', '-h', '-help', 'help'):
+  if not words:
+    print(USAGE, file=sys.stderr)
+    sys.exit('error: no command; give one of these')
+  if words[0] in ('--help', '-h', '-help', 'help'):
     print(USAGE)
   elif words[0] == '--version':
     print(loopformer.__version__)

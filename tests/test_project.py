@@ -119,6 +119,10 @@ def test_the_command_has_every_mode_and_fits_a_screen(capsys, monkeypatch):
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) <= 24 and max(map(len, lines)) <= 100
   assert [line.split()[0] for line in lines[2:2 + len(cli.COMMANDS)]] == list(cli.COMMANDS)
+  monkeypatch.setattr(sys, 'argv', ['loopformer'])
+  with pytest.raises(SystemExit, match='^error: no command; give one of these$'):
+    cli.main()
+  assert capsys.readouterr() == ('', cli.USAGE + '\n')
   monkeypatch.setattr(sys, 'argv', ['loopformer', '--version'])
   cli.main()
   assert capsys.readouterr().out.strip() == loopformer.__version__

@@ -94,7 +94,10 @@ def parse(argv: list[str]) -> list[str]:
   """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it cannot
   have."""
   try:
-    words = FLAGS(argv)
+    try:
+      words = FLAGS(argv)
+    except SystemExit:  # --help, which absl has written, is no failure
+      sys.exit(0)
     if len(words) > 1:
       sys.exit(f'error: {" ".join(words[1:])}: not a flag; flags begin with --, see --help')
     for name in FLAGS:
@@ -104,12 +107,20 @@ def parse(argv: list[str]) -> list[str]:
     return words
   except flags.IllegalFlagValueError as error:
     sys.exit(f'error: {_told(str(error))}')
+  except flags.UnrecognizedFlagError as error:
+    found = re.search(r'\. Did you mean: (.*) \?$', str(error))
+    close = f'did you mean {", ".join(f"--{name}" for name in found[1].split(", "))}? ' if found else ''
+    sys.exit(f'error: --{error.flagname}: there is no such flag here; {close}--help lists those there are')
   except flags.Error as error:
     sys.exit(f'error: {error}'.replace('\n', '; '))
 
 
 def _told(text: str) -> str:
-  """What a flag was given, and what it takes: absl says how its conversion failed."""
+  """What a flag was given, and what it takes: absl says how its conversion failed. Or which flags are missing."""
+  text = re.sub(r'^flags [^\n]*?: (?=--)', '', text)  # what else a check of several flags has read
+  missing = re.findall(r'^flag --(\w+)=None: Flag --\1 must have a value other than None\.$', text, re.MULTILINE)
+  if missing and len(missing) == len(text.splitlines()):
+    return '; '.join(f'--{name} is missing: {FLAGS[name].help}'.rstrip('.') for name in missing)
   found = re.match(r'flag (--(\w+)(?:=.*?)?): ', text, re.DOTALL)
   takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
   kinds = {'an integer': 'a whole number', 'a number': 'a finite number', 'a non-negative number': 'a finite number, 0 or '

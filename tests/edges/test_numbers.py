@@ -42,8 +42,24 @@ def test_flags(word, expected):
   assert expected in end.value.code and '\n' not in end.value.code
 
 
+def test_help_is_no_failure(capsys):
+  try:
+    with pytest.raises(SystemExit) as end:
+      command.parse(['main', '--help'])
+  finally:
+    for name in commands.flags_of_commands():
+      main.FLAGS[name].unparse()
+  assert end.value.code == 0 and '--workdir' in capsys.readouterr().out
+
+
+def test_flags_that_are_missing():
+  text = 'flag --workdir=None: Flag --workdir must have a value other than None.'
+  assert command._told(text) == f'--workdir is missing: {main.FLAGS["workdir"].help}'.rstrip('.')
+
+
 @pytest.mark.parametrize('words, expected', [
-    (['--bogus=1'], "Unknown command line flag 'bogus'"), (['word'], 'word: not a flag'),
+    (['--bogus=1'], '--bogus: there is no such flag here; --help lists'), (['--depth=1'], 'did you mean --depths'),
+    (['word'], 'word: not a flag'),
     (['--mode=evil'], '--mode=evil'), (['--prompt'], '--prompt'), (['--noseed'], 'noseed'), ([], '--workdir is missing'),
 ])
 def test_flags_that_there_are_not(words, expected):
