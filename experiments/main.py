@@ -195,7 +195,8 @@ def check_command(*read: str):
 def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
-    raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them, as `loopformer configs` does)')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them, as '
+                      '`loopformer configs` does)')
   config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)
   saved = configs.read(workdir, config) if (workdir / 'config.json').exists() else None
   if config is None:
@@ -517,7 +518,8 @@ def run_plan():
   """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
   from experiments.tools import ahead, estimate
   if FLAGS.config is None:
-    raise ConfigError('--config is missing: name a configuration, such as loopformer:paper (--mode=configs lists them, as `loopformer configs` does)')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:paper (--mode=configs lists them, as '
+                      '`loopformer configs` does)')
   unread, why = ((('rows',), 'is read with --topology alone; name a machine by it, such as v5e:4x4')
                  if FLAGS.topology is None else
                  (('devices', 'accelerators'), 'is not read with --topology, which names the machine; leave it out'))

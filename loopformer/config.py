@@ -477,7 +477,8 @@ def _file_of(name: str) -> Any:
   if not path.is_file():
     close = difflib.get_close_matches(path.stem, known, 1)
     raise ConfigError(f'--config={name}: no such file, and no configuration of the library; '
-                      + (f'did you mean --config={close[0]}? ' if close else '') + '--mode=configs lists those there are, as `loopformer configs` does')
+                      + (f'did you mean --config={close[0]}? ' if close else '') + '--mode=configs lists those '
+                      'there are, as `loopformer configs` does')
   return path
 
 

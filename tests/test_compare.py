@@ -8,6 +8,7 @@ import pytest
 
 from experiments import main
 from experiments.tools import command, plots, records
+from loopformer.training import metrics
 from tests import parts
 
 RUN = f'{parts.ROOT}/experiments/configs'
@@ -93,6 +94,10 @@ def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
                        (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):
     with pytest.raises(SystemExit, match=names):
       check()
+
+
+def test_a_table_of_no_rows_is_none():
+  assert metrics.table([]) == '' and metrics.table([{'a': 1}]).splitlines()[0] == '| a |'
 
 
 def test_means_over_seeds_are_made_in_one_way():

@@ -172,7 +172,8 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     (['--from=SOURCE', '--damped=0.5'], '--damped=0.5: a loop of one step'), (['--from=FOLDER'], 'it has no config.json; give'),
     (['--from=SOURCE', '--damped=0.5', '--loops=2', '--relaxed=2'], 'damped = 0.5, relaxed = 2: two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'), (['--from=SOURCE', '--loops=99999999'], 'loops = 99999999: more than'),
-    (['--from=SOURCE', '--relaxed=2', '--loops=1'], 'relaxed = 2, loops = 1: one loop has nothing that is tied'), (['--from=SOURCE', '--prelude=9'], 'prelude = 9'),
+    (['--from=SOURCE', '--relaxed=2', '--loops=1'], 'relaxed = 2, loops = 1: one loop has nothing that is tied'),
+    (['--from=SOURCE', '--prelude=9'], 'prelude = 9'),
     (['--from=SOURCE', '--depths=2'], '--depths: --mode=import does not read it'),
 ], ids=str)
 def test_what_cannot_be_imported(flags, message, state, tmp_path):

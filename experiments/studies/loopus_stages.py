@@ -136,7 +136,7 @@ def main(argv):
     results[seed] = run_seed(int(seed), workdir, budgets, thresholds)
     depths, left = tables(results)
     records.write(out / 'results.json', results)
-    storage.write(out / 'table.md', metrics.table(depths) + '\n\n' + metrics.table(left) + '\n')
+    storage.write(out / 'table.md', '\n\n'.join(map(metrics.table, filter(None, (depths, left)))) + '\n')
     draw(out, results)
   print(metrics.table(depths))
 

@@ -87,8 +87,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     segments: i32[B, T], tokens attend within equal numbers only; give padding a number of its own.
 
   Raises:
-    ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are no integers of the shape of the
-        tokens; positions that the model does not have.
+    ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are no
+        integers of the shape of the tokens; positions that the model does not have.
   """
   plan = _plan(model, steps)
   tokens = checked_tokens(model, tokens)

@@ -332,7 +332,9 @@ def duration(seconds: float) -> str:
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:
-  """Rows as a GitHub table, which reads well in a terminal too."""
+  """Rows as a GitHub table, which reads well in a terminal too; of no rows, nothing."""
+  if not rows:
+    return ''
   names = list(rows[0])
   cells = [names, *[[f'{row[n]:.4f}' if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]]
   widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
