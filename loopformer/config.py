@@ -338,7 +338,7 @@ def _check_loops(config: Experiment):
   """Raises ConfigError where a plan, or the model's caches, would have more steps than a budget may have: each is a row of
   every plan, and an entry of every cache, which are allocated whole."""
   schedules = config.evals.schedules()
-  found = {'model.loops': config.model.loops}
+  found: dict[str, float] = {'model.loops': config.model.loops}
   found |= {f'objective.rolls.{name}.plan': max(roll.plan.longest, roll.plan.expected)
             for name, roll in config.objective.rolls.items() if Planner in type(roll.plan).__mro__}
   found |= {f'evals: {name}': run.plan.longest for name, run in schedules.items() if isinstance(run, Run)}
