@@ -324,9 +324,9 @@ def test_eval_refuses(undisturbed, arguments, expected):
 
 def test_a_sweep_over_more_schedules_than_can_be_ranked(undisturbed, monkeypatch):
   from experiments import main
-  monkeypatch.setattr(main, 'SCHEDULES', 34)
-  status, _, err = run_here(undisturbed[0], '--mode=eval', '--sweep=4')
-  assert status == 1 and '--sweep=4: there are 35 schedules of so many steps on the grid of 1/8, more than the 34' in err
+  monkeypatch.setattr(main, 'SCHEDULES', 2)
+  status, _, err = run_here(undisturbed[0], '--mode=eval', '--sweep=2')
+  assert status == 1 and '--sweep=2: there are 3 schedules of so many steps on the grid of 1/4, more than the 2' in err
 
 
 def test_unfinished_run_is_refused(setting, tmp_path):
