@@ -181,7 +181,7 @@ REFUSED = [
     ('ouro', {'rope_theta': 1e4}, 'rope_theta = 10000'),
     ('ouro', {'early_exit_threshold': 0.5}, 'early_exit_threshold = 0.5: .*--exit=gate:THRESHOLD'),
     ('ouro', {'rope_scaling': {'factor': 2.0}}, 'rope_scaling = '),
-    ('ouro', {'attention_bias': True}, 'attention_bias = True'),
+    ('ouro', {'attention_bias': True}, 'attention_bias = True'), ('ouro', {'is_causal': False}, 'is_causal = False'),
     ('ouro', {'layer_types': ['sliding_attention']}, 'layer_types = '),
     ('ouro', {'total_ut_steps': 0}, 'total_ut_steps = 0'),
     ('ouro', {'total_ut_steps': None}, 'total_ut_steps is missing, and no shape'),

@@ -38,7 +38,7 @@ class Published:
 
 
 SECTIONS = {'n_layers_in_prelude': 'P', 'n_layers_in_recurrent_block': 'K', 'n_layers_in_coda': 'C'}
-EVERYWHERE = {'quantization_config': (None,), 'rope_scaling': (None,), 'bias': OFF, 'logit_softcap': (None,),
+EVERYWHERE = {'quantization_config': (None,), 'is_causal': (True,), 'rope_scaling': (None,), 'bias': OFF, 'logit_softcap': (None,),
               'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}
 NANO = Published(names=(), heads='n_head', loops=('max_model_loops', 'max_loops', 'n_loop'), needed=False, length='',
                  sizes={'n_embd': 'D', 'n_layer': 'N', 'vocab_size': 'V', 'intermediate_dim': 'F', 'block_size': 'T'},

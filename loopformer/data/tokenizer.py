@@ -45,9 +45,14 @@ class Tokenizer(abc.ABC):
     """The ids at which generation ends, `eos` first."""
     return (self.eos,)
 
+  @property
+  def start(self) -> int | None:
+    """The id before the first of a text, where a model was trained with one; `encode` leaves it out."""
+    return None
+
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without `eos`."""
+    """The ids of a text, without `start` and `eos`."""
 
   def encode_special(self, text: str) -> list[int]:
     """The same, where the names of special tokens stand for these tokens."""
@@ -93,6 +98,23 @@ class Tokenizer(abc.ABC):
 def ends_of(tokenizer: Any) -> tuple[int, ...]:
   """The ids at which generation ends, also of what has no more of a tokenizer than `encode`, `decode` and `eos`."""
   return tokenizer.ends if isinstance(tokenizer, Tokenizer) else (tokenizer.eos,)
+
+
+def start_of(tokenizer: Any) -> int | None:
+  """The id before a text, also of what has no more of a tokenizer than `encode`, `decode` and `eos`."""
+  return tokenizer.start if isinstance(tokenizer, Tokenizer) else None
+
+
+def before_text(tokenizer: Any) -> int:
+  """What a text is predicted from that nothing precedes: `start`, or else the end of another document."""
+  start = start_of(tokenizer)
+  return tokenizer.eos if start is None else start
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+  """The ids of a text that a model goes on with: `start` once, also where the text spells it out, then the text."""
+  start, ids = start_of(tokenizer), tokenizer.encode(text)
+  return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
 def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -271,8 +293,8 @@ class PieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
   """A tokenizer.json, held as its text, that the package `tokenizers` (extra `hf`) reads; `eos` is an id of it.
 
-  Special tokens that are spelt out in a text are read as such. What a post-processor would add (a begin of text) is
-  not added. ImportError where `tokenizers` is not installed, when the first text is encoded or decoded.
+  Special tokens that are spelt out in a text are read as such. What a post-processor would add is not added
+  (`added_first`). ImportError where `tokenizers` is not installed, when the first text is encoded or decoded.
   """
 
   text: str = dataclasses.field(repr=False)
@@ -289,7 +311,10 @@ class JsonTokenizer(Tokenizer):
     except ImportError as e:
       raise ImportError("reading a tokenizer.json needs the package tokenizers: install the extra 'hf'") from e
 
-    return HuggingFace.from_str(self.text)
+    made = HuggingFace.from_str(self.text)
+    made.no_truncation()  # files keep the lengths of the last call of whoever wrote them
+    made.no_padding()
+    return made
 
   @functools.cached_property
   def _table(self) -> tuple[dict[int, str], dict[int, bool]]:
@@ -321,6 +346,17 @@ class JsonTokenizer(Tokenizer):
 
   def decode(self, ids):
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
+
+  @property
+  def added_first(self) -> int | None:
+    """The id that the post-processor puts before a text, if it does."""
+    steps = [json.loads(self.text).get('post_processor') or {}]
+    while steps:
+      step = steps.pop(0)
+      steps = [*step.get('processors', ()), *steps]
+      if first := (step.get('single') or [{}])[0].get('SpecialToken'):
+        return step['special_tokens'][first['id']]['ids'][0]
+    return None
 
   def byte_lengths(self):
     return self._byte_lengths[0]
