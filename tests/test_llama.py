@@ -1,5 +1,6 @@
 """Pretrained decoders: parity with a NumPy reference (tests/llama_reference.py), safetensors, GGUF, and messages."""
 import functools
+import io
 import json
 import struct
 import unittest.mock
@@ -571,6 +572,45 @@ def test_a_gguf_file_says_what_begins_a_text_and_what_ends_one(tmp_path):
     tokenizer = from_pretrained(tmp_path / 'model.gguf')[2]
     assert tokenizer.ends == (33, 34) and tokenizer.start == (35 if add else None)
     assert dict(tokenizer.names) == {'bos_token': VOCAB[35], 'eos_token': VOCAB[33]}
+
+
+@pytest.mark.parametrize('pre, text, pieces', [
+    ('gpt-2', 'ab 1212abc', ['ab', 'Ġ', '12', '12', 'abc']), ('smollm', 'ab 1212abc', ['ab', 'Ġ', '1', '2', '1', '2', 'abc']),
+    ('llama-bpe', 'ab 1212abc', ['ab', 'Ġ', '12', '1', '2', 'abc']), ('qwen2', 'ab 12', ['ab', 'Ġ', '1', '2']),
+    ('dbrx', 'ab 1212', ['ab', 'Ġ', '12', '1', '2']), ('llama-bpe', 'xyz a  b', ['xyz', 'Ġa', 'Ġ', 'Ġ', 'b']),
+    ('dbrx', 'xyz', ['x', 'y', 'z'])])
+def test_texts_are_cut_as_the_model_of_a_gguf_file_cuts_them(pre, text, pieces, tmp_path):
+  pytest.importorskip('tokenizers')
+  vocab = [*VOCAB[:-1], 'xyz']  # a piece that no pairs make: Llama 3 takes such whole
+  about = {'tokenizer.ggml.pre': pre, 'tokenizer.ggml.tokens': vocab, 'tokenizer.ggml.add_bos_token': 0,
+           'tokenizer.ggml.token_type': [*TOKENIZER['tokenizer.ggml.token_type'][:-1], 1]}
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about)[0])
+  assert [vocab[i] for i in from_pretrained(tmp_path / 'model.gguf')[2].encode(text)] == pieces
+
+
+def test_pieces_of_a_gguf_file_are_those_of_sentencepiece(tmp_path):
+  from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+  made = io.BytesIO()
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, and again some text'] * 9), model_writer=made, model_type='bpe',
+                             vocab_size=285, byte_fallback=True, normalization_rule_name='identity', minloglevel=2,
+                             remove_extra_whitespaces=False, hard_vocab_limit=False)
+  theirs = SentencePieceProcessor(model_proto=made.getvalue())
+  ids = range(theirs.vocab_size())
+  about = TOKENIZER | {
+      'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default', 'tokenizer.ggml.tokens': [theirs.id_to_piece(i) for i in ids],
+      'tokenizer.ggml.scores': [theirs.get_score(i) for i in ids], 'tokenizer.ggml.bos_token_id': 1,
+      'tokenizer.ggml.eos_token_id': 2, 'tokenizer.ggml.token_type': [
+          2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]}
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about)[0])
+  tokenizer = from_pretrained(tmp_path / 'model.gguf')[2]
+  assert (tokenizer.start, tokenizer.ends, tokenizer.vocab_size) == (1, (2,), theirs.vocab_size())
+  for text in ('some text', ' again,  ä\n1', ''):
+    ids = theirs.encode(text)
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == theirs.decode(ids)
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about | {'tokenizer.ggml.scores': [1.0]})[0])
+  with pytest.raises(ConfigError, match='no pieces of sentencepiece .*; put the model.s tokenizer.json') as error:
+    from_pretrained(tmp_path / 'model.gguf')
+  assert '\n' not in str(error.value)
 
 
 def test_tokenizer_of_a_gguf_file(tmp_path):

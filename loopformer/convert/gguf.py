@@ -20,7 +20,7 @@ import numpy as np
 from loopformer import reading
 from loopformer.convert.llama import ALL, FAMILIES, Decoder, Naming
 from loopformer.convert.tensors import Tensor, Tensors
-from loopformer.data.tokenizer import JsonTokenizer, byte_level_bpe, json_tokenizer
+from loopformer.data.tokenizer import FILE, Tokenizer, Words, bpe_pieces, byte_level_bpe, json_tokenizer
 from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.types import ConfigError
 
@@ -218,7 +218,18 @@ def _rotary(base: float, factors: np.ndarray | None) -> Rotary:
   return found
 
 
-WORDS = {'smollm': True, 'gpt-2': False}  # how text is cut before pairs are merged: whether digits stand alone
+def _words(digits: str, **others: Any) -> Words:
+  """Those of Llama 3 and of what came after it; digits: a pattern of as many as stand together."""
+  pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+             % digits)
+  cut = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+  return Words(cuts=(cut,), gpt2=False, **others)
+
+
+# By what llama.cpp calls them; as in the tokenizer.json of the models that have them.
+WORDS = {'gpt-2': Words(), 'smollm': Words(cuts=({'type': 'Digits', 'individual_digits': True},)),
+         'llama-bpe': _words(r'\p{N}{1,3}', whole=True), 'dbrx': _words(r'\p{N}{1,3}'),
+         'qwen2': _words(r'\p{N}', normalizer={'type': 'NFC'})}
 CONTROL, USER_DEFINED = 3, 4
 
 
@@ -226,22 +237,32 @@ def special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
   """The id that begins a text, and whether it is put there; the ids that end what is generated, the end of a text first: as
   the configurations of a folder have them."""
   begin, *ends = (metadata.get(f'tokenizer.ggml.{name}_token_id') for name in ('bos', 'eos', 'eot', 'eom'))
+  begins = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
   return {'bos_token_id': begin, 'eos_token_id': [end for end in ends if end is not None],
-          'add_bos_token': metadata.get('tokenizer.ggml.add_bos_token')}
+          'add_bos_token': metadata.get('tokenizer.ggml.add_bos_token', begins)}
 
 
-def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> JsonTokenizer:
-  """The tokenizer of a file, of byte-level pairs as GPT-2's and SmolLM's.
+def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+  """The tokenizer of a file: byte-level pairs (`gpt2`), or pieces of sentencepiece (`llama`).
 
   Raises:
     ConfigError: another tokenizer, or none, or one that cannot end a text.
   """
-  kind, words = (metadata.get(f'tokenizer.ggml.{name}') for name in ('model', 'pre'))
-  if kind != 'gpt2' or words not in WORDS or 'tokenizer.ggml.eos_token_id' not in metadata:
-    raise ConfigError(f'{path}: tokenizer.ggml.model = {kind!r}, pre = {words!r}: rebuilt are those of kind gpt2 with '
-                      f"pre {' or '.join(WORDS)} and an eos_token_id; put the model's tokenizer.json and "
+  def of(name: str, *default: Any) -> Any:
+    return metadata.get(f'tokenizer.ggml.{name}', *default)
+
+  kind, words, eos = of('model'), of('pre'), of('eos_token_id')
+  if eos is None or kind != 'llama' and (kind != 'gpt2' or words not in WORDS):
+    raise ConfigError(f'{path}: tokenizer.ggml.model = {kind!r}, pre = {words!r}: rebuilt are those of kind llama, and of kind '
+                      f"gpt2 with pre {', '.join(WORDS)}, that have an eos_token_id; put the model's {FILE} and "
                       'tokenizer_config.json beside the file')
-  tokens, types, merges = (metadata[f'tokenizer.ggml.{name}'] for name in ('tokens', 'token_type', 'merges'))
+  tokens, types = of('tokens'), of('token_type')
+  if kind == 'llama':
+    try:
+      return bpe_pieces(tokens, of('scores'), types, unk=of('unknown_token_id', 0), bos=of('bos_token_id'), eos=eos,
+                        prefix=bool(of('add_space_prefix', True)))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+      raise ConfigError(f"{path}: tokenizer.ggml: they are no pieces of sentencepiece ({error}); put the model's {FILE} and "
+                        'tokenizer_config.json beside the file') from error
   added = {i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)}
-  return json_tokenizer(byte_level_bpe(tokens, [pair.split(' ') for pair in merges], added, WORDS[words]),
-                        metadata['tokenizer.ggml.eos_token_id'], path)
+  return json_tokenizer(byte_level_bpe(tokens, [pair.split(' ') for pair in of('merges')], added, WORDS[words]), eos, path)

@@ -641,15 +641,50 @@ def _json(steps: dict, vocab: dict[str, int], merges: list, added: list[dict], *
                      'model': bpe}, ensure_ascii=False, indent=1)
 
 
-def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], digits: bool) -> str:
-  """The tokenizer.json of a byte-level vocabulary as GPT-2's, in which digits stand alone or not.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words:
+  """How a byte-level tokenizer cuts texts before it merges pairs.
+
+  cuts: pre-tokenizers of a tokenizer.json; gpt2: whether GPT-2's words follow them; normalizer: what comes before all;
+  whole: whether what is a piece as it is cut is taken whole, whatever its pairs.
+  """
+  cuts: tuple[dict, ...] = ()
+  gpt2: bool = True
+  normalizer: dict | None = None
+  whole: bool = False
+
+
+def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], words: Words = Words()) -> str:
+  """The tokenizer.json of a byte-level vocabulary.
 
   vocab: pieces by id; merges: pairs, oldest first; added: ids that are found in texts as they are spelt, and whether
   they are special.
   """
-  first = ({'type': 'Digits', 'individual_digits': True},) if digits else ()
-  return _json(_byte_level(True, *first), {piece: i for i, piece in enumerate(vocab)}, list(merges),
-               [_added(i, vocab[i], special) for i, special in added.items()])
+  return _json(_byte_level(words.gpt2, *words.cuts) | {'normalizer': words.normalizer},
+               {piece: i for i, piece in enumerate(vocab)}, list(merges),
+               [_added(i, vocab[i], special) for i, special in added.items()], ignore_merges=words.whole)
+
+
+def bpe_pieces(vocab: Sequence[str], scores: Sequence[float], types: Sequence[int], *, unk: int, bos: int | None, eos: int,
+               prefix: bool) -> PieceTokenizer:
+  """A sentencepiece model (BPE, with bytes for what is no piece, texts as they are) of its pieces, scores and types.
+
+  prefix: whether a space is put before a text. Raises RuntimeError or ValueError where they are no such model.
+  """
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  for piece, score, kind in zip(vocab, scores, types, strict=True):
+    proto.pieces.add(piece=piece, score=score, type=kind)
+  spec = proto.trainer_spec
+  spec.model_type, spec.vocab_size = spec.BPE, len(vocab)
+  spec.byte_fallback = any(piece.type == piece.BYTE for piece in proto.pieces)
+  spec.unk_id, spec.unk_piece, spec.eos_id, spec.eos_piece, spec.pad_id = unk, vocab[unk], eos, vocab[eos], -1
+  spec.bos_id, spec.bos_piece = (-1, '') if bos is None else (bos, vocab[bos])
+  proto.normalizer_spec.name = 'identity'
+  proto.normalizer_spec.add_dummy_prefix = prefix
+  proto.normalizer_spec.remove_extra_whitespaces = False
+  return PieceTokenizer(model=proto.SerializeToString())
 
 
 def _sample(texts: Iterable[str], limit: int) -> list[str]:
