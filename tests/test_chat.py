@@ -192,16 +192,26 @@ def test_of_several_templates_one_is_called_default(tmp_path):
 
 
 @pytest.mark.parametrize('where', ['added_tokens.json', 'tokenizer_config.json'])
-def test_tokens_besides_those_of_a_model_of_pieces(where, tmp_path):
+@pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json'])
+def test_tokens_that_other_files_add(where, name, tmp_path):
   pieces = TrainedPieces(vocab=300).build(['some text, which is read again and again'])
-  (tmp_path / 'tokenizer.model').write_bytes(pieces.model)
-  (tmp_path / 'added_tokens.json').write_text(json.dumps({'[PAD]': 300}))  # which no text has
+  first = '<unk>' if name == 'tokenizer.model' else END
+  (tmp_path / name).write_bytes(pieces.model if name == 'tokenizer.model' else chats.text().encode())
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'[PAD]': 300, first: 0}))  # one that no text has, one that is known
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'pad_token': '[PAD]'}))
-  assert read_tokenizer(tmp_path, {}).encode('text') == pieces.encode('text')
-  told = {'added_tokens.json': {'<|im_end|>': 300}, 'tokenizer_config.json': {
-      'pad_token': '[PAD]', 'added_tokens_decoder': {'0': {'content': '<unk>'}, '301': {'content': '<|im_end|>'}}}}[where]
+  assert read_tokenizer(tmp_path, {'eos_token_id': 256}).encode('text')
+  told = {'added_tokens.json': {'<call>': 300}, 'tokenizer_config.json': {
+      'pad_token': '[PAD]', 'added_tokens_decoder': {'0': {'content': first}, '301': {'content': '<call>'}}}}[where]
   (tmp_path / where).write_text(json.dumps(told))
-  with pytest.raises(ConfigError, match=r"besides those of tokenizer.model \('<\|im_end\|>'\); put tokenizer.json beside it"):
+  with pytest.raises(ConfigError, match=f"other files add '<call>' to the tokens of {name}; put a tokenizer.json there"):
+    read_tokenizer(tmp_path, {'eos_token_id': 256})
+
+
+@pytest.mark.parametrize('about', [{'eos_token': 256}, {'bos_token': ['<s>']}, {'added_tokens_decoder': [1]}], ids=str)
+def test_what_is_no_name_of_a_token(about, tmp_path):
+  chats.save(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': END} | about))
+  with pytest.raises(ConfigError, match=f'tokenizer_config.json: {next(iter(about))} = '):
     read_tokenizer(tmp_path, {})
 
 

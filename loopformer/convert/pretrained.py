@@ -207,6 +207,11 @@ def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None
                                 for name in (TOKENIZER_CONFIG, GENERATION, SPECIAL))
   # As in transformers: what newer versions wrote is whole, and to what older ones did the map of tokens is added.
   about = special | about if 'added_tokens_decoder' in about else about | special
+  wrong = [name for name in NAMED if not isinstance(_content(about.get(name)), str | None)]
+  wrong += ['added_tokens_decoder'] * (not isinstance(about.get('added_tokens_decoder'), dict | None))
+  if wrong:
+    raise ConfigError(f'{folder / TOKENIZER_CONFIG}: {wrong[0]} = {about[wrong[0]]!r}: it is no name of a token, and no table of '
+                      f'them; {AGAIN}')
   found = given or _plain_tokenizer(folder, config, about)
   if found is None:
     return None
@@ -249,14 +254,9 @@ def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]
     return ByteTokenizer()
   if (folder / MODEL).exists() and (about.get(description.MODEL_TYPE) == 'pieces' or
                                     not (folder / TOKENIZER).exists()):
-    pieces = GivenPieces(path=str(folder / MODEL)).build(())
-    added = _read_json(folder / ADDED) if (folder / ADDED).exists() else {}
-    added |= {_content(token): int(i) for i, token in (about.get('added_tokens_decoder') or {}).items()}
-    more = [token for token, i in added.items() if i >= pieces.vocab_size and token != _content(about.get('pad_token'))]
-    if more:
-      raise ConfigError(f'{folder}: the tokenizer has tokens besides those of {MODEL} ({more[0]!r}); put {TOKENIZER} beside it, '
-                        'which transformers writes (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))')
-    return pieces
+    found = GivenPieces(path=str(folder / MODEL)).build(())
+    _check_added(folder, MODEL, found.known(), about)
+    return found
   if not (folder / TOKENIZER).exists():
     return None
   text, named, numbered = json_text(folder / TOKENIZER), about.get('eos_token'), config.get('eos_token_id')
@@ -265,7 +265,20 @@ def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]
   if numbered is None or numbered == []:
     raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
                       'end; write one of them')
-  return json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
+  found = json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
+  _check_added(folder, TOKENIZER, found.known(), about)
+  return found
+
+
+def _check_added(folder: Path, name: str, known: set[str], about: dict[str, Any]):
+  """Raises ConfigError where other files add tokens to those that a tokenizer knows, but for that of padding, which no text
+  has."""
+  added = list(_read_json(folder / ADDED)) if (folder / ADDED).exists() else []
+  added += [_content(token) for token in (about.get('added_tokens_decoder') or {}).values()]
+  more = [token for token in added if token not in known and token != _content(about.get('pad_token'))]
+  if more:
+    raise ConfigError(f'{folder}: other files add {more[0]!r} to the tokens of {name}; put a {TOKENIZER} there that has all of '
+                      'them, which transformers writes (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))')
 
 
 def _content(token: Any) -> Any:

@@ -247,6 +247,10 @@ class PieceTokenizer(Tokenizer):
       lengths[spaced] -= 1
     return lengths
 
+  def known(self) -> set[str]:
+    """What its ids are called."""
+    return {self._processor.id_to_piece(i) for i in range(self.vocab_size)}
+
   def specials(self):
     p = self._processor
     return {p.id_to_piece(i): i for i in range(self.vocab_size) if p.is_control(i)}
@@ -346,6 +350,10 @@ class JsonTokenizer(Tokenizer):
 
   def decode(self, ids):
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
+
+  def known(self) -> set[str]:
+    """What its ids are called."""
+    return set(self._table[0].values())
 
   @property
   def added_first(self) -> int | None:
