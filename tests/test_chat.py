@@ -1,16 +1,18 @@
 """Chat tokenizers: templates, what an answer is, the ids that end one, and where they are kept."""
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 import loopformer
 from loopformer.convert import export
 from loopformer.convert.pretrained import read_tokenizer
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, TrainedPieces, before_text, load_tokenizer, prompt_ids,
-                                       start_of)
+from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, before_text, load_tokenizer,
+                                       prompt_ids, start_of)
 from loopformer.inference.engine import Engine
 from loopformer.types import ConfigError
 from tests import chats, parts
@@ -262,6 +264,17 @@ def test_messages_are_a_prompt(weights):
   assert [request.prompt for request in engine._waiting] == [[257, 97, 98], [257], tokenizer.chat(TALK[:1]), [97]]
   with pytest.raises(ConfigError, match='prompt 0: the tokenizer has no chat template'):
     loopformer.generate(wide, weights, tokenizer.of, [TALK[:1]])
+
+
+def test_an_export_of_pieces_says_what_begins_a_text(tmp_path):
+  made = io.BytesIO()
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, which is read'] * 9), model_writer=made, model_type='bpe',
+                             vocab_size=280, byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
+  tokenizer = ChatTokenizer(of=PieceTokenizer(model=made.getvalue()), start=1, names=(('bos_token', '<s>'), ('eos_token', '</s>')))
+  model = MODEL.clone(read_in=MODEL.read_in.clone(vocab=tokenizer.vocab_size))
+  export(model, parts.params(model), tokenizer, tmp_path / 'out')
+  assert tokenizer.hugging_face() is None
+  assert read_tokenizer(tmp_path / 'out', json.loads((tmp_path / 'out/config.json').read_text())) == tokenizer
 
 
 def test_an_export_has_template_and_ends(weights, tmp_path):

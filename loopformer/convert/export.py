@@ -179,7 +179,9 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     about['eos_token'] = about['pad_token'] = added[tokenizer.eos]
     if chat:  # what its template reads, where it is not ours to say
       about = {name: value for name, value in chat.names if value in added.values()} | about
-      about |= {} if chat.start not in added else {'add_bos_token': True, 'bos_token': added[chat.start]}
+  first = next((name for name, i in chat.specials().items() if i == chat.start), None) if chat else None
+  if first is not None:
+    about |= {'add_bos_token': True, 'bos_token': first}
   if chat and chat.template is not None:
     files[TEMPLATE] = chat.template.encode()
   return files | {TOKENIZER_CONFIG: about}
