@@ -360,6 +360,10 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
     old, shown = model.cell.output(x), model.cell.output(new)
     seen, coda_kv = observe(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
     state, done, found = exit_policy.rule.update(state, seen, threshold)
+    if through and coda_kv() is not kv.get('coda'):
+      raise ConfigError('exit.fill = Recompute(): its rule reads answers through a coda, whose cache holds what earlier tokens '
+                        'gave when they left, and not what they gave after the same step, so that decoding would not be the '
+                        'pass without a cache; use a rule that reads the state, such as StateChange, or fill=Copy()')
     kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
     taken += active
     stays = active & ~(done & (k + 1 >= exit_policy.least)) & (k + 1 < length)

@@ -102,3 +102,10 @@ class Around(Cell):
   def output(self, state: Any) -> Array:
     """As of the inner cell."""
     return self.inner.output(state)
+
+  def of_one_array(self, state: Any) -> Array:
+    """The state, for what is defined of one array alone. Raises ConfigError where the inner cell's is a tree of several."""
+    if isinstance(state, Array):
+      return state
+    raise ConfigError(f'model.cell = {type(self).__name__}: the state of {type(self.of).__name__} is a tree of several arrays; '
+                      f'put {type(self).__name__} around a cell whose state is one, such as Plain')
