@@ -24,6 +24,11 @@ class Cell(nn.Module):
     """Whether a step takes the input in again."""
     return False
 
+  @property
+  def most(self) -> int | None:
+    """The most steps of a plan that it can run; None: as many as are asked for."""
+    return None
+
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
@@ -75,6 +80,11 @@ class Around(Cell):
   def injects(self) -> bool:
     """As of the inner cell."""
     return self.inner.injects
+
+  @property
+  def most(self) -> int | None:
+    """As of the inner cell."""
+    return self.inner.most
 
   def check(self, width: int):
     """Raises ConfigError where the inner cell cannot be taken step by step, or does not fit."""
