@@ -338,6 +338,9 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
   function that gives the coda's cache thereafter.
   Returns (states to be read out, kv, steps that each token took i32[B, T], steps that ran i32[]).
   """
+  if not model.cell.tokenwise:
+    raise ConfigError(f'model.cell = {type(model.cell).__name__}: its steps write to other tokens\' states, so that none may stop '
+                      'before the others; leave the exit out')
   cached, through = 'loop' in kv, 'loop' in kv and exit_policy.fill.runs
   if plan.no_grad_steps is not None or (plan.active is not None and plan.active.ndim > 1 and not cached):
     raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without no_grad_steps, '

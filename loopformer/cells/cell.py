@@ -29,6 +29,11 @@ class Cell(nn.Module):
     """The most steps of a plan that it can run; None: as many as are asked for."""
     return None
 
+  @property
+  def tokenwise(self) -> bool:
+    """Whether a token may keep its state while others take more steps, so that exits can let it go."""
+    return True
+
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
@@ -85,6 +90,11 @@ class Around(Cell):
   def most(self) -> int | None:
     """As of the inner cell."""
     return self.inner.most
+
+  @property
+  def tokenwise(self) -> bool:
+    """As of the inner cell."""
+    return self.inner.tokenwise
 
   def check(self, width: int):
     """Raises ConfigError where the inner cell cannot be taken step by step, or does not fit."""

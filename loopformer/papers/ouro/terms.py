@@ -42,7 +42,8 @@ class Improvement(Term):
 
   States and losses get no gradient, nor does any parameter but those of the gate, `params['cell']['gate']`.
 
-  alignment: which lambda is taught by which gain. gate: the cell's; ConfigError where it has another.
+  alignment: which lambda is taught by which gain. gate: the cell's; ConfigError where it has another. It is asked of the
+  states that steps give, so that `Halting` has to stand around all that changes these, as in Halting(Damped(..)).
   """
   roll: str
   alignment: Retrospective | Prospective = Retrospective()
