@@ -31,6 +31,7 @@ import loopformer
 from loopformer import config as configs, memories, plans, reading, sharding, storage
 from loopformer.data import chat as chats
 from loopformer.data.corpus import rows_of
+from loopformer.data.tokenizer import prompt_ids
 from loopformer.diffusion import orders
 from loopformer.diffusion.sampler import HOLE
 from loopformer.inference import exits, measures, sampler
@@ -365,8 +366,8 @@ def run_generate(workdir: Path):
   exit_policy = None if FLAGS.exit is None else only_exit(model)
   model = model.clone(memory=given_memory() or model.memory, sampler=given_sampler() or model.sampler)
   warn_beyond(model, steps)
-  encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else chats.begun(tokenizer, prompt, f'prompt {number}')
-             for number, prompt in enumerate(prompts)]
+  encoded = [prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else
+             chats.begun(tokenizer, prompt, f'prompt {number}') for number, prompt in enumerate(prompts)]
   fits = [max(1, model.read_in.length - (len(ids) or 1)) for ids in encoded]
   news = [FLAGS.max_new_tokens if FLAGS['max_new_tokens'].present else min(FLAGS.max_new_tokens, most) for most in fits]
   room = max((len(ids) or 1) + new for ids, new in zip(encoded, news))
@@ -504,9 +505,9 @@ def run_import(workdir: Path):
     raise ConfigError(f'--damped={given["damped"]:g}: a loop of one step would go that share of the decoder\'s way and stop '
                       'there; give --loops, 2 or more')
   path = storage.path(source)
-  if 'kind' not in given and path.is_dir() and not (path / 'config.json').is_file():
+  if 'kind' not in given and path.is_dir() and not any((path / f'{name}config.json').is_file() for name in ('', 'adapter_')):
     raise ConfigError(f'--from={source}: it has no config.json; give a folder as models are published, with config.json beside '
-                      'the weights, or whose code wrote them by --kind')
+                      'the weights, a .gguf file, or whose code wrote them by --kind')
   machines.connect()
   loaded = loopformer.load(source, mesh=machines.mesh_for_import(FLAGS.set), **given)
   loaded.save(workdir)

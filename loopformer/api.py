@@ -73,6 +73,7 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
       what the converters refuse; an option that a run does not have.
   """
   from loopformer import config as configs
+  from loopformer.convert.adapters import CONFIG as ADAPTER
   named = isinstance(source, (str, os.PathLike))
   if not named and 'kind' not in options:  # with it, a dict of arrays is taken too
     raise ConfigError(f'source = {source!r}: give a path')
@@ -80,7 +81,8 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
   if named and not storage.remote(path) and not path.exists():
     raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face folder, '
                       'or a file of weights')
-  if 'kind' in options or path.suffix == '.gguf' or not configs.is_workdir(path) and (path / configs.FILE).is_file():
+  elsewhere = not configs.is_workdir(path) and any((path / name).is_file() for name in (configs.FILE, ADAPTER))
+  if 'kind' in options or path.suffix == '.gguf' or elsewhere:
     if step is not None:
       raise ConfigError(f'step = {step}: {source} is no work folder, and has no steps; leave it out')
     return _imported(source, mesh, **options)

@@ -32,6 +32,7 @@ from flax import linen as nn
 import numpy as np
 
 from loopformer import moved, reading, storage, types as sockets
+from loopformer.inference import exits
 from loopformer.inference.evaluate import Depths, Run
 from loopformer.model import Looped
 from loopformer.nn import modules
@@ -332,6 +333,23 @@ def check(config: Experiment):
       raise ConfigError(f'optim = {_name_of(type(config.optim))}: no optimiser can be made of it ({error}); give one of those '
                         'of loopformer.optim') from error
   best_of(config)
+  _check_evals(model, config.evals.schedules())
+
+
+def _check_evals(model: Looped, schedules: Mapping[str, Any]):
+  """Raises ConfigError where the model cannot run what it is to be evaluated at, which would end a run at its first
+  evaluation; or its own number of loops."""
+  most = model.cell.most
+  if most is not None and model.loops > most:
+    raise ConfigError(f'model.loops = {model.loops}: model.cell runs {most} steps at most; lower the one, or make the other for '
+                      'more')
+  for name, steps in schedules.items():
+    longest = steps.plan.longest if isinstance(steps, Run) else len(steps)
+    if most is not None and longest > most:
+      raise ConfigError(f'evals: the schedule {name!r} has {longest} steps, but model.cell runs {most} at most; evaluate at so '
+                        'many, or make the cell for more')
+    if isinstance(steps, Run) and steps.exit.decides:
+      exits.check(model, steps.exit, f'evals: the exit of {name!r}')
 
 
 def _check_loops(config: Experiment):

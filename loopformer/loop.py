@@ -338,6 +338,9 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
   function that gives the coda's cache thereafter.
   Returns (states to be read out, kv, steps that each token took i32[B, T], steps that ran i32[]).
   """
+  if not model.cell.tokenwise:
+    raise ConfigError(f'model.cell = {type(model.cell).__name__}: its steps write to other tokens\' states, so that none may stop '
+                      'before the others; leave the exit out')
   cached, through = 'loop' in kv, 'loop' in kv and exit_policy.fill.runs
   if plan.no_grad_steps is not None or (plan.active is not None and plan.active.ndim > 1 and not cached):
     raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without no_grad_steps, '
@@ -360,6 +363,10 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
     old, shown = model.cell.output(x), model.cell.output(new)
     seen, coda_kv = observe(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
     state, done, found = exit_policy.rule.update(state, seen, threshold)
+    if through and coda_kv() is not kv.get('coda'):
+      raise ConfigError('exit.fill = Recompute(): its rule reads answers through a coda, whose cache holds what earlier tokens '
+                        'gave when they left, and not what they gave after the same step, so that decoding would not be the '
+                        'pass without a cache; use a rule that reads the state, such as StateChange, or fill=Copy()')
     kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
     taken += active
     stays = active & ~(done & (k + 1 >= exit_policy.least)) & (k + 1 < length)

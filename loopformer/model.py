@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from flax import linen as nn
+from flax import errors, linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +14,7 @@ from loopformer.nn import modules
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, Vectors
 from loopformer.nn.layers import Linear, transposed
 from loopformer.nn.stack import Stack
-from loopformer.types import Array, Batch, Context, Params, Plan, Readout, StepView, Trace
+from loopformer.types import Array, Batch, ConfigError, Context, Params, Plan, Readout, StepView, Trace
 
 
 class Looped(nn.Module):
@@ -196,9 +196,18 @@ def make_readout(model: Looped, params: Params, batch: Batch) -> Readout:
 
 
 def init_params(model: Looped, key: Array) -> Any:
-  """Parameters of the model, a nested dict of float32 arrays; run it under `jax.jit` or `jax.eval_shape`."""
+  """Parameters of the model, a nested dict of float32 arrays; run it under `jax.jit` or `jax.eval_shape`.
+
+  Raises:
+    ConfigError: two parts would have their parameters in one place, as a cell around another of its own kind.
+  """
   plan = Plan(t=jnp.zeros(1), dt=jnp.ones(1))
-  return model.init(key, model.read_in.example(), plan, method=_touch_all)['params']
+  try:
+    return model.init(key, model.read_in.example(), plan, method=_touch_all)['params']
+  except errors.NameInUseError as error:
+    told = str(error).partition(': Name in use')[0]
+    raise ConfigError(f'model: two of its parts would have their parameters in one place ({told}); of cells that stand '
+                      'around one another, take each kind once') from error
 
 
 def _touch_all(model, tokens, plan):

@@ -262,6 +262,14 @@ class Cell(Protocol):
   def injects(self) -> bool:
     """Whether a step takes the input in again."""
 
+  @property
+  def most(self) -> int | None:
+    """The most steps of a plan that it can run; None: as many as are asked for."""
+
+  @property
+  def tokenwise(self) -> bool:
+    """Whether a token may keep its state while others take more steps, so that exits can let it go."""
+
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 

@@ -24,7 +24,7 @@ TALK = [{'role': 'user', 'content': 'one?'}, {'role': 'assistant', 'content': 'Y
 
 def text() -> str:
   """The tokenizer.json."""
-  return byte_level_bpe([*ALPHABET, *IDS], [], {i: True for i in IDS.values()}, False)
+  return byte_level_bpe([*ALPHABET, *IDS], [], {i: True for i in IDS.values()})
 
 
 def save(folder, template=CHATML, ends=(258, 256), where='jinja'):

@@ -1,6 +1,7 @@
 """LoRA adapters of PEFT, added to the weights of a decoder as it is read in."""
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,3 +89,16 @@ def test_an_adapter_that_is_none(base, tmp_path):
     from_pretrained(base, adapter=tmp_path / 'lora')
   with pytest.raises(ConfigError, match='tensors of a .gguf file have other names'):
     from_pretrained('x.gguf', adapter=tmp_path / 'lora')
+
+
+def test_a_folder_of_an_adapter_says_so(base, tmp_path):
+  written(tmp_path / 'lora')
+  with pytest.raises(ConfigError, match='lora: it holds an adapter and no model; give the folder of the model .* adapter='):
+    loopformer.load(tmp_path / 'lora')
+  written(tmp_path / 'both')
+  for path in base.iterdir():
+    (tmp_path / 'both' / path.name).write_bytes(path.read_bytes())
+  with pytest.raises(ConfigError, match='both: it holds an adapter beside the model .* or take adapter_config.json away'):
+    from_pretrained(tmp_path / 'both')
+  same = (from_pretrained(tmp_path / 'both', adapter=tmp_path / 'both')[1], from_pretrained(base, adapter=tmp_path / 'lora')[1])
+  jax.tree.map(np.testing.assert_array_equal, *same)

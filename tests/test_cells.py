@@ -11,12 +11,14 @@ from loopformer.cells.cell import Cell
 from loopformer.cells.damped import Damped
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
+from loopformer.diffusion.cell import ToldHidden
 from loopformer.inference import exits
 from loopformer.inference.engine import generate
 from loopformer.model import init_params, parameter_roles
 from loopformer.nn.inject import Diagonal
 from loopformer.nn.layers import Linear, RMSNorm
 from loopformer.nn.stack import Stack
+from loopformer.papers.loopus.cell import Selective
 from loopformer.starts import Zeros
 from loopformer.types import ConfigError
 from tests import parts
@@ -101,6 +103,15 @@ def test_a_cell_whose_loops_run_together_takes_none_around_it(row):
     cell.check(D)
 
 
+@pytest.mark.parametrize('wrap, name', [(Halting, 'gate'), (Selective, 'share'), (lambda cell: ToldHidden(cell, D), 'told')])
+def test_a_cell_with_parameters_takes_none_of_its_own_kind(wrap, name):
+  """However many cells stand between the two; one without parameters, such as Damped, does."""
+  for cell in (wrap(wrap(parts.plain(1))), wrap(Damped(wrap(parts.plain(1))))):
+    with pytest.raises(ConfigError, match=rf'parameters in one place \(.*"{name}".*take each kind once'):
+      parts.shapes(parts.looped(cell))
+  assert parts.shapes(parts.looped(Damped(Damped(parts.plain(1)))))
+
+
 def test_a_folder_of_the_version_before_is_read(tmp_path):
   """A Halting of then had a stack and a norm of its own."""
   model = ROWS['ouro'].model
@@ -165,6 +176,13 @@ def test_steps_that_are_skipped_or_not_taken_keep_the_whole_tree():
   trace = PAIR.apply({'params': weights}, tokens(3), some, exits.Adaptive(rule=exits.KL(threshold=0.5)), jnp.float32(0.5),
                      method='adapt')
   assert trace.z.shape == (3, parts.T, D)
+
+
+@pytest.mark.parametrize('wrap, name', [(Selective, 'Selective'), (lambda cell: ToldHidden(cell, D), 'ToldHidden')])
+def test_a_tree_is_refused_where_one_array_is_needed(wrap, name):
+  with pytest.raises(ConfigError, match=rf'model\.cell = {name}: the state of Pair is a tree of several arrays; put {name} around'):
+    parts.shapes(PAIR.clone(cell=wrap(PAIR.cell)))
+  assert parts.shapes(PAIR.clone(cell=Damped(PAIR.cell))) and parts.shapes(PAIR.clone(cell=wrap(parts.plain(1))))
 
 
 def test_a_tree_decodes_what_the_pass_computes():

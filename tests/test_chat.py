@@ -1,15 +1,18 @@
 """Chat tokenizers: templates, what an answer is, the ids that end one, and where they are kept."""
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 import loopformer
 from loopformer.convert import export
 from loopformer.convert.pretrained import read_tokenizer
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import END, ByteTokenizer, JsonTokenizer, load_tokenizer
+from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, before_text, load_tokenizer,
+                                       prompt_ids, start_of)
 from loopformer.inference.engine import Engine
 from loopformer.types import ConfigError
 from tests import chats, parts
@@ -109,7 +112,7 @@ def test_it_is_saved_and_read_again(tmp_path):
   tokenizer.save(tmp_path)
   again = load_tokenizer(tmp_path)
   assert again == tokenizer and again.fingerprint() == tokenizer.fingerprint()
-  for field, value in (('stops', ()), ('template', PLAIN), ('names', ())):
+  for field, value in (('stops', ()), ('template', PLAIN), ('names', ()), ('start', 257)):
     assert dataclasses.replace(tokenizer, **{field: value}).fingerprint() != tokenizer.fingerprint()
   about = json.loads((tmp_path / 'tokenizer.json').read_text())
   (tmp_path / 'tokenizer.json').write_text(json.dumps({**about, 'stops': [999]}))
@@ -130,6 +133,88 @@ def test_files_say_template_and_ends(where, tmp_path):
   assert read_tokenizer(tmp_path, {'eos_token_id': [256, 7]}).ends == (256, 7)
   with pytest.raises(ConfigError, match=r'config\.json: eos_token_id = \[256, 999\]: 999 is none of the 259 ids'):
     read_tokenizer(tmp_path, {'eos_token_id': [256, 999]})
+
+
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+  """Though the file says so: transformers saves what the last call asked for."""
+  chats.save(tmp_path, where=None, ends=(256,))
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(chats.text()) | {
+      'truncation': {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0},
+      'padding': {'strategy': 'BatchLongest', 'direction': 'Left', 'pad_to_multiple_of': None, 'pad_id': 256,
+                  'pad_type_id': 0, 'pad_token': END}}))
+  assert read_tokenizer(tmp_path, {}).encode_batch(['abc', 'd']) == [[97, 98, 99], [100]]
+
+
+BOS = '<|im_start|>'
+ADDS = {'type': 'Sequence', 'processors': [
+    {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': False, 'use_regex': True},
+    {'type': 'TemplateProcessing', 'pair': [],
+     'single': [{'SpecialToken': {'id': BOS, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}],
+     'special_tokens': {BOS: {'id': BOS, 'ids': [257], 'tokens': [BOS]}}}]}
+
+
+@pytest.mark.parametrize('post, about, start', [
+    (None, {}, None), (ADDS, {}, 257), (ADDS, {'add_bos_token': False}, None), (None, {'add_bos_token': True, 'bos_token': BOS}, 257),
+    (None, {'tokenizer_class': 'LlamaTokenizer', 'bos_token': {'content': BOS}}, 257), (None, {'add_bos_token': True}, None)])
+def test_files_say_what_begins_a_text(post, about, start, tmp_path):
+  chats.save(tmp_path, where=None, ends=(256,))
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(chats.text()) | {'post_processor': post}))
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': END} | about))
+  tokenizer = read_tokenizer(tmp_path, {})
+  assert start_of(tokenizer) == start and before_text(tokenizer) == (start or 256)
+  first = [] if start is None else [start]
+  assert tokenizer.encode('ab') == [97, 98] and prompt_ids(tokenizer, 'ab') == [*first, 97, 98]
+  assert prompt_ids(tokenizer, f'{BOS}ab') == [257, 97, 98] and prompt_ids(tokenizer, '') == first
+  tokenizer.save(tmp_path / 'saved')
+  assert load_tokenizer(tmp_path / 'saved') == tokenizer
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_what_two_files_say_of_special_tokens(whole, tmp_path):
+  """The configuration of a tokenizer counts where it is one of newer transformers', or else the map beside it."""
+  chats.save(tmp_path)
+  about = {'eos_token': END, 'bos_token': None} | ({'added_tokens_decoder': {}} if whole else {})
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'eos_token': {'content': '<|im_end|>'}, 'pad_token': END}))
+  tokenizer = read_tokenizer(tmp_path, {'bos_token_id': 257})
+  assert tokenizer.ends == ((256, 258) if whole else (258, 256))
+  assert dict(tokenizer.names) == {'eos_token': END if whole else '<|im_end|>', 'pad_token': END}
+
+
+def test_of_several_templates_one_is_called_default(tmp_path):
+  chats.save(tmp_path, where=None)
+  for templates, found in (([{'name': 'tools', 'template': PLAIN}], PLAIN), ([], None), ([
+      {'name': 'tools', 'template': PLAIN}, {'name': 'rag', 'template': CHATML}], "'tools', 'rag', and none is called default")):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': END, 'chat_template': templates}))
+    if found in (PLAIN, None):
+      assert read_tokenizer(tmp_path, {}).template == found
+    else:
+      with pytest.raises(ConfigError, match=found):
+        read_tokenizer(tmp_path, {})
+
+
+@pytest.mark.parametrize('where', ['added_tokens.json', 'tokenizer_config.json'])
+@pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json'])
+def test_tokens_that_other_files_add(where, name, tmp_path):
+  pieces = TrainedPieces(vocab=300).build(['some text, which is read again and again'])
+  first = '<unk>' if name == 'tokenizer.model' else END
+  (tmp_path / name).write_bytes(pieces.model if name == 'tokenizer.model' else chats.text().encode())
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'[PAD]': 300, first: 0}))  # one that no text has, one that is known
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'pad_token': '[PAD]'}))
+  assert read_tokenizer(tmp_path, {'eos_token_id': 256}).encode('text')
+  told = {'added_tokens.json': {'<call>': 300}, 'tokenizer_config.json': {
+      'pad_token': '[PAD]', 'added_tokens_decoder': {'0': {'content': first}, '301': {'content': '<call>'}}}}[where]
+  (tmp_path / where).write_text(json.dumps(told))
+  with pytest.raises(ConfigError, match=f"other files add '<call>' to the tokens of {name}; put a tokenizer.json there"):
+    read_tokenizer(tmp_path, {'eos_token_id': 256})
+
+
+@pytest.mark.parametrize('about', [{'eos_token': 256}, {'bos_token': ['<s>']}, {'added_tokens_decoder': [1]}], ids=str)
+def test_what_is_no_name_of_a_token(about, tmp_path):
+  chats.save(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': END} | about))
+  with pytest.raises(ConfigError, match=f'tokenizer_config.json: {next(iter(about))} = '):
+    read_tokenizer(tmp_path, {})
 
 
 def test_nothing_to_say_leaves_the_tokenizer_as_it_is(tmp_path):
@@ -173,15 +258,31 @@ def test_messages_are_a_prompt(weights):
   engine = Engine(wide, weights, tokenizer, rows=1)
   engine.submit(TALK[:1], max_new_tokens=4)
   assert engine._waiting[0].prompt == tokenizer.chat(TALK[:1])
+  engine = Engine(wide, weights, dataclasses.replace(tokenizer, start=257), rows=1)
+  for prompt in ('ab', '', TALK[:1], [97]):  # a text has it, a chat what its template says
+    engine.submit(prompt, max_new_tokens=4)
+  assert [request.prompt for request in engine._waiting] == [[257, 97, 98], [257], tokenizer.chat(TALK[:1]), [97]]
   with pytest.raises(ConfigError, match='prompt 0: the tokenizer has no chat template'):
     loopformer.generate(wide, weights, tokenizer.of, [TALK[:1]])
 
 
+def test_an_export_of_pieces_says_what_begins_a_text(tmp_path):
+  made = io.BytesIO()
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, which is read'] * 9), model_writer=made, model_type='bpe',
+                             vocab_size=280, byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
+  tokenizer = ChatTokenizer(of=PieceTokenizer(model=made.getvalue()), start=1, names=(('bos_token', '<s>'), ('eos_token', '</s>')))
+  model = MODEL.clone(read_in=MODEL.read_in.clone(vocab=tokenizer.vocab_size))
+  export(model, parts.params(model), tokenizer, tmp_path / 'out')
+  assert tokenizer.hugging_face() is None
+  assert read_tokenizer(tmp_path / 'out', json.loads((tmp_path / 'out/config.json').read_text())) == tokenizer
+
+
 def test_an_export_has_template_and_ends(weights, tmp_path):
-  tokenizer = chat(stops=(258,), names=(('bos_token', '<|im_start|>'), ('eos_token', END), ('pad_token', END)))
+  tokenizer = chat(stops=(258,), start=257, names=(('bos_token', '<|im_start|>'), ('eos_token', END), ('pad_token', END)))
   export(MODEL, weights, tokenizer, tmp_path / 'out')
   assert read_tokenizer(tmp_path / 'out', json.loads((tmp_path / 'out/config.json').read_text())) == tokenizer
   assert json.loads((tmp_path / 'out/generation_config.json').read_text())['eos_token_id'] == [256, 258]
+  assert json.loads((tmp_path / 'out/config.json').read_text())['bos_token_id'] == 257
   export(MODEL, weights, tokenizer.of, tmp_path / 'out')  # it may be replaced
   assert json.loads((tmp_path / 'out/config.json').read_text())['eos_token_id'] == 256
   transformers = pytest.importorskip('transformers')

@@ -12,9 +12,11 @@ import pytest
 
 from experiments.configs import loopformer as paper
 from loopformer import config as configs, plans
+from loopformer.cells.damped import Damped
+from loopformer.cells.halting import Halting
 from loopformer.config import check, choose, describe, difference, flatten, override
-from loopformer.inference import measures
-from loopformer.inference.evaluate import Named, Run
+from loopformer.inference import exits, measures
+from loopformer.inference.evaluate import Depths, Named, Run
 from loopformer.loop import Every
 from loopformer.model import parameter_shapes
 from loopformer.nn.blocks import Chain
@@ -30,6 +32,7 @@ from loopformer.training.checkpoint import Best
 from loopformer.training.train import best_of, train
 from loopformer.types import ConfigError, config_dataclass
 from tests import parts
+from tests.test_golden import config_of
 
 TINY = paper.get_config('tiny')
 FILE = parts.ROOT / 'experiments/configs/loopformer.py'
@@ -341,6 +344,27 @@ def test_every_variant_is_sound(variant):
 def test_check_refuses(assignments, message):
   with pytest.raises(ConfigError, match=message):
     check(changed(*assignments))
+
+
+def test_check_refuses_what_would_end_a_run_at_its_first_evaluation():
+  """More steps than a router's recursions, or a table's rows, also within another cell; exits that the cell cannot answer."""
+  def evaluated(steps, exit_policy=exits.Final()):
+    return Named(budgets=(1,), runs={'own': Run(plan=plans.Uniform(steps), exit=exit_policy)})
+
+  for file, argument in (('mor', 'tiny,kind=token'), ('timestep', 'cpu,kind=table,loops=3')):
+    config = config_of(file, argument)
+    check(config)
+    check(dataclasses.replace(config, evals=evaluated(3)))
+    with pytest.raises(ConfigError, match=r"evals: the schedule '4' has 4 steps, but model\.cell runs 3 at most"):
+      check(dataclasses.replace(config, evals=Depths(budgets=(1, 2, 4))))
+    model = config.model.clone(cell=config.model.cell if file == 'mor' else Damped(Halting(config.model.cell)))
+    with pytest.raises(ConfigError, match=r"evals: the schedule 'own' has 5 steps"):
+      check(dataclasses.replace(config, model=model, evals=evaluated(5)))
+    with pytest.raises(ConfigError, match=r'model\.loops = 4: model\.cell runs 3 steps at most'):
+      check(dataclasses.replace(config, model=model.clone(loops=4)))
+  check(dataclasses.replace(TINY, evals=evaluated(20, exits.Adaptive(rule=exits.KL()))))
+  with pytest.raises(ConfigError, match=r"evals: the exit of 'own': exit\.rule: the cell has no gate"):
+    check(dataclasses.replace(TINY, evals=evaluated(4, exits.Adaptive(rule=exits.Cumulative()))))
 
 
 @pytest.mark.parametrize('name', ['last@4', 'lost@4', 'loss@3', 'loss', 'ran@4', 'state norm@4', 'accuracy@4'])

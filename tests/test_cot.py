@@ -15,7 +15,9 @@ import loopformer
 from loopformer import config as configs, loop, plans
 from loopformer.api import Loaded
 from loopformer.cells.damped import Damped
+from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
+from loopformer.inference import exits
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import Answers
 from loopformer.model import Looped, run_batch
@@ -108,6 +110,14 @@ def test_gradients_reach_the_problem_through_thoughts_alone():
   assert np.abs(grads[THOUGHTS.pad]).max() == 0
   used = np.unique(np.asarray(batch['tokens']))
   assert all(np.abs(grads[i]).max() > 0 for i in used if i != THOUGHTS.pad)
+
+
+@pytest.mark.parametrize('cell', [THINKER.cell, Damped(Halting(THINKER.cell))], ids=['alone', 'within others'])
+def test_no_place_of_a_thought_is_let_go_before_it_comes(cell):
+  """A filler that an exit had let go kept its state, and took no thought."""
+  exit_policy = exits.Adaptive(rule=exits.StateChange())
+  with pytest.raises(ConfigError, match=r"model\.cell = \w+: its steps write to other tokens' states.*leave the exit out"):
+    exits.check(THINKER.clone(cell=cell), exit_policy, 'exit')
 
 
 def test_thoughts_are_not_decoded():

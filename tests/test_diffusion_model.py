@@ -458,7 +458,7 @@ def test_the_study_measures_grids_and_tables_them_by_seed(monkeypatch):
     served.submit('', steps=3, budget=2, number=number)
   made = np.array(ids_of(served))
   assert right == valid(made, 2).mean()
-  row = {'loops': 2, 'order': 'random', 'steps': 4, 'MFLOP': 1.0}
+  row = {'trained with': '2', 'loops': 2, 'order': 'random', 'steps': 4, 'MFLOP': 1.0}
   results = {seed: {'bounds': {'trained with 2': {'1': {'loss': 0.5 + i, 'error': 0.1}}}, 'solved': [{**row, 'solved': 0.25 * i}]}
              for i, seed in enumerate('01')}
   first, second = study.tables(results)

@@ -20,6 +20,7 @@ from experiments.configs import loopformer as paper
 from experiments.tools import evaluation_data
 import loopformer
 from loopformer import config as configs, memories
+from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import ByteTokenizer, TrainedPieces
 from loopformer.inference import exits, harness
 from loopformer.inference.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
@@ -107,6 +108,11 @@ def test_bytes_lose_nothing_at_the_boundary(context, continuation):
 
 
 @needs_harness
+def test_an_empty_context_is_what_begins_a_text():
+  begun = ChatTokenizer(of=BYTES, start=7)
+  assert encode_pair(begun, '', 'a') == ([7], [97]) and encode_pair(begun, 'b', 'a') == ([98], [97])
+
+
 def test_pairs_are_those_of_the_harness():
   from lm_eval.api.model import TemplateLM
   words = 'the loop runs once more, and the state moves; then it reads the answer out.\n' * 40

@@ -102,6 +102,19 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
   assert configs.read(workdir).model == given
 
 
+def test_a_prompt_begins_as_the_models_own_do(state, tmp_path):
+  """Where its tokenizer says so: what is generated and evaluated is what the model gives after that token."""
+  source = published(tmp_path / 'llama', state, 'safetensors')
+  (source / 'tokenizer_config.json').write_text(json.dumps(
+      {'eos_token': '<|endoftext|>', 'bos_token': '<|endoftext|>', 'add_bos_token': True}))
+  loopformer.load(source).save(tmp_path / 'run')
+  model, params, tokenizer, _ = loopformer.load(tmp_path / 'run')
+  assert tokenizer.start == 256
+  told, plain = (loopformer.generate(model, params, of, ['ab', [256, 97, 98]], max_new_tokens=6, temperature=0.0)
+                 for of in (tokenizer, tokenizer.of))
+  assert told[0] == told[1] == plain[1] != plain[0]
+
+
 def test_a_decoder_is_retrofitted_as_it_is_read(state, tmp_path):
   """The same as of its parameters: layers between prelude and core are dropped, and the adapter is new."""
   source = published(tmp_path / 'llama', state, 'safetensors')
@@ -170,6 +183,7 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     (['--from=SOURCE', '--damped=0'], 'damped = 0.0'), (['--from=SOURCE', '--retrofit=9'], 'prelude = 9, coda = 0: the model has'),
     (['--from=SOURCE', '--damped=0.5', '--retrofit=0'], 'two ways'),
     (['--from=SOURCE', '--damped=0.5'], '--damped=0.5: a loop of one step'), (['--from=FOLDER'], 'it has no config.json; give'),
+    (['--from=FOLDER/lora'], 'lora: it holds an adapter and no model; give the folder of the model'),
     (['--from=SOURCE', '--damped=0.5', '--loops=2', '--relaxed=2'], 'damped = 0.5, relaxed = 2: two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'), (['--from=SOURCE', '--loops=99999999'], 'loops = 99999999: more than'),
     (['--from=SOURCE', '--relaxed=2', '--loops=1'], 'relaxed = 2, loops = 1: one loop has nothing that is tied'),
@@ -178,6 +192,8 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
 ], ids=str)
 def test_what_cannot_be_imported(flags, message, state, tmp_path):
   source = published(tmp_path / 'llama', state, 'safetensors')
+  (tmp_path / 'lora').mkdir()
+  (tmp_path / 'lora/adapter_config.json').write_text('{}')
   status, out, err = run_here(tmp_path / 'run', '--mode=import', *(
       flag.replace('SOURCE', str(source)).replace('FOLDER', str(tmp_path)) for flag in flags))
   assert status == 1 and message in err and 'Traceback' not in err and not (tmp_path / 'run/config.json').exists()

@@ -1,5 +1,6 @@
 """Pretrained decoders: parity with a NumPy reference (tests/llama_reference.py), safetensors, GGUF, and messages."""
 import functools
+import io
 import json
 import struct
 import unittest.mock
@@ -18,6 +19,7 @@ from loopformer.convert import from_pretrained, gguf, retrofit, tensors
 from loopformer.model import Looped, parameter_shapes
 from loopformer.nn.blocks import Block
 from loopformer.nn.inject import Concat
+from loopformer.nn.positions import StretchedRotary
 from loopformer.nn.stack import Stack
 from loopformer.optim import on_unfused
 from loopformer.papers.melt.attention import LatentAttention
@@ -178,6 +180,20 @@ def test_buffers_and_a_copy_of_the_tied_head_are_passed_over(tmp_path):
   same(imported(tmp_path / 'more', sd=sd | more)[1], imported(tmp_path / 'as_is')[1])
 
 
+@pytest.mark.parametrize('name', ['_orig_mod.model.{}', 'module.model.{}', 'model.model.{}', '{}', 'model.module.{}'])
+def test_names_are_read_without_what_is_around_them(name, tmp_path):
+  """Of modules that were compiled or trained on several devices; of a stack without its head, or twice within one."""
+  theirs = {name.format(key.removeprefix('model.')): value for key, value in weights('llama').items()}
+  theirs = {key.replace('layers.1.', 'layers.1._orig_mod.'): value for key, value in theirs.items()}
+  same(imported(tmp_path / 'theirs', sd=theirs)[1], imported(tmp_path / 'as_is')[1])
+
+
+def test_a_tied_head_in_place_of_the_embedding(tmp_path):
+  """As safetensors' own save_model keeps it, the first by name of tensors that are one."""
+  theirs = {'lm_head.weight' if 'embed' in key else key: value for key, value in weights('llama').items()}
+  same(imported(tmp_path / 'theirs', sd=theirs)[1], imported(tmp_path / 'as_is')[1])
+
+
 def without(sd, *keys):
   return {key: value for key, value in sd.items() if key not in keys}
 
@@ -192,7 +208,14 @@ WEIGHT_ERRORS = {
     'integers': (lambda sd: sd | {'model.norm.weight': np.zeros(D, np.int32)}, ['model.norm.weight', 'I32']),
     'another head': (lambda sd: sd | {'lm_head.weight': np.zeros((V, D), np.float32)},
                      ['lm_head.weight', 'tie_word_embeddings']),
+    'twice': (lambda sd: sd | {'_orig_mod.model.norm.weight': sd['model.norm.weight']},
+              ["'_orig_mod.model.norm.weight' and ", "are both 'model.norm.weight'"]),
 }
+
+
+def test_a_head_that_is_missing_may_be_a_tied_one(tmp_path):
+  with pytest.raises(ConfigError, match='lm_head.weight.* is missing; .* write "tie_word_embeddings": true'):
+    imported(tmp_path, 'untied', sd=without(weights('untied'), 'lm_head.weight'))
 
 
 @pytest.mark.parametrize('case', WEIGHT_ERRORS)
@@ -230,7 +253,19 @@ CONFIG_ERRORS = {
     'no scaling': ({'rope_scaling': CONFIGS['llama3']['rope_scaling'] | {'factor': 0.5}}, ['position.factor = 0.5']),
     'unordered': ({'rope_scaling': CONFIGS['llama3']['rope_scaling'] | {'low_freq_factor': 2.0}}, ['position.high = 1.3']),
     'old scaling': ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, ['rope_scaling = linear']),
-    'new scaling': ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 5.0}}, ['rope_scaling = yarn']),
+    'new scaling': ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 50.0}}, ['rope_scaling = yarn']),
+    'of every kind of layer': ({'rope_parameters': {'full_attention': {'rope_type': 'default', 'rope_theta': 5.0}}}, [
+        'rope_parameters.full_attention = ', 'the same in all layers']),
+    'two scalings': ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, [
+        'rope_parameters: rope_type = default, but elsewhere it is linear']),
+    'two types': ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, ['rope_type = yarn, but elsewhere it is default']),
+    'two bases': ({'rope_parameters': {'rope_theta': 60.0}}, ['rope_theta = 60.0, but elsewhere it is 50.0']),
+    'no type': ({'rope_scaling': {'factor': 2.0}}, ['rope_scaling = a factor without rope_type']),
+    'both ways': ({'is_causal': False}, ['is_causal = False']),
+    'code of its own': ({'auto_map': {'AutoModelForCausalLM': 'modeling_x.X'}}, ['auto_map = modeling_x.X', 'remove auto_map']),
+    'window of Mistral': ({'model_type': 'mistral', 'max_position_embeddings': 8192}, [
+        'sliding_window = 4096', 'max_position_embeddings = 4096 (it is 8192)']),
+    'linear': ({'layer_types': ['linear_attention'], 'sliding_window': T}, ["layer_types = ['linear_attention']"]),
     'partial': ({'partial_rotary_factor': 0.5}, ['partial_rotary_factor = 0.5']),
     'activation': ({'hidden_act': 'gelu'}, ['hidden_act = gelu']),
     'bias': ({'mlp_bias': True}, ['mlp_bias = True']),
@@ -248,6 +283,17 @@ def test_models_that_would_be_others_are_refused(case, tmp_path):
   with pytest.raises(ConfigError) as error:
     from_pretrained(tmp_path)
   assert not [word for word in [*words, 'config.json'] if word not in str(error.value)], error.value
+  assert str(error.value).count('config.json: ') <= 1 and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('change', [
+    {'partial_rotary_factor': None, 'rope_scaling': None}, {'rope_parameters': {'rope_theta': 50, 'type': 'default'}},
+    {'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': None, 'layer_types': ['full_attention'] * N},
+    {'auto_map': {'AutoTokenizer': 'tokenization_x.X'}, 'is_causal': True, 'rope_interleaved': False}], ids=str)
+def test_fields_that_change_nothing_are_read(change, tmp_path):
+  name = change.get('model_type', 'llama')
+  reference.save(tmp_path / 'with', CONFIGS[name] | change, weights(name))
+  assert from_pretrained(tmp_path / 'with')[0] == imported(tmp_path / 'without', name)[0]
 
 
 @pytest.mark.parametrize('options, words', [
@@ -362,7 +408,7 @@ TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'to
              'tokenizer.ggml.merges': ['a b', 'ab c', 'Ġ a', '1 2'], 'tokenizer.ggml.eos_token_id': 33}
 
 
-def gguf_of(name, kind='F32', metadata=(), permute=True, drop=()):
+def gguf_of(name, kind='F32', metadata=(), permute=True, drop=(), more=()):
   """(bytes of the model as a GGUF file, the weights that it stands for); norms and biases are F32."""
   config = CONFIGS[name]
   arch = config['model_type']
@@ -374,19 +420,26 @@ def gguf_of(name, kind='F32', metadata=(), permute=True, drop=()):
                f'{arch}.num_loops': config.get('num_loops'),
                f'{arch}.skip_loop_final_norm': config.get('skip_loop_final_norm'), **TOKENIZER} | dict(metadata)
   tensors, meant = {}, {}
-  theirs_of = THEIRS | POST if arch == 'olmo2' else THEIRS
-  for key, value in weights(name).items():
-    own = key
-    for theirs, ours in theirs_of.items():
-      own = own.replace(theirs, ours)
+  for (key, value), own in zip(weights(name).items(), gguf_named(weights(name), arch)):
     # As llama.cpp's converter does:
     swapped = permute and arch in ('llama', 'nanbeige') and any(f'{x}_proj' in key for x in 'qk')
     given = halves_as_pairs(value, config.get('head_dim', D // H)) if swapped else value
     data, value = packed(given, 'F32' if value.ndim == 1 else kind)
     tensors[own] = (value.shape, 'F32' if value.ndim == 1 else kind, data)
     meant[key] = pairs_as_halves(value) if swapped else value
+  tensors |= {own: (value.shape, 'F32', value.tobytes()) for own, value in dict(more).items()}
   return gguf_bytes({key: value for key, value in described.items() if value is not None},
                     without(tensors, *drop)), meant
+
+
+def gguf_named(sd, arch):
+  """Tensors under the names of llama.cpp, in the order in which they are given."""
+  found = {}
+  for key, value in sd.items():
+    for theirs, ours in (THEIRS | POST if arch == 'olmo2' else THEIRS).items():
+      key = key.replace(theirs, ours)
+    found[key] = value
+  return found
 
 
 def pairs_as_halves(value):
@@ -446,6 +499,15 @@ GGUF_ERRORS = {
     'width of heads': (dict(metadata={'llama.attention.key_length': 16}), ['attn_q.weight', f'expected [{16 * H}, {D}]']),
     'width of values': (dict(metadata={'llama.attention.value_length': 16}), ['llama.attention.value_length = 16']),
     'scaling': (dict(metadata={'llama.rope.scaling.type': 'yarn'}), ['rope.scaling = yarn']),
+    'a factor alone': (dict(metadata={'llama.rope.scaling.factor': 4.0}), ['rope.scaling = linear by 4']),
+    'an old factor': (dict(metadata={'llama.rope.scale_linear': 4.0}), ['rope.scaling = linear by 4']),
+    'window': (dict(metadata={'llama.attention.sliding_window': 4}), ['attention.sliding_window = 4']),
+    'both ways': (dict(metadata={'llama.attention.causal': 0}), ['llama.attention.causal = 0']),
+    'experts': (dict(metadata={'llama.expert_count': 8}), ['llama.expert_count = 8']),
+    'scaled logits': (dict(metadata={'llama.logit_scale': 0.5}), ['llama.logit_scale = 0.5']),
+    'part': (dict(metadata={'split.count': 2}), ['a part of a model in 2 files']),
+    'groups': (dict(metadata={'llama.attention.head_count_kv': 3}), ['groups = 3']),
+    'factors': (dict(more={gguf.FACTORS: np.float32([1, 2, 3, 5])}), ["'rope_freqs.weight': the factors are not those of Llama"]),
     'missing': (dict(drop=['blk.2.ffn_up.weight']), ["'blk.2.ffn_up.weight'", f'[{F}, {D}]']),
     'no embedding': (dict(drop=['token_embd.weight']), ["'token_embd.weight' is missing"]),
     'layers': (dict(metadata={'llama.block_count': N - 1}), ["'blk.2.", 'no place']),
@@ -461,6 +523,35 @@ def test_wrong_gguf_files_are_named(case, tmp_path):
   with pytest.raises(ConfigError) as error:
     from_pretrained(tmp_path / 'model.gguf')
   assert not [word for word in [*words, 'model.gguf'] if word not in str(error.value)], error.value
+  assert str(error.value).count('model.gguf: ') == 1 and '\n' not in str(error.value)
+
+
+def test_parts_of_a_gguf_file_are_one_model(tmp_path):
+  names = list(gguf_named(weights('llama'), 'llama'))
+  half, others = names[::2], names[1::2]
+  for part, (drop, about) in enumerate([(half, {}), (others, TOKENIZER | {'general.architecture': 'gpt2'})], 1):
+    data, _ = gguf_of('llama', metadata=about | {'split.count': 2}, drop=drop)
+    (tmp_path / f'model-0000{part}-of-00002.gguf').write_bytes(data)
+  model, params, _ = from_pretrained(tmp_path / 'model-00001-of-00002.gguf')
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama')[0])
+  assert from_pretrained(tmp_path / 'model-00002-of-00002.gguf')[0] == model == from_pretrained(tmp_path / 'model.gguf')[0]
+  same(params, from_pretrained(tmp_path / 'model.gguf')[1])
+  (tmp_path / 'model-00002-of-00002.gguf').unlink()
+  with pytest.raises(ConfigError, match='one of 2 parts, and model-00002-of-00002.gguf is not beside it'):
+    from_pretrained(tmp_path / 'model-00001-of-00002.gguf')
+
+
+def test_gguf_of_llama_3_says_how_much_more_slowly_each_pair_turns(tmp_path):
+  base, factor, original, factors = 5e5, 32.0, 8192, []
+  for i in range(D // H // 2):  # as llama.cpp's converter does
+    wave = 2 * np.pi * base ** (2 * i / (D // H))
+    smooth = np.clip((original / wave - 1) / (4 - 1), 0, 1)
+    factors.append(1 / ((1 - smooth) / factor + smooth))
+  assert factors[0] == 1 < factors[2] < factors[3] == factor
+  data, _ = gguf_of('llama', metadata={'llama.rope.freq_base': base}, more={gguf.FACTORS: np.float32(factors)})
+  (tmp_path / 'model.gguf').write_bytes(data)
+  position = from_pretrained(tmp_path / 'model.gguf')[0].cell.core.block.attn.position
+  assert position == StretchedRotary(base=base, factor=factor, low=1.0, high=4.0, original=original)
 
 
 @pytest.mark.parametrize('size, words', [(2, 'no GGUF file'), (30, 'no GGUF file'), (400, 'no GGUF file'),
@@ -471,6 +562,55 @@ def test_a_gguf_file_that_was_cut_off_is_named(size, words, tmp_path):
   truncate(path, size)
   with pytest.raises(ConfigError, match=words):
     from_pretrained(path)
+
+
+def test_a_gguf_file_says_what_begins_a_text_and_what_ends_one(tmp_path):
+  pytest.importorskip('tokenizers')
+  about = {'tokenizer.ggml.bos_token_id': 35, 'tokenizer.ggml.eot_token_id': 34, 'tokenizer.chat_template': '{{ bos_token }}a'}
+  for add in (1, 0):
+    (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about | {'tokenizer.ggml.add_bos_token': add})[0])
+    tokenizer = from_pretrained(tmp_path / 'model.gguf')[2]
+    assert tokenizer.ends == (33, 34) and tokenizer.start == (35 if add else None)
+    assert dict(tokenizer.names) == {'bos_token': VOCAB[35], 'eos_token': VOCAB[33]}
+
+
+@pytest.mark.parametrize('pre, text, pieces', [
+    ('gpt-2', 'ab 1212abc', ['ab', 'Ġ', '12', '12', 'abc']), ('smollm', 'ab 1212abc', ['ab', 'Ġ', '1', '2', '1', '2', 'abc']),
+    ('llama-bpe', 'ab 1212abc', ['ab', 'Ġ', '12', '1', '2', 'abc']), ('qwen2', 'ab 12', ['ab', 'Ġ', '1', '2']),
+    ('dbrx', 'ab 1212', ['ab', 'Ġ', '12', '1', '2']), ('llama-bpe', 'xyz a  b', ['xyz', 'Ġa', 'Ġ', 'Ġ', 'b']),
+    ('dbrx', 'xyz', ['x', 'y', 'z'])])
+def test_texts_are_cut_as_the_model_of_a_gguf_file_cuts_them(pre, text, pieces, tmp_path):
+  pytest.importorskip('tokenizers')
+  vocab = [*VOCAB[:-1], 'xyz']  # a piece that no pairs make: Llama 3 takes such whole
+  about = {'tokenizer.ggml.pre': pre, 'tokenizer.ggml.tokens': vocab, 'tokenizer.ggml.add_bos_token': 0,
+           'tokenizer.ggml.token_type': [*TOKENIZER['tokenizer.ggml.token_type'][:-1], 1]}
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about)[0])
+  assert [vocab[i] for i in from_pretrained(tmp_path / 'model.gguf')[2].encode(text)] == pieces
+
+
+def test_pieces_of_a_gguf_file_are_those_of_sentencepiece(tmp_path):
+  from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+  made = io.BytesIO()
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, and again some text'] * 9), model_writer=made, model_type='bpe',
+                             vocab_size=285, byte_fallback=True, normalization_rule_name='identity', minloglevel=2,
+                             remove_extra_whitespaces=False, hard_vocab_limit=False)
+  theirs = SentencePieceProcessor(model_proto=made.getvalue())
+  ids = range(theirs.vocab_size())
+  about = TOKENIZER | {
+      'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default', 'tokenizer.ggml.tokens': [theirs.id_to_piece(i) for i in ids],
+      'tokenizer.ggml.scores': [theirs.get_score(i) for i in ids], 'tokenizer.ggml.bos_token_id': 1,
+      'tokenizer.ggml.eos_token_id': 2, 'tokenizer.ggml.token_type': [
+          2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]}
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about)[0])
+  tokenizer = from_pretrained(tmp_path / 'model.gguf')[2]
+  assert (tokenizer.start, tokenizer.ends, tokenizer.vocab_size) == (1, (2,), theirs.vocab_size())
+  for text in ('some text', ' again,  ä\n1', ''):
+    ids = theirs.encode(text)
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == theirs.decode(ids)
+  (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about | {'tokenizer.ggml.scores': [1.0]})[0])
+  with pytest.raises(ConfigError, match='no pieces of sentencepiece .*; put the model.s tokenizer.json') as error:
+    from_pretrained(tmp_path / 'model.gguf')
+  assert '\n' not in str(error.value)
 
 
 def test_tokenizer_of_a_gguf_file(tmp_path):

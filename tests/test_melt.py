@@ -33,6 +33,7 @@ from loopformer.papers.melt.cell import Gated, Latest
 from loopformer.papers.melt.plans import BLEND, Apart, Transition
 from loopformer.papers.melt.teacher import OwnWithAttention, WithAttention
 from loopformer.papers.melt.terms import Aligned
+from loopformer.papers.mor.cell import Routed
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.terms.distill import Distill, kl_sum
@@ -641,6 +642,11 @@ def test_what_is_not_defined_is_refused():
   melt().cell.check(D)
   with pytest.raises(ConfigError, match=r'memory\.chunk = 0'):
     Latest(chunk=0)
+  for cell in (parts.plain(1), Routed(parts.stack(1))):  # with a cache, which the latter always has
+    other = parts.looped(cell, memory=Latest(chunk=1))
+    with pytest.raises(ConfigError, match=r'model\.memory = Latest\(chunk=1\): .*read by the cell Gated alone'):
+      jax.eval_shape(lambda weights, other=other: other.apply({'params': weights}, tokens(1), plans.Uniform(2)(None),
+                                                              kv=other.cache(1, T)).z, parts.shapes(other))
   with pytest.raises(ConfigError, match=r'Transition\.steps = 1'):
     Transition(of=plans.Uniform(2), steps=1)
   for argument, message in (('phase=transition', 'base = .*needs'), ('base=x', 'starts from no other'),

@@ -287,6 +287,14 @@ def test_stage_two_has_gradients_of_the_gate_alone(alignment):
     assert leaf.any() == name.startswith('cell/gate/'), name
 
 
+def test_the_term_is_given_the_gate_of_the_cell():
+  """Of a cell with another gate, and of one that has its gate elsewhere."""
+  xs, table, halt, batch = made()
+  for cell in ({'gate': {'out': {'kernel': jnp.ones((D, 1))}}}, {'gate': {'kernel': jnp.ones((D + 1, 1))}}, {}):
+    with pytest.raises(ConfigError, match=r'Improvement\.gate = Linear: .*give the term the gate that stands in model\.cell'):
+      value(Improvement(roll='all'), xs, table, halt, batch, {'cell': cell})
+
+
 def test_a_term_without_steps_to_compare_is_zero():
   batch = parts.batch()
   model = MODEL.clone(loops=1)

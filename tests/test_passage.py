@@ -9,6 +9,7 @@ import pytest
 
 from loopformer import plans
 from loopformer.data import passage
+from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import run_batch
 from loopformer.nn import kernels
@@ -47,6 +48,8 @@ def test_batches_are_of_one_shape_and_a_short_text_is_not_filled_up():
   shapes = [batch['tokens'].shape for batch in passage.batches('abcdefghijk', TOKENIZER, length=4, rows=2)]
   assert shapes == [(2, 4)] * 2
   assert next(passage.batches('abc', TOKENIZER, length=64))['tokens'].tolist() == [[TOKENIZER.eos, *b'ab']]
+  begun = ChatTokenizer(of=TOKENIZER, start=7)
+  assert next(passage.batches('abc', begun, length=64))['tokens'].tolist() == [[7, *b'ab']]
 
 
 def test_a_model_that_reads_both_ways_does_not_read_what_fills_up():

@@ -16,8 +16,10 @@ from loopformer.model import init_params, parameter_count
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block
 from loopformer.nn.layers import GatedMLP, RMSNorm
+from loopformer.nn.low_rank import adapted
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
+from loopformer.papers.mor.cell import Routed
 from loopformer.papers.plt.attention import ConstantGate, HiddenGate, QueryGate
 from loopformer.papers.plt.cell import LearnedMix, Mix
 from loopformer.papers.plt.streams import Streams, banded
@@ -455,6 +457,8 @@ def run(model, plan=None, kv=None, length=2, **options):
 
 
 PLAIN = parts.looped(parts.plain(), memory=Streams(window_left=3))
+EACH = adapted(model_of(), 2, each=True)  # an update for every loop, which one pass of the layers cannot tell apart
+GATED = model_of().cell.core  # layers of the shifted cell, elsewhere
 
 
 def of_cell(**changes):
@@ -479,7 +483,12 @@ def of_cell(**changes):
     (lambda: run(model_of(), kv=model_of().cache(1, 4), keep=loop.Every()), 'with a cache'),
     (lambda: jax.eval_shape(lambda: model_of().apply(
         {'params': params(model_of())}, tokens(1, 1), uniform(2), exits.Adaptive(rule=exits.StateChange()), 0.1,
-        kv=model_of().cache(1, 4), method='adapt')), 'decode without an exit')], ids=range(14))
+        kv=model_of().cache(1, 4), method='adapt')), 'decode without an exit'),
+    (lambda: EACH.cell.check(D), r'an update of low rank for every loop.*LowRank\(loops=None\)'),
+    (lambda: parts.shapes(EACH), r'an update of low rank for every loop'),
+    (lambda: parts.shapes(parts.looped(Plain(GATED))), 'GatedAttention: the cell Shifted alone'),
+    (lambda: parts.shapes(parts.looped(parts.plain(), coda=GATED)), 'GatedAttention: the cell Shifted alone'),
+    (lambda: parts.shapes(parts.looped(Routed(GATED))), 'use SelfAttention elsewhere')], ids=range(19))
 def test_bad_input(make, message):
   with pytest.raises(ConfigError, match=message):
     make()

@@ -241,3 +241,9 @@ def test_numbers_out_of_range_are_refused(name, value):
   with pytest.raises(ConfigError, match=rf'train\.{name} = {value}: must be {"0 to" if name == "seed" else "1 or more"}'):
     training.Train(**{name: value})
   training.Train(**{name: 0 if name == 'seed' else 1})
+
+
+@pytest.mark.parametrize('count, told', [(0.4, '0'), (57.3, '57'), (999.4, '999'), (999.6, '1.0k'), (1540, '1.5k'),
+                                         (999_600, '1.0M'), (2.34e6, '2.3M')])
+def test_speeds_are_told_in_three_digits(count, told):
+  assert metrics.rounded(count) == told

@@ -3,9 +3,10 @@
     python -m experiments.studies.coevolution --seeds=0,1 --workdir=runs/ccdd --out=experiments/reports/ccdd
 
 The arms: `tokens`, masked diffusion of the same layers; `context`, with latents that know the whole grid; `random`, with those
-that know one token, the control; `corrupted`, with latents of what is visible, whose loss is a bound; `slower`, whose latents
-decay slower than tokens. What is trained stands in the work folder, and is not trained again. Writes results.json, numbers.md
-(nats a cell; `conditional` where it is no bound), table.md and coevolution.png (right grids against denoising steps).
+that know one token, the control; `corrupted`, with latents of what is visible, whose loss is a bound; and, if asked for,
+`slower`, whose latents decay slower than tokens, and `mdit`, `mmdit` and `moe`, `context` with the paper's networks.
+What is trained stands in the work folder, and is not trained again. Writes results.json, numbers.md (nats a cell;
+`conditional` where it is no bound), table.md and coevolution.png (right grids against denoising steps).
 """
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ FLAGS = flags.FLAGS
 
 CCDD = 'experiments/configs/ccdd.py'
 ARMS = {'tokens': ('experiments/configs/masked_diffusion.py', ''), 'context': (CCDD, ''), 'random': (CCDD, 'encoder=tokens'),
-        'corrupted': (CCDD, 'source=corrupted'), 'slower': (CCDD, 'times=slower')}
+        'corrupted': (CCDD, 'source=corrupted'), 'slower': (CCDD, 'times=slower'),
+        **{kind: (CCDD, f'kind={kind}') for kind in ('mdit', 'mmdit', 'moe')}}
 
 
 def run(arm: str, seed: int) -> dict:
@@ -87,7 +89,7 @@ def define_flags():
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of both configurations, of Sudoku: cpu or gpu.')
-  flags.DEFINE_list('arms', list(ARMS), 'Which arms.')
+  flags.DEFINE_list('arms', ['tokens', 'context', 'random', 'corrupted'], f'Of {", ".join(ARMS)}.')
   flags.DEFINE_list('steps', ['4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'confidence'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_integer('samples', 512, 'Grids of every row.', lower_bound=1)

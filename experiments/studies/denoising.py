@@ -2,10 +2,11 @@
 
     python -m experiments.studies.denoising --seeds=0,1 --workdir=runs/diffusion --out=experiments/reports/masked_diffusion
 
-Trains a denoiser for every number of loops (--depths=1,2,4) and seed, and with --ar a model of the same layers that writes a grid cell by
-cell; then measures the bound at every number of loops, and what part of --samples grids is right (valid, and with its clues)
-for every order, number of denoising steps and number of loops in each. MFLOP is what a grid costs. What is trained stands in
-the work folder, and is not trained again. Writes results.json, bounds.md, table.md and denoising.png.
+Trains a denoiser for every number of loops (--depths=1,2,4) and seed; with --ar a model of the same layers that writes a
+grid cell by cell; and with --consistency one checkpoint that is asked at all these numbers of loops. Then measures the
+bound at every number of loops, and what part of --samples grids is right (valid, and with its clues) for every order, number
+of denoising steps and number of loops in each. MFLOP is what a grid costs. What is trained stands in the work folder, and is
+not trained again. Writes results.json, bounds.md, table.md and denoising.png.
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ FLAGS = flags.FLAGS
 
 CONFIG = 'experiments/configs/masked_diffusion.py'
 NEXT = 'cell by cell'
+CONSISTENT = 'consistency'
 ROWS = 256  # grids at a time
 REMASKING = {'cap 0.1': orders.Resampling(sigma=orders.Cap(eta=0.1)), 'rescale 0.5': orders.Resampling(
     sigma=orders.Rescale(eta=0.5))}
@@ -42,10 +44,11 @@ def given_loops() -> list[int]:
   return [int(loops) for loops in FLAGS.depths or (1, 2, 4)]
 
 
-def trained(loops: int, seed: int, workdir: Path, kind: str = '') -> Any:
-  """The model of a run, which is trained or resumed first."""
-  folder = workdir / f'loops{loops}{"_kindar" if kind else ""}_seed{seed}'
-  command.train(f'{CONFIG}:{FLAGS.size},loops={loops}{kind}', folder, *FLAGS['set'].value, f'train.seed={seed}')
+def trained(loops: int, seed: int, workdir: Path, more: str = '') -> Any:
+  """The model of a run, which is trained or resumed first; more: an argument of the configuration, such as kind=ar."""
+  folder = workdir / f'loops{loops}{"_" * bool(more)}{more.replace("=", "")}_seed{seed}'
+  argument = f'{FLAGS.size},loops={loops}{"," * bool(more)}{more}'
+  command.train(f'{CONFIG}:{argument}', folder, *FLAGS['set'].value, f'train.seed={seed}')
   return loopformer.load(folder), folder
 
 
@@ -94,24 +97,29 @@ def written(loaded: Any) -> float:
 def run(seed: int, workdir: Path) -> Iterator[dict]:
   """Measures of one seed, so far: after every order."""
   found = {'bounds': {}, 'solved': []}
-  for loops in given_loops():
-    loaded, folder = trained(loops, seed, workdir)
+  models = [(str(loops), loops, '', [loops]) for loops in given_loops()]
+  if FLAGS.consistency:
+    models.append((f'{max(given_loops())}, {CONSISTENT}', max(given_loops()), f'consistency={FLAGS.consistency:g}', given_loops()))
+  for name, trained_with, more, measured in models:
+    loaded, folder = trained(trained_with, seed, workdir, more)
     length = loaded.config.task.length
-    found['bounds'][f'trained with {loops}'] = bounds(loaded, folder, given_loops())
-    for name in FLAGS.orders:
-      for steps in map(int, FLAGS.steps):
-        cost = loaded.model.flops(length, loops) * length * steps
-        found['solved'].append({'loops': loops, 'order': name, 'steps': steps, 'MFLOP': round(cost / 1e6, 3),
-                                'solved': solved(loaded, ORDERS[name], steps, loops)})
+    found['bounds'][f'trained with {name}'] = bounds(loaded, folder, given_loops())
+    for order in FLAGS.orders:
+      for loops in measured:
+        for steps in map(int, FLAGS.steps):
+          cost = loaded.model.flops(length, loops) * length * steps
+          found['solved'].append({
+              'trained with': name, 'loops': loops, 'order': order, 'steps': steps, 'MFLOP': round(cost / 1e6, 3),
+              'solved': solved(loaded, ORDERS[order], steps, loops)})
       yield found
   if FLAGS.ar:
     loops = int(FLAGS.ar)
-    loaded, folder = trained(loops, seed, workdir, ',kind=ar')
+    loaded, folder = trained(loops, seed, workdir, 'kind=ar')
     row, = evaluate(loaded.model, loaded.params, held_out(loaded.config, folder, loaded.config.train.eval_batches),
                     {'all': plans.resolve(loops)}, None, loaded.config.task.measure)
     length = loaded.config.task.length
     found['bounds'][NEXT] = {str(loops): {'loss': row['loss'], 'error': 0.0}}
-    found['solved'].append({'loops': loops, 'order': NEXT, 'steps': length, 'solved': written(loaded),
+    found['solved'].append({'trained with': str(loops), 'loops': loops, 'order': NEXT, 'steps': length, 'solved': written(loaded),
                             'MFLOP': round(loaded.model.flops(length, loops) * length / 1e6, 3)})
     yield found
 
@@ -126,8 +134,8 @@ def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
   second = {}
   for seed, found in results.items():
     for row in found['solved']:
-      key = row['loops'], row['order'], row['steps']
-      second.setdefault(key, {name: row[name] for name in ('loops', 'order', 'steps', 'MFLOP')})[
+      columns = ('trained with', 'loops', 'order', 'steps', 'MFLOP')
+      second.setdefault(tuple(row[name] for name in columns[:-1]), {name: row[name] for name in columns})[
           f'seed {seed}'] = round(row['solved'], 4)
   seeds = [f'seed {seed}' for seed in results]
   return tuple([{**row, **{seed: row.get(seed, '') for seed in seeds}} for row in table.values()]
@@ -144,11 +152,11 @@ def draw(path: Path, results: dict[str, dict]):
   figure, panels = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), layout='constrained', sharey=True,
                                    squeeze=False)
   for name, axes in zip(names, panels[0]):
-    for loops in dict.fromkeys(row['loops'] for row in rows if row['order'] == name):
-      own = [row for row in rows if (row['order'], row['loops']) == (name, loops)]
+    for model, loops in dict.fromkeys((row['trained with'], row['loops']) for row in rows if row['order'] == name):
+      own = [row for row in rows if (row['order'], row['trained with'], row['loops']) == (name, model, loops)]
       costs = sorted({row['MFLOP'] for row in own})
       axes.plot(costs, [np.mean([row['solved'] for row in own if row['MFLOP'] == cost]) for cost in costs], marker='o',
-                label=f'{loops} loops')
+                linestyle=':' if CONSISTENT in model else '-', label=f'{loops} loops' + f' of {model}' * (CONSISTENT in model))
     for row in rows:
       if row['order'] == NEXT:
         axes.plot([row['MFLOP']], [row['solved']], 'kx', label=NEXT if axes is panels[0][0] else None)
@@ -167,6 +175,8 @@ def define_flags():
   flags.DEFINE_list('steps', ['1', '4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'likeliest', 'margin', 'confidence'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_string('ar', '', 'Loops of a model that writes cell by cell; none by default.')
+  flags.DEFINE_float('consistency', 0.0, 'Weight of the consistency of one more model, of the most loops, which is asked at all.',
+                     lower_bound=0.0)
   flags.DEFINE_integer('samples', 512, 'Grids of every row.', lower_bound=1)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.tools import plots, records
 from loopformer import storage
+from loopformer.data.tokenizer import prompt_ids
 from loopformer.diffusion.sampler import HOLE
 from loopformer.inference.tracing import Insight
 from loopformer.training import metrics
@@ -24,7 +25,7 @@ def encoded(model: Any, params: Any, tokenizer: Any, prompt: str, number: int) -
                         '<mask> or <mask:5>')
     ids = model.sampler.serve(model, params, tokenizer, rows=1).encode(prompt)
   else:
-    ids = tokenizer.encode(prompt)
+    ids = prompt_ids(tokenizer, prompt)
   if not ids:
     raise ConfigError(f'--prompt={prompt!r}: prompt {number} has no tokens to inspect; give a text')
   if len(ids) > model.read_in.length:

@@ -24,6 +24,16 @@ class Cell(nn.Module):
     """Whether a step takes the input in again."""
     return False
 
+  @property
+  def most(self) -> int | None:
+    """The most steps of a plan that it can run; None: as many as are asked for."""
+    return None
+
+  @property
+  def tokenwise(self) -> bool:
+    """Whether a token may keep its state while others take more steps, so that exits can let it go."""
+    return True
+
   def check(self, width: int):
     """Raises ConfigError where its parts do not fit each other, or the model's width."""
 
@@ -79,6 +89,16 @@ class Around(Cell):
     """As of the inner cell."""
     return self.inner.injects
 
+  @property
+  def most(self) -> int | None:
+    """As of the inner cell."""
+    return self.inner.most
+
+  @property
+  def tokenwise(self) -> bool:
+    """As of the inner cell."""
+    return self.inner.tokenwise
+
   def check(self, width: int):
     """Raises ConfigError where the inner cell cannot be taken step by step, or does not fit."""
     if not self.of.stepwise:
@@ -109,3 +129,10 @@ class Around(Cell):
   def output(self, state: Any) -> Array:
     """As of the inner cell."""
     return self.inner.output(state)
+
+  def of_one_array(self, state: Any) -> Array:
+    """The state, for what is defined of one array alone. Raises ConfigError where the inner cell's is a tree of several."""
+    if isinstance(state, Array):
+      return state
+    raise ConfigError(f'model.cell = {type(self).__name__}: the state of {type(self.of).__name__} is a tree of several arrays; '
+                      f'put {type(self).__name__} around a cell whose state is one, such as Plain')

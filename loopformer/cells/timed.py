@@ -16,6 +16,11 @@ class Timed(Cell):
   condition: Trajectory | LoopIndex | StepNumber | NoiseTime
   modulation: Modulation | Table
 
+  @property
+  def most(self) -> int | None:
+    """The most steps of a plan, where each has modulations of its own; None: as many as are asked for."""
+    return self.modulation.most
+
   def check(self, width: int):
     """Raises ConfigError where the parts do not fit each other, or the model's width."""
     if not self.core.block.modulated:

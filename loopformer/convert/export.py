@@ -27,7 +27,7 @@ from loopformer import storage
 from loopformer.convert import description, llama, own, table, tensors
 from loopformer.convert.pretrained import CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer, ends_of
+from loopformer.data.tokenizer import MODEL, ByteTokenizer, PieceTokenizer, Tokenizer, ends_of, start_of
 from loopformer.model import Looped, parameter_shapes
 from loopformer.nn import low_rank
 from loopformer.nn.layers import DTYPES
@@ -92,10 +92,11 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
   eos, ends = (None, None) if tokenizer is None else (tokenizer.eos, list(ends_of(tokenizer)))
   ends = ends if ends is None or len(ends) > 1 else eos
   # The classes of transformers give the token of padding that config.json names no gradient, and ours ends texts.
-  config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': None, 'pad_token_id': None if decoder else eos,
+  start = start_of(tokenizer)
+  config |= {'dtype': dtype, 'torch_dtype': dtype, 'bos_token_id': start, 'pad_token_id': None if decoder else eos,
              'eos_token_id': ends, 'use_cache': True, WRITER: loopformer.__version__}
   files = {} if tokenizer is None else _tokenizer_files(tokenizer, model.read_in.length)
-  files[GENERATION] = {'bos_token_id': None, 'pad_token_id': eos, 'eos_token_id': ends, 'use_cache': True}
+  files[GENERATION] = {'bos_token_id': start, 'pad_token_id': eos, 'eos_token_id': ends, 'use_cache': True}
   if tokenizer is not None and tokenizer.vocab_size < model.outputs:  # rows of the head that no text has
     files[GENERATION]['suppress_tokens'] = list(range(tokenizer.vocab_size, model.outputs))
   if decoder is None:
@@ -178,6 +179,9 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
     about['eos_token'] = about['pad_token'] = added[tokenizer.eos]
     if chat:  # what its template reads, where it is not ours to say
       about = {name: value for name, value in chat.names if value in added.values()} | about
+  first = next((name for name, i in chat.specials().items() if i == chat.start), None) if chat else None
+  if first is not None:
+    about |= {'add_bos_token': True, 'bos_token': first}
   if chat and chat.template is not None:
     files[TEMPLATE] = chat.template.encode()
   return files | {TOKENIZER_CONFIG: about}

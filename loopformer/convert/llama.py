@@ -28,7 +28,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from loopformer import config as configs
+from loopformer import config as configs, reading
 from loopformer.cells.plain import Normed, Plain
 from loopformer.convert import published
 from loopformer.convert.table import HEAD, Entry, Row, Span, check_count, row
@@ -139,6 +139,7 @@ class Naming:
 
 
 HUGGING_FACE = Naming()
+AGAIN = 'correct it, or download it again'
 
 
 def end_rows(decoder: Decoder) -> list[Row]:
@@ -319,31 +320,30 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   if missing:
     raise ConfigError(f'{where}: {missing[0]} is missing; it must have {", ".join(names)}')
   vocab, width, hidden, layers, heads = (config[name] for name in names)
-  kind = FAMILIES[family]
+  kind, rotary = FAMILIES[family], _rope(config, where)
   biased = kind.biased or (ALL if config.get('attention_bias') else ())
   if (kind.qk or kind.looped) and biased:
     raise ConfigError(f'{where}: attention_bias = True: {family} is read without biases; choose a model without')
   if kind.looped and config.get('num_loops') is None:
     raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; write '
                       'it')
-  try:
+  with reading.naming(where, AGAIN):
     for name, value in (*((name, config[name]) for name in names), ('head_dim', config.get('head_dim') or 1)):
       check_count(name, value)
     head = config.get('head_dim') or None
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
                    head=None if head is None or head * heads == width else head,
-                   groups=config.get('num_key_value_heads') or heads, rotary=_rope(config, where),
+                   groups=config.get('num_key_value_heads') or heads, rotary=rotary,
                    length=config.get('max_position_embeddings', 2048), eps=float(config.get('rms_norm_eps', kind.eps)),
                    tied=config.get('tie_word_embeddings', False), biased=biased,
                    loops=config['num_loops'] if kind.looped else 1,
                    between=kind.looped and not config.get('skip_loop_final_norm', False))
-  except ConfigError as error:
-    raise ConfigError(f'{where}: {error}') from error
 
 
 # Fields of which another value than these makes another model of the same weights.
 PLAIN = {
     'hidden_act': (None, 'silu', 'swish'), 'mlp_bias': (None, False), 'quantization_config': (None,),
+    'is_causal': (None, True), 'use_bidirectional_attention': (None, False),
     **dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping', 'logit_softcap', 'clip_qkv', 'qk_layernorm',
                      'use_qk_norm'), (None, False)),
     **dict.fromkeys(('embedding_multiplier', 'residual_multiplier', 'logits_scaling', 'embed_scale'), (None, 1)),
@@ -352,6 +352,7 @@ PLAIN = {
 # weights.
 LOOPED = ('num_loops', 'total_ut_steps', 'mean_recurrence', 'n_layers_in_recurrent_block', 'n_loop', 'max_loops',
           'max_model_loops')
+WINDOWS = {'mistral': 4096}  # of a family whose config.json does not say; null there is none
 OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layers', 'loop_middle_layers',
            'loop_share_kv')
 
@@ -359,50 +360,67 @@ OPTIONS = ('emb_neighbor_num', 'insert_ngram_layer_idx', 'ngram_insert_all_layer
 def _refuse(config, where):
   for name, plain in PLAIN.items():
     if config.get(name) not in plain:
-      raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, scores, logits '
-                        'and embeddings that are neither capped nor scaled, and weights as they are; choose a model of '
-                        'this form')
+      raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, attention to all '
+                        'earlier tokens, scores, logits and embeddings that are neither capped nor scaled, and weights as '
+                        'they are; choose a model of this form')
   looped = FAMILIES[config['model_type']].looped
   for name in LOOPED if not looped else ():
     if config.get(name) not in (None, 1):
       raise ConfigError(f'{where}: {name} = {config[name]}: its layers run several times, and a {config["model_type"]} '
                         'has each once; write the model_type of its own code, or give kind')
+  code = config.get('auto_map') if isinstance(config.get('auto_map'), Mapping) else {}
+  own = next((code[name] for name in ('AutoModelForCausalLM', 'AutoModel') if code.get(name)), None)
+  if own and not looped:
+    raise ConfigError(f'{where}: auto_map = {own}: its model is computed by code of its own, of which nothing is known here; '
+                      f'where it is a {config["model_type"]} like others, remove auto_map')
   for name in OPTIONS + tuple(name for name in config if name.startswith('enable_')) if looped else ():
     if config.get(name):
       raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known '
                         'here; choose a model for which it is off')
-  window, length = config.get('sliding_window'), config.get('max_position_embeddings', 2048)
-  slides = config.get('use_sliding_window', config['model_type'] == 'mistral') or (
-      set(config.get('layer_types') or ()) - {'full_attention'})
-  if slides and (window is None and config.get('layer_types') or window is not None and window < length):
-    name = 'sliding_window' if window is not None else 'layer_types'
-    remedy = '' if window is None else (f', or write max_position_embeddings = {window} (it is {length}), up to which '
-                                        'both are the same')
-    raise ConfigError(f'{where}: {name} = {config[name]}: attention is read to all earlier tokens alone; choose a model '
-                      f'of this form{remedy}')
+  window, length = config.get('sliding_window', WINDOWS.get(config['model_type'])), config.get('max_position_embeddings', 2048)
+  others = set(config.get('layer_types') or ()) - {'full_attention'}
+  if others - {'sliding_attention'} or window is None and others:
+    raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; choose a model '
+                      'of this form')
+  slides = others or config.get('use_sliding_window', config['model_type'] in WINDOWS)
+  if slides and window is not None and window < length:
+    raise ConfigError(f'{where}: sliding_window = {window}: attention is read to all earlier tokens alone; choose a model of '
+                      f'this form, or write max_position_embeddings = {window} (it is {length}), up to which both are the same')
 
 
 STRETCH = {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
            'original': 'original_max_position_embeddings'}  # fields of StretchedRotary -> of rope_scaling
+ROPE = ('rope_theta', 'partial_rotary_factor')
 
 
 def _rope(config, where) -> Rotary:
-  """The rotary positions."""
-  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  kind = rope.get('rope_type', rope.get('type', 'default'))
+  """The rotary positions: said at the top, in rope_scaling (whose kind was called `type`) or in rope_parameters."""
+  said = {'config.json': {name: config.get(name) for name in ROPE}} | {
+      source: config.get(source) or {} for source in ('rope_scaling', 'rope_parameters')}
+  rope = {}
+  for source, fields in said.items():
+    for name, value in fields.items():
+      if isinstance(value, Mapping):
+        raise ConfigError(f'{where}: {source}.{name} = {value}: rotary positions are read that are the same in all layers; '
+                          'choose a model of this form')
+      name = 'rope_type' if name == 'type' else name
+      if value is not None and rope.setdefault(name, value) != value:
+        raise ConfigError(f'{where}: {source}: {name} = {value}, but elsewhere it is {rope[name]}; leave one of them')
+  kind = rope.get('rope_type', 'a factor without rope_type' if 'factor' in rope else 'default')
   if kind not in ('default', 'llama3'):
     raise ConfigError(f'{where}: rope_scaling = {kind}: rotary positions can be read as they are, or scaled as llama3; '
                       'choose a model of this form')
-  factor = config.get('partial_rotary_factor', rope.get('partial_rotary_factor', 1.0))
+  factor = rope.get('partial_rotary_factor', 1.0)
   if factor != 1.0:
     raise ConfigError(f'{where}: partial_rotary_factor = {factor}: only rotary positions of whole heads can be read')
-  base = float(rope.get('rope_theta', config.get('rope_theta', 10_000.0)))
-  if kind == 'default':
-    return Rotary(base=base)
-  missing = [name for name in STRETCH.values() if rope.get(name) is None]
-  if missing:
-    raise ConfigError(f'{where}: rope_scaling = llama3: {missing[0]} is missing; it must have {", ".join(STRETCH.values())}')
-  return StretchedRotary(base=base, **{name: rope[theirs] for name, theirs in STRETCH.items()})
+  with reading.naming(where, AGAIN):
+    base = float(rope.get('rope_theta', 10_000.0))
+    if kind == 'default':
+      return Rotary(base=base)
+    missing = [name for name in STRETCH.values() if rope.get(name) is None]
+    if missing:
+      raise ConfigError(f'rope_scaling = llama3: {missing[0]} is missing; it must have {", ".join(STRETCH.values())}')
+    return StretchedRotary(base=base, **{name: rope[theirs] for name, theirs in STRETCH.items()})
 
 
 def write_config(decoder: Decoder) -> dict[str, Any]:

@@ -13,22 +13,23 @@ import numpy as np
 
 from loopformer import reading, sharding, storage
 from loopformer.cells.damped import Damped
-from loopformer.convert import description, gguf, llama, official, own, published, table, tensors
-from loopformer.convert.adapters import with_adapter
+from loopformer.convert import adapters, description, gguf, llama, official, own, published, table, tensors
 from loopformer.convert.retrofit import adapter as new_adapter, recurrent
 from loopformer.convert.table import HEAD, Entry, check_count
 from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, Tokenizer, id_of, json_text,
-                                        json_tokenizer)
+from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of, json_text,
+                                       json_tokenizer)
 from loopformer.model import Looped, parameter_roles, parameter_shapes
 from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params, config_dataclass, real, whole
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 GENERATION, TEMPLATE, SPECIAL = 'generation_config.json', 'chat_template.jinja', 'special_tokens_map.json'
+ADDED = 'added_tokens.json'  # by name, of tokenizers without a tokenizer.json
 NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')  # that templates read
 AGAIN = 'download it again'
+EMBEDDING = 'model.embed_tokens.weight'
 
 
 def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: int = 0, coda: int = 0,
@@ -74,17 +75,21 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   if dtype not in (None, *DTYPES):
     raise ConfigError(f'dtype = {dtype!r}: use one of {", ".join(DTYPES)}')
   given, dtype = dtype, dtype or 'float32'
-  path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL))
+  path = storage.fetched(folder, beside=(TOKENIZER, TOKENIZER_CONFIG, GENERATION, TEMPLATE, SPECIAL,
+                                         *(part.name for part in gguf.parts(Path(str(folder))))))
   if path.suffix == '.gguf' and path.is_file():
     metadata, held = gguf.read(path)
     with reading.naming(path, AGAIN):
       decoder = gguf.read_config(metadata, held, path)
       naming = gguf.NAMINGS[decoder.family]
       inside = None if (path.parent / TOKENIZER).exists() else gguf.read_tokenizer(metadata, path)
-    both, end = path, {'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id')}
-    tokenizer = read_tokenizer(path.parent, end, inside, metadata.get('tokenizer.chat_template'))
+    both, held = path, held.only(set(held) - {gguf.FACTORS})
+    tokenizer = read_tokenizer(path.parent, gguf.special_ids(metadata), inside, metadata.get('tokenizer.chat_template'))
   else:
     config = _read_json(path / CONFIG)
+    if adapter is None and (path / adapters.CONFIG).exists():
+      raise ConfigError(f'{path}: it holds an adapter beside the model ({adapters.CONFIG}); give adapter={path}, and it is '
+                        f'added, or take {adapters.CONFIG} away')
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
     kind = None if ours else published.kind_of(config)
     if kind is not None:
@@ -95,7 +100,10 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       tokenizer = read_tokenizer(path, config)
       return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
-    held = held if adapter is None else with_adapter(held, adapter)
+    if not ours:
+      with reading.naming(path, AGAIN):
+        held = tensors.bare(held)
+    held = held if adapter is None else adapters.with_adapter(held, adapter)
     both = f'{path / CONFIG} and {tensors.NAME if (path / tensors.NAME).exists() else tensors.INDEX} beside it'
     if ours:
       _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
@@ -166,11 +174,16 @@ def _check_uncut(path: Any, **given: Any):
 def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Any,
                  put: Callable[[str, np.ndarray], Array]) -> Params:
   """Parameters out of tensors that lie where `entries` say; buffers and the copy of a tied head are passed over."""
+  if decoder.tied and EMBEDDING not in held and HEAD in held:  # of shared tensors some writers keep the first by name
+    held = Tensors({EMBEDDING if name == HEAD else name: held.tensor(name) for name in held})
   given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
   head = given.pop(HEAD, None) if decoder.tied else None
+  if not decoder.tied and EMBEDDING in given and HEAD not in given:
+    raise ConfigError(f'{path}: tensor {HEAD!r} is missing; where the embedding is the head, write "tie_word_embeddings": '
+                      'true in config.json, or else download the weights again')
   tensors.compare(table.shapes(entries, decoder.sizes)[0], given, path)
   own.check_floats(held, given, path)
-  if head is not None and not np.array_equal(held[HEAD], held['model.embed_tokens.weight']):
+  if head is not None and not np.array_equal(held[HEAD], held[EMBEDDING]):
     raise ConfigError(f'{path}: tensor {HEAD!r} differs from the embedding, though tie_word_embeddings is true; set '
                       'that to false in config.json')
   return unflatten_dict(table.to_ours(entries, held, decoder.sizes, put), sep='/')
@@ -196,6 +209,13 @@ def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None
   """
   about, generation, special = (_read_json(folder / name) if (folder / name).exists() else {}
                                 for name in (TOKENIZER_CONFIG, GENERATION, SPECIAL))
+  # As in transformers: what newer versions wrote is whole, and to what older ones did the map of tokens is added.
+  about = special | about if 'added_tokens_decoder' in about else about | special
+  wrong = [name for name in NAMED if not isinstance(_content(about.get(name)), str | None)]
+  wrong += ['added_tokens_decoder'] * (not isinstance(about.get('added_tokens_decoder'), dict | None))
+  if wrong:
+    raise ConfigError(f'{folder / TOKENIZER_CONFIG}: {wrong[0]} = {about[wrong[0]]!r}: it is no name of a token, and no table of '
+                      f'them; {AGAIN}')
   found = given or _plain_tokenizer(folder, config, about)
   if found is None:
     return None
@@ -208,13 +228,29 @@ def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None
                       'tokenizer; correct it')
   stops = tuple(end for end in dict.fromkeys(ends) if end != found.eos and end not in wrong)
   template = _template(folder, about) or template
-  if not stops and template is None:
+  start = _start(found, about, config)
+  if not stops and template is None and start is None:
     return found
-  names = {name: _content(special.get(name)) or _content(about.get(name)) for name in NAMED}
   names = {'bos_token': _name_of(found, config.get('bos_token_id')), 'eos_token': _name_of(found, found.eos)} | {
-      name: value for name, value in names.items() if value}
-  return ChatTokenizer(of=found, stops=stops, template=template,
-                       names=tuple((name, value) for name, value in names.items() if value is not None))
+      name: _content(about[name]) for name in NAMED if name in about}
+  with reading.naming(folder, 'correct it'):
+    return ChatTokenizer(of=found, stops=stops, template=template, start=start,
+                         names=tuple((name, value) for name, value in names.items() if value is not None))
+
+
+BEGUN = ('LlamaTokenizer', 'LlamaTokenizerFast', 'CodeLlamaTokenizer', 'CodeLlamaTokenizerFast')
+
+
+def _start(found: Tokenizer, about: dict[str, Any], config: dict[str, Any]) -> int | None:
+  """The id that transformers' tokenizer begins a text with: as its configuration says or its class does, or else its
+  post-processor."""
+  said = about.get('add_bos_token', config.get('add_bos_token'))
+  said = True if said is None and about.get('tokenizer_class') in BEGUN else said
+  if said is None:
+    return found.added_first if isinstance(found, JsonTokenizer) else None
+  if not said:
+    return None
+  return found.specials().get(_content(about['bos_token'])) if 'bos_token' in about else config.get('bos_token_id')
 
 
 def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]) -> Tokenizer | None:
@@ -222,7 +258,9 @@ def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]
     return ByteTokenizer()
   if (folder / MODEL).exists() and (about.get(description.MODEL_TYPE) == 'pieces' or
                                     not (folder / TOKENIZER).exists()):
-    return GivenPieces(path=str(folder / MODEL)).build(())
+    found = GivenPieces(path=str(folder / MODEL)).build(())
+    _check_added(folder, MODEL, found.known(), about)
+    return found
   if not (folder / TOKENIZER).exists():
     return None
   text, named, numbered = json_text(folder / TOKENIZER), about.get('eos_token'), config.get('eos_token_id')
@@ -231,7 +269,20 @@ def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]
   if numbered is None or numbered == []:
     raise ConfigError(f'{folder}: neither eos_token in {TOKENIZER_CONFIG} nor eos_token_id in {CONFIG}, and texts must '
                       'end; write one of them')
-  return json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
+  found = json_tokenizer(text, numbered[0] if isinstance(numbered, list) else numbered, folder / TOKENIZER)
+  _check_added(folder, TOKENIZER, found.known(), about)
+  return found
+
+
+def _check_added(folder: Path, name: str, known: set[str], about: dict[str, Any]):
+  """Raises ConfigError where other files add tokens to those that a tokenizer knows, but for that of padding, which no text
+  has."""
+  added = list(_read_json(folder / ADDED)) if (folder / ADDED).exists() else []
+  added += [_content(token) for token in (about.get('added_tokens_decoder') or {}).values()]
+  more = [token for token in added if token not in known and token != _content(about.get('pad_token'))]
+  if more:
+    raise ConfigError(f'{folder}: other files add {more[0]!r} to the tokens of {name}; put a {TOKENIZER} there that has all of '
+                      'them, which transformers writes (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))')
 
 
 def _content(token: Any) -> Any:
@@ -251,13 +302,19 @@ def _template(folder: Path, about: dict[str, Any]) -> str | None:
   found = about.get('chat_template')
   if isinstance(found, list):
     named = {row.get('name'): row.get('template') for row in found if isinstance(row, dict)}
-    found = named.get('default') or next(iter(named.values()), None)
+    found = next(iter(named.values())) if len(named) == 1 else named.get('default')
+    if found is None and named:
+      raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template has {", ".join(map(repr, named))}, and none is called '
+                        f'default; write the one that you want as {TEMPLATE}')
   if not isinstance(found, str | None):
     raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template is {type(found).__name__}, not text; {AGAIN}')
   return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+  if path.name == CONFIG and not path.exists() and (path.parent / adapters.CONFIG).exists():
+    raise ConfigError(f'{path.parent}: it holds an adapter and no model; give the folder of the model that it was trained on, '
+                      f'with adapter={path.parent}')
   if not path.exists():
     raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
                       '.gguf file')

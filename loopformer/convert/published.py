@@ -18,6 +18,8 @@ from loopformer.convert.table import check_count
 from loopformer.types import ConfigError, config_dataclass
 
 OFF = (None, False, 0)
+# What embeddings are multiplied by, and so is the noise that the loop begins with, of this deviation before.
+HUGINN = {'embed_scale': math.sqrt, 'std': lambda width: math.sqrt(2 / (5 * width))}
 
 
 @config_dataclass
@@ -38,7 +40,7 @@ class Published:
 
 
 SECTIONS = {'n_layers_in_prelude': 'P', 'n_layers_in_recurrent_block': 'K', 'n_layers_in_coda': 'C'}
-EVERYWHERE = {'quantization_config': (None,), 'rope_scaling': (None,), 'bias': OFF, 'logit_softcap': (None,),
+EVERYWHERE = {'quantization_config': (None,), 'is_causal': (True,), 'rope_scaling': (None,), 'bias': OFF, 'logit_softcap': (None,),
               'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}
 NANO = Published(names=(), heads='n_head', loops=('max_model_loops', 'max_loops', 'n_loop'), needed=False, length='',
                  sizes={'n_embd': 'D', 'n_layer': 'N', 'vocab_size': 'V', 'intermediate_dim': 'F', 'block_size': 'T'},
@@ -121,10 +123,12 @@ def read(config: Mapping[str, Any], where: Any) -> Told:
   if others := set(config.get('layer_types') or ()) - {'full_attention'}:
     raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; this '
                       'model has no counterpart')
-  scale, width = _at(config, 'init_values.embed_scale'), config.get('n_embd')
-  if kind == 'huginn' and None not in (scale, width) and not math.isclose(scale, math.sqrt(width), rel_tol=1e-4):
-    raise ConfigError(f'{where}: init_values.embed_scale = {scale}: the huginn models that are read scale embeddings by '
-                      f'the root of n_embd, {math.sqrt(width):g}; this one has no counterpart')
+  width = config.get('n_embd')
+  for field, power in HUGINN.items() if kind == 'huginn' and width is not None else ():
+    value, wanted = _at(config, f'init_values.{field}'), power(width)
+    if value is not None and not math.isclose(value, wanted, rel_tol=1e-4):
+      raise ConfigError(f'{where}: init_values.{field} = {value}: the huginn models that are read have {wanted:g} where n_embd '
+                        f'is {width}; this one has no counterpart')
   loops = next((config[name] for name in how.loops if config.get(name) is not None), None)
   if loops is None and how.needed:
     raise ConfigError(f'{where}: {how.loops[0]} is missing, and no shape of the weights shows how often the layers '

@@ -104,6 +104,24 @@ def read_any(folder: Path) -> Mapping[str, Any]:
   return files.read(found[0])
 
 
+WRAPPERS = ('_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')  # of PyTorch around modules
+
+
+def bare(held: Tensors) -> Tensors:
+  """Tensors of a decoder as it calls them itself: without names of wrappers, and with one `model.`, which the files of a
+  bare stack lack and some have twice. Raises ConfigError where two become one."""
+  found = {}
+  for name in held:
+    parts = [part for part in name.split('.') if part not in WRAPPERS]
+    while parts[:2] == ['model', 'model']:
+      parts = parts[1:]
+    own = '.'.join(['model', *parts] if parts[:1] in (['embed_tokens'], ['layers'], ['norm']) else parts)
+    if own in found:
+      raise ConfigError(f'tensors {found[own]!r} and {name!r} are both {own!r} without what is around it; remove one')
+    found[own] = name
+  return Tensors({own: held.tensor(name) for own, name in found.items()})
+
+
 def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]) -> Tensors:
   places = reading.read_json(folder / index, 'download it again').get('weight_map')
   if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):

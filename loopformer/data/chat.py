@@ -30,21 +30,23 @@ Message = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTokenizer(Tokenizer):
-  """The tokenizer `of`, other ids that end what is generated, and a template for chats.
+  """The tokenizer `of`, other ids that end what is generated, one that begins texts, and a template for chats.
 
   stops: ids besides its `eos`; template: None for none; names: special tokens that the template reads, such as
-  ('bos_token', '<s>').
+  ('bos_token', '<s>'); start: the id before a text that is no chat (in chats the template says what begins them).
   """
 
   of: Tokenizer
   stops: tuple[int, ...] = ()
   template: str | None = dataclasses.field(default=None, repr=False)
   names: tuple[tuple[str, str], ...] = ()
+  start: int | None = None
 
   def __post_init__(self):
-    for stop in self.stops:
-      if type(stop) is not int or not 0 <= stop < self.vocab_size:
-        raise ConfigError(f'stops = {self.stops}: {stop!r} is none of the ids 0 .. {self.vocab_size - 1}')
+    for name, ids in (('stops', self.stops), ('start', () if self.start is None else (self.start,))):
+      for i in ids:
+        if type(i) is not int or not 0 <= i < self.vocab_size:
+          raise ConfigError(f'{name} = {getattr(self, name)}: {i!r} is none of the ids 0 .. {self.vocab_size - 1}')
 
   @property
   def vocab_size(self):
@@ -83,13 +85,14 @@ class ChatTokenizer(Tokenizer):
     return self.of.hugging_face()
 
   def fingerprint(self):
-    about = json.dumps([self.of.fingerprint(), self.stops, self.template, self.names])
+    start = [] if self.start is None else [self.start]  # of which older folders know nothing
+    about = json.dumps([self.of.fingerprint(), self.stops, self.template, self.names, *start])
     return hashlib.sha256(about.encode()).hexdigest()
 
   def save(self, folder):
     self.of.save(storage.path(folder) / INNER)
     write_about(folder, {'kind': 'chat', 'stops': self.stops, 'template': self.template, 'names': dict(self.names),
-                         'fingerprint': self.fingerprint()})
+                         'start': self.start, 'fingerprint': self.fingerprint()})
 
   # Chats
 
@@ -333,7 +336,7 @@ def around(saved: Mapping[str, Any], folder: Any) -> Tokenizer:
     return MarkedTokenizer(of=of)
   with reading.naming(folder / FILE, 'delete the folder and prepare the data again'):
     return ChatTokenizer(of=of, stops=tuple(saved['stops']), template=saved['template'],
-                         names=tuple(saved['names'].items()))
+                         names=tuple(saved['names'].items()), start=saved.get('start'))
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

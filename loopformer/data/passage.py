@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from loopformer.data.tokenizer import before_text
 from loopformer.types import ConfigError, whole
 
 
@@ -13,10 +14,11 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
             ) -> Iterator[dict[str, np.ndarray]]:
   """Batches in which every token of a text has weight once.
 
-  The text begins as documents do, after the token that ends one. Windows of up to `length` tokens begin `stride` tokens
-  apart, and each counts those of its tokens that none before it did: with a stride of the length every token is read
-  once, and the first of a window is predicted from one token alone; with a shorter one every token but the first ones
-  is predicted from length - stride tokens or more, at length / stride times the cost. A text that is shorter than a
+  The text begins as documents do, after the token that begins one (`start` of the tokenizer), or else the one that ends
+  one. Windows of up to `length` tokens begin `stride` tokens apart, and each counts those of its tokens that none before
+  it did: with a stride of the length every token is read once, and the first of a window is predicted from one token
+  alone; with a shorter one every token but the first ones is predicted from length - stride tokens or more, at length /
+  stride times the cost. A text that is shorter than a
   window makes one of its own length.
 
   Args:
@@ -35,7 +37,7 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
   """
   length, rows = whole('length', length, 1), whole('rows', rows, 1)
   stride = length if stride is None else whole('stride', stride, 1, length)
-  ids = np.asarray([tokenizer.eos, *tokenizer.encode(text)], np.int32)
+  ids = np.asarray([before_text(tokenizer), *tokenizer.encode(text)], np.int32)
   count = len(ids) - 1
   if not count:
     raise ConfigError('text: it is empty; give one with a token at least')

@@ -45,9 +45,14 @@ class Tokenizer(abc.ABC):
     """The ids at which generation ends, `eos` first."""
     return (self.eos,)
 
+  @property
+  def start(self) -> int | None:
+    """The id before the first of a text, where a model was trained with one; `encode` leaves it out."""
+    return None
+
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without `eos`."""
+    """The ids of a text, without `start` and `eos`."""
 
   def encode_special(self, text: str) -> list[int]:
     """The same, where the names of special tokens stand for these tokens."""
@@ -93,6 +98,23 @@ class Tokenizer(abc.ABC):
 def ends_of(tokenizer: Any) -> tuple[int, ...]:
   """The ids at which generation ends, also of what has no more of a tokenizer than `encode`, `decode` and `eos`."""
   return tokenizer.ends if isinstance(tokenizer, Tokenizer) else (tokenizer.eos,)
+
+
+def start_of(tokenizer: Any) -> int | None:
+  """The id before a text, also of what has no more of a tokenizer than `encode`, `decode` and `eos`."""
+  return tokenizer.start if isinstance(tokenizer, Tokenizer) else None
+
+
+def before_text(tokenizer: Any) -> int:
+  """What a text is predicted from that nothing precedes: `start`, or else the end of another document."""
+  start = start_of(tokenizer)
+  return tokenizer.eos if start is None else start
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+  """The ids of a text that a model goes on with: `start` once, also where the text spells it out, then the text."""
+  start, ids = start_of(tokenizer), tokenizer.encode(text)
+  return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
 def continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -225,6 +247,10 @@ class PieceTokenizer(Tokenizer):
       lengths[spaced] -= 1
     return lengths
 
+  def known(self) -> set[str]:
+    """What its ids are called."""
+    return {self._processor.id_to_piece(i) for i in range(self.vocab_size)}
+
   def specials(self):
     p = self._processor
     return {p.id_to_piece(i): i for i in range(self.vocab_size) if p.is_control(i)}
@@ -271,8 +297,8 @@ class PieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
   """A tokenizer.json, held as its text, that the package `tokenizers` (extra `hf`) reads; `eos` is an id of it.
 
-  Special tokens that are spelt out in a text are read as such. What a post-processor would add (a begin of text) is
-  not added. ImportError where `tokenizers` is not installed, when the first text is encoded or decoded.
+  Special tokens that are spelt out in a text are read as such. What a post-processor would add is not added
+  (`added_first`). ImportError where `tokenizers` is not installed, when the first text is encoded or decoded.
   """
 
   text: str = dataclasses.field(repr=False)
@@ -289,7 +315,10 @@ class JsonTokenizer(Tokenizer):
     except ImportError as e:
       raise ImportError("reading a tokenizer.json needs the package tokenizers: install the extra 'hf'") from e
 
-    return HuggingFace.from_str(self.text)
+    made = HuggingFace.from_str(self.text)
+    made.no_truncation()  # files keep the lengths of the last call of whoever wrote them
+    made.no_padding()
+    return made
 
   @functools.cached_property
   def _table(self) -> tuple[dict[int, str], dict[int, bool]]:
@@ -321,6 +350,21 @@ class JsonTokenizer(Tokenizer):
 
   def decode(self, ids):
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
+
+  def known(self) -> set[str]:
+    """What its ids are called."""
+    return set(self._table[0].values())
+
+  @property
+  def added_first(self) -> int | None:
+    """The id that the post-processor puts before a text, if it does."""
+    steps = [json.loads(self.text).get('post_processor') or {}]
+    while steps:
+      step = steps.pop(0)
+      steps = [*step.get('processors', ()), *steps]
+      if first := (step.get('single') or [{}])[0].get('SpecialToken'):
+        return step['special_tokens'][first['id']]['ids'][0]
+    return None
 
   def byte_lengths(self):
     return self._byte_lengths[0]
@@ -605,15 +649,50 @@ def _json(steps: dict, vocab: dict[str, int], merges: list, added: list[dict], *
                      'model': bpe}, ensure_ascii=False, indent=1)
 
 
-def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], digits: bool) -> str:
-  """The tokenizer.json of a byte-level vocabulary as GPT-2's, in which digits stand alone or not.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words:
+  """How a byte-level tokenizer cuts texts before it merges pairs.
+
+  cuts: pre-tokenizers of a tokenizer.json; gpt2: whether GPT-2's words follow them; normalizer: what comes before all;
+  whole: whether what is a piece as it is cut is taken whole, whatever its pairs.
+  """
+  cuts: tuple[dict, ...] = ()
+  gpt2: bool = True
+  normalizer: dict | None = None
+  whole: bool = False
+
+
+def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], words: Words = Words()) -> str:
+  """The tokenizer.json of a byte-level vocabulary.
 
   vocab: pieces by id; merges: pairs, oldest first; added: ids that are found in texts as they are spelt, and whether
   they are special.
   """
-  first = ({'type': 'Digits', 'individual_digits': True},) if digits else ()
-  return _json(_byte_level(True, *first), {piece: i for i, piece in enumerate(vocab)}, list(merges),
-               [_added(i, vocab[i], special) for i, special in added.items()])
+  return _json(_byte_level(words.gpt2, *words.cuts) | {'normalizer': words.normalizer},
+               {piece: i for i, piece in enumerate(vocab)}, list(merges),
+               [_added(i, vocab[i], special) for i, special in added.items()], ignore_merges=words.whole)
+
+
+def bpe_pieces(vocab: Sequence[str], scores: Sequence[float], types: Sequence[int], *, unk: int, bos: int | None, eos: int,
+               prefix: bool) -> PieceTokenizer:
+  """A sentencepiece model (BPE, with bytes for what is no piece, texts as they are) of its pieces, scores and types.
+
+  prefix: whether a space is put before a text. Raises RuntimeError or ValueError where they are no such model.
+  """
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  for piece, score, kind in zip(vocab, scores, types, strict=True):
+    proto.pieces.add(piece=piece, score=score, type=kind)
+  spec = proto.trainer_spec
+  spec.model_type, spec.vocab_size = spec.BPE, len(vocab)
+  spec.byte_fallback = any(piece.type == piece.BYTE for piece in proto.pieces)
+  spec.unk_id, spec.unk_piece, spec.eos_id, spec.eos_piece, spec.pad_id = unk, vocab[unk], eos, vocab[eos], -1
+  spec.bos_id, spec.bos_piece = (-1, '') if bos is None else (bos, vocab[bos])
+  proto.normalizer_spec.name = 'identity'
+  proto.normalizer_spec.add_dummy_prefix = prefix
+  proto.normalizer_spec.remove_extra_whitespaces = False
+  return PieceTokenizer(model=proto.SerializeToString())
 
 
 def _sample(texts: Iterable[str], limit: int) -> list[str]:

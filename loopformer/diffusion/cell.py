@@ -14,7 +14,7 @@ class ToldHidden(Around):
   """Adds an embedding of the share of a sequence that is hidden to the state, before every step of the cell `of`.
 
   The share is what can be seen of the noise's time t, its mean where all may be hidden; so no plan, evaluation or sampler
-  has to say the time. width: that of the model; mask: MASK.
+  has to say the time. width: that of the model; mask: MASK. Raises ConfigError where the state is a tree.
   """
   width: int = 1
   mask: int = 1
@@ -26,4 +26,4 @@ class ToldHidden(Around):
   def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
     own = jnp.ones(ctx.tokens.shape) if ctx.seg is None else ctx.seg > 0
     share = ((ctx.tokens == self.mask) & (own > 0)).sum(-1) / jnp.maximum(own.sum(-1), 1)
-    return self.inner(x + self.told(SCALE * share)[:, None].astype(x.dtype), e, ctx, kv)
+    return self.inner(self.of_one_array(x) + self.told(SCALE * share)[:, None].astype(x.dtype), e, ctx, kv)

@@ -27,7 +27,7 @@ import numpy as np
 
 from loopformer import backend, plans, sharding
 from loopformer.data import chat
-from loopformer.data.tokenizer import anchor, continuation, ends_of
+from loopformer.data.tokenizer import anchor, continuation, ends_of, prompt_ids
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
 from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, verify_draft
@@ -612,7 +612,7 @@ class Engine:
 def _ids(prompt: Any, number: int, tokenizer: Any, vocab: int) -> list[int]:
   """Of a prompt. Raises ConfigError where it has others than tokenizer and model know, `vocab` of them."""
   if isinstance(prompt, str) or chat.is_messages(prompt):
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else chat.begun(tokenizer, prompt, f'prompt {number}')
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else chat.begun(tokenizer, prompt, f'prompt {number}')
     if max(ids, default=0) >= vocab:
       raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} (read_in.vocab); '
                         'give the tokenizer that it was trained with')

@@ -41,7 +41,7 @@ class Final:
 class Confidence:
   """The step whose answers are surest (length generalisation, section 4): the least cross-entropy of its likeliest
   answers, a mean over a sequence's own answer positions; the first of equals. No step before `least` is taken.
-  For plans without `no_grad_steps`, whose states are not kept.
+  For plans without `no_grad_steps`, whose states are not kept: ConfigError elsewhere.
   """
   least: int = 1
   threshold, decides = None, False
@@ -51,6 +51,9 @@ class Confidence:
 
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
+    if plan.no_grad_steps is not None:
+      raise ConfigError(f'exit = {self}: the plan has steps without gradient, whose states are not kept to pick from; give a plan '
+                        'without them, such as Uniform, or exit = Final()')
     trace = run_batch(model, params, batch, plan, keep=loop.Every())
     readout = make_readout(model, params, batch)
     z, steps = self.pick(readout, trace, batch)
@@ -85,7 +88,8 @@ class Copy:
 
 @config_dataclass
 class Recompute:
-  """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly."""
+  """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly. Where a
+  rule reads answers through a coda it could not, and is refused when tokens are decoded (ConfigError)."""
   runs = True
 
 

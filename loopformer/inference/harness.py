@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer import plans, sharding, storage
+from loopformer.data.tokenizer import before_text
 from loopformer.inference.engine import warn_beyond
 from loopformer.inference.exits import check, compiled
 from loopformer.training import metrics, processes
@@ -41,7 +42,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
 
   White space at the end of the context is moved to the continuation, and the two are encoded together; what exceeds the
   context's own number of ids is the continuation. Two cases are left open there. An empty context is the token that
-  ends (and so begins) documents. Where the tokenizer joins all of the continuation to the context's last piece, that
+  begins documents, or else the one that ends them. Where the tokenizer joins all of the continuation to the context's last piece, that
   joint piece is scored.
   """
   bare = context.rstrip()
@@ -49,7 +50,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
   own, whole = tokenizer.encode(bare) if bare else [], tokenizer.encode(bare + continuation)
   if continuation and own and len(whole) <= len(own):
     own = whole[:-1]
-  return own or [tokenizer.eos], whole[len(own):]
+  return own or [before_text(tokenizer)], whole[len(own):]
 
 
 def windows(ids: Sequence[int], length: int, first: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -200,7 +201,7 @@ class Scorer:
 
   def rolling(self, texts: Sequence[str]) -> list[float]:
     """Log-likelihood of whole texts in nats, each in windows of the model's positions."""
-    parts = [list(windows(self.tokenizer.encode(text), self.model.read_in.length, self.tokenizer.eos))
+    parts = [list(windows(self.tokenizer.encode(text), self.model.read_in.length, before_text(self.tokenizer)))
              for text in texts]
     scores = iter(self.score([pair for pairs in parts for pair in pairs]))
     return [sum(next(scores)[0] for _ in pairs) for pairs in parts]
@@ -261,7 +262,7 @@ class Scorer:
     engine = self.model.sampler.serve(self.model, self.params, self.tokenizer, rows=self.batch,
                                       loops=max(len(self.steps), self.model.loops), exit=self.exit)
     for number, (context, how) in enumerate(requests):
-      ids = self.tokenizer.encode(context) or [self.tokenizer.eos]
+      ids = self.tokenizer.encode(context) or [before_text(self.tokenizer)]
       wanted = next((whole(name, how[name], 1) for name in LIMITS if how.get(name) is not None), NEW)
       new = min(wanted, max(most - len(ids), most // 2))
       until = how.get('until') or ()

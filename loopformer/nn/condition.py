@@ -101,6 +101,7 @@ class Modulation(nn.Module):
   """
   layers: int
   init: Normal = Normal(0.0)
+  most = None  # steps of a plan: as many as are asked for
 
   @nn.compact
   def __call__(self, c: Array) -> Array:
@@ -127,6 +128,11 @@ class Table(nn.Module):
   layers: int
   loops: int
   width: int
+
+  @property
+  def most(self) -> int:
+    """The most steps of a plan."""
+    return self.loops
 
   @nn.compact
   def __call__(self, index: Array) -> Array:

@@ -331,6 +331,14 @@ def duration(seconds: float) -> str:
   return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'
 
 
+def rounded(count: float) -> str:
+  """A count as `57`, `1.5k` or `2.3M`."""
+  for unit, size in (('M', 1e6), ('k', 1e3)):
+    if count >= 0.9995 * size:
+      return f'{count / size:.1f}{unit}'
+  return f'{count:.0f}'
+
+
 def table(rows: list[Mapping[str, Any]]) -> str:
   """Rows as a GitHub table, which reads well in a terminal too; of no rows, nothing."""
   if not rows:

@@ -354,7 +354,7 @@ class _Run:
       self.writer.write('train', number, {**values, **speed})
       terms = '  '.join(f'{name} {values[name]:.3f}' for name in self.config.objective.terms)
       left = '' if 'tokens_per_s' not in speed else (
-          f'  {speed["tokens_per_s"] / 1e3:.1f}k tok/s  MFU {100 * speed["mfu"]:.0f}%'
+          f'  {metrics.rounded(speed["tokens_per_s"])} tok/s  MFU {100 * speed["mfu"]:.0f}%'
           f'  {metrics.duration(self.clock.left(number))} left')
       self.log(f'step {number}/{options.steps}  loss {values["loss"]:.3f}  {terms}{left}')
 

@@ -26,6 +26,7 @@ class Thinking(Cell):
   core: Stack
   filler: int
   norm: nn.Module = Identity()
+  tokenwise = False  # a thought is put where a filler's state is
 
   def check(self, width: int):
     """Raises ConfigError where a layer is not causal, or has no positions of its own."""

@@ -61,7 +61,8 @@ class Share(nn.Module):
 class Selective(Around):
   """x + alpha (new - x), new being what the step of another cell gives: the state follows where alpha is near one.
 
-  Between x and new whatever the rounding; new itself where alpha is one, and x where new is x.
+  Between x and new whatever the rounding; new itself where alpha is one, and x where new is x. Raises ConfigError where the
+  other cell's state is a tree.
   """
   share: nn.Module = Share()
 
@@ -70,7 +71,7 @@ class Selective(Around):
     return self.inner.flops(width, length, steps) + steps * self.share.flops(width)
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: Any) -> tuple[Array, Any, dict]:
-    new, kv, aux = self.inner(x, e, ctx, kv)
+    new, kv, aux = self.inner(self.of_one_array(x), e, ctx, kv)
     return between(x, new, self.share(x, new)), kv, aux
 
 

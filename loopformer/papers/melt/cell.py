@@ -51,7 +51,13 @@ class Latest(memories.Slotted):
     return self.chunk == 1
 
   def slots(self, loops: int) -> int:
-    return LAST.slots(loops)
+    """Raises ConfigError: `loop.run` asks, whose tokens do not come in chunks, so that decoding would not be the pass."""
+    raise ConfigError(f'model.memory = {self}: rows that all loops share are read by the cell Gated alone; use PerLoop(), or '
+                      'Ring(size=1) for the last loop\'s keys')
+
+  def make(self, loops: int, *size, width: int | None = None) -> KV:
+    """As Slotted.make: one slot."""
+    return memories.empty(1, *size)
 
   def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
     return LAST.update(kv, ctx, layer, k, v)

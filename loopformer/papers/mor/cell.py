@@ -376,6 +376,11 @@ class Routed(Cell):
   router: ExpertChoice | TokenChoice = ExpertChoice()
   stepwise = False
 
+  @property
+  def most(self) -> int:
+    """The most steps of a plan: recursions that the router is made for."""
+    return len(self.router.capacities)
+
   def check(self, width: int):
     """Raises ConfigError where the router's parts do not fit each other."""
     self.router.check()
@@ -397,9 +402,9 @@ class Routed(Cell):
   def run(self, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, keep: Any, remat: Any, precomputed: Any = None):
     """As loop.run. Row k of the plan is recursion k; one that does not run passes all tokens through."""
     self.router.check()
-    cached, most = kv is not None, len(self.router.capacities)
-    if plan.steps > most:
-      raise ConfigError(f'plan: {plan.steps} steps, but model.cell.router is made for {most} recursions; ask for at '
+    cached = kv is not None
+    if plan.steps > self.most:
+      raise ConfigError(f'plan: {plan.steps} steps, but model.cell.router is made for {self.most} recursions; ask for at '
                         'most so many loops')
     if plan.no_grad_steps is not None:
       raise ConfigError('plan.no_grad_steps: these have no row in the plan, and a router has nothing to choose for them; '

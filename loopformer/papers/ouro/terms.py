@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
+from flax import errors
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +11,7 @@ from loopformer.cells.halting import GATE, halt_logits
 from loopformer.terms.cross_entropy import token_nll
 from loopformer.terms.expected import whole
 from loopformer.terms.term import Term
-from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 @config_dataclass
@@ -41,7 +42,8 @@ class Improvement(Term):
 
   States and losses get no gradient, nor does any parameter but those of the gate, `params['cell']['gate']`.
 
-  alignment: which lambda is taught by which gain. gate: the cell's.
+  alignment: which lambda is taught by which gain. gate: the cell's; ConfigError where it has another. It is asked of the
+  states that steps give, so that `Halting` has to stand around all that changes these, as in Halting(Damped(..)).
   """
   roll: str
   alignment: Retrospective | Prospective = Retrospective()
@@ -55,7 +57,11 @@ class Improvement(Term):
     targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
     ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk, readout.dtype)
     goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
-    gate = self.gate.clone(parent=None).bind({'params': params['cell']['gate']})
-    halt = self.alignment.taught(halt_logits(gate, xs_KBTD))
+    gate = self.gate.clone(parent=None).bind({'params': params['cell'].get('gate', {})})
+    try:
+      halt = self.alignment.taught(halt_logits(gate, xs_KBTD))
+    except errors.FlaxError as error:
+      raise ConfigError(f'objective: Improvement.gate = {type(self.gate).__name__}: the cell\'s gate has other parameters; give '
+                        'the term the gate that stands in model.cell') from error
     loss = -goes_on * jax.nn.log_sigmoid(-halt) - (1 - goes_on) * jax.nn.log_sigmoid(halt)
     return jnp.sum(loss * batch['weights']) / len(xs_KBTD)

@@ -17,7 +17,7 @@ from loopformer.nn.attention import attention_flops, check_attention, heads_of, 
 from loopformer.nn.blocks import Layer
 from loopformer.nn.layers import MLP, Dense, GatedMLP, Linear, Normal, RMSNorm
 from loopformer.nn.positions import Rotary
-from loopformer.types import Array, Context
+from loopformer.types import Array, ConfigError, Context
 
 
 class QueryGate(nn.Module):
@@ -76,7 +76,13 @@ class GatedAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context, view: Any, layer: Array | int,
                gate: Callable[[Array], Array]) -> tuple[Array, Any]:
-    """x [B, T, D], gate: queries [B, T, H, d] -> f32[B, T, H] -> ([B, T, D], what the view leaves)."""
+    """x [B, T, D], gate: queries [B, T, H, d] -> f32[B, T, H] -> ([B, T, D], what the view leaves).
+
+    Raises:
+      ConfigError: there is no view, because another cell than `Shifted`, or a prelude or coda, runs the layer.
+    """
+    if not hasattr(view, 'attend'):
+      raise ConfigError('GatedAttention: the cell Shifted alone tells it what to read; use SelfAttention elsewhere')
     batch, length, width = x.shape
     check_attention(self, width, '')
     groups, _ = heads_of(self, width)

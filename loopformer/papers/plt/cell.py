@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from loopformer import loop, roles
 from loopformer.cells.cell import Cell
+from loopformer.nn import modules
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.papers.plt import streams
@@ -74,7 +75,8 @@ class Shifted(Cell):
     return True
 
   def check(self, width: int):
-    """Raises ConfigError where its layers know nothing of views, or run in an order of their own."""
+    """Raises ConfigError where its layers know nothing of views, run in an order of their own, or differ from loop to
+    loop."""
     streams.check_window(self.window_left, 'model.cell.')
     if not self.core.block.viewed:
       raise ConfigError(f'model.cell.core.block = {type(self.core.block).__name__} reads its own keys and values '
@@ -82,6 +84,13 @@ class Shifted(Cell):
     if self.core.order is not None:
       raise ConfigError(f'model.cell.core.order = {self.core.order}: a layer reads the first loop\'s keys of its own '
                         'place; use None, every layer once')
+    self._check_alike()
+
+  def _check_alike(self):
+    """Raises ConfigError where a product of a layer is another in every loop: one pass of the layers runs them all."""
+    if any(loops is not None for loops in modules.held(self.core, 'loops')):
+      raise ConfigError('model.cell.core: its products have an update of low rank for every loop (LowRank.loops), but all loops '
+                        'of a token run in one pass of the layers; give one update for all, LowRank(loops=None)')
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""
@@ -101,6 +110,7 @@ class Shifted(Cell):
 
     A row that is not active is no loop, whatever its place: where `active` says n times True, the first n loops run.
     """
+    self._check_alike()
     if plan.no_grad_steps is not None:
       raise ConfigError('plan.no_grad_steps: the first loop is read by all others and cannot run without gradient; use a plan '
                         'without them')
