@@ -27,7 +27,7 @@ from loopformer.sharding import Mesh
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.step import State, make_step
 from tests import parts
-from tests.test_terms import full_objective
+from tests.terms.test_terms import full_objective
 
 LOOPS = 6
 MODEL = parts.looped(parts.timed(heads=8), loops=LOOPS)

@@ -75,6 +75,12 @@ OF_ARRAYS = ('jnp', 'np', 'jax', 'math')
 # Mutants -------------------------------------------------------------------------------------------------------------
 
 
+def file_of(name: str) -> Path:
+  """The file of tests of that name, in whichever folder."""
+  found, = ROOT.glob(f'tests/**/test_{name}.py')
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutant:
   """The bytes from start to stop of a source in UTF-8 become `new`; line: the first of those that change, from 1."""
@@ -282,7 +288,7 @@ class Copy:
 
   def __init__(self, folder: Path, name: str, log: Path, matching: str):
     self.folder, self.file, self._log = folder, folder / f'loopformer/{name}.py', log
-    self._tests = ['-k', matching, *(f'tests/test_{test}.py' for test in TESTS[name])]
+    self._tests = ['-k', matching, *(str(file_of(test).relative_to(ROOT)) for test in TESTS[name])]
     self.kills, self.seconds = collections.Counter(), {}
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', '__pycache__', 'runs', 'build', 'dist'))
     self.source = self.file.read_bytes()

@@ -19,7 +19,8 @@ from absl import app, flags, logging
 
 import loopformer
 from loopformer.training import metrics
-from tests import cluster, test_cli
+from tests import cluster
+from tests.experiments import test_cli
 
 
 def setting(folder: Path, steps: int) -> list[str]:

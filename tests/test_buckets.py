@@ -27,7 +27,9 @@ from loopformer.tasks.text import Text
 from loopformer.training import lock, metrics, train
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
-from tests import buckets, cluster, test_checkpoint, test_cli
+from tests import buckets, cluster
+from tests.experiments import test_cli
+from tests.training import test_checkpoint
 
 
 @pytest.fixture(scope='module', params=sorted(buckets.NEEDED))

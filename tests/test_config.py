@@ -32,7 +32,7 @@ from loopformer.training.checkpoint import Best
 from loopformer.training.train import best_of, train
 from loopformer.types import ConfigError, config_dataclass
 from tests import parts
-from tests.test_golden import config_of
+from tests.experiments.test_golden import config_of
 
 TINY = paper.get_config('tiny')
 FILE = parts.ROOT / 'experiments/configs/loopformer.py'

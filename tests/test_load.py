@@ -21,7 +21,7 @@ from loopformer.terms.distill import Distill
 from loopformer.training.train import train
 from loopformer.types import ConfigError
 from tests import llama_reference as reference, parts
-from tests.test_train import CONFIG
+from tests.training.test_train import CONFIG
 
 
 def same(one, two):

@@ -11,7 +11,8 @@ from experiments.tools import machines
 from loopformer import config as configs, sharding
 from loopformer.sharding import Mesh
 from loopformer.types import ConfigError
-from tests import eight_inference, meshes, parts, quick, test_cli
+from tests import eight_inference, meshes, parts, quick
+from tests.experiments import test_cli
 
 MESHES = list(eight_inference.MESHES)
 

@@ -36,7 +36,9 @@ from loopformer.tasks.text import Text
 from loopformer.training import checkpoint, lock, metrics
 from loopformer.training.checkpoint import Best, Checkpoints
 from loopformer.types import ConfigError
-from tests import llama_reference, parts, test_checkpoint, test_config, test_convert, test_llama
+from tests import llama_reference, parts, test_config
+from tests.convert import test_convert, test_llama
+from tests.training import test_checkpoint
 
 TINY = paper.get_config('tiny')
 ROOM = 1 << 30  # bytes that reading a small file may ask for, of which little is used

@@ -16,7 +16,7 @@ from loopformer import loop, plans
 from loopformer.convert import export, from_pretrained, tensors
 from loopformer.data.tokenizer import ByteTokenizer
 from tests import parts
-from tests.test_export import DECODERS, same
+from tests.convert.test_export import DECODERS, same
 
 torch = pytest.importorskip('torch', reason='needs torch')
 transformers = pytest.importorskip('transformers', reason='needs transformers')

@@ -11,7 +11,7 @@ from loopformer import config as configs
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.model import init_params
 from tests import test_config
-from tests.test_cli import run_here
+from tests.experiments.test_cli import run_here
 
 NUMBERS = st.sampled_from(['0', '1', '2', '-1', '2.7', 'nan', 'inf', '', ' 2', '1e9', '9' * 20, 'True', '0x2', '\u0663', '1,2', 'x'])
 WORDS = st.sampled_from(['kl:1e-3', 'kl', 'state:0.1', 'stable:2', 'gate:0.5', 'kl:nan', ':', 'first', 'last', 'ring:2', 'ring:0',

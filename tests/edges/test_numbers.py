@@ -12,7 +12,8 @@ import loopformer
 from loopformer import config as configs, plans
 from loopformer.inference import exits
 from loopformer.types import ConfigError, real, shown, whole
-from tests import commands, test_generate
+from tests import commands
+from tests.inference import test_generate
 
 NAN, INF = float('nan'), float('inf')
 
@@ -172,7 +173,7 @@ def test_thresholds(rule, threshold):
 # Configurations ------------------------------------------------------------------------------------------------------
 
 
-FILES = [name for name in configs.published() if name != 'finetune']  # which needs a folder (tests/test_finetune.py)
+FILES = [name for name in configs.published() if name != 'finetune']  # which needs a folder (tests/experiments/test_finetune.py)
 
 
 def numbers_of(value, path=''):

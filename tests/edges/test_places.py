@@ -22,7 +22,7 @@ from loopformer.tasks.text import Text
 from loopformer.training import resume
 from loopformer.types import ConfigError
 from tests import parts, test_config
-from tests.test_cli import run_here
+from tests.experiments.test_cli import run_here
 
 TEXT = 'the cat sat on the mat\n' * 40
 

@@ -31,7 +31,8 @@ from loopformer.training import checkpoint, lock, metrics, processes, resume, tr
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.training.control import Plateau
 from loopformer.types import ConfigError
-from tests import test_checkpoint, test_cli, test_train
+from tests.experiments import test_cli
+from tests.training import test_checkpoint, test_train
 
 # Two runs in one folder ----------------------------------------------------------------------------------------------
 
