@@ -8,11 +8,12 @@ Without --from a decoder of six layers is trained first (experiments/configs/loo
 trained on, with --from; Python's standard library without it. --loops: B, the size's own without it. The arms: `base`, as
 many tokens without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one;
 `ungated`, without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own,
-and goes on where it was stopped. Writes results.json, table.md, depths.png.
+and goes on where it was stopped. Writes, after every arm, results.json, table.md, depths.png.
 """
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
@@ -56,8 +57,8 @@ def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: li
   return rows[:len(budgets)], [{'threshold': float(row['schedule']), **row} for row in rows[len(budgets):]]
 
 
-def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[float]) -> dict:
-  """Trains and measures everything of one seed."""
+def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[float]) -> Iterator[dict]:
+  """Trains and measures everything of one seed; what is measured so far, after every arm."""
   changes = (*FLAGS['set'].value, f"task.folder='{workdir / 'data'}'")
   if FLAGS['from'].value is None:
     start = workdir / f'pretrain-{seed}'
@@ -78,7 +79,7 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
     rows, left = measure(folder, config, folder, budgets, thresholds)
     found[arm] = {'rows': rows, 'exits': left}
     print(f'seed {seed}, {arm}: ' + ', '.join(f'{row["loss"]:.3f}' for row in rows), flush=True)
-  return found
+    yield found
 
 
 def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
@@ -133,11 +134,11 @@ def main(argv):
   thresholds = list(numbers(','.join(FLAGS.thresholds), '--thresholds'))
   results = {}
   for seed in FLAGS.seeds:
-    results[seed] = run_seed(int(seed), workdir, budgets, thresholds)
-    depths, left = tables(results)
-    records.write(out / 'results.json', results)
-    storage.write(out / 'table.md', '\n\n'.join(map(metrics.table, filter(None, (depths, left)))) + '\n')
-    draw(out, results)
+    for results[seed] in run_seed(int(seed), workdir, budgets, thresholds):
+      depths, left = tables(results)
+      records.write(out / 'results.json', results)
+      storage.write(out / 'table.md', '\n\n'.join(map(metrics.table, filter(None, (depths, left)))) + '\n')
+      draw(out, results)
   print(metrics.table(depths))
 
 
