@@ -46,6 +46,9 @@ class Tensors(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     return self._tensors[name].read()
 
+  def __contains__(self, name: object) -> bool:
+    return name in self._tensors  # a Mapping's own reads it
+
   def __iter__(self) -> Iterator[str]:
     return iter(self._tensors)
 

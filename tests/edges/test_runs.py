@@ -397,7 +397,7 @@ def test_every_command_hears_while_it_imports(module):
 def test_a_study_ends_with_one_line_where_its_input_cannot_be_used(tmp_path):
   done = subprocess.run([sys.executable, '-m', 'experiments.studies.loopus_stages', f'--workdir={tmp_path / "runs"}',
                          f'--out={tmp_path / "out"}', '--budgets=1,two'], cwd=test_cli.ROOT, capture_output=True, text=True)
-  assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: --budgets=1,two: expected whole numbers')
+  assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: --budgets=1,two: give whole numbers')
   assert 'Traceback' not in done.stderr
 
 

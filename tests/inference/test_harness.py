@@ -107,12 +107,12 @@ def test_bytes_lose_nothing_at_the_boundary(context, continuation):
   assert BYTES.decode(ids + rest) == context + continuation and BYTES.decode(ids) == context.rstrip()
 
 
-@needs_harness
 def test_an_empty_context_is_what_begins_a_text():
   begun = ChatTokenizer(of=BYTES, start=7)
   assert encode_pair(begun, '', 'a') == ([7], [97]) and encode_pair(begun, 'b', 'a') == ([98], [97])
 
 
+@needs_harness
 def test_pairs_are_those_of_the_harness():
   from lm_eval.api.model import TemplateLM
   words = 'the loop runs once more, and the state moves; then it reads the answer out.\n' * 40
