@@ -157,9 +157,8 @@ def draw(path: Path, results: dict[str, dict]):
       costs = sorted({row['MFLOP'] for row in own})
       axes.plot(costs, [np.mean([row['solved'] for row in own if row['MFLOP'] == cost]) for cost in costs], marker='o',
                 linestyle=':' if CONSISTENT in model else '-', label=f'{loops} loops' + f' of {model}' * (CONSISTENT in model))
-    for row in rows:
-      if row['order'] == NEXT:
-        axes.plot([row['MFLOP']], [row['solved']], 'kx', label=NEXT if axes is panels[0][0] else None)
+    if at_once := [row for row in rows if row['order'] == NEXT]:
+      axes.plot([row['MFLOP'] for row in at_once], [row['solved'] for row in at_once], 'kx', label=NEXT)
     axes.set(title=name, xlabel='MFLOP a grid', xscale='log', ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
   panels[0][0].set_ylabel('right grids')
