@@ -9,8 +9,8 @@ held-out documents of the corpus, trains it on the others as retrofitted recurre
 sheet: Muon for matrices and the adapter, AdamW for the rest, a number of loops drawn from a Poisson law with log-normal
 rate whose mean, --loops, is reached after three quarters of the run; at most eight loops have gradients), and evaluates
 it again. The plain decoder stands beside, on the same text: as it is, and trained on as many tokens without loops, which
-is the control. Writes results.json and table.md. The same command goes on where it was interrupted; with other flags it
-needs another --workdir.
+is the control. Writes results.json and table.md after every model. The same command goes on where it was interrupted;
+with other flags it needs another --workdir.
 """
 from __future__ import annotations
 
@@ -122,10 +122,12 @@ def main(argv):
   if FLAGS['from'].value is None or given.get('loops', 1) < 2 or not {'retrofit', 'damped'} & set(given):
     raise ConfigError('--from, --loops (2 or more) and --retrofit or --damped are needed: name a decoder and how it is to loop')
   schedules = budgets(given['loops'])
-  table = [*arm('looped', given, schedules, workdir), *arm('plain', {}, {'1': (1.0,)}, workdir)]
   out.mkdir(parents=True, exist_ok=True)
-  records.write(out / 'results.json', {'flags': {**given, 'steps': FLAGS.steps, 'batch': FLAGS.batch}, 'rows': table})
-  storage.write(out / 'table.md', metrics.table(table) + '\n')
+  table = []
+  for name, options, measured in (('looped', given, schedules), ('plain', {}, {'1': (1.0,)})):
+    table += arm(name, options, measured, workdir)
+    records.write(out / 'results.json', {'flags': {**given, 'steps': FLAGS.steps, 'batch': FLAGS.batch}, 'rows': table})
+    storage.write(out / 'table.md', metrics.table(table) + '\n')
 
 
 if __name__ == '__main__':
