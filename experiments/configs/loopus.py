@@ -120,14 +120,12 @@ def get_config(argument: str = '') -> Experiment:
 
 def check(given: dict, own: bool, arm: str):
   """Raises ConfigError where arguments are not of this size or arm."""
-  for name, wanted, why in (
+  outside = 'the layers outside the loop, such as 0..1, or none (experiments.studies.loopus_split proposes some)'
+  for name, read, why in (
       ('start', own and arm != 'pretrain', 'the work folder of arm=pretrain'), ('from', not own, 'the work folder of a decoder'),
-      *((name, not own, 'the layers outside the loop, such as 0..1, or none (experiments.studies.loopus_split proposes some)')
-        for name in ('encoder', 'decoder'))):
-    if wanted and not given[name]:
+      ('encoder', not own, outside), ('decoder', not own, outside), ('text', not own, None)):  # None: it may be left out
+    if read and why and not given[name]:
       raise ConfigError(f'config argument {name} is missing: {arm} of size {given["size"]} needs {why}')
-  for name in ('start', 'from', 'encoder', 'decoder', 'text'):
-    read = not own if name != 'start' else own and arm != 'pretrain'
     if given[name] and not read:
       raise ConfigError(f'config argument {name} = {given[name]}: {arm} of size {given["size"]} does not read it; leave it out')
   if arm == 'pretrain' and not own:
