@@ -226,6 +226,11 @@ def test_wrong_weights_are_named(case, tmp_path):
   assert not [word for word in words if word not in str(error.value)], error.value
 
 
+def test_whether_a_tensor_is_there_is_asked_without_reading_it():
+  held = tensors.Tensors({'a': tensors.Tensor(shape=(1,), dtype='F32', read=None)})
+  assert 'a' in held and 'b' not in held and list(held) == ['a'] and held.shapes == {'a': (1,)}
+
+
 def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
   sd = weights('llama') | {LAYER + 'self_attn.k_proj.weight': np.zeros((D, D), np.float32)}
   monkeypatch.setattr(tensors.Tensors, '__getitem__', None)

@@ -455,7 +455,9 @@ def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   config = configs.Experiment(name='decoder', model=model, task=Imported(length=32), objective=Objective(
       rolls={'all': Rollout(plans.Uniform(1))}, terms={'lm': Weighted(1.0, CE(roll='all'))}))
   Loaded(model, weights, ByteTokenizer(), config).save(tmp_path / 'base')
-  made = loopus.get_config(f'gpu,from={tmp_path / "base"},encoder=0..1,decoder=4,loops=4,graded=2')
+  texts = str(tmp_path / 'text/*.jsonl')
+  made = loopus.get_config(f'gpu,from={tmp_path / "base"},encoder=0..1,decoder=4,loops=4,graded=2,text={texts}')
+  assert made.task.corpus.train == (texts,)
   assert made.model.prelude.depth == 2 and made.model.coda.depth == 1 and made.model.cell.core.depth == 2
   made = dataclasses.replace(
       made, task=dataclasses.replace(made.task, corpus=write_corpus(tmp_path / 'text'), length=16),
