@@ -15,7 +15,7 @@ Argument: size, then any of
             chain    a decoder of as many layers, not looped, that writes the chain
             tuned    stage II: `chain` trained on from `start` on the problems of the file `chains`
     inject  1: the input is added in every step (not in the paper)
-    relay   the weight lambda of the rounds; the paper's could not be found
+    relay   the weight lambda of the rounds; the paper's could not be found, 1 by default, of `cpu` 5 (measured)
 
 `experiments/studies/relay_stages.py` runs both stages, and the self-taught controls. Measured figures:
 experiments/reports/relay/.
@@ -27,6 +27,7 @@ dropout, which the library does not have (paper: 0.1); padding is no part of att
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from loopformer import loop, plans
@@ -78,7 +79,8 @@ class Source:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
   """tasks: what problems there are; train, tuned: of both stages; schedules: kind -> learning rate; grow: examples
-  until the training problems grow by one, 0 for all from the start; pool: different examples that are trained on."""
+  until the training problems grow by one, 0 for all from the start; pool: different examples that are trained on; relay:
+  the weight of rounds."""
   layers: int
   width: int
   tasks: dict[str, Source]
@@ -89,6 +91,7 @@ class Size:
   pool: int | None = None
   dtype: str = 'float32'
   kernel: Fused = Fused()
+  relay: float = 1.0
 
 
 def _linear(peak: float) -> WSD:
@@ -102,10 +105,10 @@ SIZES = {
         tasks={'left': Source(of=LEFT, beyond=(5, 6)), 'ari': Source(of=Arithmetic(longest=3), beyond=(4, 5)),
                'ed': Source(of=EditRows(longest=6, using=2), beyond=(7, 8)),
                'lis': Source(of=Increasing(longest=10, group=4, spread=20), beyond=(12, 14))},
-        train=Train(steps=1500, batch=64, log_every=50, eval_every=500, save_every=500),
+        train=Train(steps=3000, batch=64, log_every=50, eval_every=1000, save_every=1000),
         tuned=Train(steps=300, batch=64, log_every=50, eval_every=300, save_every=300),
         schedules={**dict.fromkeys(KINDS[:3], WarmupCosine(peak=2e-3, end=0.0, warmup=50)), 'tuned': _linear(5e-4)},
-        grow=150 * 64),
+        grow=50 * 64, relay=5.0),
     'gpu': Size(
         layers=3, width=256,
         tasks={'ari': Source(of=Arithmetic(longest=6), beyond=(7, 8, 9, 10)),
@@ -145,7 +148,7 @@ def problems(size: str, task: str, kind: str, beyond: int = 0, far: bool = False
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu` or `cpu,kind=tuned,start=runs/chain,chains=runs/merged.jsonl`."""
-  given = arguments(argument, size='cpu', task='', kind='aligned', inject=False, relay=1.0, start='', chains='')
+  given = arguments(argument, size='cpu', task='', kind='aligned', inject=False, relay=math.nan, start='', chains='')
   size, kind = choose('size', given['size'], SIZES), choose('kind', given['kind'], {kind: kind for kind in KINDS})
   task = given['task'] or next(iter(size.tasks))
   choose('task', task, {**size.tasks, 'all': None})
@@ -154,7 +157,7 @@ def get_config(argument: str = '') -> Experiment:
       raise ConfigError(f'config argument {name} = {given[name]!r}: kind = {kind} '
                         + ('needs both start, a work folder, and chains, a file' if kind == 'tuned' else
                            'starts from no other run'))
-  if given['relay'] < 0 or kind != 'aligned' and given['relay'] != 1:
+  if given['relay'] < 0 or kind != 'aligned' and not math.isnan(given['relay']):
     raise ConfigError(f'config argument relay = {given["relay"]}: ' + (
         'rounds would be learned not to be shown; give 0 or more' if kind == 'aligned' else
         f'kind = {kind} shows no rounds; leave it out'))
@@ -178,7 +181,7 @@ def get_config(argument: str = '') -> Experiment:
   terms = {'answer': Weighted(1.0, CE(roll='all'))}
   if kind == 'aligned':
     cell, plan = Showing(cell, RoundHead(outputs=vocab, std=std)), RoundByRound(most=of.most)
-    terms['rounds'] = Weighted(given['relay'], RoundCE(roll='all'))
+    terms['rounds'] = Weighted(size.relay if math.isnan(given['relay']) else given['relay'], RoundCE(roll='all'))
   evals = Depths(budgets=(1,)) if decodes else Named(runs={'rounds': Run(plan=plans.Given(most=most))})
   train = dataclasses.replace(size.tuned, start=given['start']) if kind == 'tuned' else size.train
   return Experiment(
