@@ -21,6 +21,7 @@ from loopformer.types import ConfigError, config_dataclass, whole
 
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
+FILE_BYTES, CHUNK_BYTES = 64 * 2**20, 32 * 2**20  # TensorStore holds what goes to a file until the file is full
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
@@ -117,17 +118,24 @@ class Checkpoints:
     `data` is the state of the data iterator, `control` the state of the run's controller, `values` the numbers of an
     evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
     """
-    args = self._ocp.args
     if self._best and values and self._best.name not in values:
       raise ConfigError(f'train.best = {self._best.name!r}: the evaluations of this task do not report it; choose one of '
                         f'{", ".join(values)}')
     known = {self._best.name: values[self._best.name]} if self._best and values else None
     with self._saving():
-      self._manager.save(step, metrics=known, args=args.Composite(
-          params=args.StandardSave(params),
-          **({} if optimizer is None else {'optimizer': args.StandardSave(optimizer)}),
-          meta=args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
+      self._manager.save(step, metrics=known, args=self._ocp.args.Composite(
+          params=self._written(params), **({} if optimizer is None else {'optimizer': self._written(optimizer)}),
+          meta=self._ocp.args.JsonSave({'layout': LAYOUT, 'step': step, 'data': data, 'control': control})))
     self._begun = step
+
+  def _written(self, tree: Any) -> Any:
+    """How Orbax writes arrays: in pieces, so that a save takes some 0.4 GB of memory beside them, whatever their size."""
+    pieces = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    return self._ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=FILE_BYTES)
+
+  def _read(self, tree: Any) -> Any:
+    """How Orbax reads arrays into the abstract ones that are given."""
+    return self._ocp.args.PyTreeRestore(tree, restore_args=self._ocp.checkpoint_utils.construct_restore_args(tree))
 
   def restore_last(self, params: Any, optimizer: Any, log: Callable[[str], None]) -> tuple[int, Any]:
     """(step, what `restore` returns) of the last step that can be read; (0, None) where none was saved.
@@ -174,15 +182,14 @@ class Checkpoints:
     Raises:
       ConfigError: the step is not there, or was written by another layout.
     """
-    args = self._ocp.args
-    restored = self._restore(step, params=args.StandardRestore(params), optimizer=args.StandardRestore(optimizer))
+    restored = self._restore(step, params=self._read(params), optimizer=self._read(optimizer))
     return restored['params'], restored['optimizer'], restored['meta']['data'], restored['meta']['control']
 
   def restore_params(self, step: int | None, params: Any) -> tuple[int, Any]:
     """(step, params), of the latest step if none is named. Raises ConfigError where it is not there, or damaged."""
     step = self.latest() if step is None else step
     with self._naming(step):
-      return step, self._restore(step, params=self._ocp.args.StandardRestore(params))['params']
+      return step, self._restore(step, params=self._read(params))['params']
 
   def shapes(self) -> Any:
     """Shapes and dtypes of the latest step's parameters, as the checkpoint itself tells them."""
