@@ -98,11 +98,11 @@ def _linear(peak: float) -> WSD:
   return WSD(peak=peak, end=0.0, warmup=0.01, cooldown=0.99)
 
 
-LEFT = LeftToRight(longest=4)
+LEFT = LeftToRight(longest=6)
 SIZES = {
     'cpu': Size(
         layers=1, width=64,
-        tasks={'left': Source(of=LEFT, beyond=(5, 6)), 'ari': Source(of=Arithmetic(longest=3), beyond=(4, 5)),
+        tasks={'left': Source(of=LEFT, beyond=(7, 8)), 'ari': Source(of=Arithmetic(longest=3), beyond=(4, 5)),
                'ed': Source(of=EditRows(longest=6, using=2), beyond=(7, 8)),
                'lis': Source(of=Increasing(longest=10, group=4, spread=20), beyond=(12, 14))},
         train=Train(steps=3000, batch=64, log_every=50, eval_every=1000, save_every=1000),

@@ -43,8 +43,8 @@ VERIFIERS = {'decoder, taught by itself (loop agrees)': 'loop', 'decoder, taught
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-  """Of a task: original problems; chains of the sizes beyond, the nearest first, for stage II; and chains that are
-  kept in every phase of the controls."""
+  """Of a task: original problems; chains of the sizes beyond, the nearest first, for stage II (of the first alone where
+  there is one number); and chains that are kept in every phase of the controls."""
   originals: int
   written: tuple[int, ...]
   kept: tuple[int, ...]
@@ -60,7 +60,7 @@ PAPER = {'ARI': Tables(42_515, (6477, 6882, 7287, 6477, 6072, 5668, 5263, 4858, 
                        (15_000, 10_000, 7500, 6000, 5000)),
          'ED': Tables(60_844, even(4195, 3636, 10), (15_000, 10_000, 7500, 3000, 3000)),
          'LIS': Tables(73_235, even(1479, 1198, 20), (15_000, 10_000, 7500, 3000, 3000))}
-TABLES = {'cpu': dict.fromkeys(relay.NAMES.values(), Tables(1000, (300, 300), (150, 150))),
+TABLES = {'cpu': dict.fromkeys(relay.NAMES.values(), Tables(1000, (300,), (150, 150))),
           'gpu': dict.fromkeys(('ARI', 'ED', 'LIS'), Tables(50_000, (12_500,) * 4, (5000,) * 4)),
           'paper': PAPER}
 # Of a phase of the controls: steps, learning rate (the paper: 100 epochs).
@@ -221,18 +221,19 @@ def costs(model, form, problems: list[Problem], loops: bool) -> dict[str, float]
 
 def run_seed(seed: int, workdir: Path) -> Iterator[dict]:
   """Makes and measures everything of one seed; what is known so far, after each model."""
-  found, folders = {}, {}
+  found, folders, own = {}, {}, '-inject' if FLAGS.inject else ''
   for name, kind in KINDS.items():
-    folders[name] = workdir / f'{kind}-{seed}'
-    train(f',kind={kind}', folders[name], seed)
+    loops = kind != 'chain'
+    folders[name] = workdir / f'{kind}{own if loops else ""}-{seed}'
+    train(f',kind={kind}{",inject=1" if FLAGS.inject and loops else ""}', folders[name], seed)
     found[name] = {'scores': measure(folders[name], kind)}
     yield found
-  folder = workdir / f'taught-{seed}'
+  folder = workdir / f'taught{own}-{seed}'
   told = taught(folder, seed, folders[LOOP], folders[DECODER])
   found[TUNED] = {'tables': told, 'scores': measure(folder, 'tuned')}
   yield found
   for name, verifier in VERIFIERS.items():
-    last, told = self_taught(workdir / f'self-{verifier}-{seed}', seed, verifier, folders[PLAIN], folders[DECODER])
+    last, told = self_taught(workdir / f'self-{verifier}{own}-{seed}', seed, verifier, folders[PLAIN], folders[DECODER])
     found[name] = {'tables': told, 'scores': measure(last, 'tuned')}
     yield found
 
@@ -280,6 +281,7 @@ def define_flags():
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/relay.py.')
   flags.DEFINE_string('task', None, "Task of experiments/configs/relay.py; the size's first by default.")
+  flags.DEFINE_bool('inject', False, 'Both loops take the input in again in every step (not in the paper).')
   flags.DEFINE_integer('problems', 256, 'Problems of every size to measure on.', lower_bound=1)
   flags.DEFINE_integer('tries', 40, 'So many problems at most are tried for every chain that is wanted.', lower_bound=1)
 

@@ -348,7 +348,7 @@ def test_arguments(argument, message):
 def stage(monkeypatch):
   """The study with runs that are told, and models that write the truth."""
   runs = []
-  flags = SimpleNamespace(size='cpu', task='left', tries=3, problems=4, set=SimpleNamespace(value=[]))
+  flags = SimpleNamespace(size='cpu', task='left', tries=3, problems=4, inject=False, set=SimpleNamespace(value=[]))
   monkeypatch.setattr(study, 'FLAGS', flags)
   monkeypatch.setitem(study.TABLES, 'cpu', {'LEFT': study.Tables(5, (4, 3), (2, 1))})
   monkeypatch.setattr(study, 'train', lambda argument, folder, seed, *changes: runs.append((argument, folder, changes)))
@@ -364,9 +364,9 @@ def stage(monkeypatch):
 
 def test_stage_two_merges_by_table_and_writes_once(stage, tmp_path):
   told = study.taught(tmp_path / 'taught', 3, tmp_path / 'loop', tmp_path / 'decoder')
-  assert [(row['size'], row['asked'], row['kept']) for row in told] == [(5, 4, 4), (6, 3, 3)]
+  assert [(row['size'], row['asked'], row['kept']) for row in told] == [(7, 4, 4), (8, 3, 3)]
   sizes = [p.size for p in recorded(tmp_path / 'taught/merged.jsonl')]
-  assert len(sizes) == 12 and max(sizes[:5]) <= 4 and sizes[5:] == [5] * 4 + [6] * 3
+  assert len(sizes) == 12 and max(sizes[:5]) <= 6 and sizes[5:] == [7] * 4 + [8] * 3
   assert stage[0] == ('by_loop', tmp_path / 'loop')
   argument, folder, _ = stage[-1]
   assert argument == f',kind=tuned,start={tmp_path / "decoder"},chains={tmp_path / "taught/merged.jsonl"}'
@@ -397,15 +397,26 @@ def test_chains_of_other_flags_are_not_taken(stage, tmp_path, monkeypatch):
 @pytest.mark.parametrize('verifier', ['loop', 'truth'])
 def test_controls_go_a_size_further_in_every_phase(stage, verifier, tmp_path):
   last, told = study.self_taught(tmp_path, 3, verifier, 'plain', 'decoder')
-  assert last == tmp_path / 'phase-2' and [(row['size'], row['kept']) for row in told] == [(5, 2), (6, 1)]
+  assert last == tmp_path / 'phase-2' and [(row['size'], row['kept']) for row in told] == [(7, 2), (8, 1)]
   first, second = (recorded(tmp_path / f'phase-{k}/merged.jsonl') for k in (1, 2))
-  assert second[:7] == first and [p.size for p in second[5:]] == [5, 5, 6]
+  assert second[:7] == first and [p.size for p in second[5:]] == [7, 7, 8]
   writers = [entry[1] for entry in stage if entry[0] == 'by_token']
   assert writers == ['decoder', tmp_path / 'phase-1'] and (('by_loop', 'plain') in stage) == (verifier == 'loop')
   trained = [entry for entry in stage if entry[0].startswith(',')]
   assert [f',start={start},' in argument for start, (argument, _, _) in zip(('decoder', tmp_path / 'phase-1'), trained)
           ] == [True, True]
   assert all('train.steps=100' in changes for _, _, changes in trained)
+
+
+@pytest.mark.parametrize('inject', [False, True])
+def test_injection_is_of_the_loops_alone(stage, inject, tmp_path, monkeypatch):
+  monkeypatch.setattr(study.FLAGS, 'inject', inject)
+  monkeypatch.setattr(study, 'measure', lambda folder, kind: {})
+  list(study.run_seed(3, tmp_path))
+  told = ',inject=1' * inject
+  first = [(run[0], run[1].name) for run in stage if run[0].startswith(',') and 'tuned' not in run[0]]
+  assert first == [(f',kind=aligned{told}', f'aligned{"-inject" * inject}-3'),
+                   (f',kind=vanilla{told}', f'vanilla{"-inject" * inject}-3'), (',kind=chain', 'chain-3')]
 
 
 def test_the_papers_tables():
