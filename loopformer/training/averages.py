@@ -25,6 +25,8 @@ class Averaged:
 
       average <- d average + (1 - d) parameters,   d = min(decay, (1 + t) / (10 + t)) at update t from 0
 
+  Of parameters that have masters (masters.py), these are averaged, whichever of the two wrappers stands around the other.
+
   Training goes on from the parameters; evaluations of the run, and whatever reads its checkpoints (`loopformer.load`,
   generation, export, train.start, teachers), have the averages.
   """
@@ -49,7 +51,8 @@ class Averaged:
     def update(updates, state, params, **others):
       updates, own = inner.update(updates, state.inner, params, **others)
       stays = jnp.minimum(self.decay, (1 + state.count) / (10 + state.count))
-      average = jax.tree.map(lambda a, p: stays * a + (1 - stays) * p, state.average, optax.apply_updates(params, updates))
+      new, _ = masters.exchanged(optax.apply_updates(params, updates), own)
+      average = jax.tree.map(lambda a, p: a + (1 - stays) * (p - a), state.average, new)  # exact where none moves
       return updates, AveragedState(state.count + 1, average, own)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -45,6 +45,20 @@ def test_an_average_is_its_formula_and_training_is_not_touched():
   assert averages.exchanged(weights, other) == (weights, other)
 
 
+def test_what_is_frozen_is_served_as_it_was():
+  model = ROWS['ouro'].model
+  weights = jax.tree.map(jnp.asarray, params(model))  # a tree of its own, which is taken apart
+  own = Averaged(of=Freeze(of=AdamW(schedule=WSD(peak=0.1), decay=0.1), paths=('cell/gate',))).make(10, parameter_roles(model))
+  now, state = weights, own.init(weights)
+  for _ in range(4):
+    updates, state = own.update(jax.tree.map(jnp.ones_like, weights), state, now)
+    now = optax.apply_updates(now, updates)
+  served, _ = averages.exchanged(now, state)
+  assert np.abs(served['cell'].pop('gate')['kernel'] - weights['cell']['gate']['kernel']).max() > 1e-2
+  del weights['cell']['gate']
+  jax.tree.map(np.testing.assert_array_equal, served, weights)
+
+
 def test_a_part_of_the_parameters_cannot_be_averaged():
   model = ROWS['ouro'].model
   with pytest.raises(ConfigError, match='put it around the other'):

@@ -40,9 +40,12 @@ def same(one, two):
   jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@pytest.mark.parametrize('inside', [lambda of: of, lambda of: Averaged(of=of, decay=0.5)])
-def test_masters_are_trained_as_float32_and_the_weights_are_these_rounded(inside, params):
-  own, plain = Masters(of=inside(PLAIN)).make(10, ROLES), inside(PLAIN).make(10, ROLES)
+@pytest.mark.parametrize('whole, plain', [
+    (Masters(of=PLAIN), PLAIN), (Masters(of=Averaged(of=PLAIN, decay=0.5)), Averaged(of=PLAIN, decay=0.5)),
+    (Averaged(of=Masters(of=PLAIN), decay=0.5), Averaged(of=PLAIN, decay=0.5))], ids=['alone', 'around averages', 'averaged'])
+def test_masters_are_trained_as_float32_and_the_weights_are_these_rounded(whole, plain, params):
+  """And averages are of the masters, whichever is around the other."""
+  own, plain = whole.make(10, ROLES), plain.make(10, ROLES)
   state, other, theirs = own.init(params), plain.init(params), params
   weights = masters.shortened(params, state)
   short = {path for path, leaf in flatten_dict(weights, sep='/').items() if leaf.dtype == jnp.bfloat16}
@@ -52,7 +55,7 @@ def test_masters_are_trained_as_float32_and_the_weights_are_these_rounded(inside
     updates, state = own.update(grads, state, weights)
     expected, other = plain.update(grads, other, theirs)
     weights, theirs = optax.apply_updates(weights, updates), optax.apply_updates(theirs, expected)
-    same(masters._joined(state.master, weights), theirs)
+    same(masters.exchanged(weights, state)[0], theirs)
     same(weights, jax.tree.map(lambda leaf, mine: leaf.astype(mine.dtype), theirs, weights))
   served, swapped = averages.exchanged(weights, state)
   same(served, averages.exchanged(theirs, other)[0])
