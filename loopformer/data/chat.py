@@ -149,8 +149,8 @@ class ChatTokenizer(Tokenizer):
     start = _common(text, other)
     end = len(text) - _common(text[start:][::-1], other[start:][::-1])
     try:
-      before, _ = self._text(messages[:i], True) if i else ('', [])
-    except ConfigError:  # some refuse messages that end so
+      before, _ = self._text(messages[:i], True)
+    except ConfigError:  # some refuse messages that end so, or none at all
       return start, end
     return (len(before) if text.startswith(before) and len(before) <= start else start), end
 

@@ -47,6 +47,12 @@ def test_an_answer_is_what_the_model_says_itself_and_what_ends_it(template, expe
   assert asked(chat(template), TALK) == expected
 
 
+@pytest.mark.parametrize('template, first', [
+    (CHATML, 'Yes.<|im_end|>'), (PLAIN, 'Yes.'), ("{{ messages[0].role }}, " + PLAIN, 'Yes.')], ids=['chatml', 'plain', 'needs one'])
+def test_an_answer_that_nobody_asked_for_is_learned_without_what_is_written_before_it(template, first):
+  assert asked(chat(template), TALK[1:])[0] == first
+
+
 def test_a_chat_is_a_text_of_special_tokens():
   ids = chat().chat(TALK[:1])
   assert ids == [257, *b'user\none?', 258, *b'\n', 257, *b'assistant\n']
