@@ -493,7 +493,7 @@ def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, .
   Raises:
     ConfigError: neither; a budget that is not from 1 to `LONGEST`, or a schedule that is none.
   """
-  if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool):
+  if isinstance(steps, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(steps, bool) and not np.ndim(steps):
     loops = whole(name, steps, 1, LONGEST, why='a budget is a number of loops')
     return (1.0 / loops,) * loops
   if isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array)) or not np.ndim(steps):

@@ -632,8 +632,8 @@ class ConfigError(ValueError):
 
 
 def shown(value: Any) -> str:
-  """A value as messages have it: as it was given."""
-  return repr(value) if isinstance(value, (str, bytes)) else str(value)
+  """A value as messages have it: as it was given, in one line."""
+  return repr(value) if isinstance(value, (str, bytes)) else ' '.join(str(value).split())
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None, why: str = '') -> int:

@@ -23,7 +23,7 @@ from loopformer.data import chat
 from loopformer.data.tokenizer import Tokenizer, anchor, continuation, ends_of
 from loopformer.diffusion.noise import check_model
 from loopformer.diffusion.orders import Ancestral, Kept, Looping, Ranked, Resampling, Round, times_of
-from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits
+from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, stops
 from loopformer.training import processes
 from loopformer.types import SEEDS, Array, ConfigError, Params, Plan, config_dataclass, real, whole
 
@@ -323,7 +323,7 @@ class Denoiser:
     if len(sizes) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(sizes)} loops, but there is room for {self.loops}; make the denoiser with '
                         f'loops={len(sizes)}')
-    ids = self.encode(prompt)
+    ids, stop = self.encode(prompt), stops(stop)
     holes = self.mask in ids
     if holes and stop:
       raise ConfigError(f'stop = {stop!r}: holes are filled, and nothing is written that could end sooner; leave it out')
@@ -334,7 +334,7 @@ class Denoiser:
                         f'than the {self.length} positions of a row; shorten the prompt, or ask for fewer tokens')
     self.model.sampler.order.check(steps, ids.count(self.mask))
     self._waiting.append(_Request(self._requests, ids, holes, sizes, steps, controls(self._vocab, temperature, top_k, top_p),
-                                  seed, number, tuple(stop)))
+                                  seed, number, stop))
     self._requests += 1
     return self._requests - 1
 
@@ -349,9 +349,9 @@ class Denoiser:
     else:
       name = f'prompt {self._requests}'
       ids = list(chat.begun(self.tokenizer, prompt, name)) if chat.is_messages(prompt) else chat.listed(prompt, name)
-    for id_ in ids:
-      if id_ != self.mask:
-        whole(f'prompt {self._requests}: the id', id_, 0, self._vocab - 1)
+    ids = [whole(f'prompt {self._requests}: the id', id_, 0, self.mask) for id_ in ids]
+    for id_ in set(ids) - {self.mask}:
+      whole(f'prompt {self._requests}: the id', id_, 0, self._vocab - 1)
     return ids
 
   def finished(self) -> Iterator[tuple[_Request, list[int]]]:

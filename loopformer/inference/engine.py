@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import AbstractSet as Set, Any, Iterable, Iterator, Mapping, Sequence
 import warnings
 
 from flax import struct
@@ -30,7 +30,7 @@ from loopformer.data import chat
 from loopformer.data.tokenizer import anchor, continuation, ends_of, prompt_ids
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, verify_draft
+from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, stops, verify_draft
 from loopformer.memories import map_caches
 from loopformer.nn.layers import transposed
 from loopformer.training import processes
@@ -487,8 +487,7 @@ class Engine:
     whole('max_new_tokens', max_new_tokens, 1)
     for name, value in (('seed', seed), ('number', number)):
       whole(name, value, 0, SEEDS - 1)
-    if isinstance(stop, str) or not isinstance(stop, Iterable) or not all(isinstance(text, str) and text for text in stop):
-      raise ConfigError(f'stop = {stop!r}: give a list of texts, none of them empty')
+    stop = stops(stop)
     steps = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(steps) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(steps)} steps, but the caches have slots for {self.loops}; make the '
@@ -500,7 +499,7 @@ class Engine:
                         'or ask for fewer tokens')
     control = controls(self._vocab, temperature, top_k, top_p)
     self._waiting.append(_Request(self._requests, ids, anchor(self.tokenizer, ids), steps, max_new_tokens, control, seed,
-                                  number, tuple(stop)))
+                                  number, stop))
     self._requests += 1
     return self._requests - 1
 
@@ -620,10 +619,10 @@ def _ids(prompt: Any, number: int, tokenizer: Any, vocab: int) -> list[int]:
   return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in chat.listed(prompt, f'prompt {number}')]
 
 
-def _pending(text: str, stops: Sequence[str]) -> int:
+def _pending(text: str, ends: Sequence[str]) -> int:
   """Characters at the end that may still change: the beginning of a stop, or of a letter of several bytes."""
   open_ = len(text) - len(text.rstrip('\ufffd'))
-  return max([open_, *(n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))])
+  return max([open_, *(n for stop in ends for n in range(1, len(stop)) if text.endswith(stop[:n]))])
 
 
 def _check_text(model: Any, tokenizer: Any):
@@ -669,7 +668,7 @@ def generate(model: Any, params: Params, tokenizer: Any,
   Raises:
     ConfigError: a prompt with its continuation does not fit the model's positions; a schedule or control out of range.
   """
-  if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+  if isinstance(prompts, (str, bytes, Mapping, Set)) or not isinstance(prompts, Iterable):
     raise ConfigError(f'prompts = {prompts!r}: give a list of texts')
   _check_text(model, tokenizer)
   whole('rows', rows, 1)
@@ -679,7 +678,7 @@ def generate(model: Any, params: Params, tokenizer: Any,
   if not prompts:
     return []
   how = dict(budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-             stop=stop)
+             stop=stops(stop))
   if model.sampler.denoises:
     served = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows),
                                  loops=max(len(steps), model.loops), exit=exit, draft=draft)

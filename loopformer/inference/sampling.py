@@ -1,12 +1,15 @@
 """Tokens that are drawn: the distribution, the draw, and the verdict on drafts."""
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, config_dataclass, real, whole
+from loopformer.types import Array, ConfigError, config_dataclass, real, shown, whole
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 COLDEST, HOTTEST = 1e-30, 1e6  # temperatures: logits are finite when divided by them
@@ -57,6 +60,14 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,
   top_p = 1.0 if top_p is None else real('top_p', top_p, '(0, 1]', 'None leaves all tokens')
   return SamplingParams(temperature=np.float32(temperature), top_k=np.int32(min(top_k, vocab)),
                         top_p=np.float32(top_p), vocab=np.int32(vocab))
+
+
+def stops(texts: Any) -> tuple[str, ...]:
+  """Texts before which a continuation ends. Raises ConfigError where they are none, or one is empty, or stands alone."""
+  found = tuple(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else (None,)
+  if not all(isinstance(text, str) and text for text in found):
+    raise ConfigError(f'stop = {shown(texts)}: give a list of texts, none of them empty')
+  return found
 
 
 def sampling_logits(logits: Array, control: SamplingParams) -> Array:

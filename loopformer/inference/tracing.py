@@ -92,7 +92,7 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
   """
   plan = _plan(model, steps)
   tokens = checked_tokens(model, tokens)
-  given = {name: None if array is None else np.asarray(array) for name, array in (('positions', positions),
+  given = {name: None if array is None else _array(name, array) for name, array in (('positions', positions),
                                                                                  ('segments', segments))}
   for name, array in given.items():
     if array is not None and (array.shape != tokens.shape[:2] or not np.issubdtype(array.dtype, np.integer)):
@@ -134,10 +134,7 @@ def _plan(model, steps):
 def checked_tokens(model: Any, tokens: Any) -> Array:
   """Tokens i32[B, T], or vectors f32[B, T, inputs], that the model can read. Raises ConfigError where they are none."""
   vocab, length = model.read_in.vocab, model.read_in.length
-  try:
-    tokens = np.asarray(tokens)
-  except ValueError as error:  # rows of unlike lengths
-    raise ConfigError(f'tokens: no array ({error}); give integers of shape [B, T]') from error
+  tokens = _array('tokens', tokens)
   kind, axes, wanted = ((np.integer, 2, 'integers of shape [B, T]') if vocab else
                         (np.floating, 3, 'vectors of shape [B, T, inputs]'))
   if tokens.ndim != axes or not tokens.size or not np.issubdtype(tokens.dtype, kind):
@@ -149,6 +146,13 @@ def checked_tokens(model: Any, tokens: Any) -> Array:
     raise ConfigError(f'tokens: ids from {tokens.min()} to {tokens.max()}, but the vocabulary has {vocab} '
                       '(read_in.vocab)')
   return jnp.asarray(tokens, jnp.int32 if vocab else jnp.float32)
+
+
+def _array(name, rows):
+  try:
+    return np.asarray(rows)
+  except ValueError as error:  # rows of unlike lengths
+    raise ConfigError(f'{name}: no array ({error}); give integers of shape [B, T]') from error
 
 
 @functools.partial(jax.jit, static_argnums=0)

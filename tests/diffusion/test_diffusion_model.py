@@ -371,7 +371,9 @@ def test_a_run_does_not_start_from_one_that_reads_other_ids(tmp_path, there, her
 @pytest.mark.parametrize('submit, names', [
     ({'steps': 0}, 'steps = 0'), ({'steps': 10_001}, 'steps = 10001'), ({'prompt': '1 <mask> 2', 'stop': ['3']}, 'stop = '),
     ({'budget': 9}, 'budget = 9'), ({'prompt': '1 ' * 16}, '17 tokens'),
-    ({'prompt': [7]}, 'the id = 7'), ({'prompt': 5}, 'prompt 0 = 5'), ({'prompt': b'1'}, 'give a text'),
+    ({'prompt': [7]}, 'the id = 7'), ({'prompt': jnp.ones((1, 3), int)}, r'the id = \[1 1 1\]: must be a whole number'),
+    ({'stop': '3'}, "stop = '3': give a list"), ({'stop': ['']}, r"stop = \[''\]"), ({'stop': None}, 'stop = None'),
+    ({'prompt': 5}, 'prompt 0 = 5'), ({'prompt': b'1'}, 'give a text'),
     ({'max_new_tokens': 17}, '17 tokens'), ({'prompt': '<mask:40>'}, '40'),
     ({'seed': -1}, 'seed = -1'), ({'temperature': -1.0}, 'temperature = -1.0'), ({'max_new_tokens': 0}, 'max_new_tokens = 0')])
 def test_requests_that_cannot_be_served_are_refused(submit, names):

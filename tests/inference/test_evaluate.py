@@ -131,3 +131,23 @@ def test_bad_input():
     exits.Confidence(least=0)
   with pytest.raises(ConfigError, match=r'evals\.budgets'):
     Depths(budgets=(0,))
+
+
+def on_host(**changed):
+  made = {name: np.asarray(rows) for name, rows in batch(2).items()} | changed
+  return {name: rows for name, rows in made.items() if rows is not None}
+
+
+@pytest.mark.parametrize('batches, message', [
+    ([], 'batches: there are none'), (on_host(), 'one batch alone; give a list'), ([on_host(weights=None)], 'and no weights'),
+    ([on_host(weights=np.zeros((2, T), np.float32))], 'nothing is asked for'),
+    ([on_host(tokens=np.full((2, T), parts.V))], 'tokens: ids from 40 to 40, but the model has 0 to 39'),
+    ([on_host(targets=np.full((2, T), -100))], 'targets: ids from -100 to -100')])
+def test_batches_that_say_nothing_are_refused(batches, message):
+  with pytest.raises(ConfigError, match=message):
+    evaluate(MODEL, params(MODEL), batches, {'4': 4}, measure=measures.Answers())
+
+
+def test_without_the_bytes_of_tokens_there_are_no_bits_of_a_byte():
+  row, = evaluate(MODEL, params(MODEL), [on_host()], {'4': 4})
+  assert np.isnan(row['bits_per_byte']) and row['perplexity'] == pytest.approx(np.exp(row['loss'])) and row['budget'] == 4

@@ -147,6 +147,8 @@ def test_what_just_fits_is_served():
     (dict(budget=2.7), r'budget = 2\.7: give a budget as an integer'), (dict(top_k=2.7), r'top_k = 2\.7: must be a whole'),
     (dict(budget=np.float32(2.5)), r'budget = 2\.5'), (dict(max_new_tokens=2.7), r'max_new_tokens = 2\.7: must be a whole'),
     (dict(temperature=float('nan')), 'temperature = nan'), (dict(seed=2**32), 'seed = 4294967296: must be 0 to 4294967295'),
+    (dict(seed=jax.random.key(0)), r'seed = Array\(\(\), dtype=key<fry>\) overlaying: \[0 0\]: must be a whole'),
+    (dict(stop='a'), "stop = 'a': give a list"), (dict(stop=None), 'stop = None'), (dict(stop=[1]), r'stop = \[1\]'),
     (dict(seed=-1), 'seed = -1: must be 0 to'), (dict(seed=1.5), r'seed = 1\.5: must be a whole'),
 ], ids=str)
 def test_options_out_of_range_are_refused(options, message):
@@ -157,6 +159,15 @@ def test_options_out_of_range_are_refused(options, message):
 def test_a_single_text_is_refused():
   with pytest.raises(ConfigError, match="prompts = 'abc'"):
     generate(MODEL, PARAMS, TOKENIZER, 'abc')
+  for prompts in ({'abc': 1}, {'abc'}):  # of no order, or of names that are no texts
+    with pytest.raises(ConfigError, match='prompts = .*give a list'):
+      generate(MODEL, PARAMS, TOKENIZER, prompts)
+
+
+def test_numbers_and_lists_of_other_libraries_are_taken():
+  text = run()[2]
+  assert run(iter(PROMPTS), budget=jnp.int32(L), max_new_tokens=np.int64(12), temperature=jnp.float32(0))[2] == text
+  assert run(stop=iter([text[2]]))[2] == text[:text.index(text[2])]
 
 
 def test_more_loops_than_trained_warn():
