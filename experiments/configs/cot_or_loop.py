@@ -25,8 +25,8 @@ experiments/reports/cot_or_loop/.
 
 Departures and what the paper does not say: rotary positions and no biases (published: learned positions, which loops
 add again in every step); arithmetic reduced from the left; the question of a graph at the end of its row, where loops
-are read; fresh problems, none of which is seen twice; at the published size loops begin with small problems, which
-grow to their size during training; 40 times at most, or evenly.
+are read; problems that are drawn anew each time (of small tasks some come again, and some that are held out); at the
+published size loops begin with small problems, which grow to their size during training; 40 times at most, or evenly.
 """
 from __future__ import annotations
 

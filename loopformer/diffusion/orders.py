@@ -301,6 +301,9 @@ class Kept:
   """
   noise: float = 0.5
 
+  def __post_init__(self):
+    real('Kept.noise', self.noise, '[0, inf)')
+
   def check(self, steps: int, count: int):
     """Nothing: it serves all."""
 

@@ -34,13 +34,14 @@ class Power:
 
   def count(self, size: int) -> int:
     """Raises ConfigError where there would be more than a million."""
-    count = math.ceil(round(self.scale * size ** self.power, 9))  # a whole power is no filler more for rounding
+    count = self.scale * size ** self.power
+    count = math.ceil(round(count, 9)) if count < math.inf else count  # a whole power is no filler more for rounding
     return whole(f'fillers of a problem of size {size}', count, 0, MOST, why='lower fillers.power or fillers.scale')
 
 
 @config_dataclass
 class Filled:
-  """The examples of the form `of` (Prefixes, Asked, Chain) with fillers in them.
+  """The examples of the form `of` (Prefixes, Asked, Chain, Slots) with fillers in them.
 
   fillers: how many, or a `Power` of the problem's size. query: so many last tokens of the problem stand after the
   fillers, which is what reads them where attention is causal. first: they stand before all of it instead, where tokens
@@ -101,7 +102,7 @@ class Filled:
 
     segments = made.get('segments', np.ones(self.of.length, np.int32))
     rows = aligned(widened(moved(made['tokens']), self.of.pad, self.pad),
-                   widened(moved(made['targets']), self.pad, self.pad), widened(made['weights'], 0, 0))
+                   widened(moved(made['targets']), self.of.pad, self.pad), widened(made['weights'], 0, 0))
     return {**made, **rows, 'segments': widened(segments, segments[0], 0)}
 
 

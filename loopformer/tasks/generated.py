@@ -175,6 +175,8 @@ class Source:
 @dataclasses.dataclass(frozen=True)
 class SymbolTokenizer(Tokenizer):
   """Ids are places in a list of symbols; text is symbols apart by spaces, or run together where each is one character.
+
+  Run together, `12` may be 1 and 2, or a symbol of its own: a text that can be read both ways is refused.
   """
   symbols: tuple[str, ...]
 
@@ -196,6 +198,10 @@ class SymbolTokenizer(Tokenizer):
     if unknown:
       raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '
                         f'{" ".join(self.symbols)}')
+    longer = [symbol for symbol in self.symbols if len(symbol) > 1 and symbol in text] if words == list(text) else []
+    if longer:
+      raise ConfigError(f'prompt {text!r}: {longer[0]!r} is one symbol of this task, or {len(longer[0])}; put spaces between '
+                        'symbols')
     return [self._ids[word] for word in words]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -224,7 +230,8 @@ class Generated:
   """Task: examples of the generator `of`.
 
   pool: how many different ones to train on; None makes a fresh one every time. held_out: how many to validate on;
-  they are the same whatever the seed of the run. tests: other generators to evaluate on, by name (longer, harder).
+  they are the same whatever the seed of the run, and drawn apart from those that are trained on: where there are few problems,
+  the same ones are in both. tests: other generators to evaluate on, by name (longer, harder).
   grow: a curriculum of the training examples; it needs fresh ones (no `pool`).
   """
   of: Any
@@ -238,6 +245,8 @@ class Generated:
     for name in ('pool', 'held_out'):
       if getattr(self, name) is not None:
         whole(f'task.{name}', getattr(self, name), 1)
+    for name in {'train', 'validation'} & set(self.tests):
+      raise ConfigError(f'task.tests names {name!r}, which the task has of its own; give it another name')
     if self.pool is not None and self.grow != Same():
       raise ConfigError(f'task.pool = {self.pool}: a curriculum needs fresh examples in order; give pool = None')
     self.grow.check(self.of)

@@ -7,6 +7,7 @@ from fractions import Fraction
 import functools
 import math
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ class Mixture:
       raise ConfigError(f'task.weights are of {", ".join(self.weights) or "nothing"}, task.of has '
                         f'{", ".join(self.of) or "nothing"}; give a weight for every task')
     for name, weight in self.weights.items():
+      if not re.fullmatch(r'\w[\w.-]*', name):
+        raise ConfigError(f'task.of: {name!r} is no name of a task, of which a folder is called; give letters, digits, and . _ - '
+                          'between them')
       real(f'task.weights.{name}', weight, '(0, inf)')
     lengths = {name: task.length for name, task in self.of.items()}
     if len(set(lengths.values())) > 1:
@@ -80,8 +84,9 @@ class Mixture:
     """As of the tasks; of the training split without end, of the others each once, as long as the shares last."""
     import grain
     for name, task in self.of.items():
-      if split.startswith(f'{name}-'):
-        return task.examples(self._folder(workdir, name), split.removeprefix(f'{name}-'), seed)
+      for own in task.splits:
+        if split == f'{name}-{own}':
+          return task.examples(self._folder(workdir, name), own, seed)
     datasets = [task.examples(self._folder(workdir, name), split, seed) for name, task in self.of.items()]
     shares = self.shares()
     count = ENDLESS if split == 'train' else lasting(shares, [len(dataset) for dataset in datasets])
@@ -89,7 +94,7 @@ class Mixture:
 
   def shares(self) -> tuple[Fraction, ...]:
     """Of the tasks in their order; their sum is one."""
-    weights = [Fraction(self.weights[name]) for name in self.of]
+    weights = [Fraction(float(self.weights[name])) for name in self.of]
     return tuple(weight / sum(weights) for weight in weights)
 
   def _folder(self, workdir, name: str):

@@ -62,6 +62,10 @@ class Problems(Protocol):
     """Of its problems, up to those that rows have place for."""
 
   @property
+  def room(self) -> int:
+    """The largest size that rows have place for."""
+
+  @property
   def tasks(self) -> Mapping[str, Any]:
     """The sources that it draws from, by the names that problems bear; itself, under '', if it is one."""
 
@@ -174,6 +178,11 @@ class Several:
     all_of = [of.extent for of in self.of.values()]
     most = Extent(*(max(values) for values in zip(*map(dataclasses.astuple, all_of))))
     return dataclasses.replace(most, prompt=most.prompt + 1)
+
+  @property
+  def room(self) -> int:
+    """The largest that any of them has place for."""
+    return max(of.room for of in self.of.values())
 
   def problem(self, rng: np.random.Generator) -> Problem:
     name = list(self.of)[rng.integers(len(self.of))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
+import operator
 import os
 from typing import Any
 
@@ -30,10 +31,10 @@ def recorded(file: str | os.PathLike) -> list[Problem]:
     row = reading.parsed(line, where, REMEDY, dict)
     with reading.naming(where, REMEDY):
       texts = [row[name] for name in ('task', 'prompt', 'answer')] + list(row['rounds'])
-      if not all(isinstance(text, str) for text in texts):
-        raise TypeError('prompt, rounds and answer are texts')
+      if not isinstance(row['rounds'], list) or not all(isinstance(text, str) for text in texts) or not row['prompt'].split():
+        raise TypeError('prompt, rounds and answer are texts, rounds a list of them, and the prompt is not empty')
       problems.append(Problem(prompt=tuple(row['prompt'].split()), rounds=tuple(tuple(r.split()) for r in row['rounds']),
-                              answer=row['answer'], size=int(row['size']), task=row['task']))
+                              answer=row['answer'], size=operator.index(row['size']), task=row['task']))
   if not problems:
     raise ConfigError(f'{os.fspath(file)}: it holds no problems; {REMEDY}')
   return problems

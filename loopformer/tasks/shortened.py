@@ -31,6 +31,10 @@ class _Told:
     return self.of.symbols
 
   @property
+  def room(self) -> int:
+    return self.of.room
+
+  @property
   def tasks(self) -> Mapping[str, Any]:
     return self.of.tasks
 

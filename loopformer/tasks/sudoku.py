@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from loopformer.tasks.generated import Example, aligned
-from loopformer.types import ConfigError, config_dataclass, whole
+from loopformer.types import ConfigError, config_dataclass, shown, whole
 
 SYMBOLS = '123456789'
 START = '.'  # before the first cell, and an unknown one; ends texts, too
@@ -72,6 +72,8 @@ class Sudoku:
   def __post_init__(self):
     whole('Sudoku.box', self.box, 2, 3, why='grids have box^2 symbols, one character each')
     if self.holes is not None:
+      if not isinstance(self.holes, Sequence) or len(self.holes) != 2:
+        raise ConfigError(f'Sudoku.holes = {shown(self.holes)}: give the least and the most cells that are asked for, such as (4, 8)')
       low, high = self.holes
       whole('Sudoku.holes', low, 1, self.length)
       whole('Sudoku.holes', high, low, self.length)

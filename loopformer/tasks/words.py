@@ -111,9 +111,10 @@ class Automaton:
   accepting: tuple[int, ...]
 
   def __post_init__(self):
-    if not self.letters or len(set(self.letters)) < len(self.letters) or END_OF_WORD in self.letters:
-      raise ConfigError(f'Automaton.letters = {self.letters!r}: give one or more different letters, and no '
-                        f'{END_OF_WORD} among them')
+    taken = {END_OF_WORD, ACCEPTED, REFUSED}
+    if not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters) or ' ' in self.letters:
+      raise ConfigError(f'Automaton.letters = {self.letters!r}: give one or more different letters, and no space nor '
+                        f'{" ".join(sorted(taken))} among them, which say other things')
     states = range(len(self.next))
     if not self.next or any(len(row) != len(self.letters) or not set(row) <= set(states) for row in self.next):
       raise ConfigError(f'Automaton.next = {self.next}: give for every state one of 0..{len(states) - 1} a letter of '

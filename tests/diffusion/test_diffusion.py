@@ -337,6 +337,7 @@ def test_a_solution_keeps_the_clues():
     (lambda: orders.check_sigma('sigma', 0.5, 0.5, 0.8), 'sigma = 0.5'),
     (lambda: Sudoku(box=4), 'Sudoku.box = 4'),
     (lambda: Sudoku(box=2, holes=(0, 3)), 'Sudoku.holes = 0'),
+    (lambda: Sudoku(box=2, holes=5), 'Sudoku.holes = 5: give the least and the most'), (lambda: Kept(noise=-1.0), 'Kept.noise = -1.0'),
     (lambda: all_grids(3), 'box = 3')])
 def test_bad_values_are_named(make, names):
   with pytest.raises(ConfigError, match=names):

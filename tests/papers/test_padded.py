@@ -27,7 +27,8 @@ from loopformer.papers.padded.norm import MaskedNorm, phi, psi
 from loopformer.tasks.connectivity import Connectivity, distances
 from loopformer.tasks.fillers import FILLER, Filled, Power, check_order
 from loopformer.tasks.generated import Generated
-from loopformer.tasks.reasoning import Asked, Chain, Rounds
+from loopformer.tasks.reasoning import Asked, Chain, Rounds, Several, Slots
+from loopformer.tasks.shortened import Selected
 from loopformer.tasks.words import PARITY, Cyclic, Prefixes, Regular, Word
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
@@ -242,6 +243,21 @@ def test_fillers_stand_before_the_query(form, query):
     assert set(made) == {*plain, 'segments'} and made.get('size', 0) == plain.get('size', 0)
 
 
+def test_fillers_among_several_tasks_and_parts_of_solutions():
+  several = Several(of={'A': BITS, 'B': dataclasses.replace(BITS, longest=7, room=None, limit=None)})
+  assert Filled(of=Asked(of=several), fillers=Power(power=1)).length == Asked(of=several).length + 7
+  form = Chain(of=Selected(of=BITS, rounds=1))
+  assert Filled(of=form, fillers=3).length == form.length + 3
+
+
+def test_denoisers_read_fillers_where_they_stand():
+  form = Filled(of=Slots(of=BITS), fillers=3)
+  made = form.example(BITS.draw(np.random.default_rng(0), 2))
+  given = made['weights'] == 0
+  np.testing.assert_array_equal(made['targets'][given], made['tokens'][given])
+  assert (made['targets'] == form.symbols.index(FILLER)).sum() == 3
+
+
 def test_how_many_fillers():
   assert [Power(power=3).count(n) for n in (1, 2, 3, 8)] == [1, 8, 27, 512]
   assert [Power(power=0.5, scale=2).count(n) for n in (1, 4, 5)] == [2, 4, 5]
@@ -306,6 +322,7 @@ def test_fillers_before_the_input():
     (lambda: Power(power=-1.0), 'fillers.power = -1.0'), (lambda: Power(power=float('nan')), 'fillers.power = nan'),
     (lambda: Power(power=1.0, scale=0.0), 'fillers.scale = 0.0'),
     (lambda: Power(power=6.0).count(11), 'fillers of a problem of size 11 = 1771561: lower fillers.power'),
+    (lambda: Power(power=6.0, scale=1e300).count(10 ** 6), 'fillers of a problem of size 1000000 = inf: lower'),
     (lambda: Filled(of=Prefixes(of=BITS), fillers=-1), 'Filled.fillers = -1'),
     (lambda: Filled(of=Prefixes(of=BITS), fillers=2.0), 'Filled.fillers = 2.0'),
     (lambda: Filled(of=Prefixes(of=BITS), fillers=2, query=-1), 'Filled.query = -1'),

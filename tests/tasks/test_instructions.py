@@ -269,6 +269,19 @@ def test_weights_that_are_none(weights, message, source):
     mixed_of(source, weights=weights)
 
 
+def test_names_of_tasks_may_begin_alike_and_weights_be_of_other_libraries(source, tmp_path):
+  tasks = mixed_of(source).of
+  task = Mixture(of={'chats': tasks['chats'], 'chats-validation': tasks['text']},
+                 weights={'chats': np.float32(1), 'chats-validation': np.int64(1)})
+  task.prepare(tmp_path, quiet)
+  other = tasks['text'].examples(tmp_path / 'mixture/chats-validation', 'validation', 0)
+  np.testing.assert_array_equal(task.examples(tmp_path, 'chats-validation-validation', 0)[0]['tokens'], other[0]['tokens'])
+  assert task.shares() == (Fraction(1, 2), Fraction(1, 2))
+  for name in ('', '../x', 'a/b', '.'):
+    with pytest.raises(ConfigError, match='is no name of a task'):
+      Mixture(of={name: tasks['chats']}, weights={name: 1})
+
+
 def test_tasks_that_do_not_mix(source, tmp_path):
   task = mixed_of(source)
   with pytest.raises(ConfigError, match='chats have 64 tokens, text have 32 tokens; give them one length'):

@@ -10,7 +10,7 @@ import pytest
 
 from loopformer.tasks.arithmetic import Arithmetic, LeftToRight, modular, reduced
 from loopformer.tasks.edit_distance import EditRows
-from loopformer.tasks.generated import Generated, Grow, Rise
+from loopformer.tasks.generated import Generated, Grow, Rise, SymbolTokenizer
 from loopformer.tasks.increasing import Increasing, ending
 from loopformer.tasks.reasoning import Chain, Even, Proportional, Rounds, Several
 from loopformer.tasks.recorded import Recorded, record, recorded
@@ -377,7 +377,9 @@ GOOD = {'task': 'ARI', 'size': 1, 'prompt': '[ARI] 3 + 4 =', 'rounds': ['7'], 'a
     ('nonsense', 'line 2 is damaged: it is not JSON'), ([3], 'line 2 is damaged: it holds list'),
     ({**GOOD, 'answer': 7}, 'line 2: a value is missing or of another kind.*texts'),
     ({k: v for k, v in GOOD.items() if k != 'rounds'}, 'line 2: a value is missing'),
-    ({**GOOD, 'rounds': 3}, 'line 2: a value is missing'), ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'),
+    ({**GOOD, 'rounds': 3}, 'line 2: a value is missing'), ({**GOOD, 'rounds': '77'}, 'line 2: a value is missing.*a list'),
+    ({**GOOD, 'size': 1.5}, 'line 2: a value is missing'), ({**GOOD, 'prompt': ' '}, 'line 2: a value is missing.*not empty'),
+    ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'),
     ({**GOOD, 'answer': '777'}, "line 2: problem .*'777' is not a symbol"),
     ({**GOOD, 'task': 'XX'}, "line 2: task = 'XX': no such source of problems here"),
     ({**GOOD, 'rounds': ['7 ' * 400]}, r'line 2: Chain.length = \d+: .* raise Chain.length'),
@@ -388,6 +390,14 @@ def test_files_that_cannot_be_learned_from(row, message, tmp_path):
   task = Recorded(of=Generated(of=Chain(of=SEVERAL), held_out=8), file=str(file))
   with pytest.raises(ConfigError, match=f'{file}, {message}'):
     task.prepare(tmp_path, print)
+
+
+def test_text_that_can_be_read_two_ways_is_refused():
+  tokenizer = SymbolTokenizer(Chain(of=Arithmetic(longest=2)).symbols)
+  assert tokenizer.encode('3*2=') == tokenizer.encode('3 * 2 =') and tokenizer.decode(tokenizer.encode('10 + 1 =')) == '10 + 1 ='
+  assert tokenizer.encode('10') == [10]
+  with pytest.raises(ConfigError, match="prompt '10\\+1=': '10' is one symbol of this task, or 2; put spaces"):
+    tokenizer.encode('10+1=')
 
 
 def test_a_file_that_is_not_there(tmp_path):
