@@ -68,6 +68,22 @@ def test_a_model_from_elsewhere_becomes_a_work_folder(kind, sources, tmp_path):
     again.config.task.prepare(tmp_path / 'run')
 
 
+def test_a_model_of_symbols_is_saved_and_loaded(tmp_path):
+  """Its tokenizer is the list of them, in a file of its own, whatever its task."""
+  config = configs.load('relay:cpu,kind=chain')
+  model, tokenizer = config.model, config.task.tokenizer_of('')
+  weights = parts.params(model)
+  loopformer.Loaded(model, weights, tokenizer, config).save(tmp_path / 'run')
+  again = loopformer.load(tmp_path / 'run')
+  assert again.model == model and again.tokenizer == tokenizer
+  same(again.params, weights)
+  file = tmp_path / 'run/tokenizer/symbols.json'
+  for text, message in (('{}', 'it holds dict'), ('["a", 3]', 'it is no list of texts'), ('[]', 'it is no list of texts')):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf'symbols\.json is damaged: {message}.*; save the model again'):
+      loopformer.load(tmp_path / 'run')
+
+
 def test_what_a_source_does_not_have_is_refused(sources, tmp_path):
   with pytest.raises(ConfigError, match='step = 3: .* is no work folder'):
     loopformer.load(sources['llama'][0], step=3)

@@ -575,6 +575,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
   """The tokenizer saved in a folder; FileNotFoundError or ValueError naming the file that is absent or damaged."""
   path = storage.path(folder) / FILE
   if not path.exists():
+    from loopformer.data import symbols
+    if (of_symbols := symbols.saved_in(folder)) is not None:
+      return of_symbols
     raise FileNotFoundError(f'no tokenizer in {os.fspath(folder)!r}: {FILE} is absent; prepare the data first')
   saved = reading.read_json(path, 'delete the folder and prepare the data again')
   if saved.get('kind') not in (*BUILT_IN, *AROUND):

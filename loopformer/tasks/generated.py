@@ -6,22 +6,18 @@ task is adding a generator.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
-import json
 import os
 from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from loopformer import storage
-from loopformer.data.tokenizer import Tokenizer
+from loopformer.data.symbols import SymbolTokenizer
 from loopformer.inference import measures
 from loopformer.types import ConfigError, config_dataclass, whole
 
 ENDLESS = 2**40  # examples of a training set that never repeats
-FILE = 'symbols.json'
 
 Example = dict[str, np.ndarray]
 
@@ -170,59 +166,6 @@ class Source:
     if not 0 <= index < self.count:
       raise IndexError(f'example {index} of {self.count}')
     return self.grow.at(self.of, int(index))(np.random.default_rng((self.seed, int(index))))
-
-
-@dataclasses.dataclass(frozen=True)
-class SymbolTokenizer(Tokenizer):
-  """Ids are places in a list of symbols; text is symbols apart by spaces, or run together where each is one character.
-
-  Run together, `12` may be 1 and 2, or a symbol of its own: a text that can be read both ways is refused.
-  """
-  symbols: tuple[str, ...]
-
-  @property
-  def vocab_size(self) -> int:
-    return len(self.symbols)
-
-  @property
-  def eos(self) -> int:
-    return len(self.symbols) - 1
-
-  @functools.cached_property
-  def _ids(self) -> dict[str, int]:
-    return {symbol: i for i, symbol in enumerate(self.symbols)}
-
-  def encode(self, text: str) -> list[int]:
-    words = text.split() if ' ' in text or text.strip() in self._ids else list(text)
-    unknown = [word for word in words if word not in self._ids]
-    if unknown:
-      raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '
-                        f'{" ".join(self.symbols)}')
-    longer = [symbol for symbol in self.symbols if len(symbol) > 1 and symbol in text] if words == list(text) else []
-    if longer:
-      raise ConfigError(f'prompt {text!r}: {longer[0]!r} is one symbol of this task, or {len(longer[0])}; put spaces between '
-                        'symbols')
-    return [self._ids[word] for word in words]
-
-  def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    outside = [i for i in ids if not 0 <= i < self.vocab_size]
-    if outside:
-      raise ValueError(f'id {outside[0]} is outside 0..{self.vocab_size - 1}')
-    return ' '.join(self.symbols[i] for i in ids if i != self.eos)
-
-  def byte_lengths(self) -> np.ndarray:
-    return np.zeros(self.vocab_size, np.int32)  # symbols are not text, and have no bytes
-
-  def fingerprint(self) -> str:
-    return hashlib.sha256(json.dumps(self.symbols).encode()).hexdigest()
-
-  def save(self, folder: str | os.PathLike):
-    folder = storage.path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write(folder / FILE, json.dumps(self.symbols) + '\n')
 
 
 @config_dataclass
