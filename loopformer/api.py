@@ -35,10 +35,11 @@ class Loaded(NamedTuple):
     and teachers read; a run of its configuration starts from these parameters there.
 
     Raises:
-      ConfigError: a run is in the folder already.
+      ConfigError: a run is in the folder already; no path.
     """
     from loopformer import config as configs
     from loopformer.training.checkpoint import FOLDER, Checkpoints
+    _check_path('workdir', workdir)
     folder = storage.path(workdir)
     storage.check_workdir(folder, writes=True)
     if (folder / configs.FILE).exists():
@@ -75,8 +76,8 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
   from loopformer import config as configs
   from loopformer.convert.adapters import CONFIG as ADAPTER
   named = isinstance(source, (str, os.PathLike))
-  if not named and 'kind' not in options:  # with it, a dict of arrays is taken too
-    raise ConfigError(f'source = {source!r}: give a path')
+  if named or 'kind' not in options:  # with it, a dict of arrays is taken too
+    _check_path('source', source)
   path = storage.path(source) if named else Path()
   if named and not storage.remote(path) and not path.exists():
     raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face folder, '
@@ -94,6 +95,12 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
                       'another source')
   with configs.trusting(trust):
     return _of_run(path, step, mesh)
+
+
+def _check_path(name: str, path: Any):
+  """Raises ConfigError where it is no path, or an empty one, which would be the folder that one happens to be in."""
+  if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+    raise ConfigError(f'{name} = {path!r}: give a path')
 
 
 def _check_loops(loops: Any):

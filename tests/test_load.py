@@ -90,6 +90,11 @@ def test_what_a_source_does_not_have_is_refused(sources, tmp_path):
   configs.save(CONFIG, tmp_path)
   with pytest.raises(ConfigError, match='loops: a work folder says itself how its model is made'):
     loopformer.load(tmp_path, loops=2)
+  for path in ('', None, 3):
+    with pytest.raises(ConfigError, match=f'source = {path!r}: give a path'):
+      loopformer.load(path)
+    with pytest.raises(ConfigError, match=f'workdir = {path!r}: give a path'):
+      loopformer.Loaded(None, None, None, None).save(path)
   with pytest.raises(ConfigError, match='nothing: there is no such file or folder'):
     loopformer.load(tmp_path / 'nothing')
   (tmp_path / 'empty').mkdir()

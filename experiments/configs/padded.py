@@ -106,10 +106,11 @@ def source(task: str, size: int) -> Any:
 def fillers_of(text: str) -> int | Power:
   """The fillers that an argument asks for."""
   try:
-    return Power(power=float(text[2:])) if text.startswith('n^') else int(text)
+    number = float(text[2:]) if text.startswith('n^') else int(text)
   except ValueError:
     raise ConfigError(f'config argument fillers = {text!r}: give a whole number, or n^k for a power of the size, such '
                       'as n^3') from None
+  return Power(power=number) if text.startswith('n^') else number
 
 
 def get_config(argument: str = '') -> Experiment:

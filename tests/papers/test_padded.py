@@ -419,6 +419,7 @@ def test_more_fillers_than_positions():
 
 @pytest.mark.parametrize('argument, message', [
     ('cpu,place=first', 'Filled.first = True: attention is causal'), ('cpu,loops=0', 'Uniform.loops = 0'),
+    ('cpu,fillers=n^9', 'fillers.power = 9.0: must be a finite number, 0 or more and at most 6'),
     ('cpu,loops=many', "config argument loops = 'many'"), ('cpu,fillers=n^x', r"config argument fillers = 'n\^x'"),
     ('cpu,fillers=1.5', "config argument fillers = '1.5'"), ('cpu,fillers=-1', 'Filled.fillers = -1'),
     ('cpu,task=words', "config argument task = 'words'"), ('cpu,place=last', 'place'), ('cpu,lengths=all', 'lengths'),
