@@ -6,6 +6,7 @@ so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import itertools
 from typing import Any
 
 import jax
@@ -20,29 +21,37 @@ from loopformer.inference.sampler import Autoregressive
 from loopformer.model import Looped
 from loopformer.nn import attention, blocks, condition, inject, kernels, layers, stack
 from loopformer.nn.embed import Head, TiedHead, TokenEmbed, Tokens, TwiceNormedHead
-from loopformer.nn.positions import Rotary, StretchedRotary
+from loopformer.nn.low_rank import LowRank
+from loopformer.nn.positions import Alibi, Rotary, StretchedRotary
+from loopformer.papers.loopus.cell import ConfidenceHead, Rising, Selective, Share, StepSizes
 from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
-COMPUTED = (Looped, TokenEmbed, Tokens, TiedHead, TwiceNormedHead, Head, Plain, Normed, Timed, Recur, Damped, Halting,
-            condition.Trajectory, condition.LoopIndex, condition.Modulation, inject.NoInjection, inject.Add, inject.Concat,
-            inject.Diagonal,
-            starts.Embedded, starts.Zeros, starts.Noise, stack.Stack, blocks.Block, blocks.PreNorm,
-            blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm, blocks.Chain,
-            attention.SelfAttention, attention.ValueEmbed, layers.MLP, layers.GatedMLP, layers.Linear, layers.Dense, layers.Identity,
-            layers.UnitNorm, layers.RMSNorm, layers.AcrossHeads, layers.LayerNorm, Rotary, StretchedRotary)
+SOCKETS = {  # the parts that are computed, by the fields that they stand in
+    'model': (Looped,), 'read_in': (Tokens, TokenEmbed), 'read_out': (TiedHead, TwiceNormedHead, Head), 'bridge': (layers.Linear,),
+    'start': (starts.Embedded, starts.Zeros, starts.Noise), 'cell': (Plain, Normed, Timed, Recur, Damped, Halting, Selective),
+    'gate': (layers.Linear, ConfidenceHead), 'share': (Share,), 'condition': (condition.Trajectory, condition.LoopIndex),
+    'modulation': (condition.Modulation,), 'inject': (inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal),
+    'core': (stack.Stack,), 'block': (blocks.Block, blocks.Chain),
+    'placement': (blocks.PreNorm, blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm),
+    'attn': (attention.SelfAttention,), 'values': (attention.ValueEmbed,), 'position': (Rotary, StretchedRotary, Alibi),
+    'mlp': (layers.MLP, layers.GatedMLP), 'linear': (layers.Dense, LowRank),
+    'norm': (layers.Identity, layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, layers.AcrossHeads)}
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
-BESIDE = (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves,
-          kernels.Blockwise, kernels.Fused, kernels.Cudnn, kernels.Splash, loop.KeepAll,
-          loop.PerStep, loop.PerLayer, loop.Products, loop.Offload, memories.PerLoop, Autoregressive)
+BESIDE = {
+    'init': (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves, Rising, StepSizes),
+    'kernel': (kernels.Fused, kernels.Blockwise, kernels.Cudnn, kernels.Splash),
+    'remat': (loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload),
+    'memory': (memories.PerLoop,), 'sampler': (Autoregressive,)}
+SAME = {'of': 'cell', 'prelude': 'core', 'coda': 'core', 'norm_qk': 'norm'}  # fields that take what another does
 
 
 def _name(thing: Any) -> str:
   return f'{thing.__module__.split(".")[0]}.{thing.__name__}'
 
 
-TABLE = {_name(thing): thing for thing in (*COMPUTED, *FUNCTIONS, *BESIDE)}
+TABLE = {_name(thing): thing for thing in (*itertools.chain(*SOCKETS.values(), *BESIDE.values()), *FUNCTIONS)}
 OLD = {'loopformer.Hold': moved.find('loopformer.inject:Hold'),  # as exports of older versions name them
        'loopformer.Sandwich': moved.find('loopformer.blocks:Sandwich'),
        'loopformer.NormedAttention': moved.find('loopformer.normed_attention:NormedAttention')}
@@ -58,8 +67,7 @@ def encode(value: Any, path: str = 'model') -> Any:
   if configs.is_part(value):
     if TABLE.get(_name(kind)) is not kind:
       raise ConfigError(f'{path} = {kind.__name__}: it cannot be exported, because modeling_loopformer.py does not '
-                        f'compute {kind.__name__}; evaluate and serve such a model here (--mode=harness, --mode=generate), '
-                        f'or put one of these in its place: {", ".join(part.__name__ for part in COMPUTED)}')
+                        f'compute {kind.__name__}; {_instead(path.split(".")[-1], value)}')
     return {'part': _name(kind),
             **{name: encode(field, f'{path}.{name}') for name, field in configs.fields(value).items()}}
   if isinstance(value, (tuple, list)):
@@ -70,6 +78,18 @@ def encode(value: Any, path: str = 'model') -> Any:
                         f'it computes {", ".join(function.__name__ for function in FUNCTIONS)}')
     return {'function': _name(value)}
   return value
+
+
+def _instead(field: str, part: Any) -> str:
+  """What to do where a field holds a part that is not computed."""
+  if field == 'read_in':
+    return 'a model of transformers reads tokens; evaluate this one here (--mode=eval)'
+  if getattr(part, 'causal', True) is False:
+    return ('tokens of a decoder of transformers read none after them; evaluate this model here (--mode=eval), and if it '
+            'denoises, let it write here (--mode=generate)')
+  known = {**SOCKETS, **BESIDE}.get(SAME.get(field, field), ())
+  other = f', or train one with {" or ".join(part.__name__ for part in known)} there' if known else ''
+  return f'evaluate and serve such a model here (--mode=harness, --mode=generate){other}'
 
 
 def decode(config: Mapping[str, Any], where: Any) -> Looped:

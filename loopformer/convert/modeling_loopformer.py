@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, initialization as init, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -53,10 +53,15 @@ class LoopformerConfig(PretrainedConfig):
 
 
 class Product(nn.Linear):
-  """x W^T + b in the dtype of W; float32 comes out, and the bias is added in it."""
+  """x W^T + b in the dtype of W; float32 comes out, and the bias is added in it. Loop k adds (x a[k]) b[k] where there is
+  an update of low rank for every loop, and the last of them where there are fewer than loops."""
 
-  def forward(self, x):
-    y = functional.linear(x.to(self.weight.dtype), self.weight).float()
+  def forward(self, x, k=0):
+    x = x.to(self.weight.dtype)
+    y = functional.linear(x, self.weight).float()
+    if 'a' in self._parameters:
+      k = min(k, len(self.a) - 1)
+      y = y + (x @ self.a[k] @ self.b[k]).float()
     return y if self.bias is None else y + self.bias.float()
 
 
@@ -71,7 +76,7 @@ class Layer(GradientCheckpointingLayer):
 class Context:
   """What attention needs. pos: i64[1 or B, T], places in the text; mask: f32[1 or B, 1 or H, T, S], added to scores;
   cache: of transformers, or None; columns: i64[T], the tokens' places in it; slot: its layer for the next attention;
-  dtype: of products; tokens: i64[B, T], or None where embeddings were given."""
+  dtype: of products; tokens: i64[B, T], or None where embeddings were given; k: the step of the loop, from 0."""
   pos: torch.Tensor
   mask: torch.Tensor
   cache: Any
@@ -79,6 +84,7 @@ class Context:
   dtype: torch.dtype
   slot: int = 0
   tokens: Any = None
+  k: int = 0
 
 
 class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
@@ -100,7 +106,13 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
     self.post_init()
 
   def _init_weights(self, module):
-    """Weights are read, never drawn."""
+    """First values of what is not read from a file: scales are one, matrices drawn from N(0, 0.02^2), all else zero. Those
+    that a paper asks for are made by the library alone."""
+    for name, leaf in module.named_parameters(recurse=False):
+      if leaf.dim() > 1:
+        init.normal_(leaf, std=0.02)
+      else:
+        init.constant_(leaf, float(name == 'scale'))
 
   def get_input_embeddings(self):
     return self.read_in
@@ -129,7 +141,9 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
     return table
 
   def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-    """Where rows are padded on the right, positions are counted by the mask: transformers counts on from padding."""
+    """Where rows are padded on the right, positions are counted by the mask: transformers counts on from padding. The
+    tokenizer of `stop_strings` has told what to stop at."""
+    kwargs.pop('tokenizer', None)
     inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask,
                                                    inputs_embeds=inputs_embeds, **kwargs)
     if attention_mask is not None and attention_mask.dim() == 2 and (
@@ -184,9 +198,11 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
     if model['prelude']:
       e = _stack(model['prelude'], self.prelude, e, ctx)
     x = _start(model['start'], e, ctx.pos)
-    before, _, after = _slots(model)
-    ctx.slot = before + after
-    states = _loop(model['cell'], self.cell, x, e, ctx, sizes)
+    before, each, after = _slots(model)
+    states = [x]
+    for k, code in enumerate(_codes(model['cell'], self.cell, sizes, x.device)):
+      step = dataclasses.replace(ctx, k=k, slot=before + after + k * each)
+      states.append(_step(model['cell'], self.cell, states[-1], e, step, code))
     x, norm = states[-1], (model['read_out']['norm'], _child(_child(self, 'read_out'), 'norm'))
     if _kind(model['read_out']) == 'TwiceNormedHead':
       x = _norm(*norm, x)
@@ -253,7 +269,7 @@ def _check_rest(given, config):
 
 
 def _is_told(cell):
-  cell, _ = _inner(cell)
+  cell = _inner(cell)
   return _kind(cell) == 'Timed' and _kind(cell['condition']) == 'Trajectory'
 
 
@@ -333,7 +349,10 @@ def _module(name, tree):
   if name in ('read_in', 'positions'):
     return nn.Embedding(*tree['weight'])
   if 'weight' in tree:
-    return Product(*reversed(tree['weight']), bias='bias' in tree)
+    module = Product(*reversed(tree['weight']), bias='bias' in tree)
+    for update in tree.keys() & {'a', 'b'}:
+      module.register_parameter(update, nn.Parameter(torch.zeros(tree[update])))
+    return module
   if name == 'layers':
     return nn.ModuleList(_module(name, branch) for name, branch in tree.items())
   module = Layer() if name.isdigit() else nn.Module()
@@ -358,7 +377,7 @@ def _slots(model):
   def of(part):
     return len(part['order'] or range(part['depth'])) * of_block(part['block']) if part else 0
 
-  return of(model['prelude']), of(_inner(model['cell'])[0]['core']), of(model['coda'])
+  return of(model['prelude']), of(_inner(model['cell'])['core']), of(model['coda'])
 
 
 def _kind(part):
@@ -393,36 +412,41 @@ def _threefry(key, *words):
   return a, b
 
 
-# Cells: (what a step needs, state, input) -> states ------------------------------------------------------------------
+# Cells: (what a step needs, state, input) -> state -------------------------------------------------------------------
 
 
 def _inner(cell):
-  """(the cell within those that stand around it, with whose weights its own lie; the share of its way that a step goes)."""
-  share = 1.0
-  while _kind(cell) in ('Damped', 'Halting'):  # a gate tells when to leave the loop, and changes no state
-    share, cell = share * cell.get('share', 1.0), cell['of']
-  return cell, share
+  """The cell within those that stand around it, whose weights lie beside theirs."""
+  while 'of' in cell:
+    cell = cell['of']
+  return cell
 
 
-def _loop(cell, w, x, e, ctx, sizes):
-  """The state before the loop and that after every step."""
-  cell, share = _inner(cell)
-  states, kind = [x], _kind(cell)
-  codes = _modulations(cell, w, sizes, x.device) if kind == 'Timed' else [None] * len(sizes)
-  for code in codes:
-    if kind == 'Recur':
-      x = _inject(cell['inject'], _child(w, 'inject'), x, e)
-    x = _stack(cell['core'], w.core, x, ctx, code)
-    if kind in ('Recur', 'Normed'):
-      x = _norm(cell['norm'], _child(w, 'norm'), x)
-    if share < 1:
-      x = states[-1] + share * (x - states[-1])
-    states.append(x)
-  return states
+def _step(cell, w, x, e, ctx, code):
+  """The state after a step; code: of a cell that is told where the step stands."""
+  kind = _kind(cell)
+  if kind == 'Halting':  # its gate tells when to leave the loop, and changes no state
+    return _step(cell['of'], w, x, e, ctx, code)
+  if kind in ('Damped', 'Selective'):
+    way = _step(cell['of'], w, x, e, ctx, code) - x
+    return x + (cell['share'] if kind == 'Damped' else _share(w.share, way)) * way
+  if kind == 'Recur':
+    x = _inject(cell['inject'], _child(w, 'inject'), x, e)
+  x = _stack(cell['core'], w.core, x, ctx, code)
+  return _norm(cell['norm'], _child(w, 'norm'), x) if kind in ('Recur', 'Normed') else x
 
 
-def _modulations(cell, w, sizes, device):
-  """f32[K, N, 4, D]: gates of attention and MLP, scales of attention and MLP, of every step and layer."""
+def _share(w, way):
+  """f32[B, T, D] in (0, 1): how much of its way every channel goes."""
+  return torch.exp(-functional.softplus(w.up(w.down(way))) * torch.exp(w.rates.float()))
+
+
+def _codes(cell, w, sizes, device):
+  """What every step is told: f32[K, N, 4, D], gates of attention and MLP, scales of attention and MLP, of every layer; or
+  nothing."""
+  cell = _inner(cell)
+  if _kind(cell) != 'Timed':
+    return [None] * len(sizes)
   dt = torch.tensor(sizes, dtype=torch.float64)
   if _kind(cell['condition']) == 'Trajectory':
     c = (_embed_scalar(w.condition.time, dt.cumsum(0) - dt, device) + _embed_scalar(w.condition.step, dt, device))
@@ -473,20 +497,20 @@ def _block(part, w, x, ctx, mod):
   if placement != 'PreNorm':
     norms = [lambda x, n=n: _norm(part['norm'], _child(w, n), x) for n in ('n1', 'n2', 'n3', 'n4')]
     before = (lambda x: x, lambda x: x) if placement == 'PostNorm' else norms[::2]
-    branches = (lambda x: _attention(part['attn'], w.attn, x, ctx), lambda x: _mlp(part['mlp'], w.mlp, x))
+    branches = (lambda x: _attention(part['attn'], w.attn, x, ctx), lambda x: _mlp(part['mlp'], w.mlp, x, ctx.k))
     for read, branch, norm in zip(before, branches, norms[1::2]):
       x = norm(x + branch(read(x))) if placement == 'SandwichNorm' else x + norm(branch(read(x)))
     return x
   g_a, g_m, s_a, s_m = (1.0, 1.0, 0.0, 0.0) if mod is None else mod
   x = x + g_a * _attention(part['attn'], w.attn, _norm(part['norm'], _child(w, 'norm_attn'), x) * (1 + s_a), ctx)
-  return x + g_m * _mlp(part['mlp'], w.mlp, _norm(part['norm'], _child(w, 'norm_mlp'), x) * (1 + s_m))
+  return x + g_m * _mlp(part['mlp'], w.mlp, _norm(part['norm'], _child(w, 'norm_mlp'), x) * (1 + s_m), ctx.k)
 
 
 def _attention(part, w, x, ctx):
   """Causal; the product holds, for every group of heads, its queries, then a key and a value."""
   heads, groups = part['heads'], part['groups'] or part['heads']
   head, each = part.get('head') or x.shape[-1] // heads, heads // groups
-  qkv = w.qkv(x).unflatten(-1, (groups, each + 2, head))
+  qkv = w.qkv(x, ctx.k).unflatten(-1, (groups, each + 2, head))
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   biases = (_child(w, f'{name}_bias') for name in 'qkv')
   q, k, v = (t if bias is None else t + bias.float() for t, bias in zip((q, k, v), biases))
@@ -494,10 +518,13 @@ def _attention(part, w, x, ctx):
     v = v + _of_tokens(part['values'], w.values, x, ctx.tokens).view_as(v)
   if part['norm']:
     q, k = _norm(part['norm'], _child(w, 'norm_q'), q), _norm(part['norm'], _child(w, 'norm_k'), k)
-  if part['position']:
+  if part['position'] and _kind(part['position']) != 'Alibi':
     q, k = _turn(part['position'], q, ctx.pos), _turn(part['position'], k, ctx.pos)
   if part.get('norm_qk'):
     q, k = _norm(part['norm_qk'], _child(w, 'norm_qk'), q), _norm(part['norm_qk'], _child(w, 'norm_qk'), k)
+  alibi = part['position'] and _kind(part['position']) == 'Alibi'
+  if alibi:
+    k = _with_places(k, ctx.pos)
   q, k, v = (t.to(ctx.dtype).transpose(1, 2) for t in (q, k, v))
   mask = ctx.mask
   if ctx.cache is not None:
@@ -505,9 +532,13 @@ def _attention(part, w, x, ctx):
     ctx.slot += 1
     mask = functional.pad(mask, (0, k.shape[2] - mask.shape[-1]), value=HIDDEN)  # a static cache has room left
   k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
+  if alibi:  # less slope * (the query's place - the key's), of which a softmax forgets what all keys of a query share
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device=k.device) / heads)
+    mask = mask + slopes[:, None, None] * k[..., head:].float().sum(-1)[:, :, None]
+    k = k[..., :head]
   scores = (q @ k.transpose(2, 3)).float() / math.sqrt(head)
   weights = (scores + mask).softmax(-1).to(ctx.dtype)
-  return w.out((weights @ v).transpose(1, 2).flatten(2))
+  return w.out((weights @ v).transpose(1, 2).flatten(2), ctx.k)
 
 
 def _of_tokens(part, w, x, tokens):
@@ -516,6 +547,12 @@ def _of_tokens(part, w, x, tokens):
     raise ValueError('inputs_embeds: layers of this model have embeddings of tokens too; give input_ids')
   gate = 2 * torch.sigmoid(x[..., :part['features']].float() @ w.gate.float())
   return gate[..., None] * w.embedding.float()[tokens].unflatten(-1, (gate.shape[-1], -1))
+
+
+def _with_places(k, pos):
+  """[B, T, G, d + 2]: keys that carry their places into the cache, as multiples of 256 and the rest, which bfloat16 holds."""
+  place = torch.stack([pos // 256 * 256, pos % 256], -1)[:, :, None]
+  return torch.cat([k, place.to(k.dtype).expand(*k.shape[:3], 2)], -1)
 
 
 def _turn(part, x, pos):
@@ -535,12 +572,12 @@ ACTIVATIONS = {'gelu': functional.gelu, 'gelu_tanh': lambda x: functional.gelu(x
                'silu': functional.silu, 'squared_relu': lambda x: 0.5 * functional.relu(x).square()}
 
 
-def _mlp(part, w, x):
-  activation, up = ACTIVATIONS[_kind(part['activation'])], w.up(x)
+def _mlp(part, w, x, k):
+  activation, up = ACTIVATIONS[_kind(part['activation'])], w.up(x, k)
   if _kind(part) == 'GatedMLP':
     gate, up = up.chunk(2, -1)
-    return w.down(activation(gate) * up)
-  return w.down(activation(up))
+    return w.down(activation(gate) * up, k)
+  return w.down(activation(up), k)
 
 
 def _norm(part, w, x):

@@ -92,10 +92,11 @@ def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
   Raises:
     ConfigError: an update that the gates of a step do not act on (`LowRank.gained`) in a model that has gates.
   """
-  shared = [update for update in _updates(model) if update.loops is None]
-  if any(not update.gained for update in shared) and _precomputes(model, params):
+  updates = _updates(model)
+  if any(not update.gained for update in updates) and _precomputes(model, params):
     raise ConfigError('LowRank.gained = False: the step makes gates that act on the weights and not on the update, which '
                       'can be no part of them; export what was trained with gained = True (nn.low_rank.adapted)')
+  shared = [update for update in updates if update.loops is None]
 
   def product(own, update):
     if update.loops is not None:

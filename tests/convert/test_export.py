@@ -24,9 +24,11 @@ from loopformer.memories import First
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
 from loopformer.nn.blocks import Block, PostNorm
-from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.embed import Head, TiedHead, Tokens, Vectors
 from loopformer.nn.inject import NoInjection
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import AcrossHeads, GatedMLP, RMSNorm
+from loopformer.nn.low_rank import adapted
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.tasks.generated import SymbolTokenizer
@@ -153,12 +155,13 @@ def test_other_functions_are_exported_under_our_own_names_and_say_why(change, tm
 
 # Our own names -------------------------------------------------------------------------------------------------------
 
-REFUSED = {'alibi': 'Alibi', 'loopus': 'Selective', 'mor': 'Routed', 'mor_token': 'Routed', 'plt': 'Shifted',
-           'plt_hidden': 'Shifted', 'melt': 'Gated'}
+REFUSED = {'mor': 'Routed', 'mor_token': 'Routed', 'plt': 'Shifted', 'plt_hidden': 'Shifted', 'melt': 'Gated'}
 # What is no other model to PyTorch is left out: kernels, rematerialisation.
 SAME = ('fused', 'blocks_of_3', 'keep_all', 'per_layer', 'base_loop')
 MODELS = {name: row.model for name, row in parts.ROWS.items() if name not in (*REFUSED, *SAME)}
 MODELS['from_zeros'] = parts.ROWS['huginn'].model.clone(start=parts.Zeros())
+MODELS['each'] = adapted(parts.looped(parts.timed(), loops=2), 3, each=True).clone(loops=parts.L)  # more loops than updates
+MODELS['damped selective'] = parts.ROWS['loopus'].model.clone(cell=Damped(parts.ROWS['loopus'].model.cell, 0.25))
 MODELS['gated'] = parts.looped(Damped(Halting(parts.timed()), 0.25))
 MODELS['diagonal'] = parts.looped(parts.recur(parts.Diagonal()), bridge=parts.Linear(parts.D), start=parts.Zeros())
 
@@ -177,14 +180,24 @@ def test_every_model_comes_back_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_the_modeling_code_does_not_compute_is_refused_by_name(name, tmp_path):
   model = parts.ROWS[name].model
-  with pytest.raises(ConfigError, match=f'= {REFUSED[name]}: it cannot be exported.*--mode=harness'):
+  with pytest.raises(ConfigError, match=f'= {REFUSED[name]}: it cannot be exported.*--mode=harness.* or train one with Plain or '):
     export(model, parts.params(model), None, tmp_path / 'out')
   assert not list(tmp_path.iterdir())
 
 
-def test_a_memory_that_the_parallel_pass_does_not_have_is_refused(tmp_path):
-  model = looped(stack(1), memory=First())
-  with pytest.raises(ConfigError, match='memory = First'):
+INSTEAD = [  # what stands in the way, what to do instead
+    (parts.looped(parts.plain(), read_in=Vectors(inputs=3, width=parts.D, length=9), read_out=Head(outputs=2)),
+     r'model\.read_in = Vectors: .*reads tokens; evaluate this one here \(--mode=eval\)$'),
+    (parts.looped(parts.plain(kernel=Bidirectional())),
+     r'attn\.kernel = Bidirectional: .*none after them; .*--mode=eval.*--mode=generate\)$'),
+    (looped(stack(1), memory=First()), 'memory = First: .*--mode=generate.*, or train one with PerLoop there$'),
+    (parts.looped(parts.plain(), coda=Stack(parts.ROWS['plt'].model.cell.core.block, 1)),
+     r'coda\.block = GatedBlock: .*, or train one with Block or Chain there$')]
+
+
+@pytest.mark.parametrize('model, words', INSTEAD, ids=['vectors', 'bidirectional', 'memory', 'block'])
+def test_what_is_refused_says_what_to_do_instead(model, words, tmp_path):
+  with pytest.raises(ConfigError, match=words):
     export(model, parts.params(model), None, tmp_path / 'out')
 
 
@@ -259,6 +272,25 @@ def test_transformers_computes_every_model_at_every_budget(name, tmp_path, monke
         cache, pieces = out.past_key_values, [*pieces, out.logits]
     np.testing.assert_allclose(given.numpy(), expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(torch.cat(pieces, 1).numpy(), given.numpy(), rtol=0, atol=1e-5)
+
+
+@needs_transformers
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_slopes_know_distances_alone(dtype, tmp_path, monkeypatch):
+  """Places are kept in two channels of a key, multiples of 256 and the rest: a text that begins late is the same text."""
+  import torch
+  model = MODELS['alibi']
+  export(model, parts.params(model), None, tmp_path / 'out', dtype=dtype)
+  other = by_transformers(tmp_path / 'out', monkeypatch, tmp_path).to(getattr(torch, dtype))
+  tokens, late = torch.tensor(TOKENS[:, :8] % parts.V), torch.arange(252, 260)[None]
+  with torch.no_grad():
+    expected, given = other(tokens).logits, other(tokens, position_ids=late).logits
+    cache = other(tokens[:, :3], position_ids=late[:, :3]).past_key_values
+    rest = other(tokens[:, 3:], position_ids=late[:, 3:], past_key_values=cache).logits
+    nowhere = other(tokens, position_ids=0 * late, attention_mask=torch.ones_like(tokens)).logits
+  torch.testing.assert_close(given, expected, rtol=0, atol=1e-4 if dtype == 'float32' else 0.1)
+  torch.testing.assert_close(rest, given[:, 3:], rtol=0, atol=1e-4 if dtype == 'float32' else 0.1)
+  assert (nowhere - expected).abs().max() > 0.2
 
 
 @needs_transformers

@@ -212,6 +212,18 @@ def test_checkpointing_computes_twice_and_changes_no_gradient(folder, reentrant)
   assert len(calls) == 12
 
 
+def test_what_is_not_read_begins_so_that_it_learns(folder):
+  config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+  with torch.no_grad():
+    assert abs(model(IDS, labels=IDS).loss - math.log(260)) < 0.2
+  assert all(leaf.abs().max() > 0 for leaf in gradients(model).values())
+  model.resize_token_embeddings(300, mean_resizing=False)
+  assert model.get_input_embeddings().weight[260:].std() < 0.03
+  assert dict(model.named_parameters()).keys() == dict(load(folder).named_parameters()).keys()
+
+
 def texts():
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 256, (8, 10))
@@ -286,6 +298,26 @@ def test_logits_of_padded_rows_are_those_of_each_alone(host, tokenizer, side):
   together = torch.stack(host.generate(**batch, **options).logits, 1)
   for row, prompt in zip(together, PROMPTS):
     near(row, torch.stack(host.generate(**tokenizer(prompt, return_tensors='pt'), **options).logits, 1)[0], 1e-4)
+
+
+def test_embeddings_are_gone_on_from_as_tokens_are(host, tokenizer):
+  batch = tokenizer(PROMPTS, return_tensors='pt', padding=True)
+  embeds = host.get_input_embeddings()(batch.input_ids)
+  for way in ({}, {'num_beams': 3}):
+    given = host.generate(inputs_embeds=embeds, attention_mask=batch.attention_mask, steps=3, max_new_tokens=5,
+                          do_sample=False, **way)
+    assert torch.equal(given, generated(host, tokenizer, PROMPTS, **way))
+
+
+def test_a_string_stops_a_text(host, tokenizer):
+  """Its tokenizer comes as far as `prepare_inputs_for_generation`, and is no argument of a pass."""
+  whole = generated(host, tokenizer, PROMPTS[:1], new=20)[0]
+  at = next(i for i, token in enumerate(whole.tolist()) if i and token < 128)
+  assert whole[at] not in whole[:at]
+  batch = tokenizer(PROMPTS[0], return_tensors='pt')
+  out = host.generate(**batch, steps=3, max_new_tokens=20, do_sample=False, stop_strings=[chr(int(whole[at]))],
+                      tokenizer=tokenizer)
+  assert torch.equal(out[0, batch.input_ids.shape[1]:], whole[:at + 1])
 
 
 def test_the_steps_are_those_of_every_token(host, tokenizer, folder):

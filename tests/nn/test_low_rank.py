@@ -86,8 +86,9 @@ def test_a_model_is_adapted_once(decoder):
 def test_an_update_beside_the_gates_is_not_merged():
   plain = parts.ROWS['loopformer'].model
   model = low_rank._with(plain, lambda linear: LowRank(rank=2, of=linear))
-  with pytest.raises(ConfigError, match=r'LowRank\.gained = False: the step makes gates'):
-    merged(model, drawn(model))
+  for beside in (model, low_rank._with(plain, lambda linear: LowRank(rank=2, of=linear, loops=2))):
+    with pytest.raises(ConfigError, match=r'LowRank\.gained = False: the step makes gates'):
+      merged(beside, drawn(beside))
 
 
 # Exports -------------------------------------------------------------------------------------------------------------
@@ -121,12 +122,16 @@ def test_layers_in_an_order_of_their_own_are_written_out(decoder):
   close(loopformer.logits(out, weights, TOKENS), loopformer.logits(model, params, TOKENS))
 
 
-def test_an_update_a_loop_of_another_step_is_refused(decoder, tmp_path):
-  cell = Normed(decoder[0].cell.core, RMSNorm())
-  model = adapted(decoder[0].clone(cell=cell, loops=2), 2, True)
-  with pytest.raises(ConfigError, match=r'\(LowRank\.loops\), and cannot be written out as a plain decoder: .*Normed'):
-    export(model, drawn(model), None, tmp_path / 'out')
-  assert not (tmp_path / 'out').exists()
+def test_an_update_a_loop_of_another_step_is_exported_with_it(decoder, tmp_path):
+  """Those of prelude and coda are merged, those of each loop kept."""
+  model = adapted(decoder[0].clone(cell=Normed(decoder[0].cell.core, RMSNorm()), loops=2), 2, True)
+  params = drawn(model)
+  done = export(model, params, None, tmp_path / 'out')
+  assert done.model_type == 'loopformer' and 'Normed' in done.reason
+  back, weights, _ = from_pretrained(tmp_path / 'out')
+  assert back.prelude == decoder[0].prelude and back.cell == model.cell
+  for steps in (1, 2, 3):
+    close(loopformer.logits(back, weights, TOKENS, steps=steps), loopformer.logits(model, params, TOKENS, steps=steps))
 
 
 # Relaxed recursion ---------------------------------------------------------------------------------------------------
