@@ -350,8 +350,9 @@ def _module(name, tree):
     return nn.Embedding(*tree['weight'])
   if 'weight' in tree:
     module = Product(*reversed(tree['weight']), bias='bias' in tree)
-    for update in tree.keys() & {'a', 'b'}:
-      module.register_parameter(update, nn.Parameter(torch.zeros(tree[update])))
+    for name in ('a', 'b'):
+      if name in tree:
+        module.register_parameter(name, nn.Parameter(torch.zeros(tree[name])))
     return module
   if name == 'layers':
     return nn.ModuleList(_module(name, branch) for name, branch in tree.items())
@@ -510,6 +511,7 @@ def _attention(part, w, x, ctx):
   """Causal; the product holds, for every group of heads, its queries, then a key and a value."""
   heads, groups = part['heads'], part['groups'] or part['heads']
   head, each = part.get('head') or x.shape[-1] // heads, heads // groups
+  alibi = part['position'] is not None and _kind(part['position']) == 'Alibi'
   qkv = w.qkv(x, ctx.k).unflatten(-1, (groups, each + 2, head))
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   biases = (_child(w, f'{name}_bias') for name in 'qkv')
@@ -518,11 +520,10 @@ def _attention(part, w, x, ctx):
     v = v + _of_tokens(part['values'], w.values, x, ctx.tokens).view_as(v)
   if part['norm']:
     q, k = _norm(part['norm'], _child(w, 'norm_q'), q), _norm(part['norm'], _child(w, 'norm_k'), k)
-  if part['position'] and _kind(part['position']) != 'Alibi':
+  if part['position'] and not alibi:
     q, k = _turn(part['position'], q, ctx.pos), _turn(part['position'], k, ctx.pos)
   if part.get('norm_qk'):
     q, k = _norm(part['norm_qk'], _child(w, 'norm_qk'), q), _norm(part['norm_qk'], _child(w, 'norm_qk'), k)
-  alibi = part['position'] and _kind(part['position']) == 'Alibi'
   if alibi:
     k = _with_places(k, ctx.pos)
   q, k, v = (t.to(ctx.dtype).transpose(1, 2) for t in (q, k, v))

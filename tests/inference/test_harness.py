@@ -597,7 +597,7 @@ def test_the_harness_hears_what_was_run():
   from lm_eval.api.instance import Instance
   requests = [Instance(request_type='loglikelihood', doc={}, arguments=pair, idx=0) for pair in PAIRS]
   assert model.loglikelihood(requests) == scorer(steps=2).loglikelihood(PAIRS)
-  assert model.get_model_info() == {'steps': [0.5, 0.5], 'exit': None, 'mean_loops': 2.0}
+  assert model.get_model_info() == {'steps': [0.5, 0.5], 'exit': None, 'mean_loops': 2.0, 'likelihood': 'exact'}
   assert harness.Harness is type(model)
 
 
