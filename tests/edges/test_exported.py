@@ -327,7 +327,7 @@ def test_the_steps_are_those_of_every_token(host, tokenizer, folder):
   assert torch.equal(two, generated(host, tokenizer, PROMPTS, steps=[0.5, 0.5]))
 
 
-def test_caches_of_other_kinds(host, tokenizer):
+def test_caches_of_other_kinds(host, tokenizer, folder):
   expected = generated(host, tokenizer, PROMPTS)
   assert torch.equal(generated(host, tokenizer, PROMPTS, cache_implementation='static'), expected)
   cache = transformers.DynamicCache(config=host.config)  # made for four steps
@@ -339,6 +339,8 @@ def test_caches_of_other_kinds(host, tokenizer):
   assert torch.equal(*more)
   lookup = generated(host, tokenizer, PROMPTS[:1], prompt_lookup_num_tokens=2)
   assert torch.equal(lookup, generated(host, tokenizer, PROMPTS[:1]))
+  assisted = generated(host, tokenizer, PROMPTS[:1], steps=None, assistant_model=load(folder, loops=1))
+  assert torch.equal(assisted, generated(host, tokenizer, PROMPTS[:1], steps=None))
 
 
 def test_a_cache_belongs_to_its_steps(host):
