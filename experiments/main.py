@@ -488,6 +488,18 @@ IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter
           'damped': False, 'retrofit': False, 'heads': True, 'length': True}
 
 
+def check_looped(given: dict):
+  """Raises ConfigError where --damped or --retrofit, of the flags of an import, would make no loop, or no other than there is."""
+  damped, once = given.get('damped'), given.get('loops', 1) < 2
+  if damped == 1:
+    raise ConfigError('--damped=1: a whole step is what --loops runs without it; leave it out, or give a share below 1')
+  if damped is not None and 0 < damped < 1 and once and 'retrofit' not in given:
+    raise ConfigError(f'--damped={damped:g}: a loop of one step would go that share of the decoder\'s way and stop there; give '
+                      '--loops, 2 or more')
+  if 'retrofit' in given and once and damped is None:
+    raise ConfigError(f'--retrofit={given["retrofit"]}: layers are dropped for a loop, which would run once; give --loops, 2 or more')
+
+
 def run_import(workdir: Path):
   """Makes a work folder of a model that comes from elsewhere: configuration, weights as step 0, tokenizer."""
   source = FLAGS['from'].value
@@ -501,9 +513,7 @@ def run_import(workdir: Path):
   for name in given:
     if IMPORT[name] not in (None, 'kind' in given):
       raise ConfigError(f'--{name}: is read {"with" if IMPORT[name] else "without"} --kind alone; leave it out')
-  if 0 < given.get('damped', 1) < 1 and given.get('loops', 1) < 2 and 'retrofit' not in given:
-    raise ConfigError(f'--damped={given["damped"]:g}: a loop of one step would go that share of the decoder\'s way and stop '
-                      'there; give --loops, 2 or more')
+  check_looped(given)
   path = storage.path(source)
   if 'kind' not in given and path.is_dir() and not any((path / f'{name}config.json').is_file() for name in ('', 'adapter_')):
     raise ConfigError(f'--from={source}: it has no config.json; give a folder as models are published, with config.json beside '
@@ -569,9 +579,7 @@ def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:
   if sizes[0] % 1:  # NaN for what is no finite number, which is true too
     raise ConfigError(f'{flag}={text}: neither a whole number of loops nor step sizes with sum one; give loops, such as '
                       '2, or sizes, such as 0.5,0.25,0.25')
-  if sizes[0] > plans.LONGEST:
-    raise ConfigError(f'{flag}={text}: more than {plans.LONGEST} loops; give fewer')
-  return int(sizes[0])
+  return plans.count(flag, int(sizes[0]))
 
 
 def given_schedules() -> list[tuple[float, ...]]:

@@ -103,24 +103,17 @@ def _check_path(name: str, path: Any):
     raise ConfigError(f'{name} = {path!r}: give a path')
 
 
-def _check_loops(loops: Any):
-  """Raises ConfigError where a model was to have more loops than a budget may have."""
-  if isinstance(loops, int) and loops > plans.LONGEST:
-    raise ConfigError(f'loops = {loops}: more than the {plans.LONGEST} that a program can be made for; give fewer')
-
-
 def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None, **options):
   from loopformer import config as configs, convert
   from loopformer.inference.evaluate import Depths
   from loopformer.objective import Objective, Rollout, Weighted
   from loopformer.tasks.imported import Imported
   from loopformer.terms.cross_entropy import CE
-  _check_loops(options.get('loops'))
   if relaxed is not None:
     if kind is not None or options.get('loops') is None:
       raise ConfigError(f'relaxed = {relaxed}: layers of a Hugging Face folder or a .gguf file are tied over loops; give '
                         'loops, and no kind')
-    if options['loops'] == 1:  # before weights are read
+    if plans.count('loops', options['loops']) == 1:  # before weights are read
       raise ConfigError(f'relaxed = {relaxed}, loops = 1: one loop has nothing that is tied; give loops, 2 or more')
     for name in ('damped', 'retrofit'):
       if options.get(name) is not None:
@@ -132,7 +125,7 @@ def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None,
     model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
   else:
     (model, params), tokenizer = convert.from_official(kind, source, mesh=mesh, **options), None
-  _check_loops(model.loops)  # of a config.json
+  plans.count('loops', model.loops)  # of a config.json
   objective = Objective(rolls={'all': Rollout(plans.Uniform(model.loops))}, terms={'lm': Weighted(1.0, CE(roll='all'))})
   config = configs.Experiment(name=Path(str(source)).stem, model=model, objective=objective,
                               task=Imported(length=model.read_in.length),

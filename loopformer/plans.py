@@ -16,7 +16,7 @@ import numpy as np
 from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, shown, whole
 
 SUM_TOLERANCE = 1e-6
-LONGEST = 10_000  # steps of a budget
+LONGEST = 10_000  # loops of a plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,7 @@ class RandomSupervision(Planner):
   detached = True
 
   def __post_init__(self):
-    whole('RandomSupervision.loops', self.loops, 1, LONGEST, why='a plan needs at least one step')
+    count('RandomSupervision.loops', self.loops)
     whole('RandomSupervision.graded', self.graded, 1, self.loops, why=f'of {self.loops} loops, at least one is supervised')
 
   @property
@@ -487,14 +487,23 @@ def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
   return plan(t=np.pad(t, pad), dt=np.pad(dt, pad), active=np.arange(rows) < len(dt))
 
 
+def count(name: str, loops: int) -> int:
+  """A number of loops, from 1 to `LONGEST`: each is a row of every plan, and an entry of every cache, which are allocated whole.
+
+  Raises:
+    ConfigError: it is none.
+  """
+  return whole(name, loops, 1, LONGEST, why='no program is made for such a number of loops')
+
+
 def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, ...]:
   """Step sizes of a budget (an int: that many equal steps) or of an explicit schedule (checked).
 
   Raises:
-    ConfigError: neither; a budget that is not from 1 to `LONGEST`, or a schedule that is none.
+    ConfigError: neither; a budget that is none (`count`), or a schedule that is none.
   """
   if isinstance(steps, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(steps, bool) and not np.ndim(steps):
-    loops = whole(name, steps, 1, LONGEST, why='a budget is a number of loops')
+    loops = count(name, steps)
     return (1.0 / loops,) * loops
   if isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array)) or not np.ndim(steps):
     raise ConfigError(f'{name} = {shown(steps)}: give a budget as an integer, or step sizes as a tuple, such as (0.5, 0.5)')

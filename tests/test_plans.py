@@ -163,8 +163,8 @@ def test_resolve(steps, expected):
   assert plans.resolve(steps) == expected
 
 
-@pytest.mark.parametrize('steps, message', [(0, 'budget = 0'), (-3, 'budget = -3'), ((0.5, 0.4), 'budget = .*0.9')],
-                         ids=str)
+@pytest.mark.parametrize('steps, message', [
+    (0, 'budget = 0'), (-3, 'budget = -3'), (10_001, 'budget = 10001: .*1 to 10000'), ((0.5, 0.4), 'budget = .*0.9')], ids=str)
 def test_resolve_refuses(steps, message):
   with pytest.raises(ConfigError, match=message):
     plans.resolve(steps, 'budget')

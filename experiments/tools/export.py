@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.tools import command, machines
 import loopformer
-from loopformer import config as configs, convert, storage
+from loopformer import config as configs, convert, plans, storage
 from loopformer.convert.export import MODELING, without_updates
 from loopformer.training import processes
 from loopformer.types import ConfigError
@@ -93,6 +93,8 @@ def _by_ourselves(folder):
 
 def run(workdir: Path, out: Path):
   """Exports, prints what was written and, if asked, how far it is from the source."""
+  if FLAGS.loops is not None:
+    plans.count('--loops', FLAGS.loops)
   machines.check_set(FLAGS.set, 'an export')
   machines.connect()
   model, params, tokenizer, _ = loopformer.load(workdir, FLAGS.step, machines.mesh_of(configs.read(workdir), FLAGS.set))

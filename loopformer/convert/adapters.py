@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from loopformer import reading, storage
-from loopformer.convert import tensors
+from loopformer.convert import kinds, tensors
 from loopformer.convert.tensors import Tensor, Tensors
 from loopformer.types import ConfigError, real, whole
 
@@ -34,6 +34,7 @@ def with_adapter(held: Tensors, folder: str | Path) -> Tensors:
   """
   path = storage.fetched(folder)
   config = reading.read_json(path / CONFIG, 'give the folder of a LoRA adapter as PEFT writes it')
+  kinds.check(config, path / CONFIG)
   if config.get('peft_type') != 'LORA':
     raise ConfigError(f'{path / CONFIG}: peft_type = {config.get("peft_type")!r}: adapters that are read are LORA')
   for name, plain in PLAIN.items():

@@ -24,6 +24,7 @@ import numpy as np
 
 import loopformer
 from loopformer import storage
+from loopformer.cells.plain import Plain
 from loopformer.convert import description, llama, own, table, tensors
 from loopformer.convert.pretrained import CONFIG, GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from loopformer.data.chat import ChatTokenizer
@@ -115,6 +116,8 @@ def without_updates(model: Looped, params: Params) -> tuple[Looped, Params]:
   as layers that are written out, if these are a plain decoder's. Raises ConfigError where shared ones cannot be merged."""
   model, params = low_rank.merged(model, params)
   if not low_rank.has_one_a_loop(model):
+    return model, params
+  if type(model.cell) is not Plain:  # whose layers cannot be written out
     return model, params
   written = low_rank.written_out(model, params)
   return (model, params) if llama.decoder_of(written[0])[0] is None else written

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer import reading, sharding, storage
+from loopformer import plans, reading, sharding, storage
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.convert import files, published, table, tensors
+from loopformer.convert import files, kinds, published, table, tensors
 from loopformer.convert.huginn import Huginn
 from loopformer.convert.ouro import Ouro
 from loopformer.convert.parcae import Parcae
@@ -200,7 +200,7 @@ def from_official(kind: str, source: str | Path | Mapping[str, Any], *, heads: i
   """
   name, kind, where = kind, _kind(kind), f'kind = {kind!r}'
   if loops is not None:
-    table.check_count('loops', loops)
+    plans.count('loops', loops)
   if length is not None:
     table.check_count('length', length)
   if dtype not in DTYPES:
@@ -223,6 +223,7 @@ def _told(folder: Path, kind: str) -> published.Told | None:
   if not (folder / CONFIG).is_file():
     return None
   config = reading.read_json(folder / CONFIG, 'download it again')
+  kinds.check(config, folder / CONFIG)
   named = published.kind_of(config)
   if named not in (None, kind):
     raise ConfigError(f'kind = {kind!r}: {folder / CONFIG} is that of kind {named}; leave kind out')

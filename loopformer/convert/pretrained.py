@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import numpy as np
 
-from loopformer import reading, sharding, storage
+from loopformer import plans, reading, sharding, storage
 from loopformer.cells.damped import Damped
-from loopformer.convert import adapters, description, gguf, llama, official, own, published, table, tensors
+from loopformer.convert import adapters, description, gguf, kinds, llama, official, own, published, table, tensors
 from loopformer.convert.retrofit import adapter as new_adapter, recurrent
-from loopformer.convert.table import HEAD, Entry, check_count
+from loopformer.convert.table import HEAD, Entry
 from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of, json_text,
@@ -65,7 +65,7 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     ImportError: a K-quant without the extra `hf`.
   """
   if loops is not None:
-    check_count('loops', loops)
+    plans.count('loops', loops)
   if adapter is not None and str(folder).endswith('.gguf'):
     raise ConfigError(f'adapter = {adapter}: tensors of a .gguf file have other names; give the Hugging Face folder')
   if damped is not None:
@@ -318,4 +318,7 @@ def _read_json(path: Path) -> dict[str, Any]:
   if not path.exists():
     raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
                       '.gguf file')
-  return reading.read_json(path, AGAIN)
+  found = reading.read_json(path, AGAIN)
+  if path.name in (CONFIG, TOKENIZER_CONFIG):
+    kinds.check(found, path)
+  return found

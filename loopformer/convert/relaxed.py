@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
 import numpy as np
 
+from loopformer import plans
 from loopformer.cells.plain import Plain
 from loopformer.convert.table import check_count
 from loopformer.model import Looped
@@ -38,7 +39,7 @@ def relaxed(model: Looped, params: Params, *, loops: int, rank: int) -> tuple[Lo
   Raises:
     ConfigError: numbers that do not fit the model, or a model of another form.
   """
-  check_count('loops', loops)
+  plans.count('loops', loops)
   check_count('rank', rank)
   if loops == 1:
     raise ConfigError(f'rank = {rank}, loops = 1: one loop has nothing that is tied; give loops, 2 or more')

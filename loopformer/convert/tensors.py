@@ -78,8 +78,8 @@ def read_folder(folder: Path) -> Tensors:
   """The tensors of model.safetensors, of the files that its index names, or of pytorch_model.bin and its index.
 
   Raises:
-    ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, or a tensor
-      that the index has and its file has not.
+    ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, a tensor that the
+      index has and its file has not, or one that it has not and two files have.
   """
   for file, index, read in ((NAME, INDEX, read_file), (BIN, BIN_INDEX, read_torch)):
     if (folder / file).exists():
@@ -126,6 +126,7 @@ def bare(held: Tensors) -> Tensors:
 
 
 def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]) -> Tensors:
+  """What the files of an index hold: where it says, and besides that what it does not list, which transformers reads too."""
   places = reading.read_json(folder / index, 'download it again').get('weight_map')
   if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
     raise ConfigError(f'{folder / index} is damaged: it has no weight_map of names of files; download it again')
@@ -134,10 +135,16 @@ def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Ten
     if Path(name).name != name or not (folder / name).is_file():
       raise ConfigError(f'{folder / index}: it names {name!r}, which is not in the folder; download it again')
     held[name] = read(folder / name)
-  for tensor, name in places.items():
+  listed = dict(places)
+  for tensor, name in listed.items():
     if tensor not in held[name]:
       raise ConfigError(f'{folder / name}: tensor {tensor!r}, which {index} places there, is not in it; '
                         'download it again')
+  for name, inside in held.items():
+    for tensor in inside:
+      if places.setdefault(tensor, name) not in (name, listed.get(tensor)):
+        raise ConfigError(f'{folder / name}: tensor {tensor!r} is in {places[tensor]!r} too, and {index} does not say which counts; '
+                          'download it again')
   return Tensors({tensor: held[name][tensor] for tensor, name in places.items()})
 
 

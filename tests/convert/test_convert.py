@@ -391,7 +391,7 @@ def test_weights_of_another_kind(wrong):
     ({'heads': 7}, ['heads = 7', '48']),
     ({'heads': 0}, ['heads = 0']),
     ({'heads': 6.0}, ['heads = 6.0', 'integer']),
-    ({'loops': 0}, ['loops = 0', '1 or more']),
+    ({'loops': 0}, ['loops = 0', '1 to 10000']), ({'loops': 10_001}, ['loops = 10001']),
     ({'dtype': 'int8'}, ["dtype = 'int8'", 'bfloat16']),
     ({'source': 3}, ['source = int', 'path', 'dict']),
 ])

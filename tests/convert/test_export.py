@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -623,6 +624,13 @@ def test_logits_of_other_parameters_differ(workdir, tmp_path):
   near = command.largest_difference(model, params, tmp_path / 'out', 'float32')[0]
   shifted = jax.tree.map(lambda leaf: leaf * 1.01, params)
   assert near < 1e-4 < command.largest_difference(model, shifted, tmp_path / 'out', 'float32')[0]
+
+
+def test_an_export_of_more_loops_than_can_run_is_refused(monkeypatch, tmp_path):
+  from experiments.tools import export as command
+  monkeypatch.setattr(command, 'FLAGS', SimpleNamespace(loops=99_999_999))
+  with pytest.raises(ConfigError, match='--loops = 99999999: .* 1 to 10000'):
+    command.run(tmp_path, tmp_path / 'out')
 
 
 def test_command_line_fails_where_logits_differ_by_more_than_allowed(workdir, tmp_path):

@@ -231,6 +231,21 @@ def test_whether_a_tensor_is_there_is_asked_without_reading_it():
   assert 'a' in held and 'b' not in held and list(held) == ['a'] and held.shapes == {'a': (1,)}
 
 
+def test_what_an_index_does_not_list_is_there_all_the_same(tmp_path):
+  """As transformers reads it; of two files that both have it, neither counts."""
+  written = pytest.importorskip('safetensors.numpy')
+  name, path = 'model.norm.weight', tmp_path / 'model.safetensors.index.json'
+  reference.save(tmp_path, CONFIGS['llama'], weights('llama'), 2)
+  whole, index = from_pretrained(tmp_path)[1], json.loads(path.read_text())
+  of = index['weight_map'].pop(name)
+  path.write_text(json.dumps(index))
+  jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], whole)
+  other = next(file for file in index['weight_map'].values() if file != of)
+  written.save_file({**written.load_file(tmp_path / other), name: weights('llama')[name]}, tmp_path / other)
+  with pytest.raises(ConfigError, match=f"tensor '{name}' is in .* too, and model.safetensors.index.json does not say which"):
+    from_pretrained(tmp_path)
+
+
 def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
   sd = weights('llama') | {LAYER + 'self_attn.k_proj.weight': np.zeros((D, D), np.float32)}
   monkeypatch.setattr(tensors.Tensors, '__getitem__', None)
@@ -266,6 +281,17 @@ CONFIG_ERRORS = {
     'two types': ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, ['rope_type = yarn, but elsewhere it is default']),
     'two bases': ({'rope_parameters': {'rope_theta': 60.0}}, ['rope_theta = 60.0, but elsewhere it is 50.0']),
     'no type': ({'rope_scaling': {'factor': 2.0}}, ['rope_scaling = a factor without rope_type']),
+    'truth in quotes': ({'tie_word_embeddings': 'false'}, ["tie_word_embeddings = 'false': it is to be true or false"]),
+    'bias in quotes': ({'attention_bias': 'false'}, ["attention_bias = 'false'"]),
+    'truth as a number': ({'use_sliding_window': 1}, ['use_sliding_window = 1: it is to be true or false']),
+    'number in quotes': ({'rms_norm_eps': '1e-5'}, ["rms_norm_eps = '1e-5': it is to be a number"]),
+    'base in quotes': ({'rope_parameters': {'rope_theta': '50'}}, ["rope_parameters.rope_theta = '50': it is to be a number"]),
+    'number as truth': ({'rope_theta': True}, ['rope_theta = True: it is to be a number']),
+    'length in quotes': ({'max_position_embeddings': '16'}, ["max_position_embeddings = '16': it is to be a whole number"]),
+    'window in quotes': ({'model_type': 'mistral', 'sliding_window': '4'}, ["sliding_window = '4'"]),
+    'text as a list': ({'model_type': ['llama']}, ['model_type = ', 'it is to be text']),
+    'list as text': ({'layer_types': 'full_attention'}, ["layer_types = 'full_attention': it is to be a list"]),
+    'scaling as text': ({'rope_scaling': 'llama3'}, ["rope_scaling = 'llama3': it is to be an object"]),
     'both ways': ({'is_causal': False}, ['is_causal = False']),
     'code of its own': ({'auto_map': {'AutoModelForCausalLM': 'modeling_x.X'}}, ['auto_map = modeling_x.X', 'remove auto_map']),
     'window of Mistral': ({'model_type': 'mistral', 'max_position_embeddings': 8192}, [

@@ -315,7 +315,7 @@ WRONG = [
     ('the configuration of Hugging Face', altered('num_hidden_layers', 10**12), 'said to have 1000000000000 layers'),
     ('the configuration of Hugging Face', altered('hidden_size', 'wide'), "hidden_size = 'wide': give"),
     ('the configuration of Hugging Face', altered('num_attention_heads', 0), 'num_attention_heads = 0: give'),
-    ('the configuration of Hugging Face', altered('rope_parameters', [1]), 'another kind'),
+    ('the configuration of Hugging Face', altered('rope_parameters', [1]), 'it is to be an object'),
     ('which tokens are special', altered('eos_token', [1]), r'eos_token = \[1\]: it is no name of a token'),
     ('a tokenizer.json', altered('model.vocab.<unk>', 2**40), 'it has no vocabulary'),
     ('a tokenizer.json', altered('model.vocab', {}), 'it has no vocabulary'),

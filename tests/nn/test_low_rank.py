@@ -166,6 +166,7 @@ def test_each_update_is_the_nearest_of_its_rank_to_what_tying_loses(decoder):
     (lambda model: model, {'loops': 3}, 'loops = 3 does not divide the 4 layers'),
     (lambda model: model, {'rank': D + 1}, rf'rank = {D + 1}: .*kernel is a matrix of {D} x'),
     (lambda model: model, {'rank': 0}, 'rank = 0'), (lambda model: model, {'loops': 0}, 'loops = 0'),
+    (lambda model: model, {'loops': 10_001}, 'loops = 10001'),
     (lambda model: model, {'loops': 1}, 'loops = 1: one loop has nothing that is tied'),
     (lambda model: model.clone(loops=2), {}, 'it is no plain decoder'),
     (lambda model: parts.ROWS['ouro'].model.clone(loops=1), {}, 'it is no plain decoder')])
