@@ -31,7 +31,7 @@ from typing import Any, Callable, Collection, Iterator, Mapping
 from flax import linen as nn
 import numpy as np
 
-from loopformer import moved, reading, storage, types as sockets
+from loopformer import moved, plans, reading, storage, types as sockets
 from loopformer.inference import exits
 from loopformer.inference.evaluate import Depths, Run
 from loopformer.model import Looped
@@ -39,7 +39,6 @@ from loopformer.nn import modules
 from loopformer.nn.layers import DTYPES
 from loopformer.objective import Objective
 from loopformer.optim import AdamW
-from loopformer.plans import LONGEST
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
 from loopformer.tasks.text import Text
@@ -323,6 +322,8 @@ def check(config: Experiment):
     if roll.plan.differentiated < roll.plan.expected and not model.cell.injects and not roll.plan.detached:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
+  for weighted in config.objective.terms.values():
+    weighted.term.check(model)
   if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model, config.task.measure)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
@@ -353,17 +354,14 @@ def _check_evals(model: Looped, schedules: Mapping[str, Any]):
 
 
 def _check_loops(config: Experiment):
-  """Raises ConfigError where a plan, or the model's caches, would have more steps than a budget may have: each is a row of
-  every plan, and an entry of every cache, which are allocated whole."""
+  """Raises ConfigError where a plan, or the model's caches, would have more steps than a program is made for."""
   schedules = config.evals.schedules()
   found: dict[str, float] = {'model.loops': config.model.loops}
-  found |= {f'objective.rolls.{name}.plan': max(roll.plan.longest, roll.plan.expected)
+  found |= {f'the steps of objective.rolls.{name}.plan': max(roll.plan.longest, roll.plan.expected)
             for name, roll in config.objective.rolls.items() if Planner in type(roll.plan).__mro__}
-  found |= {f'evals: {name}': run.plan.longest for name, run in schedules.items() if isinstance(run, Run)}
+  found |= {f'the steps of evals: {name}': run.plan.longest for name, run in schedules.items() if isinstance(run, Run)}
   for name, loops in found.items():
-    if loops > LONGEST:
-      raise ConfigError(f'{name}: {loops:,.0f} steps, more than the {LONGEST:,} that a program can be made for and run; give '
-                        'fewer loops')
+    plans.count(name, math.ceil(loops))
 
 
 def check_values(value: Any, path: str):
@@ -540,10 +538,11 @@ def _telling(path: Any) -> Iterator[None]:
 def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   """Reads a configuration's argument: `arguments('small,loops=4', size='tiny', loops=8)`.
 
-  A word without `=` is the value of the first name; where the default is a bool, 0 and 1 are. Raises ConfigError for names
-  that are not among the defaults, and for values of another type than theirs.
+  A word without `=` is the value of the first name; where the default is a bool, 0 and 1 are. A default that is a type, int or
+  float, stands for a number that may be left out: None then. Raises ConfigError for names that are not among the defaults, and
+  for values of another type than theirs.
   """
-  values = dict(defaults)
+  values = {name: None if isinstance(default, type) else default for name, default in defaults.items()}
   first = next(iter(defaults))
   for word in filter(None, text.split(',')):
     name, equals, value = word.partition('=')
@@ -555,7 +554,8 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
     if isinstance(defaults[name], bool):
       values[name] = choose(name, value, {'0': False, '1': True})
     else:
-      values[name] = _parse(value, defaults[name], type(defaults[name]), f'config argument {name}')
+      kind = defaults[name] if isinstance(defaults[name], type) else type(defaults[name])
+      values[name] = _parse(value, values[name], kind, f'config argument {name}')
   return values
 
 

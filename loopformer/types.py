@@ -119,7 +119,7 @@ class Context:
   """What a block knows besides its input.
 
   pos: i32[B, T], position of each token in its document; -1 marks padding (with a cache only).
-  seg: None or i32[B, T], tokens attend within equal numbers only.
+  seg: None or i32[B, T], tokens attend within equal numbers only; documents have numbers from 1, padding 0.
   tokens: i32[B, T] or f32[B, T, width], the input.
   noise: keys [B] of what a pass that learns draws at random; None where it answers.
   keys: keys [B] of what exits draw at random; None: one fixed key serves all sequences.
@@ -137,6 +137,13 @@ class Context:
   own: Any = None
   memory: Any = struct.field(pytree_node=False, default=None)
   remat: Any = struct.field(pytree_node=False, default=None)
+
+  def ids(self, who: str) -> Array:
+    """The input's ids, i32[B, T]. Raises ConfigError, which `who` begins, where it is vectors."""
+    if self.tokens.ndim != 2:
+      raise ConfigError(f'{who}: it reads the ids of tokens, and model.read_in takes vectors, which have none; give a read_in of '
+                        'tokens, such as Tokens, or a part in its place that reads none')
+    return self.tokens
 
 
 @struct.dataclass
@@ -357,7 +364,10 @@ class Teacher(Protocol):
 
 
 class Term(Protocol):
-  """What is learned from rollouts."""
+  """What is learned from rollouts; see terms/term.py for what they share."""
+
+  def check(self, model: Any):
+    """Raises ConfigError where the model does not suit it."""
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by, a function of the batch alone."""
@@ -387,7 +397,7 @@ class Task(Protocol):
 
   def examples(self, workdir, split: str, seed: int) -> Any:
     """A grain.MapDataset of single examples: tokens, targets, weights, positions, each [T, ...]; segments i32[T] too
-    where several documents, which must not see each other, share an example."""
+    where several documents, which must not see each other, share an example: from 1, and 0 for padding."""
 
 
 # Layers --------------------------------------------------------------------------------------------------------------

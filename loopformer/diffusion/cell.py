@@ -24,6 +24,7 @@ class ToldHidden(Around):
     self.told = ScalarEmbed(self.width)
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: KV | None) -> tuple[Array, KV | None, dict]:
-    own = jnp.ones(ctx.tokens.shape) if ctx.seg is None else ctx.seg > 0
-    share = ((ctx.tokens == self.mask) & (own > 0)).sum(-1) / jnp.maximum(own.sum(-1), 1)
+    tokens = ctx.ids('model.cell = ToldHidden')
+    own = jnp.ones(tokens.shape) if ctx.seg is None else ctx.seg > 0
+    share = ((tokens == self.mask) & (own > 0)).sum(-1) / jnp.maximum(own.sum(-1), 1)
     return self.inner(self.of_one_array(x) + self.told(SCALE * share)[:, None].astype(x.dtype), e, ctx, kv)

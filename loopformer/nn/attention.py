@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
     if self.norm_qk is not None:
       q, k = self.norm_qk(q), self.norm_qk(k)
     if self.values is not None:
-      v = self.values(v, x, ctx.tokens)
+      v = self.values(v, x, ctx.ids('attn.values = ValueEmbed'))
     out, kv = attended(self, q, k, v, ctx, kv, layer)
     bias = Normal(0.0) if 'out' in self.biased else None
     return self.linear.copy(name='out')(out, width, self.out_init or Normal(self.out_std), ctx, bias=bias, gain=gate,

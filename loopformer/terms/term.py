@@ -1,6 +1,8 @@
 """What terms have in common: which rollouts they read, and what their sums are divided by."""
 from __future__ import annotations
 
+from typing import Any
+
 from loopformer.types import Array, Batch
 
 
@@ -11,6 +13,9 @@ class Term:
   def reads(self) -> tuple[str, ...]:
     """Names of the rollouts."""
     return (self.roll,)
+
+  def check(self, model: Any):
+    """Raises ConfigError where the model does not suit it: never."""
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by."""

@@ -255,6 +255,22 @@ def test_the_term_is_its_definition(beta, confidence):
   np.testing.assert_allclose(found, definition(trace, batch, readout, beta, confidence), rtol=1e-5)
 
 
+@pytest.mark.parametrize('active', [[[True] * 4, [False] * 4], [[True] * 4, [True, False, True, False]]], ids=['all', 'some'])
+def test_a_mean_over_the_steps_that_ran(active):
+  """Of every sequence: one that skips the second learns from the first alone."""
+  batch, weights, active = parts.batch(), params(MODEL), np.array(active)
+  trace = rollout(weights, context(batch))
+  readout = objective.make_readout(MODEL, weights, batch)
+  term, expected = Supervision(roll='deep'), 0.0
+  for row in range(4):
+    own, ran = {**batch, 'weights': batch['weights'] * (jnp.arange(4) == row)[:, None]}, active[:, row]
+    of = trace.replace(xs=trace.xs[ran], aux={'halt': trace.aux['halt'][ran]})
+    expected += definition(of, own, readout, 1.0, 1.0)
+  given = active[:, 0] if (active == active[:, :1]).all() else active
+  skipping = trace.replace(plan=dataclasses.replace(trace.plan, active=jnp.asarray(given)))
+  np.testing.assert_allclose(term({'deep': skipping}, batch, readout, weights), expected, rtol=1e-5)
+
+
 def test_the_monotone_part_weighs_the_gradient_of_the_cross_entropy():
   """One text: grad(LM + L_mono) = (1 + SiLU'(LM - LM before)) grad LM, between 0.90 and 2.10 of it."""
   batch = {**{name: leaf[:1] for name, leaf in BATCH.items()}, 'weights': jnp.ones((1, T)), 'segments': jnp.zeros((1, T), int)}
@@ -440,6 +456,7 @@ import json, sys
 from pathlib import Path
 from experiments.studies import loopus_stages as study
 from loopformer import config as configs
+study.define_flags()
 study.FLAGS(sys.argv)
 folder = Path(study.FLAGS.workdir)
 rows, left = study.measure(folder, configs.read(folder), folder, [1, 2], [0.5])

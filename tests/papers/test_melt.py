@@ -14,6 +14,7 @@ import pytest
 from experiments.configs import melt as paper
 import loopformer
 from loopformer import config as configs, loop, memories, plans
+from loopformer.cells.damped import Damped
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.inference import exits
@@ -535,6 +536,15 @@ def test_a_teacher_of_its_own_make_is_the_converted_model_with_rows_of_every_loo
   assert theirs[2].shape == (L, N, *batch['tokens'].shape, D) and np.abs(theirs[2][:3]).min((0, 2, 3, 4)).max() > 0
   trace = over(taught, parts.params(OURO), batch, plan)
   np.testing.assert_array_equal(trace.aux['halt'], over(OURO, parts.params(OURO), batch, plan).aux['halt'])
+
+
+def test_what_attention_gives_is_told_once():
+  """Around a cell that tells it, also with another between them, it is told as it is."""
+  batch = parts.batch()
+  for cell in (WithAttention(WithAttention(OURO.cell)), WithAttention(Damped(WithAttention(OURO.cell)))):
+    taught = OURO.clone(cell=cell)
+    found = jax.eval_shape(lambda weights, taught=taught: over(taught, weights, batch, UNIFORM).aux, parts.shapes(OURO))
+    assert found['attention'].shape == (L, N, *batch['tokens'].shape, D)
 
 
 CHAINED = parts.looped(Plain(Stack(Chain((parts.block(RMSNorm()), parts.sandwich())), 2)))

@@ -14,7 +14,8 @@ import pytest
 
 from experiments.configs import ouro as paper
 import loopformer
-from loopformer import loop, plans
+from loopformer import config as configs, loop, plans
+from loopformer.cells.damped import Damped
 from loopformer.cells.halting import GATE, Halting
 from loopformer.cells.plain import Normed
 from loopformer.convert import from_official, to_official
@@ -293,6 +294,16 @@ def test_the_term_is_given_the_gate_of_the_cell():
   for cell in ({'gate': {'out': {'kernel': jnp.ones((D, 1))}}}, {'gate': {'kernel': jnp.ones((D + 1, 1))}}, {}):
     with pytest.raises(ConfigError, match=r'Improvement\.gate = Linear: .*give the term the gate that stands in model\.cell'):
       value(Improvement(roll='all'), xs, table, halt, batch, {'cell': cell})
+
+
+def test_the_gate_is_taught_on_the_states_that_it_reads():
+  """Within a damped step it would read others than those that the step gives."""
+  term, inner = Improvement(roll='all'), MODEL.cell.clone(of=Damped(MODEL.cell.of, 0.5))
+  term.check(MODEL.clone(cell=inner))
+  config = paper.get_config('pointers,gate=literal')
+  for cell in (Damped(config.model.cell, 0.5), config.model.cell.of, config.model.cell.clone(gate=Linear(1))):
+    with pytest.raises(ConfigError, match=r'objective: Improvement\.gate = Linear: it is no gate of model\.cell = '):
+      configs.check(dataclasses.replace(config, model=config.model.clone(cell=cell)))
 
 
 def test_a_term_without_steps_to_compare_is_zero():

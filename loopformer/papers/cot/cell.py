@@ -61,13 +61,13 @@ class Thinking(Cell):
     return state[1]
 
   def __call__(self, x: State, e: Array, ctx: Context, kv: KV | None) -> tuple[State, KV | None, dict]:
-    """Raises ConfigError with a cache: thoughts are no tokens, and are not decoded."""
+    """Raises ConfigError where inputs are vectors (`Context.ids`), and with a cache: thoughts are no tokens, and are not decoded."""
     if kv is not None:
       raise ConfigError('model.cell = Thinking: its thoughts are made within one pass over a row; ask for answers with '
                         '`run_batch`, or generate with a model of another cell')
     inputs, _ = x
     outputs, kv = self.core(inputs, ctx, None, kv)
-    place = (ctx.tokens != self.filler).sum(-1) + ctx.step.k
+    place = (ctx.ids('model.cell = Thinking') != self.filler).sum(-1) + ctx.step.k
     thought = self.norm(jnp.take_along_axis(outputs, place[:, None, None] - 1, 1))
     here = jnp.arange(inputs.shape[1]) == place[:, None]
     return (jnp.where(here[..., None], thought, inputs), outputs), kv, {}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from loopformer.terms.cross_entropy import nll_sum, token_answers
 from loopformer.terms.term import Term
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
+from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, Trace, config_dataclass
 
 
 @config_dataclass
@@ -20,7 +20,8 @@ class Supervision(Term):
   logit at the last token that is asked for, and is taught the share of likeliest answers that are right. Texts weigh as
   much as they have tokens. (The released code takes the difference of the means of two texts, those of one device.)
 
-  The rollout keeps pairs of states (`loop.Pairs`); its plan (`plans.RandomSupervision`) says which steps are supervised.
+  The rollout keeps pairs of states (`loop.Pairs`). Supervised are the rows of its plan (`plans.RandomSupervision`), but for those
+  that it skips, of all sequences or of some.
 
   Raises:
     ConfigError: the rollout keeps no pairs, or the cell has no gate though confidence is above 0.
@@ -43,16 +44,25 @@ class Supervision(Term):
     mean = of_texts(batch)
     gained_KBT = mean(nll_KBT - before_KBT)
     silu = jax.nn.silu(gained_KBT)
-    graded_KBT = weights_BT * (1 + self.beta * jax.vmap(jax.grad(jax.nn.silu))(gained_KBT.ravel()).reshape(silu.shape))
+    weights_KBT = weights_BT * of_steps(trace.plan)
+    graded_KBT = weights_KBT * (1 + self.beta * jax.vmap(jax.grad(jax.nn.silu))(gained_KBT.ravel()).reshape(silu.shape))
     graded = nll_sum(z_KBTD, readout.table, targets_KBT, graded_KBT, *options)
-    total = graded + jax.lax.stop_gradient(jnp.sum(weights_BT * (nll_KBT + self.beta * silu)) - graded)
+    total = graded + jax.lax.stop_gradient(jnp.sum(weights_KBT * (nll_KBT + self.beta * silu)) - graded)
     if self.confidence:
       if 'halt' not in trace.aux:
         raise ConfigError(f'objective: the rollout {self.roll!r} has no gate to teach; use a cell with one (cells/halting.py), '
                           'or confidence = 0')
       q_KBT, share_KBT = trace.aux['halt'], mean(right_KBT.astype(jnp.float32))
-      total += self.confidence * jnp.sum(last_of_texts(batch) * (jax.nn.softplus(q_KBT) - share_KBT * q_KBT))
+      total += self.confidence * jnp.sum(last_of_texts(batch) * of_steps(trace.plan) * (jax.nn.softplus(q_KBT) - share_KBT * q_KBT))
     return total / len(z_KBTD)
+
+
+def of_steps(plan: Plan) -> Array | float:
+  """1; of a plan that skips steps f32[K, B or 1, 1], by which a mean over all K is one over those that ran, of each sequence."""
+  if plan.active is None:
+    return 1.0
+  ran_KB1 = plan.active.reshape(plan.steps, -1, 1).astype(jnp.float32)
+  return plan.steps * ran_KB1 / jnp.maximum(ran_KB1.sum(0), 1)
 
 
 def numbers(batch: Batch) -> Array:

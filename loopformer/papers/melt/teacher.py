@@ -15,7 +15,8 @@ class WithAttention(Around):
   """The step of another cell, and aux['attention'] [N, B, T, D]: what attention gave in every layer that ran, after its
   last projection, in the dtype of the layers (MELT, section 3).
 
-  Layers are those of `nn.blocks.Block`, in chains too. Raises ConfigError where the stack has others.
+  Layers are those of `nn.blocks.Block`, in chains too. Raises ConfigError where the stack has others. Around a cell that tells
+  as much already, as in WithAttention(WithAttention(..)), it is that cell.
   """
 
   def __call__(self, x: Any, e: Array, ctx: Context, kv: Any) -> tuple[Any, Any, dict]:
@@ -23,7 +24,7 @@ class WithAttention(Around):
       return self.inner(x, e, ctx, kv)
     cell, variables = self.inner.unbind()
     (x, kv, aux), told = cell.apply(variables, x, e, ctx, kv, mutable=[GIVEN])
-    return x, kv, {**aux, 'attention': _by_layer(told, self.core.applications)}
+    return x, kv, aux if 'attention' in aux else {**aux, 'attention': _by_layer(told, self.core.applications)}
 
 
 def _by_layer(told, layers):

@@ -42,8 +42,7 @@ class Improvement(Term):
 
   States and losses get no gradient, nor does any parameter but those of the gate, `params['cell']['gate']`.
 
-  alignment: which lambda is taught by which gain. gate: the cell's; ConfigError where it has another. It is asked of the
-  states that steps give, so that `Halting` has to stand around all that changes these, as in Halting(Damped(..)).
+  alignment: which lambda is taught by which gain. gate: the cell's; ConfigError where it has another.
   """
   roll: str
   alignment: Retrospective | Prospective = Retrospective()
@@ -51,6 +50,14 @@ class Improvement(Term):
   least: float = 0.005
   gate: Any = GATE
   chunk: int | None = None
+
+  def check(self, model: Any):
+    """Raises ConfigError where the gate is not that of model.cell: one within another cell, as in Damped(Halting(..)), reads
+    states that are not those that steps give, of which this term teaches it."""
+    if getattr(model.cell, 'gate', None) != self.gate:
+      raise ConfigError(f'objective: Improvement.gate = {type(self.gate).__name__}: it is no gate of model.cell = '
+                        f'{type(model.cell).__name__}, on whose states it is taught; put Halting around all other cells, and give '
+                        'the term its gate')
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
