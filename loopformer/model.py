@@ -51,7 +51,7 @@ class Looped(nn.Module):
       tokens: i32[B, T], or f32[B, T, width] where inputs are vectors.
       plan: the steps to take.
       pos: i32[B, T], positions in the document; 0..T-1 if absent; -1 marks padding (with a cache only).
-      seg: None or i32[B, T]; tokens attend within equal numbers only.
+      seg: None or i32[B, T]; tokens attend within equal numbers only: those of documents, from 1, and 0 for padding.
       kv: None (the parallel pass), or the caches of `cache`, which are read and extended.
       keep: which states the trace keeps besides the last.
       precomputed: `precompute(plan)`, where it was computed before (once for many tokens).

@@ -246,17 +246,17 @@ def poked(rows: int = T + 1) -> jax.Array:
 
 def batch(rows: int = 4, length: int = T, seed: int = 0, weights=None) -> dict[str, jax.Array]:
   """A packed, ragged, padded batch: in every row other documents of one to five tokens, with positions of their own,
-  and at its end one to three tokens of padding, a document that weighs nothing.
+  and at its end one to three tokens of padding, segment 0, that weigh nothing.
 
   weights: in the place of those that are 0 for a document's last token, 1 for its first, and 0 or 1 for others.
   """
   rng = np.random.default_rng(seed)
   segments, positions, asked = (np.zeros((rows, length), kind) for kind in (np.int32, np.int32, np.float32))
   for row in range(rows):
-    place, number, text = 0, 0, length - 1 - (row + seed) % 3
+    place, number, text = 0, 1, length - 1 - (row + seed) % 3
     while place < length:
       size = min(int(rng.integers(2, 6)), text - place) if place < text else length - text
-      segments[row, place:place + size] = number
+      segments[row, place:place + size] = number if place < text else 0
       positions[row, place:place + size] = np.arange(size)
       if size > 1 and place < text:
         asked[row, place:place + size - 1] = [1, *(rng.uniform(size=size - 2) < 0.5)]

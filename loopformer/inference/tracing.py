@@ -84,7 +84,7 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default. Or
       a plan, all of whose steps run, where a cell reads more of it than sizes (`Plan.rows`).
     positions: i32[B, T], of each token in its document; 0..T-1 by default.
-    segments: i32[B, T], tokens attend within equal numbers only; give padding a number of its own.
+    segments: i32[B, T], tokens attend within equal numbers only: those of documents, from 1, and 0 for padding.
 
   Raises:
     ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are no

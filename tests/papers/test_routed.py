@@ -171,7 +171,7 @@ class Given:
 @pytest.mark.parametrize('shared', [memories.PerLoop(), memories.First(), memories.Ring(size=1)], ids=str)
 def test_gathered_is_masked_on_the_same_choice(shared):
   model = expert(memory=shared)
-  text, seg = tokens(3), jnp.array([[0] * T, [0] * 3 + [1] * (T - 3), [0, 1, 1, 1, 1, 2, 2, 2]])
+  text, seg = tokens(3), jnp.array([[1] * T, [1] * 3 + [2] * (T - 3), [1, 2, 2, 2, 2, 3, 3, 0]])
   pos = jnp.array([range(T), [0, 1, 2, *range(T - 3)], [0, 0, 1, 2, 3, 0, 1, 2]])
   gathered = learn(model, params(model), text, FULL, seg, pos)
   chosen = tuple(map(tuple, (tuple(map(tuple, rows)) for rows in np.asarray(gathered.aux['taken']).tolist())))
@@ -187,7 +187,7 @@ def test_documents_do_not_share_keys(run, shared):
   model = parts.looped(Routed(parts.stack(1), ExpertChoice(capacities=(1.0,) * L)), read_in=parts.nowhere(),
                        memory=shared)
   first = 3
-  seg = jnp.broadcast_to((jnp.arange(T) >= first).astype(jnp.int32), (T + 1, T))
+  seg = jnp.broadcast_to(1 + (jnp.arange(T) >= first).astype(jnp.int32), (T + 1, T))
   z = np.asarray(run(model, params(model), poked(), FULL, seg).z)
   moved = np.abs(z[1:] - z[:1]).max(-1)
   index = np.arange(T)
@@ -206,11 +206,30 @@ def test_padding_is_taken_last_and_changes_nothing():
   pos = jnp.array([range(T), [0, 1, 2] + [-1] * (T - 3), [-1] * T])
   trace = learn(expert(read_in=parts.nowhere()), params(expert(read_in=parts.nowhere())), text, FULL, None, pos)
   taken = np.asarray(trace.aux['taken'])
-  assert not taken[:, np.asarray(pos) < 0].any() and taken[:, 1, :3].sum(-1).tolist() == [3, 3, 3, 2]
+  assert not taken[:, np.asarray(pos) < 0].any() and taken[:, 1, :3].sum(-1).tolist() == [3, 2, 1, 1]
   assert np.isfinite(trace.z).all()
   other = learn(expert(read_in=parts.nowhere()), params(expert(read_in=parts.nowhere())),
                 jnp.where(pos >= 0, text, (text + 5) % V), FULL, None, pos)
   np.testing.assert_array_equal(taken, other.aux['taken'])
+
+
+def test_padding_of_a_row_of_documents_takes_no_place():
+  """Packed, ragged, padded rows: whatever the padding holds, and however much there is of it, tokens are the same. k counts tokens
+  alone."""
+  model, batch = expert(read_in=parts.nowhere()), parts.batch(4)
+  weights, own = params(expert(read_in=parts.nowhere())), np.asarray(batch['segments']) > 0
+  trace = learned(model, weights, batch)
+  taken = np.asarray(trace.aux['taken'])
+  assert not taken[:, ~own].any() and not np.asarray(trace.aux['candidate'])[:, ~own].any()
+  assert taken.sum(-1).T.tolist() == [[max(1, int(c * n + 1e-6)) for c in model.cell.router.capacities] for n in own.sum(-1)]
+  others = {**batch, 'tokens': jnp.where(own, batch['tokens'], (batch['tokens'] + 5) % V)}
+  longer = {name: jnp.pad(leaf, ((0, 0), (0, 3))) for name, leaf in batch.items()}
+  for given in (others, longer):
+    other = learned(model, weights, given)
+    np.testing.assert_array_equal(np.asarray(other.aux['taken'])[..., :T], taken)
+    close(np.asarray(other.z)[:, :T][own], np.asarray(trace.z)[own], 1e-6)
+  chosen = learned(ROUTERS['token'], params(ROUTERS['token']), batch).aux
+  assert not (np.asarray(chosen['taken']) | np.asarray(chosen['candidate']))[:, ~own].any()
 
 
 # Causality -----------------------------------------------------------------------------------------------------------

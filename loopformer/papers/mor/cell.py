@@ -32,11 +32,19 @@ class Pick:
   """Tokens of a recursion.
 
   index: None (all of the sequence) or i32[B, k], places in it, in order. taken: bool[B, k], which of them the recursion
-  changes (the others are padding, or there because shapes are static); gate: f32[B, k].
+  changes (the others are padding, or there because shapes are static); gate: f32[B, k]. own: i32[B], tokens of the sequence
+  that are no padding.
   """
   index: Array | None
   taken: Array
   gate: Array | None = None
+  own: Array | None = None
+
+
+def tokens_of(ctx: Context) -> Array:
+  """bool[B, T]: which places hold tokens, and no padding: that has position -1, or in rows of documents the segment 0."""
+  here = ctx.pos >= 0
+  return here if ctx.seg is None else here & (ctx.seg != 0)
 
 
 # Scores and gates ----------------------------------------------------------------------------------------------------
@@ -182,10 +190,11 @@ class Moved:
 class ExpertChoice(nn.Module):
   """Every recursion has a router of its own, which chooses among the tokens of the recursion before (section 2).
 
-  capacities: of each recursion, the part of the sequence that it takes, k = max(1, int(c T)); none above the one
-  before. A recursion of capacity 1 takes all, in training and after it. score: a router, one for each; auxiliary:
-  another, for `answer`. train: how a pass that learns chooses; answer: how all others do. combine: what becomes of a
-  token that was taken, given the layers' output.
+  capacities: of each recursion, the part of the sequence that it takes, k = max(1, int(c T)) of its T tokens, which
+  padding (`tokens_of`) is none of; documents of a row compete for them. None above the one before. A recursion of
+  capacity 1 takes all, in training and after it. score: a router, one for each; auxiliary: another, for `answer`.
+  train: how a pass that learns chooses; answer: how all others do. combine: what becomes of a token that was taken,
+  given the layers' output.
   """
   capacities: tuple[float, ...] = (1.0, 2 / 3, 1 / 3)
   score: nn.Module = LinearScore()
@@ -224,7 +233,8 @@ class ExpertChoice(nn.Module):
     if self.is_initializing():
       for router in (*self.scores, *self.others):
         router(x, 1)
-    return Pick(index=None, taken=ctx.pos >= 0)
+    taken = tokens_of(ctx)
+    return Pick(index=None, taken=taken, own=taken.sum(-1))
 
   def choose(self, x: Array, among: Pick, r: int, ctx: Context, has_capacity: Any) -> tuple[Pick, Pick, dict]:
     """Recursion r, from 0: (its tokens, the candidates of the next, auxiliaries [B, T]).
@@ -241,15 +251,18 @@ class ExpertChoice(nn.Module):
     would = among.taken  # what an answer takes
     if self.capacities[r] < 1:
       would &= self.answer.takes(score, other, here, r, share)
-    count = max(1, int(self.capacities[r] * length + 1e-6))
+    counts = np.array([max(1, int(self.capacities[r] * own + 1e-6)) for own in range(length + 1)])
     if ctx.noise is None:
       pick = Pick(index=None, taken=has_capacity(would), gate=gate)
-    elif count == score.shape[1]:
+    elif share == 1:
       pick = Pick(index=rows, taken=among.taken, gate=gate)
     else:
       order = jnp.where(among.taken, self.train.order(score, ctx, r), -jnp.inf)  # padding comes last
-      best = jnp.sort(jax.lax.top_k(order, count)[1], -1)
-      pick = Pick(index=best if rows is None else _at(rows, best), taken=_at(among.taken, best), gate=_at(gate, best))
+      best = jax.lax.top_k(order, counts[-1])[1]
+      chosen = _at(among.taken, best) & (jnp.arange(counts[-1]) < jnp.asarray(counts)[among.own][:, None])
+      best, chosen = jax.lax.sort((best, chosen), num_keys=1)
+      pick = Pick(index=best if rows is None else _at(rows, best), taken=chosen, gate=_at(gate, best))
+    pick = pick.replace(own=among.own)
     aux = {'score': _spread(score, rows, length), 'candidate': _spread(among.taken, rows, length),
            'causal': _spread(would, rows, length), 'taken': _spread(pick.taken, pick.index, length)}
     if other is not None:
@@ -333,14 +346,14 @@ class TokenChoice(nn.Module):
     compared = share if self.biases is None else share + self.biases
     steps = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
     depth = jnp.minimum(compared.argmax(-1).astype(jnp.int32), steps.reshape(-1, 1) - 1)
-    return Fate(depth=jnp.where(ctx.pos >= 0, depth, -1), score=score, share=share, first=x)
+    return Fate(depth=jnp.where(tokens_of(ctx), depth, -1), score=score, share=share, first=x)
 
   def choose(self, x: Array, fate: Fate, r: int, ctx: Context, has_capacity: Any) -> tuple[Pick, Fate, dict]:
     """As ExpertChoice.choose."""
     taken = has_capacity(fate.depth >= r)
     fate = fate.replace(depth=jnp.where(taken, fate.depth, jnp.minimum(fate.depth, r - 1)))
     pick = Pick(index=None, taken=taken, gate=self.gate.alpha * fate.share[..., r])
-    return pick, fate, {'score': fate.score[..., r], 'share': fate.share[..., r], 'candidate': ctx.pos >= 0,
+    return pick, fate, {'score': fate.score[..., r], 'share': fate.share[..., r], 'candidate': tokens_of(ctx),
                         'causal': taken, 'taken': taken}
 
   def blend(self, x: Array, y: Array, pick: Pick, fate: Fate, r: int) -> Array:

@@ -47,7 +47,7 @@ def _sums(model, params, batch, plan):
   answers = run_batch(model, params, batch, plan).aux
   agrees = (learns['causal'] == learns['taken']) & learns['candidate']
   return {'candidates': learns['candidate'].sum((1, 2)), 'agrees': agrees.sum((1, 2)),
-          'tokens': jnp.float32(answers['taken'][0].size), 'taken': answers['taken'].sum((1, 2)),
+          'tokens': answers['candidate'][0].sum(), 'taken': answers['taken'].sum((1, 2)),
           'load': loads(answers['taken']), 'chosen': learns['taken'].sum(1), 'let through': answers['taken'].sum(1)}
 
 
@@ -56,7 +56,7 @@ def routing(model: Any, params: Params, batches: Iterable[Batch], plan: Plan) ->
 
   Returns:
     accuracy: of the answering choice against that of training, over a recursion's candidates (sampling accuracy).
-    through: the part of all tokens that take each recursion in answers; depth: a number, its sum.
+    through: the part of all tokens, without padding, that take each recursion in answers; depth: a number, its sum.
     dead: a number, the part of positions that training never takes to the last recursion in any of the sequences;
       dead answers: the same of answers.
     entropy: a number, nats, of where in a sequence the last recursion's tokens lie; log T if anywhere alike.
