@@ -37,7 +37,7 @@ from loopformer.training.control import NoControl
 from loopformer.training.frozen import Freeze
 from loopformer.training.masters import Masters
 from loopformer.training.train import Train
-from loopformer.types import ConfigError
+from loopformer.types import ConfigError, real, whole
 
 MOST = 1024  # tokens of a row, if nothing else is said
 SHARE = 0.5
@@ -45,8 +45,8 @@ SHARE = 0.5
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `from=runs/smol,data=chats.jsonl,rank=16`."""
-  given = arguments(argument, **{'from': ''}, data='', text='', share=SHARE, validation='', template='', length=0, rank=8,
-                    each=False, steps=1000, batch=8, peak=0.0, seed=0, bf16=False, average=0.0)
+  given = arguments(argument, **{'from': ''}, data='', text='', share=SHARE, validation='', template='', length=int, rank=8,
+                    each=False, steps=1000, batch=8, peak=float, seed=0, bf16=False, average=0.0)
   source = given['from']
   if not source or not (given['data'] or given['text']):
     raise ConfigError('config argument: from and data (or text) are missing; give them, such as '
@@ -56,6 +56,10 @@ def get_config(argument: str = '') -> Experiment:
       raise ConfigError(f'config argument {name}: is read with {needed} alone; leave it out')
   if given['share'] != SHARE and not (given['data'] and given['text']):
     raise ConfigError('config argument share: is read with both data and text; leave it out')
+  if given['length'] is not None:
+    whole('config argument length', given['length'], 1)
+  if given['peak'] is not None:
+    real('config argument peak', given['peak'], '(0, inf)')
   old = configs.read(source)
   if old.model.sampler.denoises:
     raise ConfigError(f'config argument from = {source}: its model denoises, and answers and texts are learned here token by '
@@ -64,15 +68,16 @@ def get_config(argument: str = '') -> Experiment:
     raise ConfigError(f'config argument each = 1: the model of {source} has one loop, whose update is the one that all share; leave '
                       'it out')
   model = adapted(old.model, given['rank'], given['each']) if given['rank'] else old.model
-  optim = AdamW(schedule=WarmupCosine(peak=given['peak'] or (2e-4 if given['rank'] else 2e-5), end=0.0,
-                                      warmup=given['steps'] // 30), b2=0.999, decay=0.0)
+  peak = (2e-4 if given['rank'] else 2e-5) if given['peak'] is None else given['peak']
+  length = min(model.read_in.length, MOST) if given['length'] is None else given['length']
+  optim = AdamW(schedule=WarmupCosine(peak=peak, end=0.0, warmup=given['steps'] // 30), b2=0.999, decay=0.0)
   if given['rank']:
     optim = Freeze(of=optim, paths=added(model, old.model))
   optim = Masters(of=optim) if given['bf16'] else optim
   return Experiment(
       name=f'finetune {old.name}', model=model, objective=old.objective, control=NoControl(), mesh=Mesh(),
       evals=old.evals if old.task.splits else Depths(budgets=(model.loops,)),
-      task=_task(given, source, given['length'] or min(model.read_in.length, MOST)),
+      task=_task(given, source, length),
       optim=Averaged(of=optim, decay=given['average']) if given['average'] else optim,
       train=Train(steps=given['steps'], batch=given['batch'], seed=given['seed'], start=source))
 

@@ -14,12 +14,13 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
             ) -> Iterator[dict[str, np.ndarray]]:
   """Batches in which every token of a text has weight once.
 
-  The text begins as documents do, after the token that begins one (`start` of the tokenizer), or else the one that ends
-  one. Windows of up to `length` tokens begin `stride` tokens apart, and each counts those of its tokens that none before
-  it did: with a stride of the length every token is read once, and the first of a window is predicted from one token
-  alone; with a shorter one every token but the first ones is predicted from length - stride tokens or more, at length /
-  stride times the cost. A text that is shorter than a
-  window makes one of its own length.
+  The text begins as documents do, after the token that begins one (`start` of the tokenizer), or else the one that
+  ends one. Only the first window does: the others begin within the text, as windows do that are learned from, and as
+  those of the harness's rolling likelihood and of transformers' perplexity. Windows of up to `length` tokens begin
+  `stride` tokens apart, and each counts those of its tokens that none before it did: with a stride of the length
+  every token is read once, and the first of a window is predicted from one token alone; with a shorter one every
+  token but the first ones is predicted from length - stride tokens or more, at length / stride times the cost. A text
+  that is shorter than a window makes one of its own length.
 
   Args:
     tokenizer: its ids and their end.

@@ -1,9 +1,9 @@
 """Prepared text: a corpus tokenised once into array_record shards, and read back as a stream of tokens.
 
-A split is one stream of tokens, every document followed by `eos`, cut into records of RECORD tokens. A folder holds
-`manifest.json`, `tokenizer/` and the shards `{split}-00000-of-000NN.array_record`; nothing in it changes afterwards, but
-notes are added in `checked/` (checked.py) of the files whose contents were compared. array_record is imported only where
-it is used.
+A split is one stream of tokens, every document followed by `eos`, and after `start` where the tokenizer begins texts
+with one, cut into records of RECORD tokens. A folder holds `manifest.json`, `tokenizer/` and the shards
+`{split}-00000-of-000NN.array_record`; nothing in it changes afterwards, but notes are added in `checked/` (checked.py)
+of the files whose contents were compared. array_record is imported only where it is used.
 
 Until a folder is whole, what is done of it stands in `{folder}.preparing`: the tokenizer, and chunks of tokenised
 documents. All are named by a hash of what they were made from, so whoever finds one may use it: the same preparation
@@ -34,7 +34,7 @@ import numpy as np
 from loopformer import reading, storage
 from loopformer.data import checked
 from loopformer.data.chat import Unreadable
-from loopformer.data.tokenizer import Tokenizer, load_tokenizer
+from loopformer.data.tokenizer import Tokenizer, begun, load_tokenizer, start_of
 from loopformer.types import ConfigError
 
 VERSION = 1
@@ -92,6 +92,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
       'version': VERSION,
       **inputs,
       'fingerprint': tokenizer.fingerprint(),
+      'start': start_of(tokenizer),
       'dtype': dtype,
       'record': RECORD,
       'left_out': dict(left_out),
@@ -179,6 +180,8 @@ def _wrong(manifest: dict) -> str | None:
   texts, sources, splits = ('corpus', 'tokenizer', 'fingerprint'), manifest.get('sources'), manifest.get('splits')
   if bad := [name for name in texts if not isinstance(manifest.get(name), str)]:
     return f'{bad[0]} is no text'
+  if type(manifest.get('start')) not in (int, type(None)):
+    return f'start={manifest["start"]!r} is no id'
   if manifest.get('dtype') not in DTYPES or manifest.get('record') != RECORD:
     return f'dtype={manifest.get("dtype")!r}, record={manifest.get("record")!r}: not one of {DTYPES}, {RECORD}'
   if not isinstance(sources, dict) or not {'count', 'sha256', 'files'} <= sources.keys() or not isinstance(
@@ -224,6 +227,9 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
   if tokenizer.fingerprint() != manifest['fingerprint']:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
+  if manifest.get('start') != start_of(tokenizer):
+    log(f'data: texts in {folder} do not begin with the token that begins a text, because an earlier version prepared them; a run '
+        'that goes on reads them as they are, for another delete the folder and prepare again')
   log(f'data: {_counts(manifest)}; reused from {folder}')
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
@@ -358,7 +364,8 @@ def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
 def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_out: dict, log) -> list[str]:
   """The files of all chunks, in order; only those are made that are not there. Counts what the corpus leaves out."""
   os.makedirs(work, exist_ok=True)
-  paths, found, fingerprint = [], 0, tokenizer.fingerprint()
+  paths, found, fingerprint, start = [], 0, tokenizer.fingerprint(), start_of(tokenizer)
+  fingerprint = fingerprint if start is None else f'{fingerprint} after {start}'  # earlier versions made chunks without
   for batch in _batched(_watched(corpus.documents(left_out), _text_bytes, 'documents tokenised', log), CHUNK):
     contents = (part for d in batch for part in (d.name, d.split, d.text))
     paths.append(os.path.join(work, _hash(fingerprint, *contents)))
@@ -373,7 +380,7 @@ def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_ou
       raise ConfigError(f'{file} row {int(row) + 1}: {error}') from error
     for document, ids in zip(batch, encoded, strict=True):
       # By way of an array, which takes less than half the time of NumPy's own reading of a list.
-      data = np.array(array.array('I', [*ids, tokenizer.eos])).astype(stored).tobytes()
+      data = np.array(array.array('I', [*begun(tokenizer, ids), tokenizer.eos])).astype(stored).tobytes()
       key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
       entries += [ENTRY.pack(key, SPLITS.index(document.split), _text_bytes(document), len(data)), data]
     _write_chunk(paths[-1], b''.join(entries))

@@ -113,7 +113,12 @@ def before_text(tokenizer: Any) -> int:
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
   """The ids of a text that a model goes on with: `start` once, also where the text spells it out, then the text."""
-  start, ids = start_of(tokenizer), tokenizer.encode(text)
+  return begun(tokenizer, tokenizer.encode(text))
+
+
+def begun(tokenizer: Any, ids: list[int]) -> list[int]:
+  """The ids of a whole text after `start`, once."""
+  start = start_of(tokenizer)
   return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 

@@ -58,14 +58,15 @@ class Tokens(AsGiven):
   better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
-    """f32[] each. byte_lengths: i32[2, V], UTF-8 bytes that each token stands for, as of `text_bytes`; i32[V]; or None."""
+    """f32[] each. byte_lengths: i32[2, V], UTF-8 bytes that each token stands for, as of `text_bytes`; or i32[V]; None where
+    tokens are no text, and bits_per_byte is NaN."""
+    totals = {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum()}
     if byte_lengths is None:
-      return {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum(), 'bytes': jnp.float32(0)}
+      return {**totals, 'bytes': jnp.float32(0)}
     inside, first = byte_lengths if byte_lengths.ndim == 2 else (byte_lengths, byte_lengths)
     begins = inside[batch['tokens']] == 0  # after the end of another text
     size = (batch['weights'] * jnp.where(begins, first[batch['targets']], inside[batch['targets']])).sum()
-    return {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum(),
-            'bytes': size}
+    return {**totals, 'bytes': size}
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table."""

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import itertools
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unittest.mock
 
 import grain
 import numpy as np
@@ -18,6 +20,7 @@ from experiments.benchmark import data as benchmark
 from experiments.benchmark.sizes import Size
 from loopformer import storage
 from loopformer.data import batches, checked, prepared
+from loopformer.data.chat import ChatTokenizer
 from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import Bytes, ByteTokenizer, GivenPieces, PieceTokenizer, TrainedPieces
 from loopformer.tasks.text import Text
@@ -58,6 +61,44 @@ def expected_streams(corpus, tokenizer) -> dict[str, list[int]]:
   for d in order:
     streams[d.split] += [*tokenizer.encode(d.text), tokenizer.eos]
   return streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+  """Bytes of texts that begin with an id of their own."""
+  start: int | None = 7
+
+  def build(self, texts=()):
+    return ChatTokenizer(of=ByteTokenizer(), start=self.start, template='{{ messages }}')
+
+  def sources(self):
+    return []
+
+
+def test_texts_begin_with_the_token_that_begins_one(corpus, tmp_path):
+  """Once each; folders and chunks of earlier versions, whose texts have none, are not taken for the same."""
+  told, folder = [], tmp_path / 'data'
+  done = prepared.prepare(corpus, Begun(), folder, log=told.append)
+  stream = prepared.open_split(folder, 'train')
+  ids = stream.window(0, stream.tokens)
+  ends = np.flatnonzero(ids == done.tokenizer.eos)
+  assert ids[0] == 7 and (ids[ends[:-1] + 1] == 7).all() and (ids == 7).sum() == done.manifest['splits']['train']['documents']
+  prepared.prepare(corpus, Begun(), folder, log=told.append)
+  assert not any('do not begin' in line for line in told)
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  (folder / 'manifest.json').write_text(json.dumps({name: value for name, value in manifest.items() if name != 'start'}))
+  prepared.prepare(corpus, Begun(), folder, log=told.append)
+  assert any('do not begin with the token that begins a text' in line for line in told)
+  (folder / 'manifest.json').write_text(json.dumps(manifest | {'start': 'x'}))
+  with pytest.raises(ValueError, match="start='x' is no id"):
+    prepared.prepare(corpus, Begun(), folder, log=told.append)
+  names = []
+  with unittest.mock.patch.object(prepared, '_write_chunk', lambda path, data: names.append(os.path.basename(path))):
+    for part in (Begun(), Begun(start=None)):
+      tokenizer = part.build()
+      with unittest.mock.patch.object(ChatTokenizer, 'fingerprint', lambda self: 'the same'):
+        prepared._tokenise(corpus, tokenizer, str(tmp_path / 'work'), np.dtype('<u2'), collections.Counter(), quiet)
+  assert len(names) == 2 and names[0] != names[1]
 
 
 @pytest.mark.parametrize('part', [Bytes(), TrainedPieces(vocab=290)])

@@ -39,6 +39,15 @@ def test_answers_count_tokens_sequences_and_last_answers():
   assert 0 < row['exact'] < 1 and row['tokens'] == asked.sum()
 
 
+def test_tokens_that_are_no_text_have_no_bytes():
+  z, table = jax.random.normal(jax.random.key(0), (5, T, 4)), jax.random.normal(jax.random.key(1), (parts.V, 4))
+  measure = measures.Tokens()
+  without, of_one = (measure.sums(Readout(table=table, read=None), z, batch(), lengths) for lengths in (None, np.ones(parts.V, np.int32)))
+  rows = [measure.row({name: float(value) for name, value in sums.items()}) for sums in (without, of_one)]
+  assert np.isnan(rows[0]['bits_per_byte']) and rows[1]['bits_per_byte'] == pytest.approx(rows[1]['loss'] / np.log(2))
+  assert all(rows[0][name] == rows[1][name] for name in ('loss', 'perplexity', 'tokens'))
+
+
 def test_errors_are_squared_and_in_units_of_the_scale():
   z, table = jax.random.normal(jax.random.key(0), (3, T, 4)), jax.random.normal(jax.random.key(1), (1, 4))
   made = {**batch(3), 'targets': jax.random.normal(jax.random.key(2), (3, T))}
