@@ -28,14 +28,6 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir, --set and --eval_batches.
-flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
-flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
-flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
-flags.DEFINE_string('show', None, 'What the plots show: loss, accuracy, exact, last; by default what the first run is '
-                    'known by.')
-flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 
 def check_shown(show: str, tasks: dict[str, Any]):
@@ -107,6 +99,17 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
   plots.progress(out / 'training.png', trained, show)
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches."""
+  flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
+  flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
+  flags.DEFINE_string('show', None, 'What the plots show: loss, accuracy, exact, last; by default what the first run is '
+                      'known by.')
+  flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   check_command('set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
@@ -139,4 +142,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -37,7 +37,7 @@ def main(commands: list[list[str]], common: list[str]):
         delattr(flags.FLAGS, flag)
       sys.modules.pop(name, None)
       command = importlib.import_module(name)
-      if name == 'experiments.tools.export':  # defines its own where it is the program
+      if 'define_flags' in vars(command):  # which defines its own where it is the program
         command.define_flags()
       flags.FLAGS([name, *common, *arguments])
       with (Path(options['workdir']) / f'said-{options.get("process", 0)}-{n}.txt').open('w') as file:

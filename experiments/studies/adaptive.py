@@ -19,9 +19,6 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
-flags.DEFINE_list('models', None, 'Their names in it.', required=True)
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 NEAR = 0.01  # of the best accuracy: what counts as equal to it
 
 
@@ -48,6 +45,13 @@ def summary(rows: list[dict]) -> list[dict]:
   return found
 
 
+def define_flags():
+  """A function, so that importing this file defines none."""
+  flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
+  flags.DEFINE_list('models', None, 'Their names in it.', required=True)
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
@@ -64,4 +68,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -26,8 +26,6 @@ from loopformer.training import metrics
 FLAGS = flags.FLAGS
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def answers(model, params, batch, plan):
@@ -68,6 +66,11 @@ def measure(model, params, batches) -> list[dict]:
            'tokens': int(all_)} for part, (hit, kept, all_) in totals.items()]
 
 
+def define_flags():
+  """A function, so that importing this file defines none."""
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   commands.check_command('text', 'window', 'stride', 'eval_batches', 'step')
   logging.set_verbosity(logging.WARNING)
@@ -82,4 +85,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

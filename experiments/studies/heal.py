@@ -8,9 +8,11 @@ Imports the decoder (flags as of --mode=import), evaluates it at every budget of
 held-out documents of the corpus, trains it on the others as retrofitted recurrence is trained (section 11 of Huginn's
 sheet: Muon for matrices and the adapter, AdamW for the rest, a number of loops drawn from a Poisson law with log-normal
 rate whose mean, --loops, is reached after three quarters of the run; at most eight loops have gradients), and evaluates
-it again. The plain decoder stands beside, on the same text: as it is, and trained on as many tokens without loops, which
-is the control. Writes results.json and table.md after every model. The same command goes on where it was interrupted;
-with other flags it needs another --workdir.
+it again. Damped steps do not take the input in again, so that what stands before them learns through all loops or not
+at all: there as many are drawn as 1 to --loops, each as often, and all have gradients. The plain decoder stands beside,
+on the same text: as it is, and trained on as many tokens without loops, which is the control. Writes results.json and
+table.md after every model. The same command goes on where it was interrupted; with other flags it needs another
+--workdir.
 """
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from experiments.main import check_command, held_out
+from experiments.main import check_command, check_looped, held_out
 from experiments.tools import command, records
 import loopformer
 from loopformer import config as configs, plans, storage
+from loopformer.data import prepared
 from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files
 from loopformer.inference.evaluate import Depths, evaluate
@@ -32,7 +35,7 @@ from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.training import metrics, resume
 from loopformer.training.train import Train, train
-from loopformer.types import ConfigError
+from loopformer.types import ConfigError, Planner
 
 FLAGS = flags.FLAGS
 IMPORT = ('prelude', 'coda', 'retrofit', 'damped', 'loops')
@@ -41,19 +44,26 @@ GRADED = 8  # loops with gradients, at most
 WINDOW = 256  # tokens, if nothing else is said
 
 
-def healing(loaded, start: Path, steps: int, batch: int, window: int, corpus: tuple[str, ...],
-            mean: int) -> configs.Experiment:
+def drawn(loaded, steps: int, mean: int) -> Planner:
+  """The loops of a training step: see above."""
+  if mean == 1:
+    return plans.Uniform(1)
+  if not loaded.model.cell.injects:
+    return plans.RandomDepth(mean + 1)
+  depth = plans.Ramp(of=plans.LogNormalPoisson(average=mean), steps=max(1, 3 * steps // 4), curve=plans.one_minus_sqrt)
+  return plans.Truncated(depth=depth, graded=min(GRADED, mean))
+
+
+def healing(loaded, start: Path, steps: int, batch: int, task: Text, mean: int) -> configs.Experiment:
   """The run that heals a model, or trains a plain one on: see above."""
-  depth, looped = plans.LogNormalPoisson(average=mean), mean > 1
-  depth = plans.Ramp(of=depth, steps=max(1, 3 * steps // 4), curve=plans.one_minus_sqrt) if looped else plans.Constant(loops=1)
   matrices = ('attn', 'mlp', *(['adapter'] if loaded.model.cell.injects else []))
   attn = loaded.model.cell.core.block.attn
   schedules = {name: WSD(peak=peak, warmup=0.005, cooldown=0.9) for name, peak in (('muon', 1e-3), ('adam', 5e-5))}
   return configs.Experiment(
       name=start.name, model=loaded.model,
-      objective=Objective(rolls={'drawn': Rollout(plans.Truncated(depth=depth, graded=min(GRADED, mean)))},
+      objective=Objective(rolls={'drawn': Rollout(drawn(loaded, steps, mean))},
                           terms={'lm': Weighted(1.0, CE(roll='drawn'))}), evals=Depths(budgets=(mean,)),
-      task=Text(corpus=Files(train=corpus), tokenizer=SavedTokenizer(path=str(start)), length=window),
+      task=task,
       train=Train(steps=max(steps, 1), batch=batch, start=str(start), log_every=5, eval_every=max(steps, 1), eval_batches=4,
                   save_every=max(1, min(steps, 50)), keep=1),
       optim=Muon(schedule=schedules['muon'], matrices=matrices, heads=attn.heads, groups=attn.groups,
@@ -81,10 +91,18 @@ def arm(name: str, options: dict, schedules: dict[str, tuple[float, ...]], workd
   window = min(WINDOW, most) if FLAGS.window is None else FLAGS.window
   if window > most:
     raise ConfigError(f'--window={window}: the model has {most} positions (read_in.length); give fewer')
-  config = healing(loaded, start, FLAGS.steps, FLAGS.batch, window, tuple(FLAGS.corpus), mean)
+  task = Text(corpus=Files(train=tuple(FLAGS.corpus)), tokenizer=SavedTokenizer(path=str(start)), length=window,
+              folder=str(workdir / 'data'))  # of both models
+  config = healing(loaded, start, FLAGS.steps, FLAGS.batch, task, mean)
+  configs.check(config)
   if FLAGS.steps:
-    resume.check(config, run)  # before data are prepared there
-  config.task.prepare(run)
+    resume.check(config, run)  # before data are prepared
+  prepared.prepare(task.corpus, task.tokenizer, task.folder)
+  for split, counts in prepared.load_manifest(task.folder)['splits'].items():
+    windows = max(0, counts['tokens'] - 1) // window
+    if windows < FLAGS.batch:
+      raise ConfigError(f'--corpus={",".join(FLAGS.corpus)}: {windows} windows of {window} tokens in its {split} split, fewer than '
+                        f'--batch={FLAGS.batch}; give more text, a smaller --batch or a shorter --window')
 
   def rows(model, params, when):
     found = evaluate(model, params, held_out(config, run, 4), schedules, text_bytes(loaded.tokenizer))
@@ -121,6 +139,7 @@ def main(argv):
   given = {name: FLAGS[name].value for name in IMPORT if FLAGS[name].present}
   if FLAGS['from'].value is None or given.get('loops', 1) < 2 or not {'retrofit', 'damped'} & set(given):
     raise ConfigError('--from, --loops (2 or more) and --retrofit or --damped are needed: name a decoder and how it is to loop')
+  check_looped(given)
   schedules = budgets(given['loops'])
   out.mkdir(parents=True, exist_ok=True)
   table = []

@@ -19,9 +19,6 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir and --text.
-flags.DEFINE_integer('tokens', 2048, 'How many tokens of it.', lower_bound=2)
-flags.DEFINE_string('out', None, 'Folder of table.md and profile.png.')
 
 
 def rows_of(ids: list[int], length: int) -> dict[str, np.ndarray]:
@@ -45,6 +42,12 @@ def draw(path, turned: np.ndarray, prelude: int, coda: int):
   axes.set_ylabel('1 - cos(before, after)')
   axes.legend()
   plots.save(figure, path, 150)
+
+
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --text."""
+  flags.DEFINE_integer('tokens', 2048, 'How many tokens of it.', lower_bound=2)
+  flags.DEFINE_string('out', None, 'Folder of table.md and profile.png.')
 
 
 def main(argv):
@@ -73,4 +76,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

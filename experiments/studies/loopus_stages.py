@@ -30,15 +30,6 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir, --from, --text, --loops, and --set, which acts on all arms.
-flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
-flags.DEFINE_string('encoder', None, 'With --from: layers before the loop, such as 0..1, or none.')
-flags.DEFINE_string('decoder', None, 'With --from: layers after the loop.')
-flags.DEFINE_list('budgets', ['1', '2', '3', '4', '6', '8', '12'], 'Loops to evaluate at.')
-flags.DEFINE_list('thresholds', ['0.3', '0.4', '0.5', '0.6'], 'Of confidence, at which a token leaves.')
-flags.DEFINE_integer('eval_rows', 512, 'Sequences held out to measure on.', lower_bound=1)
-flags.DEFINE_list('arms', ['base', 'loopus', 'accept', 'ungated'], 'Which of the four.')
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 ARMS = {'base': 'arm=base', 'loopus': 'arm=loopus', 'accept': 'arm=loopus,gate=accept', 'ungated': 'arm=ungated'}
 
@@ -115,6 +106,19 @@ def draw(out: Path, results: dict[str, dict]):
       for budget, values in sorted(rows.items())] for arm, rows in curves.items()})
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --from, --text, --loops, and --set,
+  which acts on all arms."""
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
+  flags.DEFINE_string('encoder', None, 'With --from: layers before the loop, such as 0..1, or none.')
+  flags.DEFINE_string('decoder', None, 'With --from: layers after the loop.')
+  flags.DEFINE_list('budgets', ['1', '2', '3', '4', '6', '8', '12'], 'Loops to evaluate at.')
+  flags.DEFINE_list('thresholds', ['0.3', '0.4', '0.5', '0.6'], 'Of confidence, at which a token leaves.')
+  flags.DEFINE_integer('eval_rows', 512, 'Sequences held out to measure on.', lower_bound=1)
+  flags.DEFINE_list('arms', ['base', 'loopus', 'accept', 'ungated'], 'Which of the four.')
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   check_command('set', 'from', 'text', 'loops')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
@@ -143,4 +147,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -29,12 +29,6 @@ from loopformer.papers.melt.cell import Latest
 from loopformer.training import metrics
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir and --set, which acts on all phases.
-flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
-flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/melt.py.')
-flags.DEFINE_list('chunks', ['1', '4', '16', '48', '96'], 'Chunks in which converted models are measured.')
-flags.DEFINE_integer('batches', 8, 'Batches of the validation split to decode.', lower_bound=1)
 
 CONFIG = 'experiments/configs/melt.py'
 WHOLE = 'no chunks'
@@ -158,6 +152,15 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
   pyplot.close(figure)
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on all phases."""
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+  flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/melt.py.')
+  flags.DEFINE_list('chunks', ['1', '4', '16', '48', '96'], 'Chunks in which converted models are measured.')
+  flags.DEFINE_integer('batches', 8, 'Batches of the validation split to decode.', lower_bound=1)
+
+
 def main(argv):
   check_command('set')
   command.check_whole(seeds=FLAGS.seeds, chunks=FLAGS.chunks)
@@ -175,4 +178,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -28,9 +28,6 @@ from loopformer.training import metrics
 from loopformer.training.step import State, make_step
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir and --set, which acts on stage I.
-flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 CONFIG = 'experiments/configs/ouro.py:pointers'
 MODELS = {'four loops': '', 'one loop': ',loops=1', 'four layers': ',layers=4,loops=1'}
@@ -160,6 +157,12 @@ def draw(path: Path, results: dict[str, dict]):
   pyplot.close(figure)
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on stage I."""
+  flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
@@ -176,4 +179,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

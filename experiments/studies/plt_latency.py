@@ -13,9 +13,10 @@ import functools
 import statistics
 import sys
 
+from absl import flags
 import jax
 
-from experiments.benchmark.__main__ import FLAGS, describe_machine  # defines --out and --repeats
+from experiments.benchmark.__main__ import describe_machine
 from experiments.benchmark.decode import decode_once
 from experiments.benchmark.sizes import spread
 from experiments.tools import command, plots, records
@@ -32,6 +33,8 @@ from loopformer.papers.plt.attention import GatedAttention, GatedBlock
 from loopformer.papers.plt.cell import Shifted
 from loopformer.papers.plt.streams import Streams
 from loopformer.training import metrics
+
+FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,12 @@ def measure(size: Size, repeats: int, loops: tuple[int, ...] = (1, 2, 4)) -> lis
           for kind, count in contestants]
 
 
+def define_flags():
+  """A function, so that importing this file defines none."""
+  flags.DEFINE_string('out', None, 'Folder of latency.json, latency.md and latency.png; nothing is written without it.')
+  flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)
+
+
 def main(argv):
   size = Size()
   table = measure(size, FLAGS.repeats)
@@ -107,4 +116,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -22,9 +22,6 @@ from loopformer.training import metrics
 from loopformer.types import ConfigError
 
 FLAGS = flags.FLAGS
-# experiments.main defines --workdir and --eval_batches.
-flags.DEFINE_multi_string('run', [], 'name=the folder of a run in --workdir; may be repeated.')
-flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
 
 def measure(folder: Path) -> dict:
@@ -50,6 +47,12 @@ def shown(value) -> str | float:
   return ' '.join(f'{number:.2f}' for number in value) if isinstance(value, list) else value
 
 
+def define_flags():
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --eval_batches."""
+  flags.DEFINE_multi_string('run', [], 'name=the folder of a run in --workdir; may be repeated.')
+  flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
+
+
 def main(argv):
   check_command('eval_batches')
   logging.set_verbosity(logging.WARNING)
@@ -69,4 +72,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  define_flags()
   command.run(main)

@@ -14,8 +14,9 @@ the program and of the shardings:
     communication   bytes that a device sends for every collective of the program, by a ring: (n - 1) / n of a gathered
                     or scattered array among n devices, twice that of a reduced one
 
-A loop counts as often as it runs, a step that may be skipped as often as plans that are drawn here take it. The least
-time of a step is the longest of what these take at the speeds of the makers' data sheets (metrics.ACCELERATORS).
+A loop counts as often as it runs, a step that may be skipped as often as plans that are drawn here, at the last step of
+the run, take it. The least time of a step is the longest of what these take at the speeds of the makers' data sheets
+(metrics.ACCELERATORS).
 """
 from __future__ import annotations
 
@@ -136,20 +137,22 @@ def rows_of(task: Any) -> dict[str, np.ndarray]:
           'positions': np.arange(task.length, dtype=np.int32)}
 
 
-def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, step: int, stage: int | None = None) -> Steps:
-  """Draws plans for `rows` sequences at a training step, in a stage of the run's controller; the last if absent."""
+def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, steps: int | range, stage: int | None = None) -> Steps:
+  """Draws plans for `rows` sequences at a training step, or at steps all over a range, in a stage of the run's controller; the
+  last if absent."""
   batch = {name: np.broadcast_to(leaf, (rows, *np.shape(leaf))) for name, leaf in example.items()}
   batch['row'] = np.arange(rows, dtype=np.int32)
   free, taken, most = [], 0.0, 0
+  at = np.linspace(steps[0], steps[-1], DRAWS).round().astype(np.int32) if isinstance(steps, range) else np.full(DRAWS, steps, np.int32)
   for roll in objective.rolls.values():
     own = max(len(roll.plan.stages) - 1, 0) if stage is None else stage
 
-    def draw(key, plan=roll.plan, own=own):
-      drawn = plan(PlanContext(key=key, step=jnp.int32(step), stage=jnp.int32(own), batch=batch))
+    def draw(key, step, plan=roll.plan, own=own):
+      drawn = plan(PlanContext(key=key, step=step, stage=jnp.int32(own), batch=batch))
       live = None if drawn.active is None else drawn.active.reshape(drawn.steps, -1).any(-1).sum()
       return live, None if drawn.no_grad_steps is None else drawn.free.max()
 
-    live, first = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), DRAWS))
+    live, first = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), DRAWS), at)
     if live is not None:
       taken, most = taken + float(live.mean()), most + roll.plan.longest
     if first is not None:
@@ -194,13 +197,14 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def step_flops(config: Any) -> float:
-  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans, and
-  over the stages of the run: what runs without being of use, such as steps of sequences that are done, counts too."""
+  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans, over the
+  steps of the run (curricula), and over its stages: what runs without being of use, such as steps of sequences that are done,
+  counts too."""
   options, mesh, example = config.train, sharding.Mesh().make(jax.devices()[:1]), rows_of(config.task)
   _, traced = _traced(config, mesh, example)
   total = 0.0
   for stage, share in shares(config).items():
-    steps = expected(config.objective, example, options.batch // options.accumulate, options.steps, stage)
+    steps = expected(config.objective, example, options.batch // options.accumulate, range(options.steps), stage)
     total += share * sum(product.flops for product in products(traced.jaxpr.jaxpr, steps, mesh.shape))
   return total
 
@@ -343,7 +347,7 @@ def summary(name: str, plan: Plan, changed: bool) -> str:
   lines = [
       f'{name}: {plan.parameters:,} parameters on ' + ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
       + f' = {plan.devices} devices',
-      f'a step: {plan.tokens:,} tokens, {plan.rows} rows a device at a time; drawn plans take '
+      f'a step: {plan.tokens:,} tokens, {plan.rows} rows a device at a time; plans drawn at the last step take '
       f'{100 * plan.steps.live:.0f} % of the steps that may be skipped, after {plan.steps.free:.1f} without gradient',
       f'FLOPs a device: {plan.flops:.3e} run, {plan.model_flops / plan.devices:.3e} of the model (nothing twice)',
       f'memory traffic a device: {plan.traffic / GIGA:.1f} GB',

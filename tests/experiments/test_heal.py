@@ -76,10 +76,36 @@ def test_what_other_flags_imported_or_trained_is_not_taken(flags, tmp_path):
   heal.arm('other', options, heal.budgets(2), tmp_path)
   flags.steps = 3
   loaded = heal.imported(tmp_path / 'looped-imported', options)
-  configs.save(heal.healing(loaded, tmp_path / 'looped-imported', 4, 2, reference.T, tuple(flags.corpus), 2), tmp_path / 'looped')
-  with pytest.raises(ConfigError, match='holds a run of another configuration'):
+  task = heal.Text(corpus=heal.Files(train=tuple(flags.corpus)), tokenizer=heal.SavedTokenizer(path=str(tmp_path / 'looped-imported')),
+                   length=reference.T, folder=str(tmp_path / 'data'))
+  configs.save(heal.healing(loaded, tmp_path / 'looped-imported', 4, 2, task, 2), tmp_path / 'looped')
+  with pytest.raises(ValueError, match='data was prepared from something else: corpus='):
     flags.corpus = [f'{tmp_path}/1*.txt']
     heal.arm('looped', options, heal.budgets(2), tmp_path)
+
+
+def test_the_corpus_is_read_once_and_has_to_be_large_enough(flags, tmp_path, monkeypatch):
+  """By both models, in the words of this command."""
+  made = []
+  monkeypatch.setattr(heal.prepared, '_tokenise', lambda *given, own=heal.prepared._tokenise: made.append(own(*given)) or made[-1])
+  for name, options in (('looped', {'prelude': 1, 'damped': 0.5, 'loops': 2}), ('plain', {})):
+    heal.arm(name, options, {'1': (1.0,)}, tmp_path)
+  assert len(made) == 1 and (tmp_path / 'data/manifest.json').is_file()
+  flags.batch = 1000
+  with pytest.raises(ConfigError, match=r'--corpus=.*: \d+ windows of \d+ tokens in its train split, fewer than --batch=1000; give more'):
+    heal.arm('plain', {}, {'1': (1.0,)}, tmp_path)
+
+
+def test_what_stands_before_damped_steps_learns_in_every_step(flags, tmp_path):
+  """Whose loop does not take its input in again: of no drawn number of loops is a part without gradient."""
+  damped, recurrent = (SimpleNamespace(model=parts.ROWS[name].model) for name in ('damped', 'huginn'))
+  for mean in (2, 5, 12):
+    plan = heal.drawn(damped, 20, mean)
+    assert plan.differentiated == plan.expected and plan.longest == mean
+    assert heal.drawn(recurrent, 20, mean).longest == min(8, mean)
+  assert heal.drawn(damped, 20, 1).longest == 1
+  with pytest.raises(ConfigError, match='--damped=1: a whole step'):
+    heal.check_looped({'damped': 1.0, 'loops': 4})
 
 
 def test_depths_and_windows_that_do_not_fit(flags, tmp_path):

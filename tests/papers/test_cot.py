@@ -17,11 +17,13 @@ from loopformer.api import Loaded
 from loopformer.cells.damped import Damped
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
+from loopformer.diffusion.cell import ToldHidden
 from loopformer.inference import exits
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import Answers
 from loopformer.model import Looped, run_batch
-from loopformer.nn.embed import Head, Tokens
+from loopformer.nn.attention import ValueEmbed
+from loopformer.nn.embed import Head, Tokens, Vectors
 from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import RMSNorm
 from loopformer.nn.positions import Rotary
@@ -118,6 +120,15 @@ def test_no_place_of_a_thought_is_let_go_before_it_comes(cell):
   exit_policy = exits.Adaptive(rule=exits.StateChange())
   with pytest.raises(ConfigError, match=r"model\.cell = \w+: its steps write to other tokens' states.*leave the exit out"):
     exits.check(THINKER.clone(cell=cell), exit_policy, 'exit')
+
+
+@pytest.mark.parametrize('name, cell', [
+    ('model.cell = Thinking', THINKER.cell), ('model.cell = ToldHidden', ToldHidden(parts.plain(1), D)),
+    ('attn.values = ValueEmbed', parts.plain(1, position=Rotary(), values=ValueEmbed(vocab=V, features=4)))])
+def test_vectors_have_no_ids(name, cell):
+  model = parts.looped(cell, read_in=Vectors(inputs=3, width=D, length=8), read_out=Head(outputs=2))
+  with pytest.raises(ConfigError, match=f'{name}: it reads the ids of tokens, and model.read_in takes vectors'):
+    parts.shapes(model)
 
 
 def test_thoughts_are_not_decoded():
@@ -265,18 +276,18 @@ def test_a_filler_is_an_id():
 # The studies ---------------------------------------------------------------------------------------------------------
 
 
-STUDIES = [file.stem for file in sorted((parts.ROOT / 'experiments/studies').glob('*.py'))
-           if all(words in file.read_text() for words in ('def define_flags', 'from experiments.main import'))]
+STUDIES = ['experiments.compare', *(f'experiments.studies.{file.stem}'
+                                    for file in sorted((parts.ROOT / 'experiments/studies').glob('[!_]*.py')))]
 
 
 FLAGS_OF_STUDIES = """
-import importlib, sys
+import importlib, inspect, sys
 from absl import flags
-for name in sys.argv[1:]:
-  module = importlib.import_module(f'experiments.studies.{name}')
-  before = set(flags.FLAGS)
-  module.define_flags()
-  assert 'out' in flags.FLAGS, name
+modules = [importlib.import_module(name) for name in sys.argv[1:]]
+before = set(flags.FLAGS)
+for module in modules:
+  if 'define_flags' in vars(module) and 'check_command' in inspect.getsource(module):  # others stand alone
+    module.define_flags()
   for flag in set(flags.FLAGS) - before:
     delattr(flags.FLAGS, flag)
 print('all')
@@ -284,8 +295,8 @@ print('all')
 
 
 def test_studies_define_flags_of_their_own():
-  """Beside those of experiments.main, which they import; in a process in which no other study has defined any."""
-  assert len(STUDIES) > 5 and parts.python(FLAGS_OF_STUDIES, *STUDIES).split()[-1] == 'all'
+  """Beside those of experiments.main, which they import, and not as they are imported: one process imports them all."""
+  assert len(STUDIES) > 20 and parts.python(FLAGS_OF_STUDIES, *STUDIES).split()[-1] == 'all'
 
 
 def config_of(form, model):
