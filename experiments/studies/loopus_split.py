@@ -14,6 +14,7 @@ from experiments.main import check_command
 from experiments.tools import command, plots
 import loopformer
 from loopformer import reading, storage
+from loopformer.data.tokenizer import prompt_ids
 from loopformer.papers.loopus.split import profile, split
 from loopformer.training import metrics
 from loopformer.types import ConfigError
@@ -58,7 +59,7 @@ def main(argv):
   model, params, tokenizer, _ = loopformer.load(storage.path(FLAGS.workdir))
   if tokenizer is None:
     raise ConfigError(f'--workdir={FLAGS.workdir}: no tokenizer came with its model, which a text needs')
-  ids = tokenizer.encode(reading.text(storage.path(FLAGS.text), 'give a text file'))[:FLAGS.tokens]
+  ids = prompt_ids(tokenizer, reading.text(storage.path(FLAGS.text), 'give a text file'))[:FLAGS.tokens]
   if len(ids) < 2:
     raise ConfigError(f'--text={FLAGS.text}: it has {len(ids)} tokens; give a longer text')
   turned = profile(model, params, rows_of(ids, min(256, model.read_in.length)))
