@@ -140,7 +140,7 @@ class Context:
 
   def ids(self, who: str) -> Array:
     """The input's ids, i32[B, T]. Raises ConfigError, which `who` begins, where it is vectors."""
-    if self.tokens.ndim != 2:
+    if self.tokens is None or self.tokens.ndim != 2:
       raise ConfigError(f'{who}: it reads the ids of tokens, and model.read_in takes vectors, which have none; give a read_in of '
                         'tokens, such as Tokens, or a part in its place that reads none')
     return self.tokens
