@@ -12,7 +12,8 @@ Argument: size, then any of
             all    these three, told apart by their first token
     kind    aligned  stage I: the encoder shows round t after its t-th step, and answers after the last
             vanilla  the same encoder, answer alone
-            chain    a decoder of as many layers, not looped, that writes the chain
+            chain    a decoder, not looped, that writes the chain: of as many layers, at cpu of two (of one it cannot copy
+                     by what stands before)
             tuned    stage II: `chain` trained on from `start` on the problems of the file `chains`
     inject  1: the input is added in every step (not in the paper)
     relay   the weight lambda of the rounds; the paper's could not be found, 1 by default, of `cpu` 5 (measured)
@@ -78,7 +79,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """tasks: what problems there are; train, tuned: of both stages; schedules: kind -> learning rate; grow: examples
+  """layers: of loops, and of decoders where these have no number of their own. tasks: what problems there are; train, tuned: of both stages; schedules: kind -> learning rate; grow: examples
   until the training problems grow by one, 0 for all from the start; pool: different examples that are trained on; relay:
   the weight of rounds."""
   layers: int
@@ -92,6 +93,7 @@ class Size:
   dtype: str = 'float32'
   kernel: Fused = Fused()
   relay: float = 1.0
+  decoder_layers: int | None = None
 
 
 def _linear(peak: float) -> WSD:
@@ -106,9 +108,9 @@ SIZES = {
                'ed': Source(of=EditRows(longest=6, using=2), beyond=(7, 8)),
                'lis': Source(of=Increasing(longest=10, group=4, spread=20), beyond=(12, 14))},
         train=Train(steps=3000, batch=64, log_every=50, eval_every=1000, save_every=1000),
-        tuned=Train(steps=300, batch=64, log_every=50, eval_every=300, save_every=300),
+        tuned=Train(steps=1000, batch=64, log_every=50, eval_every=1000, save_every=500),
         schedules={**dict.fromkeys(KINDS[:3], WarmupCosine(peak=2e-3, end=0.0, warmup=50)), 'tuned': _linear(5e-4)},
-        grow=50 * 64, relay=5.0),
+        grow=50 * 64, relay=5.0, decoder_layers=2),
     'gpu': Size(
         layers=3, width=256,
         tasks={'ari': Source(of=Arithmetic(longest=6), beyond=(7, 8, 9, 10)),
@@ -174,7 +176,8 @@ def get_config(argument: str = '') -> Experiment:
                    tests={f'beyond {i}': form(of=problems(given['size'], task, kind, i)) for i in range(1, tests + 1)})
   std = width ** -0.5
   attn = SelfAttention(heads=4, position=Rotary(), kernel=size.kernel if decodes else Bidirectional(), std=std)
-  core = Stack(Block(attn=attn, mlp=MLP(hidden=4 * width, std=std), norm=RMSNorm(), dtype=size.dtype), size.layers)
+  core = Stack(Block(attn=attn, mlp=MLP(hidden=4 * width, std=std), norm=RMSNorm(), dtype=size.dtype),
+               (decodes and size.decoder_layers) or size.layers)
   cell = Recur(core, Add()) if given['inject'] else Plain(core)
   most = 1 if decodes else longest.most
   plan = plans.Uniform(1) if decodes else plans.Given(most=of.most)

@@ -60,11 +60,11 @@ PAPER = {'ARI': Tables(42_515, (6477, 6882, 7287, 6477, 6072, 5668, 5263, 4858, 
                        (15_000, 10_000, 7500, 6000, 5000)),
          'ED': Tables(60_844, even(4195, 3636, 10), (15_000, 10_000, 7500, 3000, 3000)),
          'LIS': Tables(73_235, even(1479, 1198, 20), (15_000, 10_000, 7500, 3000, 3000))}
-TABLES = {'cpu': dict.fromkeys(relay.NAMES.values(), Tables(1000, (300,), (150, 150))),
+TABLES = {'cpu': dict.fromkeys(relay.NAMES.values(), Tables(10_000, (3000,), (1500, 1500))),
           'gpu': dict.fromkeys(('ARI', 'ED', 'LIS'), Tables(50_000, (12_500,) * 4, (5000,) * 4)),
           'paper': PAPER}
 # Of a phase of the controls: steps, learning rate (the paper: 100 epochs).
-PHASES = {'cpu': (100, 2e-4), 'gpu': (1000, 5e-5), 'paper': (65_000, 5e-5)}
+PHASES = {'cpu': (500, 2e-4), 'gpu': (1000, 5e-5), 'paper': (65_000, 5e-5)}
 
 
 def train(argument: str, workdir: Path, seed: int, *changes: str):

@@ -405,7 +405,7 @@ def test_controls_go_a_size_further_in_every_phase(stage, verifier, tmp_path):
   trained = [entry for entry in stage if entry[0].startswith(',')]
   assert [f',start={start},' in argument for start, (argument, _, _) in zip(('decoder', tmp_path / 'phase-1'), trained)
           ] == [True, True]
-  assert all('train.steps=100' in changes for _, _, changes in trained)
+  assert all('train.steps=500' in changes for _, _, changes in trained)
 
 
 @pytest.mark.parametrize('inject', [False, True])
