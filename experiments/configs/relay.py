@@ -79,9 +79,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """layers: of loops, and of decoders where these have no number of their own. tasks: what problems there are; train, tuned: of both stages; schedules: kind -> learning rate; grow: examples
-  until the training problems grow by one, 0 for all from the start; pool: different examples that are trained on; relay:
-  the weight of rounds."""
+  """layers: of loops, and of decoders where these have no number of their own. tasks: what problems there are; train,
+  tuned: of both stages; schedules: kind -> learning rate; grow: examples until the training problems grow by one, 0 for
+  all from the start; pool: different examples that are trained on; relay: the weight of rounds."""
   layers: int
   width: int
   tasks: dict[str, Source]
