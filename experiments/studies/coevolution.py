@@ -75,9 +75,8 @@ def draw(path, results: dict[str, dict]):
       rows = [row for arms in results.values() if arm in arms for row in arms[arm]['solved'] if row['order'] == order]
       steps = sorted({row['steps'] for row in rows})
       axes.plot(steps, [np.mean([row['solved'] for row in rows if row['steps'] == n]) for n in steps], marker='o', label=arm)
-    axes.set(title=f'order: {order}', xlabel='denoising steps', xscale='log', ylim=(-0.03, 1.03))
-    axes.set_xticks(steps, list(map(str, steps)))
-    axes.set_xticks([], minor=True)
+    axes.set(title=f'order: {order}', xlabel='denoising steps', ylim=(-0.03, 1.03))
+    plots.doubling(axes, steps)
     axes.grid(alpha=0.3)
   panels[0][0].set_ylabel('right grids')
   panels[0][0].legend(fontsize=8)

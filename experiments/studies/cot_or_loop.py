@@ -153,7 +153,7 @@ def draw(path: Path, results: dict[str, Any]):
       axes.axhline(np.mean([row['floor'] for arms in seeds.values() for row in arms.values()]), color='grey', ls=':')
       axes.set(xlabel='steps in order' if key == 'steps' else key, ylabel='right answers', ylim=(-0.03, 1.03),
                title=task)
-      axes.set_xscale('log')
+      plots.doubling(axes)
       axes.grid(alpha=0.3)
   panels[0][0].legend(fontsize=7)
   plots.save(figure, path, 150)

@@ -159,7 +159,8 @@ def draw(path: Path, results: dict[str, dict]):
                 linestyle=':' if CONSISTENT in model else '-', label=f'{loops} loops' + f' of {model}' * (CONSISTENT in model))
     if at_once := [row for row in rows if row['order'] == NEXT]:
       axes.plot([row['MFLOP'] for row in at_once], [row['solved'] for row in at_once], 'kx', label=NEXT)
-    axes.set(title=name, xlabel='MFLOP a grid', xscale='log', ylim=(-0.03, 1.03))
+    axes.set(title=name, xlabel='MFLOP a grid', ylim=(-0.03, 1.03))
+    plots.doubling(axes)
     axes.grid(alpha=0.3)
   panels[0][0].set_ylabel('right grids')
   panels[0][0].legend(fontsize=7)

@@ -94,7 +94,7 @@ def draw(path: Path, rows: list[dict]):
     own = [row for row in rows if row['order'] == AT_ONCE]
     axes.plot([row['loops'] for row in own], [row['last'] for row in own], 'k--x', label='padded, loops alone')
     axes.set(title=name, xlabel='steps x loops', ylim=(0.4, 1.03))
-    axes.set_xscale('log', base=2)
+    plots.doubling(axes)
     axes.grid(alpha=0.3)
   panels[0][0].set_ylabel('last slot right')
   panels[0][0].legend(fontsize=7)

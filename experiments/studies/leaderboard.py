@@ -173,7 +173,8 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   best = [min(row[show] for row in rows) for rows in found.values()]
   if show == 'loss':  # what fails far from its training would hide all others
     axes.set_ylim(min(best) - 0.1, max(best) + 0.2)
-  axes.set(xscale='log', xlabel='operations a token, millions (forward)', ylabel=plots.LABELS[show])
+  axes.set(xlabel='operations a token, millions (forward)', ylabel=plots.LABELS[show])
+  plots.doubling(axes)
   axes.grid(alpha=0.3)
   axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
   plots.save(figure, out / 'quality.png', 150)

@@ -137,7 +137,7 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
                       label=f'{name}: trained with chunks of {found[0][name]["trained with"]}')
   for name, style in zip(SHARED, ('-', '--', ':')):
     left.axhline(np.mean([f[name]['decoded'] for f in results.values()]), color='k', linestyle=style, label=name)
-  left.set_xscale('log', base=2)
+  plots.doubling(left)
   left.set_xlabel('tokens of a chunk (1: as decoded)')
   left.set_ylabel('validation NLL, nats a byte')
   left.legend(fontsize=8)

@@ -164,11 +164,8 @@ def write(out: Path, rows: list[dict], table: str):
     ends = np.array([[min(row['ends']), max(row['ends'])] for row in mine])
     axes.errorbar([row['loops'] for row in mine], middle, np.abs(ends - middle[:, None]).T, marker='o', capsize=3,
                   label=kind)
-  axes.set_xscale('log', base=2)
   axes.set_yscale('log')
-  loops = sorted({row['loops'] for row in rows})
-  axes.set_xticks(loops, [str(count) for count in loops])
-  axes.set_xticks([], minor=True)
+  plots.doubling(axes, sorted({row['loops'] for row in rows}))
   axes.set_xlabel('loops')
   axes.set_ylabel('mean squared error: median and range of seeds')
   axes.grid(alpha=0.3)

@@ -124,7 +124,7 @@ def draw(path: Path, results: dict[str, dict], looped: list[str]):
       mark = {'marker': 'x', 'color': f'C{number}', 'label': name}
       mark = {'marker': 'o', 'color': 'black'} if name in looped else mark
       axes.scatter([row['layers in order'] for row in rows[name]], [row[key] for row in rows[name]], **mark)
-    axes.set_xscale('log', base=2)
+    plots.doubling(axes)
     axes.set(xlabel='layers in order', ylabel=key)
     axes.grid(alpha=0.3)
   for number, name in enumerate(names):

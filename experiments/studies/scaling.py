@@ -85,7 +85,7 @@ def draw(path, rows: list[dict]):
       own = sorted((row for row in rows if row['width'] == width and row['operations'] == cost), key=lambda row: row['loops'])
       axes.plot([row['loops'] for row in own], [row['loss'] for row in own], marker='o',
                 color=pyplot.cm.viridis(i / max(len(costs) - 1, 1)), label=f'{cost:.2g} operations')
-    axes.set_xscale('log', base=2)
+    plots.doubling(axes)
     axes.set(title=f'width {width}', xlabel='loops of the training')
     axes.grid(alpha=0.3)
   panels[0][0].set_ylabel(plots.LABELS['loss'])

@@ -31,6 +31,15 @@ def save(figure, path: str | Path, dpi: int):
   library().close(figure)
 
 
+def doubling(axes, at: Sequence[int] | None = None):
+  """Makes x logarithmic, told in plain numbers: at these values, or at powers of two."""
+  axes.set_xscale('log', base=2)
+  axes.xaxis.set_major_formatter('{x:g}')
+  if at is not None:
+    axes.set_xticks(at, list(map(str, at)))
+  axes.set_xticks([], minor=True)
+
+
 LABELS = {'loss': 'validation loss', 'conditional': 'validation loss, given latents', 'accuracy': 'accuracy',
           'exact': 'sequences all right', 'last': 'the last answer'}
 FIXED = 'fixed budget'
@@ -55,9 +64,7 @@ def depths(path: Path, curves: Mapping[str, Rows], flat: Mapping[str, float] | N
   for i, (name, value) in enumerate((flat or {}).items()):
     axes.axhline(value, color=f'C{len(curves) + i}', linestyle='--', label=name)
   budgets = sorted({row['budget'] for rows in curves.values() for row in rows})
-  axes.set_xscale('log', base=2)
-  axes.set_xticks(budgets, [str(budget) for budget in budgets])
-  axes.set_xticks([], minor=True)
+  doubling(axes, budgets)
   axes.set_xlabel('loops')
   axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)
@@ -180,9 +187,8 @@ def growth(path: Path, rows: Rows):
     axes.plot(sizes, [row['s/step'] for row in points], marker='o', label='measured')
     axes.plot(sizes, [first['s/step'] * row['GFLOP'] / first['GFLOP'] for row in points], linestyle='--', color='black',
               label='as the arithmetic')
-    axes.set_xscale('log', base=2)
+    doubling(axes, sizes)
     axes.set_yscale('log', base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel(name)
     axes.grid(alpha=0.3)
   for left in grid[:, 0]:

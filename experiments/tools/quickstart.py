@@ -132,9 +132,7 @@ def draw(path: Any, loss: dict[int, float], accuracy: dict[str, dict[int, float]
   right.set(title='jumps along pointers', ylabel='accuracy', ylim=(0, 1.03))
   right.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
   for axes, of in ((left_, loss), (right, accuracy[ALL])):
-    axes.set_xscale('log', base=2)
-    axes.set_xticks(list(of), list(map(str, of)))
-    axes.set_xticks([], minor=True)
+    plots.doubling(axes, list(of))
     axes.set_xlabel('loops')
     axes.grid(alpha=0.3)
   figure.suptitle('one checkpoint each, more loops')
