@@ -22,6 +22,8 @@ from loopformer.types import ConfigError, config_dataclass, whole
 FOLDER = 'checkpoints'
 RETRIES = {'max_retries': 8, 'initial_delay': '1s', 'max_delay': '32s'}  # of a request to a bucket: two minutes in all
 FILE_BYTES, CHUNK_BYTES = 64 * 2**20, 32 * 2**20  # TensorStore holds what goes to a file until the file is full
+BUCKET_FILE_BYTES = 4 * FILE_BYTES  # of which every one is a request
+SMALLEST_PART = 32  # a chunk has no fewer bytes than CHUNK_BYTES by this: each is a read, and an entry of an index
 LAYOUT = 2  # raised whenever the meaning of what is stored changes
 
 
@@ -129,9 +131,13 @@ class Checkpoints:
     self._begun = step
 
   def _written(self, tree: Any) -> Any:
-    """How Orbax writes arrays: in pieces, so that a save takes some 0.4 GB of memory beside them, whatever their size."""
-    pieces = jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    return self._ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=FILE_BYTES)
+    """How Orbax writes arrays: in pieces, so that a save takes half a gigabyte of memory beside their copy on the host,
+    whatever their size (some gigabytes where it goes to a bucket)."""
+    pieces = jax.tree.map(chunk_bytes, tree)
+    least = BUCKET_FILE_BYTES if storage.remote(self._folder) else FILE_BYTES
+    return self._ocp.args.PyTreeSave(
+        tree, save_args=jax.tree.map(lambda size: self._ocp.SaveArgs(chunk_byte_size=size), pieces),
+        ocdbt_target_data_file_size=max(least, *jax.tree.leaves(pieces)))
 
   def _read(self, tree: Any) -> Any:
     """How Orbax reads arrays into the abstract ones that are given."""
@@ -227,6 +233,27 @@ class Checkpoints:
       raise ConfigError(f'{self._folder}/{step}: layout {layout}, but this version reads layout {LAYOUT}; '
                         'use the version of loopformer that wrote it')
     return restored
+
+
+def chunk_bytes(leaf: Any) -> int:
+  """The most bytes that a chunk of an array is to have: CHUNK_BYTES, or all that a device holds of it.
+
+  Orbax makes chunks by dividing the largest axis by its divisors, until they are small enough. A large prime number of rows,
+  as of some vocabularies, would be as many chunks: an array that has no better divisors stays whole.
+  """
+  shape = leaf.shape
+  own = leaf.sharding.shard_shape(shape) if isinstance(leaf, jax.Array) else shape
+  item = leaf.dtype.itemsize
+  dims, divided = list(own), [all_ != part for all_, part in zip(shape, own)]
+  while math.prod(dims) * item > CHUNK_BYTES:
+    among = [i for i, size in enumerate(dims) if divided[i] and size > 1]
+    if not among:
+      divided = [True] * len(dims)
+      continue
+    largest = max(among, key=dims.__getitem__)
+    dims[largest] = next(dims[largest] // n for n in range(2, dims[largest] + 1) if dims[largest] % n == 0)
+  fits = math.prod(own) * item <= CHUNK_BYTES or math.prod(dims) * item >= CHUNK_BYTES // SMALLEST_PART
+  return CHUNK_BYTES if fits else math.prod(own) * item
 
 
 def trained(workdir: str | Path) -> int | None:

@@ -108,6 +108,42 @@ def test_arrays_are_written_in_pieces(tmp_path, monkeypatch):
   np.testing.assert_array_equal(read['a'], array)
 
 
+@pytest.mark.parametrize('rows, pieces', [(2**16, True), (65_537, False), (3 * 40_009, False), (65_600, True)])
+def test_prime_axes_are_not_cut_to_rows(rows, pieces):
+  """Orbax divides the largest axis by its divisors alone."""
+  leaf = jax.ShapeDtypeStruct((rows, 256), np.float32)
+  assert checkpoint.chunk_bytes(leaf) == (checkpoint.CHUNK_BYTES if pieces else rows * 1024)
+
+
+def test_no_array_is_written_in_very_many_chunks(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'CHUNK_BYTES', 2**16)
+  tree = {'prime': np.ones((8209, 16), np.float32), 'even': np.ones((8192, 16), np.float32)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, tree, None, {}, {})
+    checkpoints.resumes()  # which waits for it
+  import tensorstore
+  for name, most in (('prime', 1), ('even', 8)):
+    spec = {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': f'file://{tmp_path}/checkpoints/0/params', 'path': f'{name}/'}}
+    array = tensorstore.open(spec, open=True).result()
+    assert -(-8209 // array.chunk_layout.read_chunk.shape[0]) <= most + 1
+
+
+def test_checkpoints_of_older_versions_are_read(tmp_path):
+  """They were written by Orbax's StandardSave, whole."""
+  import orbax.checkpoint as ocp
+  tree, optimizer = {'a': {'b': np.arange(6.0, dtype=np.float32)}}, (np.int32(3), {'mu': np.ones(2, np.float32)})
+  with ocp.CheckpointManager(tmp_path / 'checkpoints') as manager:
+    manager.save(4, args=ocp.args.Composite(
+        params=ocp.args.StandardSave(tree), optimizer=ocp.args.StandardSave(optimizer),
+        meta=ocp.args.JsonSave({'layout': checkpoint.LAYOUT, 'step': 4, 'data': {'at': 1}, 'control': {}})))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = checkpoint.abstract((tree, optimizer), jax.tree.map(lambda _: place, (tree, optimizer)))
+  with Checkpoints(tmp_path) as checkpoints:
+    step, read = checkpoints.restore_last(*like, print)
+    assert step == 4 and checkpoints.shapes()['a']['b'].shape == (6,) and read[2] == {'at': 1}
+    jax.tree.map(np.testing.assert_array_equal, read[:2], (tree, optimizer))
+
+
 def test_of_more_is_better_the_highest_stays(tmp_path):
   with Checkpoints(tmp_path, 1, Best(name='last@4', sign=MORE)) as checkpoints:
     for step, value in enumerate((0.1, 0.9, 0.3, 0.4), 1):
