@@ -42,14 +42,15 @@ class Separate:
 class Windows:
   """A random access source of training windows: window i holds stream tokens i*length .. i*length + length.
 
-  Element: tokens, targets (the next tokens), positions, all i32[T], and weights f32[T]; segments i32[T] where documents
-  are separate.
+  Element: tokens, targets (the next tokens), positions, all i32[T], and weights f32[T], 0 where the target is `start`, which
+  begins documents and is nothing to learn; segments i32[T] where documents are separate.
   """
 
   stream: TokenStream
   length: int
   eos: int
   documents: Joined | Separate = Joined()
+  start: int | None = None
 
   def __len__(self) -> int:
     return max(0, self.stream.tokens - 1) // self.length
@@ -60,8 +61,11 @@ class Windows:
     if not 0 <= i < len(self):
       raise IndexError(f'window {i} of {len(self)}')
     ids = self.stream.window(i * self.length, self.length + 1)
-    tokens = ids[:-1]
-    return {'tokens': tokens, 'targets': ids[1:], **self.documents.arrange(tokens, self.eos)}
+    tokens, targets = ids[:-1], ids[1:]
+    arranged = self.documents.arrange(tokens, self.eos)
+    if self.start is not None:
+      arranged['weights'] = arranged['weights'] * (targets != self.start)
+    return {'tokens': tokens, 'targets': targets, **arranged}
 
 
 def batches(dataset, *, batch: int, process: int = 0, processes: int = 1):

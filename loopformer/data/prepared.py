@@ -92,7 +92,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
       'version': VERSION,
       **inputs,
       'fingerprint': tokenizer.fingerprint(),
-      'start': start_of(tokenizer),
+      'start': start_between(tokenizer),
       'dtype': dtype,
       'record': RECORD,
       'left_out': dict(left_out),
@@ -220,6 +220,12 @@ def _counted(described, *names: str) -> bool:
   )
 
 
+def start_between(tokenizer: Tokenizer) -> int | None:
+  """The id that begins every document of a stream; none where it is the one that ended the document before."""
+  start = start_of(tokenizer)
+  return None if start == tokenizer.eos else start
+
+
 def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   manifest = load_manifest(folder)
   shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
@@ -227,7 +233,7 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer'))
   if tokenizer.fingerprint() != manifest['fingerprint']:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
-  if manifest.get('start') != start_of(tokenizer):
+  if manifest.get('start') != start_between(tokenizer):
     log(f'data: texts in {folder} do not begin with the token that begins a text, because an earlier version prepared them; a run '
         'that goes on reads them as they are, for another delete the folder and prepare again')
   log(f'data: {_counts(manifest)}; reused from {folder}')
@@ -364,7 +370,7 @@ def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
 def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_out: dict, log) -> list[str]:
   """The files of all chunks, in order; only those are made that are not there. Counts what the corpus leaves out."""
   os.makedirs(work, exist_ok=True)
-  paths, found, fingerprint, start = [], 0, tokenizer.fingerprint(), start_of(tokenizer)
+  paths, found, fingerprint, start = [], 0, tokenizer.fingerprint(), start_between(tokenizer)
   fingerprint = fingerprint if start is None else f'{fingerprint} after {start}'  # earlier versions made chunks without
   for batch in _batched(_watched(corpus.documents(left_out), _text_bytes, 'documents tokenised', log), CHUNK):
     contents = (part for d in batch for part in (d.name, d.split, d.text))
@@ -380,7 +386,7 @@ def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_ou
       raise ConfigError(f'{file} row {int(row) + 1}: {error}') from error
     for document, ids in zip(batch, encoded, strict=True):
       # By way of an array, which takes less than half the time of NumPy's own reading of a list.
-      data = np.array(array.array('I', [*begun(tokenizer, ids), tokenizer.eos])).astype(stored).tobytes()
+      data = np.array(array.array('I', [*(ids if start is None else begun(tokenizer, ids)), tokenizer.eos])).astype(stored).tobytes()
       key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
       entries += [ENTRY.pack(key, SPLITS.index(document.split), _text_bytes(document), len(data)), data]
     _write_chunk(paths[-1], b''.join(entries))

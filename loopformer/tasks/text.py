@@ -65,9 +65,9 @@ class Text:
     """
     import grain
 
-    stream = prepared.open_split(self._folder(workdir), split)
+    stream, start = prepared.open_split(self._folder(workdir), split), prepared.load_manifest(self._folder(workdir)).get('start')
     eos = self.tokenizer_of(workdir).eos
-    windows = grain.MapDataset.source(batches.Windows(stream, self.length, eos, self.documents))
+    windows = grain.MapDataset.source(batches.Windows(stream, self.length, eos, self.documents, start))
     if split == 'train':
       return windows.shuffle(mixed(seed)).repeat()
     return windows.shuffle(mixed(0))

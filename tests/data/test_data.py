@@ -75,6 +75,15 @@ class Begun:
     return []
 
 
+def test_a_token_that_ends_and_begins_documents_stands_once_between_them(corpus, tmp_path):
+  eos = ByteTokenizer().eos
+  done = prepared.prepare(corpus, Begun(start=eos), tmp_path / 'both', log=quiet)
+  plain = prepared.prepare(corpus, Begun(start=None), tmp_path / 'plain', log=quiet)
+  one, other = (prepared.open_split(tmp_path / name, 'train') for name in ('both', 'plain'))
+  assert one.tokens == other.tokens and done.manifest['start'] is plain.manifest['start'] is None
+  np.testing.assert_array_equal(one.window(0, one.tokens), other.window(0, other.tokens))
+
+
 def test_texts_begin_with_the_token_that_begins_one(corpus, tmp_path):
   """Once each; folders and chunks of earlier versions, whose texts have none, are not taken for the same."""
   told, folder = [], tmp_path / 'data'
@@ -576,6 +585,13 @@ def test_joined_by_hand():
   assert w['tokens'].tolist() == [8, 5, 6, 7, 9, 5] and w['targets'].tolist() == [5, 6, 7, 9, 5, 6]
   assert w['positions'].tolist() == [0, 1, 2, 3, 4, 5]
   assert w['weights'].tolist() == [1.0] * 6 and 'segments' not in w  # which would cost a mask and divide nothing
+
+
+def test_what_begins_documents_is_nothing_to_learn():
+  for documents in (batches.Joined(), batches.Separate()):
+    w = batches.Windows(ListStream([5, 6, 9, 7, 8, 6, 9]), 6, 9, documents, start=7)[0]
+    assert w['targets'].tolist() == [6, 9, 7, 8, 6, 9] and w['weights'].tolist() == [1, 1, 0, 1, 1, 1]
+    assert w['weights'].dtype == np.float32
 
 
 def test_separate_by_hand():
