@@ -323,7 +323,8 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   for weighted in config.objective.terms.values():
-    weighted.term.check(model)
+    if hasattr(weighted.term, 'check'):  # one of a user need not have it
+      weighted.term.check(model)
   if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model, config.task.measure)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())

@@ -82,7 +82,7 @@ def imported_suite(repeats: int, decoder: Decoder = SMOL, batches: Iterable[int]
 
 
 def bare_products(decoder: Decoder, params: Any, tokens: int) -> Callable[[], float]:
-  """Seconds of the matrix products of so many tokens in all layers, one after the other, with nothing between."""
+  """Seconds of the matrix products of so many tokens in all layers, one after the other, with a sum of columns between."""
   kernels = {path[-2]: leaf for path, leaf in flatten_dict(params['cell']['core']).items() if path[-1] == 'kernel'}
   layers = [{name: leaf[i] for name, leaf in kernels.items()} for i in range(decoder.layers)]
 

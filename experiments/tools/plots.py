@@ -32,9 +32,13 @@ def save(figure, path: str | Path, dpi: int):
 
 
 def doubling(axes, at: Sequence[int] | None = None):
-  """Makes x logarithmic, told in plain numbers: at these values, or at powers of two."""
+  """Makes x logarithmic, told in plain numbers: at these values, or at powers of two. Call it when all is drawn: where that
+  is less than two doublings, x stays as it is."""
+  low, high = axes.dataLim.intervalx
+  if at is None and high < 4 * low:
+    return
   axes.set_xscale('log', base=2)
-  axes.xaxis.set_major_formatter('{x:g}')
+  axes.xaxis.set_major_formatter('{x:.10g}')
   if at is not None:
     axes.set_xticks(at, list(map(str, at)))
   axes.set_xticks([], minor=True)

@@ -33,7 +33,7 @@ KIND_OF = {name: kind for kind, (_, names) in KINDS.items() for name in names}
 
 def check(config: Mapping[str, Any], where: Any, within: str = ''):
   """Raises ConfigError where a field that is read, of config.json or of what stands beside it, is of another kind than it has to
-  be; null is as if it were left out. Counts of layers, heads and the like are checked where they are used."""
+  be; null is not looked at. Counts of layers, heads and the like are checked where they are used."""
   for name, value in config.items():
     kind = KIND_OF.get(name)
     if kind is None or value is None:

@@ -334,10 +334,14 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
                    head=None if head is None or head * heads == width else head,
                    groups=config.get('num_key_value_heads') or heads, rotary=rotary,
-                   length=config.get('max_position_embeddings', 2048), eps=float(config.get('rms_norm_eps', kind.eps)),
-                   tied=config.get('tie_word_embeddings', False), biased=biased,
+                   length=_length(config), eps=float(kind.eps if config.get('rms_norm_eps') is None else config['rms_norm_eps']),
+                   tied=bool(config.get('tie_word_embeddings')), biased=biased,
                    loops=config['num_loops'] if kind.looped else 1,
                    between=kind.looped and not config.get('skip_loop_final_norm', False))
+
+
+def _length(config) -> int:
+  return 2048 if config.get('max_position_embeddings') is None else config['max_position_embeddings']
 
 
 # Fields of which another value than these makes another model of the same weights.
@@ -377,12 +381,13 @@ def _refuse(config, where):
     if config.get(name):
       raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known '
                         'here; choose a model for which it is off')
-  window, length = config.get('sliding_window', WINDOWS.get(config['model_type'])), config.get('max_position_embeddings', 2048)
+  window, length = config.get('sliding_window', WINDOWS.get(config['model_type'])), _length(config)
   others = set(config.get('layer_types') or ()) - {'full_attention'}
   if others - {'sliding_attention'} or window is None and others:
     raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; choose a model '
                       'of this form')
-  slides = others or config.get('use_sliding_window', config['model_type'] in WINDOWS)
+  told = config.get('use_sliding_window')
+  slides = others or (config['model_type'] in WINDOWS if told is None else told)
   if slides and window is not None and window < length:
     raise ConfigError(f'{where}: sliding_window = {window}: attention is read to all earlier tokens alone; choose a model of '
                       f'this form, or write max_position_embeddings = {window} (it is {length}), up to which both are the same')

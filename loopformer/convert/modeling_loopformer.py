@@ -512,7 +512,7 @@ def _attention(part, w, x, ctx):
   heads, groups = part['heads'], part['groups'] or part['heads']
   head, each = part.get('head') or x.shape[-1] // heads, heads // groups
   alibi = part['position'] is not None and _kind(part['position']) == 'Alibi'
-  qkv = w.qkv(x, ctx.k).unflatten(-1, (groups, each + 2, head))
+  qkv = _times(w.qkv, x, ctx.k).unflatten(-1, (groups, each + 2, head))
   q, k, v = qkv[..., :each, :].flatten(2, 3), qkv[..., each, :], qkv[..., each + 1, :]
   biases = (_child(w, f'{name}_bias') for name in 'qkv')
   q, k, v = (t if bias is None else t + bias.float() for t, bias in zip((q, k, v), biases))
@@ -539,7 +539,12 @@ def _attention(part, w, x, ctx):
     k = k[..., :head]
   scores = (q @ k.transpose(2, 3)).float() / math.sqrt(head)
   weights = (scores + mask).softmax(-1).to(ctx.dtype)
-  return w.out((weights @ v).transpose(1, 2).flatten(2), ctx.k)
+  return _times(w.out, (weights @ v).transpose(1, 2).flatten(2), ctx.k)
+
+
+def _times(w, x, k):
+  """The product of step k: what takes a Product's place, as quantised ones do, is told no step."""
+  return w(x, k) if 'a' in w._parameters else w(x)
 
 
 def _of_tokens(part, w, x, tokens):
@@ -574,11 +579,11 @@ ACTIVATIONS = {'gelu': functional.gelu, 'gelu_tanh': lambda x: functional.gelu(x
 
 
 def _mlp(part, w, x, k):
-  activation, up = ACTIVATIONS[_kind(part['activation'])], w.up(x, k)
+  activation, up = ACTIVATIONS[_kind(part['activation'])], _times(w.up, x, k)
   if _kind(part) == 'GatedMLP':
     gate, up = up.chunk(2, -1)
-    return w.down(activation(gate) * up, k)
-  return w.down(activation(up), k)
+    return _times(w.down, activation(gate) * up, k)
+  return _times(w.down, activation(up), k)
 
 
 def _norm(part, w, x):

@@ -162,7 +162,7 @@ class Denoising:
   denoises = True
 
   def __post_init__(self):
-    whole('sampler.steps', self.steps, 1, plans.LONGEST, why='denoising takes so many steps')
+    whole('sampler.steps', self.steps, 1, plans.LONGEST, why='what is written is denoised in as many')
     real('sampler.guidance', self.guidance, '[0, inf)')
 
   def serve(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Denoiser:
@@ -318,7 +318,7 @@ class Denoiser:
     for name, value in (('seed', seed), ('number', number)):
       whole(name, value, 0, SEEDS - 1)
     steps = self.model.sampler.steps if steps is None else whole('steps', steps, 1, plans.LONGEST,
-                                                                why='denoising takes so many steps')
+                                                                why='what is written is denoised in as many')
     sizes = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(sizes) > self.loops:
       raise ConfigError(f'budget = {budget}: {len(sizes)} loops, but there is room for {self.loops}; make the denoiser with '

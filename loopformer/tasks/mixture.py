@@ -40,9 +40,8 @@ class Mixture:
       raise ConfigError(f'task.weights are of {", ".join(self.weights) or "nothing"}, task.of has '
                         f'{", ".join(self.of) or "nothing"}; give a weight for every task')
     for name, weight in self.weights.items():
-      if not re.fullmatch(r'\w[\w.-]*', name):
-        raise ConfigError(f'task.of: {name!r} is no name of a task, of which a folder is called; give letters, digits, and . _ - '
-                          'between them')
+      if name in ('', '.', '..') or re.search(r'[/\\]', name):
+        raise ConfigError(f'task.of: {name!r} is no name of a task, of which a folder is called; give letters and digits')
       real(f'task.weights.{name}', weight, '(0, inf)')
     lengths = {name: task.length for name, task in self.of.items()}
     if len(set(lengths.values())) > 1:

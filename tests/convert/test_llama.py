@@ -15,7 +15,7 @@ import pytest
 import loopformer
 from loopformer import config as configs, plans
 from loopformer.cells.recur import Recur
-from loopformer.convert import from_pretrained, gguf, retrofit, tensors
+from loopformer.convert import from_pretrained, gguf, llama, retrofit, tensors
 from loopformer.model import Looped, parameter_shapes
 from loopformer.nn.blocks import Block
 from loopformer.nn.inject import Concat
@@ -251,6 +251,15 @@ def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
   monkeypatch.setattr(tensors.Tensors, '__getitem__', None)
   with pytest.raises(ConfigError, match='k_proj'):
     imported(tmp_path, sd=sd)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2'])
+def test_null_is_as_if_it_were_left_out(family):
+  config = {'model_type': family, 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2,
+            'num_attention_heads': 4}
+  names = ('max_position_embeddings', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads', 'head_dim', 'rope_theta',
+           'rope_scaling', 'attention_bias', 'bos_token_id', 'layer_types', 'use_sliding_window')
+  assert llama.read_config(config | dict.fromkeys(names), 'here') == llama.read_config(config, 'here')
 
 
 CONFIG_ERRORS = {

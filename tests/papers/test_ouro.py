@@ -301,8 +301,9 @@ def test_the_gate_is_taught_on_the_states_that_it_reads():
   term, inner = Improvement(roll='all'), MODEL.cell.clone(of=Damped(MODEL.cell.of, 0.5))
   term.check(MODEL.clone(cell=inner))
   config = paper.get_config('pointers,gate=literal')
-  for cell in (Damped(config.model.cell, 0.5), config.model.cell.of, config.model.cell.clone(gate=Linear(1))):
-    with pytest.raises(ConfigError, match=r'objective: Improvement\.gate = Linear: it is no gate of model\.cell = '):
+  for cell, told in ((Damped(config.model.cell, 0.5), 'Damped has none'), (config.model.cell.of, 'has none: .*put Halting around'),
+                     (config.model.cell.clone(gate=Linear(1)), r"model\.cell\.gate = Linear.*the cell's gate")):
+    with pytest.raises(ConfigError, match=told):
       configs.check(dataclasses.replace(config, model=config.model.clone(cell=cell)))
 
 

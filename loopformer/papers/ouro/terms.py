@@ -11,7 +11,7 @@ from loopformer.cells.halting import GATE, halt_logits
 from loopformer.terms.cross_entropy import token_nll
 from loopformer.terms.expected import whole
 from loopformer.terms.term import Term
-from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass, shown
 
 
 @config_dataclass
@@ -54,10 +54,13 @@ class Improvement(Term):
   def check(self, model: Any):
     """Raises ConfigError where the gate is not that of model.cell: one within another cell, as in Damped(Halting(..)), reads
     states that are not those that steps give, of which this term teaches it."""
-    if getattr(model.cell, 'gate', None) != self.gate:
-      raise ConfigError(f'objective: Improvement.gate = {type(self.gate).__name__}: it is no gate of model.cell = '
-                        f'{type(model.cell).__name__}, on whose states it is taught; put Halting around all other cells, and give '
-                        'the term its gate')
+    gate = getattr(model.cell, 'gate', None)
+    if gate is None:
+      raise ConfigError(f'objective: Improvement teaches the gate of model.cell, and {type(model.cell).__name__} has none: its '
+                        'states are those that steps give; put Halting around all other cells')
+    if gate != self.gate:
+      raise ConfigError(f'objective: Improvement.gate = {shown(self.gate)}, and model.cell.gate = {shown(gate)}: give the term the '
+                        "cell's gate")
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
