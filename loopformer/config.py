@@ -323,7 +323,7 @@ def check(config: Experiment):
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
   for weighted in config.objective.terms.values():
-    if hasattr(weighted.term, 'check'):  # one of a user need not have it
+    if hasattr(weighted.term, 'check'):
       weighted.term.check(model)
   if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model, config.task.measure)

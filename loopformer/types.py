@@ -364,10 +364,8 @@ class Teacher(Protocol):
 
 
 class Term(Protocol):
-  """What is learned from rollouts; see terms/term.py for what they share."""
-
-  def check(self, model: Any):
-    """Raises ConfigError where the model does not suit it."""
+  """What is learned from rollouts; see terms/term.py for what they share. One that does not suit every model has
+  `check(model)` too, which raises ConfigError."""
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by, a function of the batch alone."""
