@@ -28,7 +28,6 @@ dropout, which the library does not have (paper: 0.1); padding is no part of att
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from loopformer import loop, plans
@@ -150,7 +149,7 @@ def problems(size: str, task: str, kind: str, beyond: int = 0, far: bool = False
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu` or `cpu,kind=tuned,start=runs/chain,chains=runs/merged.jsonl`."""
-  given = arguments(argument, size='cpu', task='', kind='aligned', inject=False, relay=math.nan, start='', chains='')
+  given = arguments(argument, size='cpu', task='', kind='aligned', inject=False, relay=float, start='', chains='')
   size, kind = choose('size', given['size'], SIZES), choose('kind', given['kind'], {kind: kind for kind in KINDS})
   task = given['task'] or next(iter(size.tasks))
   choose('task', task, {**size.tasks, 'all': None})
@@ -159,7 +158,7 @@ def get_config(argument: str = '') -> Experiment:
       raise ConfigError(f'config argument {name} = {given[name]!r}: kind = {kind} '
                         + ('needs both start, a work folder, and chains, a file' if kind == 'tuned' else
                            'starts from no other run'))
-  if given['relay'] < 0 or kind != 'aligned' and not math.isnan(given['relay']):
+  if given['relay'] is not None and (given['relay'] < 0 or kind != 'aligned'):
     raise ConfigError(f'config argument relay = {given["relay"]}: ' + (
         'rounds would be learned not to be shown; give 0 or more' if kind == 'aligned' else
         f'kind = {kind} shows no rounds; leave it out'))
@@ -184,7 +183,7 @@ def get_config(argument: str = '') -> Experiment:
   terms = {'answer': Weighted(1.0, CE(roll='all'))}
   if kind == 'aligned':
     cell, plan = Showing(cell, RoundHead(outputs=vocab, std=std)), RoundByRound(most=of.most)
-    terms['rounds'] = Weighted(size.relay if math.isnan(given['relay']) else given['relay'], RoundCE(roll='all'))
+    terms['rounds'] = Weighted(size.relay if given['relay'] is None else given['relay'], RoundCE(roll='all'))
   evals = Depths(budgets=(1,)) if decodes else Named(runs={'rounds': Run(plan=plans.Given(most=most))})
   train = dataclasses.replace(size.tuned, start=given['start']) if kind == 'tuned' else size.train
   return Experiment(

@@ -104,3 +104,17 @@ def test_means_over_seeds_are_made_in_one_way():
   rows = [{'loss': 1.0, 'loops': 2, 'schedule': '2'}, {'loss': 3.0, 'loops': 2, 'schedule': '2'}]
   assert records.means(rows, 'loss') == {'loss': 2.0, 'loops': 2.0, '+-': 1.0}
   assert records.means(rows[:1], 'loss') == {'loss': 1.0, 'loops': 2.0, '+-': ''}
+
+
+def test_logarithmic_axes_are_told_in_plain_numbers():
+  """Of a range that has no two doublings nothing would be told: it stays as it is."""
+  pyplot = pytest.importorskip('matplotlib.pyplot')
+  figure, (wide, given, short) = pyplot.subplots(1, 3, figsize=(18, 4))
+  for axes, values, at in ((wide, [2, 18], None), (given, [1, 3], [1, 3]), (short, [5, 7], None)):
+    axes.plot(values, values)
+    plots.doubling(axes, at)
+  figure.canvas.draw()
+  told = [[label.get_text() for label in axes.get_xticklabels(which='both')] for axes in (wide, given)]
+  assert {'2', '4', '8', '16'} <= set(told[0]) and told[1] == ['1', '3'] and not any('10' in text or '^' in text for text in told[0])
+  assert [axes.get_xscale() for axes in (wide, given, short)] == ['log', 'log', 'linear']
+  pyplot.close(figure)
