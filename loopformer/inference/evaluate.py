@@ -105,6 +105,10 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
   if isinstance(batches, Mapping):
     raise ConfigError('batches: one batch alone; give a list of them')
   for batch in batches:
+    missing = [name for name in ('tokens', 'targets', 'weights') if name not in batch]
+    if missing:
+      raise ConfigError(f'batches: a batch has {", ".join(batch) or "nothing"}, and no {missing[0]}; give tokens, targets and '
+                        'weights')
     if not isinstance(batch['tokens'], jax.Array):
       _check_ids(model, batch)
       model.cell.check_tokens(batch['tokens'], longest, batch.get('segments'))
@@ -132,10 +136,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
 
 
 def _check_ids(model, batch):
-  """Raises ConfigError where a batch of arrays on the host lacks what is read of it, or has ids that the model does not."""
-  missing = {'targets', 'weights'} - batch.keys()
-  if missing:
-    raise ConfigError(f'batches: a batch has {", ".join(batch)}, and no {min(missing)}; give tokens, targets and weights')
+  """Raises ConfigError where a batch of arrays on the host has ids that the model does not."""
   for name, count in (('tokens', model.read_in.vocab), ('targets', model.outputs)):
     ids = np.asarray(batch[name])
     if count > 1 and ids.size and np.issubdtype(ids.dtype, np.integer) and not 0 <= ids.min() <= ids.max() < count:

@@ -9,6 +9,7 @@ a segment of its own, that no token of the problem reads. After Exact Expressive
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -62,6 +63,11 @@ class Filled:
     return self.of.length + self.count(self.of.of.room)
 
   @property
+  def tasks(self) -> Mapping[str, Any]:
+    """The sources of problems, by the names that these bear."""
+    return self.of.tasks
+
+  @property
   def symbols(self) -> tuple[str, ...]:
     *inner, end = self.of.symbols
     return (*inner, FILLER, end)
@@ -81,7 +87,8 @@ class Filled:
   baselines = Shown.baselines
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where the form has rows of other things, or the query is all of it."""
+    """Of a problem. Raises ConfigError where the form has rows of other things, the query is all of it, or a row has no
+    place for its fillers."""
     made, count = self.of.example(problem), self.count(problem.size)
     place = 0 if self.first else len(problem.prompt) - self.query
     if place < 1 and not self.first:
@@ -92,6 +99,9 @@ class Filled:
       raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no '
                         'place for fillers; take a form of one row, such as Prefixes')
     left = self.length - self.of.length - count
+    if left < 0:
+      raise ConfigError(f'Filled.fillers: a problem of size {problem.size} has {count}, but rows have place for {count + left}, '
+                        f'those of size {self.of.of.room}; raise room, or take smaller problems')
 
     def widened(row, filler, rest):
       ends = np.full(count, filler, row.dtype), np.full(left, rest, row.dtype)

@@ -217,6 +217,11 @@ class Shown:
   """What all kinds of examples share; a field `of`, the source of problems."""
 
   @property
+  def tasks(self) -> Mapping[str, Any]:
+    """The sources of problems, by the names that these bear."""
+    return self.of.tasks
+
+  @property
   def symbols(self) -> tuple[str, ...]:
     return (*self.of.symbols, END)
 

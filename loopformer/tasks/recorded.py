@@ -33,6 +33,8 @@ def recorded(file: str | os.PathLike) -> list[Problem]:
       texts = [row[name] for name in ('task', 'prompt', 'answer')] + list(row['rounds'])
       if not isinstance(row['rounds'], list) or not all(isinstance(text, str) for text in texts) or not row['prompt'].split():
         raise TypeError('prompt, rounds and answer are texts, rounds a list of them, and the prompt is not empty')
+      if isinstance(row['size'], bool) or operator.index(row['size']) < 0:
+        raise TypeError('size is a whole number, 0 or more')
       problems.append(Problem(prompt=tuple(row['prompt'].split()), rounds=tuple(tuple(r.split()) for r in row['rounds']),
                               answer=row['answer'], size=operator.index(row['size']), task=row['task']))
   if not problems:
@@ -55,11 +57,16 @@ class _Source:
 
 @config_dataclass
 class Recorded:
-  """Task: the problems of `file`, shuffled in every epoch, as examples of the kind that `of.of` makes (Chain or Rounds);
-  evaluated as `of` is."""
+  """Task: the problems of `file`, shuffled in every epoch, as examples of the kind that `of.of` makes (Chain, Rounds,
+  ..); evaluated as `of` is. What else `of` says of training examples, `pool` and `grow`, is not read."""
   of: Generated
   file: str
   paths = ('file',)
+
+  def __post_init__(self):
+    if not hasattr(self.of.of, 'example'):
+      raise ConfigError(f'task.of.of = {type(self.of.of).__name__}: it makes examples of no problems that a file could '
+                        'hold; give a form of tasks/reasoning.py, such as Chain')
 
   @property
   def length(self) -> int:
@@ -77,9 +84,9 @@ class Recorded:
     """As of `of`. Raises ConfigError where a problem has other symbols, is of no source here, or does not fit a row."""
     for number, problem in enumerate(recorded(self.file), 1):
       try:
-        if problem.task not in self.of.of.of.tasks:
+        if problem.task not in self.of.of.tasks:
           raise ConfigError(f'task = {problem.task!r}: no such source of problems here; there is '
-                            f'{", ".join(map(repr, self.of.of.of.tasks))}')
+                            f'{", ".join(map(repr, self.of.of.tasks))}')
         self.of.of.example(problem)
       except ConfigError as error:
         raise ConfigError(f'{self.file}, line {number}: {error}') from None

@@ -148,7 +148,10 @@ def on_host(**changed):
 
 
 @pytest.mark.parametrize('batches, message', [
-    ([], 'batches: there are none'), (on_host(), 'one batch alone; give a list'), ([on_host(weights=None)], 'and no weights'),
+    ([], 'batches: there are none'), (on_host(), 'one batch alone; give a list'),
+    *(([make(name)], f'and no {name}') for name in ('tokens', 'targets', 'weights') for make in (
+        lambda name: on_host(**{name: None}), lambda name: {key: rows for key, rows in batch(2).items() if key != name})),
+    ([{}], 'a batch has nothing, and no tokens'),
     ([on_host(weights=np.zeros((2, T), np.float32))], 'nothing is asked for'),
     ([on_host(tokens=np.full((2, T), parts.V))], 'tokens: ids from 40 to 40, but the model has 0 to 39'),
     ([on_host(targets=np.full((2, T), -100))], 'targets: ids from -100 to -100')])

@@ -27,6 +27,7 @@ from loopformer.papers.relay.cell import LOSS, SHOWN, RoundHead, Showing
 from loopformer.papers.relay.plans import RoundByRound
 from loopformer.papers.relay.terms import RoundCE
 from loopformer.tasks.arithmetic import LeftToRight
+from loopformer.tasks.connectivity import NO, YES, Connectivity
 from loopformer.tasks.increasing import Increasing
 from loopformer.tasks.reasoning import Chain, Even, Problem, Rounds, Several
 from loopformer.tasks.recorded import recorded
@@ -313,6 +314,26 @@ def test_scores():
   flat = chains.scored(true, [solved(['a b c d e'], '1'), solved(['f f'], '2')])
   assert (flat.answer, flat.chain, flat.bits) == (1, 0.5, 1)  # what is too much makes a chain wrong
   assert chains.scored(true, [solved([], ''), solved([''], '2')]).bits == 0
+
+
+def test_scores_of_problems_without_rounds():
+  """Whether a loop wrote them, which has none, or a decoder, all of whose text but the answer is one."""
+  of = Connectivity(longest=3, shortest=3)
+  true = [of.draw(np.random.default_rng(i), 3) for i in range(3)]
+  other = {YES: NO, NO: YES}
+  form = Chain(of=of)
+  for write in (lambda p, *words: dataclasses.replace(p, rounds=tuple((word,) for word in words[:-1]), answer=words[-1]),
+                lambda p, *words: form.read(p, words)):
+    found = chains.scored(true, [write(true[0], true[0].answer), write(true[1], '1', true[1].answer),
+                                 write(true[2], other[true[2].answer])])
+    assert (found.answer, found.chain, found.hits.shape) == (2 / 3, 2 / 3, (0, 0)) and np.isnan(found.bits)
+  mixed = chains.scored([*true[:1], solved(['a'], '1')], [write(true[0], true[0].answer), solved(['a'], '1')])
+  assert (mixed.answer, mixed.chain, mixed.bits) == (1, 1, 1)
+  for written in ([], true[:2]):
+    with pytest.raises(ConfigError, match='problems: 3, and [02] were written'):
+      chains.scored(true, written)
+  with pytest.raises(ConfigError, match='problems: 0'):
+    chains.scored([], [])
 
 
 # What cannot be ------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import pytest
 
 from loopformer.tasks.arithmetic import Arithmetic, LeftToRight, modular, reduced
 from loopformer.tasks.edit_distance import EditRows
+from loopformer.tasks.fillers import Filled, Power
 from loopformer.tasks.generated import Generated, Grow, Rise, SymbolTokenizer
 from loopformer.tasks.increasing import Increasing, ending
-from loopformer.tasks.reasoning import Chain, Even, Proportional, Rounds, Several
+from loopformer.tasks.pointers import Pointers
+from loopformer.tasks.reasoning import Asked, Chain, Even, Proportional, Rounds, Several, Slots
 from loopformer.tasks.recorded import Recorded, record, recorded
 from loopformer.types import ConfigError
 from tests.tasks.test_tasks_symbolic import table
@@ -25,6 +27,7 @@ SOURCES = {
     'increasing in fours': Increasing(longest=9, group=4, spread=6)}
 SEVERAL = Several(of={'ARI': Arithmetic(longest=4), 'ED': EditRows(longest=5), 'LIS': Increasing(longest=12)},
                   weights={'ED': 10.0})
+ONE = LeftToRight(longest=4)
 every = pytest.mark.parametrize('name', SOURCES)
 all_of = pytest.mark.parametrize('of', [*SOURCES.values(), SEVERAL], ids=[*SOURCES, 'several'])
 
@@ -370,6 +373,31 @@ def test_problems_come_back_from_a_file(tmp_path):
   assert (task.length, task.splits, task.measure) == (task.of.length, task.of.splits, task.of.measure)
 
 
+@pytest.mark.parametrize('form', [Filled(of=Chain(of=SEVERAL), fillers=3), Filled(of=Asked(of=SEVERAL), fillers=2),
+                                  Filled(of=Chain(of=ONE), fillers=Power(power=1.0)), Filled(of=Slots(of=ONE), fillers=1)])
+def test_problems_of_a_file_with_fillers(form, tmp_path):
+  of = form.of.of
+  made = problems(of) if of is SEVERAL else [of.draw(np.random.default_rng(i), 1 + i % of.room) for i in range(6)]
+  record(tmp_path / 'p.jsonl', made)
+  task = Recorded(of=Generated(of=form, held_out=8), file=str(tmp_path / 'p.jsonl'))
+  task.prepare(tmp_path, lambda line: None)
+  train = task.examples(tmp_path, 'train', 0)
+  found, wanted = ([example['tokens'].tolist() for example in some] for some in (
+      [train[i] for i in range(len(made))], map(form.example, made)))
+  assert sorted(found) == sorted(wanted)
+  record(tmp_path / 'p.jsonl', [dataclasses.replace(made[0], task='XX')])
+  with pytest.raises(ConfigError, match="line 1: task = 'XX': no such source of problems here"):
+    task.prepare(tmp_path, print)
+
+
+def test_what_a_file_of_problems_cannot_be():
+  with pytest.raises(ConfigError, match='task.of.of = Pointers: it makes examples of no problems'):
+    Recorded(of=Generated(of=Pointers(places=4, hops=2)), file='p.jsonl')
+  form = Filled(of=Chain(of=ONE), fillers=Power(power=1.0))
+  with pytest.raises(ConfigError, match='Filled.fillers: a problem of size 9 has 9, but rows have place for 4, those of size 4'):
+    form.example(dataclasses.replace(ONE.draw(np.random.default_rng(0), 2), size=9))
+
+
 GOOD = {'task': 'ARI', 'size': 1, 'prompt': '[ARI] 3 + 4 =', 'rounds': ['7'], 'answer': '7'}
 
 
@@ -379,7 +407,8 @@ GOOD = {'task': 'ARI', 'size': 1, 'prompt': '[ARI] 3 + 4 =', 'rounds': ['7'], 'a
     ({k: v for k, v in GOOD.items() if k != 'rounds'}, 'line 2: a value is missing'),
     ({**GOOD, 'rounds': 3}, 'line 2: a value is missing'), ({**GOOD, 'rounds': '77'}, 'line 2: a value is missing.*a list'),
     ({**GOOD, 'size': 1.5}, 'line 2: a value is missing'), ({**GOOD, 'prompt': ' '}, 'line 2: a value is missing.*not empty'),
-    ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'),
+    ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'), ({**GOOD, 'size': -1}, 'line 2: a value is missing.*0 or more'),
+    ({**GOOD, 'size': True}, 'line 2: a value is missing'),
     ({**GOOD, 'answer': '777'}, "line 2: problem .*'777' is not a symbol"),
     ({**GOOD, 'task': 'XX'}, "line 2: task = 'XX': no such source of problems here"),
     ({**GOOD, 'rounds': ['7 ' * 400]}, r'line 2: Chain.length = \d+: .* raise Chain.length'),

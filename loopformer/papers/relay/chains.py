@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -140,8 +141,9 @@ def originals(of: Any, stream: Any, counts: Mapping[str, int]) -> list[Problem]:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Shares of problems whose answer is right, and whose whole chain is; of tokens of chains that are right (`bits`);
-  and of tokens at every place of every round, f64[T, most tokens], NaN where no round has one (`hits`)."""
+  """Shares of problems whose answer is right, and whose whole chain is; of tokens of chains that are right (`bits`, NaN
+  where no chain has a token); and of tokens at every place of every round, f64[T, most tokens], NaN where no round has
+  one (`hits`)."""
   answer: float
   chain: float
   bits: float
@@ -151,9 +153,15 @@ class Scores:
 def scored(problems: Sequence[Problem], written: Sequence[Problem]) -> Scores:
   """How chains compare with the true ones, token by token from the left; one that is missing is wrong.
 
-  Chains that were written round by round are compared by rounds; others as a whole.
+  Chains that were written round by round are compared by rounds; others as a whole. Of a problem without rounds the
+  chain is right where nothing was written but an answer.
+
+  Raises:
+    ConfigError: there are no problems, or not as many were written.
   """
-  shape = max(len(p.rounds) for p in problems), max(len(r) for p in problems for r in p.rounds)
+  if not problems or len(problems) != len(written):
+    raise ConfigError(f'problems: {len(problems)}, and {len(written)} were written; give one or more, and as many')
+  shape = max(len(p.rounds) for p in problems), max((len(r) for p in problems for r in p.rounds), default=0)
   right, seen = np.zeros(shape), np.zeros(shape)
   whole_chains = 0
   for problem, other in zip(problems, written):
@@ -163,17 +171,19 @@ def scored(problems: Sequence[Problem], written: Sequence[Problem]) -> Scores:
       right[t, :len(true)] += [place < len(own) and own[place] == token for place, token in enumerate(true)]
       seen[t, :len(true)] += 1
   hits = np.divide(right, seen, out=np.full(shape, np.nan), where=seen > 0)
+  bits = float(right.sum() / seen.sum()) if seen.any() else math.nan
   return Scores(answer=float(np.mean([correct(*pair) for pair in zip(problems, written)])),
-                chain=whole_chains / len(problems), bits=float(right.sum() / seen.sum()), hits=hits)
+                chain=whole_chains / len(problems), bits=bits, hits=hits)
 
 
 def _cut(rounds, like):
-  """A text without rounds, cut as these are; what is too much stays in the last."""
+  """A text without rounds, cut as these are; what is too much stays in the last, or is one of its own where there are
+  none."""
   text, cut = [token for each in rounds for token in each], []
   for each in like[:-1]:
     cut.append(tuple(text[:len(each)]))
     text = text[len(each):]
-  return (*cut, tuple(text))
+  return (*cut, tuple(text)) if like or text else ()
 
 
 def _groups(items, size):
