@@ -114,7 +114,7 @@ def main(argv):
   check_command('set', 'eval_batches')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   command.check_whole(seeds=FLAGS.seeds)
-  named = [named.partition('=')[::2] for named in FLAGS.run]
+  named = command.named(FLAGS.run)
   try:
     workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
     tasks = {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named}

@@ -53,6 +53,7 @@ def define_flags():
 
 
 def main(argv):
+  command.check_once('models', FLAGS.models)
   out, folder = storage.path(FLAGS.out), storage.path(FLAGS.workdir)
   try:
     models = {name: records.read(folder / name / 'eval/exits.json', ('schedule', 'budget', 'accuracy'),

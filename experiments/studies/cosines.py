@@ -82,7 +82,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   out, runs = storage.path(FLAGS.out), {}
   try:
-    for name, _, folder in (run.partition('=') for run in FLAGS.run):
+    for name, folder in command.named(FLAGS.run, once=False):
       runs.setdefault(name, []).append(measure(storage.path(FLAGS.workdir) / folder, FLAGS.period, FLAGS.eval_batches or 64))
   except ConfigError as error:
     sys.exit(f'error: {error}')

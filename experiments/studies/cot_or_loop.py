@@ -33,7 +33,7 @@ from loopformer.papers.relay.chains import by_token, correct, draws
 from loopformer.tasks.generated import SymbolTokenizer
 from loopformer.tasks.reasoning import Problem
 from loopformer.training import metrics
-from loopformer.types import SEEDS, ConfigError, Plan, whole
+from loopformer.types import ConfigError, Plan
 
 FLAGS = flags.FLAGS
 
@@ -58,15 +58,10 @@ def arm(text: str) -> Arm:
   """Of its name. Raises ConfigError where it is none."""
   kind, _, rest = text.partition('-')
   steps, _, inject = rest.partition('-')
-  if kind not in cot_or_loop.KINDS or not steps.isdigit() or inject not in ('', 'inject'):
+  if kind not in cot_or_loop.KINDS or not steps.isdecimal() or inject not in ('', 'inject'):
     raise ConfigError(f'--arms has {text!r}: write an arm as one of {", ".join(cot_or_loop.KINDS)} with its steps, '
                       'such as chain-4 or loop-8-inject')
   return Arm(kind, int(steps), bool(inject))
-
-
-def seed_of(text: str) -> int:
-  """Of --seeds. Raises ConfigError where it is none."""
-  return whole('--seeds', int(text) if text.isdigit() else text, 0, SEEDS - 1)
 
 
 def train(own: Arm, task: str, seed: int, folder: Path):
@@ -175,9 +170,11 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   command.check_chosen('size', FLAGS.size, cot_or_loop.SIZES)
   command.check_chosen('on', FLAGS.on, TASKS)
-  arms, seeds = [arm(text) for text in FLAGS.arms], [seed_of(text) for text in FLAGS.seeds]
+  command.check_whole(seeds=FLAGS.seeds)
+  arms, seeds = [arm(text) for text in FLAGS.arms], [int(seed) for seed in FLAGS.seeds]
+  command.check_once('arms', [own.name for own in arms])
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
+  records.own(out, size=FLAGS.size, problems=FLAGS.problems, set=FLAGS['set'].value)
   results = {}
   for task in FLAGS.on:
     for seed in seeds:

@@ -98,6 +98,7 @@ def main(argv):
   command.check_chosen('kinds', FLAGS.kinds, KINDS)
   command.check_whole(seeds=FLAGS.seeds)
   out, results = storage.path(FLAGS.out), {}
+  records.own(out, task=FLAGS.task, set=FLAGS['set'].value)
   for seed in FLAGS.seeds:
     for kind in FLAGS.kinds:
       results.setdefault(seed, {})[kind] = run(kind, int(seed))

@@ -222,7 +222,8 @@ def main(argv):
   seeds = list(map(int, FLAGS.seeds))
   rates = [float(rate) for rate in numbers(','.join(FLAGS.rates), '--rates', float)]
   out, show = storage.path(FLAGS.out), show_of(FLAGS.task)
-  out.mkdir(parents=True, exist_ok=True)
+  command.check_once('rates', rates)
+  records.own(out, size=FLAGS.size, task=FLAGS.task, steps=FLAGS.steps, share=FLAGS.share, rates=rates, set=FLAGS['set'].value)
   study = Study(FLAGS.size, FLAGS.task, FLAGS.steps, FLAGS.share, rates)
   every = list(dict.fromkeys([*names, *(leaderboard.BEGINS[name] for name in names if name in leaderboard.BEGINS)]))
   results: dict[str, list[dict]] = {}

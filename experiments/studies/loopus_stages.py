@@ -128,14 +128,13 @@ def main(argv):
                       'proposes the latter two')
   if FLAGS.text and not given:
     raise ConfigError(f'--text={FLAGS.text}: without --from the decoder is one of bytes of the standard library; add --from')
-  for arm in FLAGS.arms:
-    if arm not in ARMS:
-      raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')
+  command.check_chosen('arms', FLAGS.arms, ARMS)
   workdir, out = storage.path(FLAGS.workdir).absolute(), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   command.check_whole(seeds=FLAGS.seeds, budgets=FLAGS.budgets)
   budgets = [len(plans.resolve(int(budget), '--budgets')) for budget in FLAGS.budgets]
   thresholds = list(numbers(','.join(FLAGS.thresholds), '--thresholds'))
+  command.check_once('thresholds', thresholds)
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir, budgets, thresholds):

@@ -165,6 +165,7 @@ def define_flags():
 
 def main(argv):
   check_command('set')
+  command.check_whole(seeds=FLAGS.seeds)
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

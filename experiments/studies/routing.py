@@ -60,7 +60,7 @@ def main(argv):
   out.mkdir(parents=True, exist_ok=True)
   try:
     rows = {name: measure(storage.path(FLAGS.workdir) / folder)
-            for name, _, folder in (run.partition('=') for run in FLAGS.run)}
+            for name, folder in command.named(FLAGS.run)}
   except ConfigError as error:
     sys.exit(f'error: {error}')
   records.write(out / 'routing.json', rows)

@@ -114,7 +114,7 @@ def main(argv):
                                                            (FLAGS.widths, '--widths', int, True),
                                                            (FLAGS.operations, '--operations', float, False)))
   out = storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
+  records.own(out, size=FLAGS.size, system=FLAGS.system, rate=FLAGS.rate, set=FLAGS['set'].value)
   jobs = [(width, count, cost) for cost in costs for width in widths for count in loops]
   rows = []
   with concurrent.futures.ThreadPoolExecutor(FLAGS.together) as pool:
@@ -122,7 +122,8 @@ def main(argv):
       rows.append(row)
       records.report(out, rows, points=rows)
       draw(out / 'scaling.png', rows)
-      print(f'width {row["width"]}, {row["loops"]} loops, {row["operations"]:g} operations: {row["loss"]:.3f}', flush=True)
+      print(f'width {row["width"]}, {row["loops"]} loops, {row["operations"]:g} operations: '
+            + ('no number' if row['loss'] is None else f'{row["loss"]:.3f}'), flush=True)
   points = [laws.Point(once=row['once'], looped=row['looped'], loops=row['loops'], tokens=row['tokens'], loss=row['loss'])
             for row in rows if row['loss'] is not None and math.isfinite(row['loss'])]
   found = fitted(points, FLAGS.draws)

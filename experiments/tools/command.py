@@ -15,6 +15,7 @@ from absl import app, flags
 from loopformer import storage
 from loopformer.training import interrupts
 from loopformer.training.train import NotFinite
+from loopformer.types import SEEDS
 
 FLAGS = flags.FLAGS
 TOLD = NotFinite, ValueError, OSError, ImportError  # which say by themselves what is wrong; ConfigError is a ValueError
@@ -60,22 +61,40 @@ def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
   for word in words:
     if word not in known:
       sys.exit(f'error: --{name}={",".join(words)}: there is no {word!r} here; choose from {", ".join(known)}')
-  _check_once(name, words)
+  check_once(name, words)
 
 
 def check_whole(**given: Sequence[str] | None):
   """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one twice; or 0,
-  but for seeds."""
+  but for seeds, of which there are 2^32."""
   for name, words in given.items():
-    if not all(word.isdecimal() and (int(word) or name == 'seeds') for word in words or ()):
-      sys.exit(f'error: --{name}={",".join(words)}: give whole numbers apart by commas{"" if name == "seeds" else ", 1 or more"}')
-    _check_once(name, [str(int(word)) for word in words or ()])
+    least, most = (0, SEEDS - 1) if name == 'seeds' else (1, math.inf)
+    if not all(word.isdecimal() and least <= int(word) <= most for word in words or ()):
+      sys.exit(f'error: --{name}={",".join(words)}: give whole numbers apart by commas, '
+               + (f'0 to {most}' if name == 'seeds' else '1 or more'))
+    check_once(name, [str(int(word)) for word in words or ()])
 
 
-def _check_once(name: str, words: Sequence[str]):
-  for word in words:
-    if words.count(word) > 1:
-      sys.exit(f'error: --{name}={",".join(words)}: {word} stands there more than once, and would count as often; give it once')
+def check_once(name: str, values: Sequence):
+  """Ends the command where a flag, a list, has one of its values twice, whose results would count as often."""
+  for value in values:
+    if values.count(value) > 1:
+      sys.exit(f'error: --{name}={",".join(map(str, values))}: {value} stands there more than once, and would count as often; '
+               'give it once')
+
+
+def named(runs: Sequence[str], once: bool = True) -> list[tuple[str, str]]:
+  """The pairs of --run, name=REST each. Ends the command where there is none, one lacks its name or rest, or, unless a name may
+  come again (once=False), two have one."""
+  pairs = [run.partition('=')[::2] for run in runs]
+  if not pairs:
+    sys.exit(f'error: --run is missing: {FLAGS["run"].help}'.rstrip('.'))
+  for run, pair in zip(runs, pairs):
+    if not all(pair):
+      sys.exit(f'error: --run={run}: give {FLAGS["run"].help}'.rstrip('.'))
+  if once:
+    check_once('run', [name for name, _ in pairs])
+  return pairs
 
 
 def begin(main: Callable, argv: list[str]):
@@ -92,7 +111,7 @@ def begin(main: Callable, argv: list[str]):
 
 def parse(argv: list[str]) -> list[str]:
   """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it cannot
-  have."""
+  have, such as an empty list."""
   try:
     try:
       words = FLAGS(argv)
@@ -101,6 +120,8 @@ def parse(argv: list[str]) -> list[str]:
     if len(words) > 1:
       sys.exit(f'error: {" ".join(words[1:])}: not a flag; flags begin with --, see --help')
     for name in FLAGS:
+      if FLAGS[name].present and FLAGS[name].value == []:
+        sys.exit(f'error: --{name}: no value; give one, or leave it out')
       if isinstance(FLAGS[name].value, float) and not math.isfinite(FLAGS[name].value):
         given = [word for word in argv if word.lstrip('-').startswith(f'{name}=')]
         raise flags.IllegalFlagValueError(f'flag --{given[-1].lstrip("-") if given else name}: ')

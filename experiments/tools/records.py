@@ -41,7 +41,7 @@ def means(rows: Sequence[Mapping[str, Any]], show: str) -> dict[str, Any]:
           '+-': half_range([row[show] for row in rows])}
 
 
-def made_with(note: str | Path, done: bool, **given: Any):
+def made_with(note: str | Path, done: bool, flag: str = '--workdir', **given: Any):
   """Writes down with what something is about to be made; where it was made already, it must have been with the same.
 
   So a study that keeps what it has made, and makes the rest when it goes on, never takes for its own what other flags made.
@@ -49,6 +49,7 @@ def made_with(note: str | Path, done: bool, **given: Any):
   Args:
     note: the file.
     done: whether what was made stands there.
+    flag: that which says where.
     given: name -> value, of JSON.
 
   Raises:
@@ -61,12 +62,22 @@ def made_with(note: str | Path, done: bool, **given: Any):
     return
   if not note.exists():
     raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, or give '
-                      'another --workdir')
-  before = reading.read_json(note, f'remove {note.parent}, or give another --workdir')
+                      f'another {flag}')
+  before = reading.read_json(note, f'remove {note.parent}, or give another {flag}')
   for name in (*now, *before):
     if name not in before or name not in now or before[name] != now[name]:
       raise ConfigError(f'{note.parent}: it was made with {name} = {before.get(name, "none")}, not with '
-                        f'{now.get(name, "none")}; give the same, or another --workdir')
+                        f'{now.get(name, "none")}; give the same, or another {flag}')
+
+
+def own(out: str | Path, **given: Any):
+  """Writes down, in a folder of results, with which flags they are made, before they are.
+
+  Raises:
+    ConfigError: results stand there that were made with others, and would be replaced.
+  """
+  note = storage.path(out) / 'made_with.json'
+  made_with(note, note.exists() and (note.parent / 'results.json').exists(), '--out', **given)
 
 
 def report(out: str | Path, results: Any, **tables: list[dict]):

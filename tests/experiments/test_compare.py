@@ -90,7 +90,9 @@ def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
   for check, names in ((lambda: command.check_chosen('kinds', ['a', 'x'], ('a', 'b')),
                         "--kinds=a,x: there is no 'x' here; choose from a, b"),
                        (lambda: command.check_chosen('size', 'x', ('a', 'b')), "--size=x: there is no 'x' here"),
-                       (lambda: command.check_whole(seeds=['-1']), '--seeds=-1: give whole numbers'),
+                       *((lambda text=text: command.check_whole(seeds=[text]), f'--seeds={text}: give whole numbers .* 0 to 42949')
+                         for text in ('-1', 'a', '', str(2 ** 32))),
+                       (lambda: command.check_once('rates', [0.001, 1e-3]), '--rates=0.001,0.001: 0.001 stands there more'),
                        (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):
     with pytest.raises(SystemExit, match=names):
       check()
