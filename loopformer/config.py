@@ -560,6 +560,11 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   return values
 
 
+def counted(given: Mapping[str, Any], name: str, default: int) -> int:
+  """The number that an argument of `arguments` gives, where it is left out the default. Raises ConfigError below 1."""
+  return default if given[name] is None else whole(f'config argument {name}', given[name], 1)
+
+
 def choose(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
   """The row of a configuration's table, or an error that lists the rows."""
   if value not in table:

@@ -206,6 +206,31 @@ def test_arguments():
   assert choose('size', 'a', {'a': 1}) == 1
 
 
+@pytest.mark.parametrize('argument', [
+    'ouro:tiny,loops=0', 'ouro:tiny,layers=-1', 'act:pointers,loops=0', 'pondernet:pointers,loops=0', 'leaderboard:cpu,loops=0',
+    'leaderboard:cpu,width=0', 'leaderboard:cpu,steps=0', 'loopus:cpu,start=there,loops=0', 'loopus:cpu,start=there,graded=0',
+    'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0'])
+def test_a_number_that_is_given_is_not_taken_for_one_that_is_left_out(argument):
+  name, _, value = argument.rpartition(',')[2].partition('=')
+  with pytest.raises(ConfigError, match=f'config argument {name} = {value}: must be 1 or more'):
+    configs.load(argument)
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('plt:tiny,kind=seq,window=3', 'window = 3: kind=seq does not read it, gswa does; leave it out'),
+    ('plt:tiny,kind=clp,gate=query', 'gate = query: kind=clp does not read it, gswa does'),
+    ('plt:tiny,kind=seq,mix=ones', 'mix = ones: kind=seq does not read it, gswa, share, clp do'),
+    ('plt:tiny,kind=r1,loops=3', 'loops = 3: kind=r1 does not read it'), ('plt:tiny,window=-1', 'window_left = -1'),
+    ('shift:p_hop,first=-2', 'first = -2: give a step, or -1 for half of the run')])
+def test_numbers_that_say_nothing_are_refused(argument, message):
+  with pytest.raises(ConfigError, match=message):
+    configs.load(argument)
+
+
+def test_a_window_of_none_but_itself_is_one():
+  assert configs.load('plt:tiny,window=0').model.memory.window_left == 0
+
+
 @pytest.mark.parametrize('name', configs.published())
 def test_a_switch_takes_0_and_1_alone(name):
   about = ast.get_docstring(ast.parse(configs.published()[name].read_text(encoding='utf-8')))

@@ -30,8 +30,9 @@ from loopformer.terms.ponder import Averaged, Ponder
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `pointers,tau=0.001`."""
-  given = arguments(argument, size='pointers', tau=0.01, epsilon=0.01, loops=0)
-  base, epsilon = ouro.get_config(f'{given["size"]},loops={given["loops"]}'), given['epsilon']
+  given = arguments(argument, size='pointers', tau=0.01, epsilon=0.01, loops=int)
+  epsilon = given['epsilon']
+  base = ouro.get_config(given['size'] if given['loops'] is None else f'{given["size"]},loops={given["loops"]}')
   trained = Run(plan=plans.Uniform(base.model.loops), exit=Adaptive(rule=ACT(threshold=epsilon)))
   return dataclasses.replace(
       base, name='act',

@@ -45,7 +45,7 @@ SHARE = 0.5
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `from=runs/smol,data=chats.jsonl,rank=16`."""
-  given = arguments(argument, **{'from': ''}, data='', text='', share=SHARE, validation='', template='', length=int, rank=8,
+  given = arguments(argument, **{'from': ''}, data='', text='', share=float, validation='', template='', length=int, rank=8,
                     each=False, steps=1000, batch=8, peak=float, seed=0, bf16=False, average=0.0)
   source = given['from']
   if not source or not (given['data'] or given['text']):
@@ -54,7 +54,7 @@ def get_config(argument: str = '') -> Experiment:
   for name, needed in (('validation', 'data'), ('template', 'data'), ('each', 'rank')):
     if given[name] and not given[needed]:
       raise ConfigError(f'config argument {name}: is read with {needed} alone; leave it out')
-  if given['share'] != SHARE and not (given['data'] and given['text']):
+  if given['share'] is not None and not (given['data'] and given['text']):
     raise ConfigError('config argument share: is read with both data and text; leave it out')
   if given['length'] is not None:
     whole('config argument length', given['length'], 1)
@@ -94,4 +94,5 @@ def _task(given: dict, source: str, length: int):
                          documents=Separate())
   if len(tasks) == 1:
     return next(iter(tasks.values()))
-  return Mixture(of=tasks, weights={'chats': 1 - given['share'], 'text': given['share']})
+  share = SHARE if given['share'] is None else given['share']
+  return Mixture(of=tasks, weights={'chats': 1 - share, 'text': share})

@@ -49,7 +49,7 @@ from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed, Plain
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import TrainedPieces
 from loopformer.diffusion.measures import Bound
 from loopformer.diffusion.noise import Masking
@@ -301,8 +301,8 @@ def systems(size: Size, steps: int, vocab: int, length: int) -> dict[str, Any]:
 BEGINS = {'loopus': 'decoder', 'melt': 'ouro'}  # what stands before, in half of the budget
 
 
-def often(steps: int, control: Any) -> dict[str, int]:
-  """Of a run of so many steps (0: the size's own): evaluated and saved at its end, and in between where a stage may end."""
+def often(steps: int | None, control: Any) -> dict[str, int]:
+  """Of a run of so many steps (None: the size's own): evaluated and saved at its end, and in between where a stage may end."""
   if not steps:
     return {}
   return {'eval_every': steps if control == NoControl() else max(1, steps // 2), 'save_every': steps}
@@ -316,16 +316,16 @@ def budgets(size: str, name: str) -> tuple[int, ...]:
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,system=ouro,task=p_hop,rate=1e-2`."""
-  given = arguments(argument, size='cpu', system='loopformer', task='text', rate=3e-3, steps=0, start='', loops=0,
-                    width=0)
+  given = arguments(argument, size='cpu', system='loopformer', task='text', rate=3e-3, steps=int, start='', loops=int,
+                    width=int)
   size, name = choose('size', given['size'], SIZES), given['system']
-  size = dataclasses.replace(size, loops=given['loops'] or size.loops, width=given['width'] or size.width)
+  size = dataclasses.replace(size, loops=counted(given, 'loops', size.loops), width=counted(given, 'width', size.width))
   task = choose('task', given['task'], {task: task for task in TASKS})
   data = {'text': Text(tokenizer=TrainedPieces(vocab=size.vocab), length=size.tokens),
           'p_hop': Generated(of=size.hops, pool=32_768), 'arithmetic': Generated(of=Asked(of=size.sums))}[task]
   vocab = size.vocab if task == 'text' else len(data.of.symbols)
   run = size.text if task == 'text' else size.other
-  steps = given['steps'] or run.steps
+  steps = counted(given, 'steps', run.steps)
   system = choose('system', name, systems(size, steps, vocab, data.length))()
   if (name in BEGINS) != bool(given['start']):
     raise ConfigError(f'config argument start = {given["start"]!r}: ' + (

@@ -34,7 +34,7 @@ import dataclasses
 from loopformer import config as configs, loop, plans
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Plain
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.chat import SavedTokenizer
 from loopformer.data.corpus import Files
 from loopformer.data.tokenizer import Bytes
@@ -89,7 +89,7 @@ BUDGETS = (1, 2, 3, 4, 6, 8, 12)
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,start=runs/pretrained` or `gpu,from=runs/base,encoder=0..1,decoder=29`."""
   given = arguments(argument, size='cpu', arm='', start='', **{'from': ''}, encoder='', decoder='', text='',
-                    gate='s4d', loops=0, graded=0)
+                    gate='s4d', loops=int, graded=int)
   size, own = choose('size', given['size'], SIZES), given['size'] == 'cpu'
   arm = given['arm'] or ('pretrain' if own and not given['start'] else 'loopus')
   choose('arm', arm, dict.fromkeys(ARMS))
@@ -98,7 +98,7 @@ def get_config(argument: str = '') -> Experiment:
   decoder, task = small() if own else imported(given['from'], given['encoder'], given['decoder'], size.length)
   if given['text']:
     task = dataclasses.replace(task, corpus=Files(train=(given['text'],)))
-  loops, graded = given['loops'] or size.loops, given['graded'] or size.graded
+  loops, graded = (counted(given, name, getattr(size, name)) for name in ('loops', 'graded'))
   run, optim = dataclasses.replace(size.train, start=given['start'] or given['from'] or None), size.optim
   if arm == 'pretrain':
     run = dataclasses.replace(run, steps=1000)

@@ -32,7 +32,7 @@ import dataclasses
 from loopformer import loop, plans
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import Bytes, TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
@@ -103,7 +103,7 @@ PHASES = ('base', 'transition', 'distill')
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu` or `cpu,phase=transition,base=runs/melt/base`."""
-  given = arguments(argument, size='cpu', phase='base', base='', start='', chunk=0, gate='elementwise')
+  given = arguments(argument, size='cpu', phase='base', base='', start='', chunk=int, gate='elementwise')
   size, gate = choose('size', given['size'], SIZES), choose('gate', given['gate'], GATES)
   phase = choose('phase', given['phase'], {phase: phase for phase in PHASES})
   for name, phases in (('base', PHASES[1:]), ('start', PHASES[2:])):
@@ -141,7 +141,7 @@ def get_config(argument: str = '') -> Experiment:
   learned = given['gate'] in ('elementwise', 'scalar')
   return Experiment(
       name=f'MELT {phase}',
-      model=model(Gated, LatentAttention(**options, latent=gate), memory=Latest(chunk=given['chunk'] or size.chunk)),
+      model=model(Gated, LatentAttention(**options, latent=gate), memory=Latest(chunk=counted(given, 'chunk', size.chunk))),
       objective=Objective(rolls={'all': Rollout(plan, keep=loop.Every()), 'teacher': teacher}, terms=terms),
       task=size.task, train=run, evals=evals, optim=ParamGroups(of=base, named=gates,
                                                                 paths=(GATE,)) if learned else base)

@@ -32,7 +32,7 @@ import math
 
 from loopformer import loop, memories, plans
 from loopformer.cells.plain import Plain
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import Bytes, TrainedPieces
 from loopformer.inference.evaluate import Depths, Named, Run
 from loopformer.model import Looped
@@ -116,12 +116,12 @@ def layer_map(sharing: str, layers: int, recursions: int) -> tuple[int, ...]:
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny,kind=token`."""
-  given = arguments(argument, size='tiny', kind='mor', recursions=3, layers=0, sharing='middle_cycle',
+  given = arguments(argument, size='tiny', kind='mor', recursions=3, layers=int, sharing='middle_cycle',
                     memory='recursion', router='linear', alpha=0.1, c=0.016, auxiliary=False, balance='loss', form='code',
-                    gate='sigmoid', z=0.0, steps=0)
+                    gate='sigmoid', z=0.0, steps=int)
   size, kind, sharing = choose('size', given['size'], SIZES), given['kind'], given['sharing']
   choose('kind', kind, dict.fromkeys(KINDS))
-  layers = given['layers'] or size.layers
+  layers = counted(given, 'layers', size.layers)
   recursions = 1 if kind == 'vanilla' else given['recursions']
   if recursions < 1:
     raise ConfigError(f'config argument recursions = {recursions}: must be 1 or more')
@@ -144,7 +144,7 @@ def get_config(argument: str = '') -> Experiment:
   end = Stack(block, 1) if ends else None
   core = Stack(block, each, order=repeated((recursions,) * each) if sequence and recursions > 1 else None)
   loops = 1 if sequence else recursions
-  train = dataclasses.replace(size.train, steps=given['steps'] or size.train.steps)
+  train = dataclasses.replace(size.train, steps=counted(given, 'steps', size.train.steps))
   terms, optim = {'lm': Weighted(1.0, CE(roll='all'))}, AdamW(schedule=size.schedule, decay=0.1)
   cell, evals = Plain(core), Depths(budgets=tuple(range(1, loops + 1)))
   if kind not in ('recursive', 'vanilla'):

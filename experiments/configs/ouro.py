@@ -29,7 +29,7 @@ import dataclasses
 from loopformer import loop, plans
 from loopformer.cells.halting import Halting
 from loopformer.cells.plain import Normed
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
@@ -125,9 +125,9 @@ GATES = {'joint': None, 'literal': Retrospective(), 'prospective': Prospective()
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `pointers` or `mano,layers=12,loops=1`."""
-  given = arguments(argument, size='tiny', layers=0, loops=0, gate='joint', beta=0.05)
+  given = arguments(argument, size='tiny', layers=int, loops=int, gate='joint', beta=0.05)
   size, alignment = choose('size', given['size'], SIZES), choose('gate', given['gate'], GATES)
-  layers, loops = given['layers'] or size.layers, given['loops'] or size.loops
+  layers, loops = (counted(given, name, getattr(size, name)) for name in ('layers', 'loops'))
   if alignment is not None and loops < 2:
     raise ConfigError(f'config argument gate = {given["gate"]}: with loops = {loops} there is nothing to learn about '
                       'leaving; give 2 loops or more')

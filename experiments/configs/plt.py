@@ -30,7 +30,7 @@ import math
 
 from loopformer import loop, plans
 from loopformer.cells.plain import Plain
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import Bytes, TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.memories import PerLoop
@@ -50,6 +50,7 @@ from loopformer.papers.plt.streams import Streams
 from loopformer.tasks.text import Text
 from loopformer.terms.cross_entropy import CE
 from loopformer.training.train import Train
+from loopformer.types import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,18 @@ MIXES = {'scaled': Mix(), 'ones': Mix(embed=1.0, hidden=1.0), 'learned': Learned
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny` or `tiny,kind=seq,loops=3`."""
-  given = arguments(argument, size='tiny', kind='gswa', loops=2, gate='query', mix='scaled', window=0)
+  given = arguments(argument, size='tiny', kind='gswa', loops=int, gate='', mix='', window=int)
   size, kind = choose('size', given['size'], SIZES), given['kind']
-  gate, mix = choose('gate', given['gate'], GATES), choose('mix', given['mix'], MIXES)
   choose('kind', kind, dict.fromkeys(KINDS))
-  loops = 1 if kind == 'r1' else given['loops']
+  for name, kinds in (('gate', ('gswa',)), ('window', ('gswa',)), ('mix', ('gswa', 'share', 'clp')),
+                      ('loops', [kind for kind in KINDS if kind != 'r1'])):
+    if given[name] not in ('', None) and kind not in kinds:
+      raise ConfigError(f'config argument {name} = {given[name]}: kind={kind} does not read it, {", ".join(kinds)} '
+                        f'{"does" if len(kinds) == 1 else "do"}; leave it out')
+  gate, mix = choose('gate', given['gate'] or 'query', GATES), choose('mix', given['mix'] or 'scaled', MIXES)
+  loops = 1 if kind == 'r1' else counted(given, 'loops', 2)
   norm = RMSNorm(size.eps)
-  cell, memory = parts(size, kind, gate, mix, given['window'] or size.window, norm)
+  cell, memory = parts(size, kind, gate, mix, size.window if given['window'] is None else given['window'], norm)
   outer = norm if kind in ('seq', 'r1') else Identity()  # a shifted cell ends with the norm
   return Experiment(
       name=f'plt {kind}' + ('' if loops == 2 else f' {loops}'),

@@ -25,8 +25,8 @@ from loopformer.terms.ponder import Geometric
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `pointers,rate=0.4`."""
-  given = arguments(argument, size='pointers', rate=0.4, beta=0.01, loops=0)
-  base = ouro.get_config(f'{given["size"]},loops={given["loops"]}')
+  given = arguments(argument, size='pointers', rate=0.4, beta=0.01, loops=int)
+  base = ouro.get_config(given['size'] if given['loops'] is None else f'{given["size"]},loops={given["loops"]}')
   return dataclasses.replace(
       base, name='pondernet',
       objective=Objective(rolls=base.objective.rolls,

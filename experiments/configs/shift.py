@@ -39,6 +39,8 @@ def get_config(argument: str = '') -> Experiment:
       'p_hop': lambda: latent_thoughts.get_config(f'p_hop,layers=1,loops={loops}'),
       'markov': lambda: latent_thoughts.get_config(f'markov,layers=1,loops={loops}'),
       'text': lambda: loopformer.get_config(f'tiny,kind=base_loop,loops={loops}')})()
+  if given['first'] < -1:
+    raise ConfigError(f'config argument first = {given["first"]}: give a step, or -1 for half of the run')
   if given['first'] > steps:
     raise ConfigError(f'config argument first = {given["first"]}: the stage would end after the last step, {steps}')
   first = steps // 2 if given['first'] < 0 else given['first']

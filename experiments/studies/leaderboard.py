@@ -50,11 +50,11 @@ def names_of(task: str) -> list[str]:
 class Study:
   """What is trained for a task: numbers of steps by the operations that they may take, rates by the best of short runs."""
 
-  def __init__(self, size: str, task: str, steps: int, share: float, rates: Sequence[float]):
+  def __init__(self, size: str, task: str, steps: int | None, share: float, rates: Sequence[float]):
     self.size, self.task, self.share, self.rates = size, task, share, rates
     self.counted: dict[str, float] = {}
     self.short: dict[str, dict[float, float]] = {}  # name -> rate -> validation loss at all loops after a short run
-    self.budget = (steps or configs.load(self.spec('base')).train.steps) * self.flops('base')
+    self.budget = (configs.load(self.spec('base')).train.steps if steps is None else steps) * self.flops('base')
 
   def spec(self, name: str, **arguments: Any) -> str:
     """The configuration of a system."""
@@ -207,7 +207,7 @@ def define_flags():
   flags.DEFINE_list('systems', None, 'Those to compare; all by default.')
   flags.DEFINE_list('rates', ['1e-3', '3e-3', '1e-2'], 'Peaks of the learning rate that are tried; of one, no short runs.')
   flags.DEFINE_float('share', 0.25, 'Of the budget, for the short runs.', lower_bound=0.0, upper_bound=1.0)
-  flags.DEFINE_integer('steps', 0, "Of `base`, whose operations all have; the configuration's by default.", lower_bound=0)
+  flags.DEFINE_integer('steps', None, "Of `base`, whose operations all have; the configuration's by default.", lower_bound=1)
   flags.DEFINE_integer('together', 1, 'Runs at a time.', lower_bound=1)
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 

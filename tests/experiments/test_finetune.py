@@ -138,6 +138,7 @@ def test_chats_that_cannot_be_answered(flags, message, base, tmp_path):
 @pytest.mark.parametrize('more, told', [
     ('data=x,rank=0,each=1', 'each: is read with rank alone'), ('text=x,validation=y', 'validation: is read with data alone'),
     ('text=x,template=y', 'template: is read with data alone'), ('text=x,share=0.25', 'share: is read with both data and text'),
+    ('text=x,share=0.5', 'share: is read with both data and text'),
     ('data=x,peak=0', 'peak = 0.0: must be a finite number, above 0'), ('data=x,length=0', 'length = 0: must be 1 or more'),
     ('data=x,bf16=2', "bf16 = '2': choose one of 0, 1")])
 def test_an_argument_that_nothing_reads_is_refused(more, told):
