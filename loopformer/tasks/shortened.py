@@ -24,7 +24,8 @@ SHORTEST = 8  # tokens of the trace in the last stage
 
 
 class _Told:
-  """What both have in common; a field `of`, the source of problems, and `told`, what becomes of a problem."""
+  """What both have in common; a field `of`, the source of problems; `told`, what becomes of a problem; and `whole`, whether
+  that is all of every solution."""
 
   @property
   def symbols(self) -> tuple[str, ...]:
@@ -45,7 +46,8 @@ class _Told:
     return self.told(self.of.draw(rng, size, task), rng)
 
   def concluded(self, rounds: Sequence[Round], task: str = '') -> str | None:
-    return self.of.concluded(rounds, task)
+    """None where something is left out: what is may have said more, such as the largest of all counts."""
+    return self.of.concluded(rounds, task) if self.whole else None
 
   def weight(self, task: str) -> float:
     return self.of.weight(task)
@@ -64,6 +66,10 @@ class Selected(_Told):
   def extent(self) -> Extent:
     of = self.of.extent
     return dataclasses.replace(of, rounds=min(of.rounds, self.rounds), chain=min(of.chain, self.rounds * of.round))
+
+  @property
+  def whole(self) -> bool:
+    return self.rounds >= self.of.extent.rounds
 
   def told(self, problem: Problem, rng: np.random.Generator) -> Problem:
     """The problem with the rounds that are kept."""
@@ -99,6 +105,10 @@ class Internalised(_Told):
   @property
   def extent(self) -> Extent:
     return self.of.extent  # rows keep their shape from stage to stage
+
+  @property
+  def whole(self) -> bool:
+    return self.stage == 1 and self.smoothing == np.inf
 
   def told(self, problem: Problem, rng: np.random.Generator) -> Problem:
     """The problem without the first tokens of its rounds; a round that has lost all is gone."""

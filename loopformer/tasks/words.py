@@ -97,7 +97,8 @@ class Word(Sized):
 
   def concluded(self, rounds: Sequence[Round], task: str = '') -> str | None:
     """The last product."""
-    return rounds[-1][-1] if rounds and rounds[-1] else None
+    last = rounds[-1][-1] if rounds and rounds[-1] else ''
+    return last if last.isdigit() else None
 
 
 # Regular languages ---------------------------------------------------------------------------------------------------

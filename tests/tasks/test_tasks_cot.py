@@ -12,6 +12,7 @@ from loopformer.tasks.counting import Colouring, Count, Trials
 from loopformer.tasks.edit_distance import EditRows
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.graph_search import Reachable, ReachableByEdges, search
+from loopformer.tasks.increasing import Increasing
 from loopformer.tasks.reasoning import Asked, Chain, Several
 from loopformer.tasks.shortened import Internalised, Selected, selected, stages
 from loopformer.tasks.words import Cyclic, Prefixes, Symmetric, Word
@@ -93,7 +94,21 @@ def test_what_is_told_in_part_is_a_source_like_the_one_in_it():
   for part in (Selected(of=of, rounds=2), Internalised(of=of)):
     problem = part.draw(rng(0), 6, 'B')
     assert part.symbols == of.symbols and part.tasks == of.tasks and part.weight('B') == 2 and problem.task == 'B'
+    assert part.concluded((('N',),), 'B') is None
+  for part in (Selected(of=of, rounds=of.extent.rounds), Internalised(of=of, stage=1, smoothing=np.inf)):
     assert part.concluded((('N',),), 'B') == 'FALSE'
+
+
+@pytest.mark.parametrize('of', [WORD, GRAPHS, Increasing(longest=17, shortest=8, group=4, spread=9), EditRows(longest=6)],
+                         ids=lambda of: type(of).__name__)
+def test_rounds_in_part_lead_to_no_other_answer(of):
+  for part in (*(Selected(of=of, rounds=k) for k in (0, 1, 2, 99)), Internalised(of=of, stage=2), Internalised(of=of, smoothing=np.inf)):
+    for problem in many(part):
+      assert part.concluded(problem.rounds) in (None, problem.answer)
+
+
+def test_what_is_no_product_is_no_answer():
+  assert WORD.concluded((('0',), ('=',))) is None and WORD.concluded((('0',),)) == '0'
 
 
 def test_stages_of_internalisation():
