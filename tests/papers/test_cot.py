@@ -131,6 +131,15 @@ def test_vectors_have_no_ids(name, cell):
     parts.shapes(model)
 
 
+def test_what_stands_in_another_segment_moves_no_thought():
+  weights, batch = parts.params(THINKER), batch_of(THOUGHTS, 2, 3)
+  plan = plans.schedule((1 / (T + 1),) * (T + 1))
+  other = {**batch, 'tokens': jnp.where(batch['segments'] == 0, 1, batch['tokens'])}
+  assert (other['tokens'] != batch['tokens']).any()
+  one, same = (run_batch(THINKER, weights, made, plan).z * batch['weights'][..., None] for made in (batch, other))
+  np.testing.assert_array_equal(one, same)
+
+
 def test_thoughts_are_not_decoded():
   with pytest.raises(ConfigError, match='model.cell = Thinking: its thoughts are made within one pass'):
     THINKER.apply({'params': parts.params(THINKER)}, jnp.zeros((1, 1), jnp.int32), plans.schedule((1.0,)),

@@ -19,8 +19,8 @@ class Thinking(Cell):
   """Step k, from 0: y = core(x); then x at n + k is norm(y) at n + k - 1, n being the problem's tokens.
 
   So K steps are K - 1 thoughts and the pass that reads the last one: the answer stands at place n + K - 2. A row has n
-  tokens of its own, n >= 1, and then `filler`, an id that no problem holds, in place of thoughts and to its end
-  (reasoning.Asked). A thought takes the place of an embedding, so that positions must be attention's (Rotary); every
+  tokens of its own, n >= 1, and then `filler`, an id that no problem holds, in place of thoughts and to the end of its
+  first segment (reasoning.Asked). A thought takes the place of an embedding, so that positions must be attention's (Rotary); every
   step runs over the whole row, whose layers must be causal, so that no token sees what is still to come.
   """
   core: Stack
@@ -67,7 +67,8 @@ class Thinking(Cell):
                         '`run_batch`, or generate with a model of another cell')
     inputs, _ = x
     outputs, kv = self.core(inputs, ctx, None, kv)
-    place = (ctx.ids('model.cell = Thinking') != self.filler).sum(-1) + ctx.step.k
+    given = ctx.ids('model.cell = Thinking') != self.filler
+    place = (given if ctx.seg is None else given & (ctx.seg == ctx.seg[:, :1])).sum(-1) + ctx.step.k
     thought = self.norm(jnp.take_along_axis(outputs, place[:, None, None] - 1, 1))
     here = jnp.arange(inputs.shape[1]) == place[:, None]
     return (jnp.where(here[..., None], thought, inputs), outputs), kv, {}
