@@ -283,7 +283,7 @@ def run_eval(workdir: Path):
     name += '' if split == 'validation' else f'-{split}'
     rows = evaluate(model, params, batches(), schedules, lengths, measure)
     if name.startswith('sweep'):
-      rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: row[first]))]
+      rows = [{'rank': rank + 1, **row} for rank, row in enumerate(sorted(rows, key=lambda row: -measure.better[first] * row[first]))]
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
     if stores and processes.is_leader():
       write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}', first)

@@ -78,13 +78,14 @@ def measure(own: Arm, folder: Path, count: int) -> dict[str, float]:
   source = draws(form.of, 'measured', size)
   problems = [next(source) for _ in range(count)]
   answers = [problem.answer for problem in problems]
+  timed = [problems[i % count] for i in range(TOGETHER)]
   row = {'floor': max(map(answers.count, answers)) / count}
   if own.kind == 'chain':
     written = by_token(model, params, form, problems, rows=TOGETHER)
     tokens = float(np.mean([len(each.rounds[0]) + 2 for each in written]))
     right = [correct(*pair) for pair in zip(problems, written)]
     options = dict(written=tokens, most=form.of.extent.chain + 2)
-    prompts = [form.ids(problem.prompt) for problem in problems[:TOGETHER]]
+    prompts = [form.ids(problem.prompt) for problem in timed]
     alone, together = (costs.of_chain(model, params, SymbolTokenizer(form.symbols), some, **options)
                        for some in (prompts[:1], prompts))
   else:
@@ -92,7 +93,7 @@ def measure(own: Arm, folder: Path, count: int) -> dict[str, float]:
     right = np.asarray(logits(model, params, batch, asked(batch))).argmax(-1) == np.array(
         [form.ids([answer])[0] for answer in answers])
     alone, together = (costs.of_pass(model, params, batch_of(form, some), even(model))
-                       for some in (problems[:1], problems[:TOGETHER]))
+                       for some in (timed[:1], timed))
   return row | {'right': float(np.mean(right)), 'MFLOP': together.flops / 1e6, 'steps': together.steps,
                 'ms': alone.milliseconds, f'ms of {TOGETHER}': together.milliseconds}
 

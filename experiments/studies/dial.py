@@ -40,7 +40,7 @@ def run(kind: str, seed: int) -> list[dict]:
     for row, found in zip(rows, evaluate(model, params, batches, schedules, None, config.task.measure)):
       row[split] = found['accuracy']
     if split == ALL:
-      one = {key: value[:TOGETHER] for key, value in batches[0].items()}
+      one = costs.rows(batches[0], TOGETHER)
       for row in rows:
         cost = costs.of_pass(model, params, one, plans.schedule(plans.resolve(row['loops'])))
         row |= {'MFLOP': cost.flops / 1e6, 'steps': cost.steps, 'ms': cost.milliseconds}

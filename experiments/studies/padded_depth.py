@@ -91,9 +91,9 @@ def measure(folder: Path) -> dict[str, Any]:
   batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
   words, size = len(examples), int(batch['size'].max())
   hits = np.concatenate([right(model, planner, params, {name: rows[start:start + ROWS] for name, rows in batch.items()})
-                         for start in range(0, words - words % ROWS, ROWS)])
+                         for start in range(0, words, ROWS)])
   accuracies = hits[:, :size].mean(0)
-  few = {name: jnp.asarray(rows[:ROWS]) for name, rows in batch.items()}
+  few = {name: jnp.asarray(rows) for name, rows in costs.rows(batch, ROWS).items()}
   cost = costs.of_pass(model, params, few, plan_of(planner, few), REPEATS)
   return {'n*': reached(accuracies), 'accuracy': float(accuracies.mean()), 'last': float(accuracies[-1]), 'loops': int(cost.steps),
           'layers in order': layers_of(model, int(cost.steps)), 'MFLOP': cost.flops / 1e6, 'ms': cost.milliseconds,

@@ -29,6 +29,11 @@ class Cost:
   milliseconds: float
 
 
+def rows(batch: Batch, count: int) -> Batch:
+  """So many rows of a batch, from its first on, and again from there where it has fewer."""
+  return {name: np.take(value, np.arange(count) % len(value), 0) for name, value in batch.items()}
+
+
 def of_chain(model: Any, params: Params, tokenizer: Any, prompts: Sequence[Sequence[int]], written: float, most: int,
              repeats: int = 5) -> Cost:
   """Of prompts that are continued greedily, all at once.
@@ -54,13 +59,13 @@ def of_chain(model: Any, params: Params, tokenizer: Any, prompts: Sequence[Seque
 def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int = 5) -> Cost:
   """Of a batch that goes through the steps of a plan at once, up to the likeliest answers; as wide as its rows are, and as
   deep as the deepest of them."""
-  rows, tokens = batch['tokens'].shape[:2]
+  count, tokens = batch['tokens'].shape[:2]
   pass_of = jax.jit(lambda params, batch, plan: model.apply(
       {'params': params}, run_batch(model, params, batch, plan).z, method='logits').argmax(-1))
   batch = {name: jax.numpy.asarray(value) for name, value in batch.items()}
   steps = plan.steps if plan.active is None else int(np.asarray(plan.active).sum(0).max())
   return Cost(flops=model.flops(tokens, steps) * tokens, steps=float(steps),
-              milliseconds=_milliseconds(lambda: jax.block_until_ready(pass_of(params, batch, plan)), repeats) / rows)
+              milliseconds=_milliseconds(lambda: jax.block_until_ready(pass_of(params, batch, plan)), repeats) / count)
 
 
 def of_token(model: Any, params: Params, length: int, loops: int, repeats: int = 20) -> Cost:

@@ -312,6 +312,12 @@ def config_of(form, model):
   return SimpleNamespace(task=Generated(of=form, held_out=8), model=model)
 
 
+def test_problems_that_are_timed_together_are_as_many_as_said():
+  batch = study.costs.rows({'tokens': np.arange(6).reshape(3, 2), 'size': np.arange(3)}, 7)
+  assert batch['size'].tolist() == [0, 1, 2, 0, 1, 2, 0] and batch['tokens'].shape == (7, 2)
+  assert study.costs.rows(batch, 2)['size'].tolist() == [0, 1]
+
+
 def test_arms_have_names():
   for text in ('chain-0', 'loop-8-inject', 'thought-12'):
     assert study.arm(text).name == text

@@ -439,17 +439,18 @@ def test_how_far_accuracies_reach():
   assert study.reached([1.0]) == 1 and study.reached([1, 0.9, 0.8], 0.85) == 2
 
 
-def test_what_the_study_measures(monkeypatch):
+@pytest.mark.parametrize('words', [70, 5])
+def test_what_the_study_measures(words, monkeypatch):
   """Accuracy by index against an argmax by hand, of letters alone: neither the query nor fillers count."""
   of = dataclasses.replace(BITS, shortest=5)
-  task = Generated(of=dataclasses.replace(FILLED, of=Prefixes(of=of)), held_out=64)
+  task = Generated(of=dataclasses.replace(FILLED, of=Prefixes(of=of)), held_out=words)
   weights, rolls = parts.params(MODEL), {'all': SimpleNamespace(plan=plans.LogDepth(size=5, scale=0.5, rows=9))}
   config = SimpleNamespace(task=task, objective=SimpleNamespace(rolls=rolls))
   monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, weights, None, config))
   monkeypatch.setattr(study, 'REPEATS', 1)
   found = study.measure('folder')
   source = task.source('validation', 0)
-  batch = {name: np.stack([source[i][name] for i in range(64)]) for name in source[0]}
+  batch = {name: np.stack([source[i][name] for i in range(words)]) for name in source[0]}
   logits, _ = passed(batch)  # two loops, as LogDepth takes
   right = (np.asarray(logits).argmax(-1) == batch['targets'])[:, :5].mean(0)
   np.testing.assert_allclose(found['by index'], right)
