@@ -40,10 +40,8 @@ def check_shown(show: str, tasks: dict[str, Any]):
 
 def train(spec: str, seed: int, workdir: Path):
   """Runs or resumes one training run, on data that all share."""
-  changes = [*FLAGS['set'].value, f'train.seed={seed}']
-  if hasattr(configs.load(spec).task, 'folder'):
-    changes.append(f"task.folder='{FLAGS.workdir}/data'")
-  command.train(spec, workdir, *changes)
+  shared = [f"task.folder='{FLAGS.workdir}/data'"] if hasattr(configs.load(spec).task, 'folder') else []
+  command.train(spec, workdir, *shared, *FLAGS['set'].value, f'train.seed={seed}')
 
 
 def measure(workdir: Path, budgets: list[int] | None) -> dict:

@@ -187,10 +187,15 @@ def check_flags(mode: str, given: dict):
 
 
 def check_command(*read: str):
-  """Ends another command, which reads these flags of this file alone, where it was given others."""
+  """Ends another command, which reads these flags of this file alone, where it was given others; or by --set the seed, where
+  it has a flag for that."""
   for name in ('mode', 'set', *READERS):
     if FLAGS[name].present and name not in read:
       sys.exit(f'error: --{name}: this command does not read it; leave it out')
+  own = 'seed' if 'seed' in read else 'seeds' if 'seeds' in FLAGS else None
+  for change in FLAGS['set'].value if own else ():
+    if change.partition('=')[0].strip() == 'train.seed':
+      sys.exit(f'error: --set={change}: this command takes seeds by --{own}; leave it out')
 
 
 def run_train(workdir: Path):

@@ -81,7 +81,7 @@ class Study:
     steps, workdir = self.steps(name, share), storage.path(FLAGS.workdir)
     folder = workdir / f'{self.task}-{name}-{rate:g}-{steps}-{seed}'
     shared = [f"task.folder='{workdir / 'data'}'"] if self.task == 'text' else []
-    spec, changes = self.spec(name, rate=rate, steps=steps, **start), (*FLAGS['set'].value, f'train.seed={seed}', *shared)
+    spec, changes = self.spec(name, rate=rate, steps=steps, **start), (*shared, *FLAGS['set'].value, f'train.seed={seed}')
     if trained(folder) != steps or not configs.is_saved(configs.load(spec, changes), folder):
       command.train(spec, folder, *changes)  # which refuses to go on with a run of another configuration
     return folder

@@ -50,7 +50,7 @@ def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: li
 
 def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[float]) -> Iterator[dict]:
   """Trains and measures everything of one seed; what is measured so far, after every arm."""
-  changes = (*FLAGS['set'].value, f"task.folder='{workdir / 'data'}'")
+  changes = (f"task.folder='{workdir / 'data'}'", *FLAGS['set'].value)
   if FLAGS['from'].value is None:
     start = workdir / f'pretrain-{seed}'
     command.train('loopus:cpu', start, f"task.folder='{workdir / 'data'}'", f'train.seed={seed}')

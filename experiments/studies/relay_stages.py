@@ -68,9 +68,9 @@ PHASES = {'cpu': (500, 2e-4), 'gpu': (1000, 5e-5), 'paper': (65_000, 5e-5)}
 
 
 def train(argument: str, workdir: Path, seed: int, *changes: str):
-  """Runs or resumes a run."""
-  command.train(f'{CONFIG}:{FLAGS.size},task={task()}{argument}', workdir, *FLAGS['set'].value, f'train.seed={seed}',
-                *changes)
+  """Runs or resumes a run; what --set says comes after the changes, and holds."""
+  command.train(f'{CONFIG}:{FLAGS.size},task={task()}{argument}', workdir, *changes, *FLAGS['set'].value,
+                f'train.seed={seed}')
 
 
 def task() -> str:

@@ -49,8 +49,8 @@ def run(width: int, loops: int, operations: float) -> dict:
                       'give 4 steps or more')
   workdir = storage.path(FLAGS.workdir)
   folder = workdir / f'{FLAGS.system}-{width}-{loops}-{steps}'
-  command.train(spec(width, loops, steps=steps, rate=FLAGS.rate), folder, *FLAGS['set'].value,
-                f"task.folder='{workdir / 'data'}'")
+  command.train(spec(width, loops, steps=steps, rate=FLAGS.rate), folder, f"task.folder='{workdir / 'data'}'",
+                *FLAGS['set'].value)
   model, params, _, config = loopformer.load(folder)
   sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
   ends = sum(size for name, size in sizes.items() if name not in ('cell', 'read_in', 'read_out'))

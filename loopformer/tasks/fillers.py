@@ -54,6 +54,9 @@ class Filled:
   first: bool = False
 
   def __post_init__(self):
+    if not hasattr(self.of, 'example') or not hasattr(self.of.of, 'room'):
+      raise ConfigError(f'Filled.of = {type(self.of).__name__}: it is no form of problems with a size; give one, such as '
+                        'Prefixes, and all fillers at once')
     whole('Filled.query', self.query, 0)
     if not isinstance(self.fillers, Power):
       whole('Filled.fillers', self.fillers, 0, MOST)

@@ -388,6 +388,11 @@ class Rounds(Shown):
   """
   of: Any
 
+  def __post_init__(self):
+    if not self.of.extent.rounds:
+      raise ConfigError(f'Rounds.of = {type(self.of).__name__}: its problems have no rounds to show; take a source with '
+                        'solutions, or ask for their answers by Asked')
+
   @property
   def length(self) -> int:
     return max(self.of.extent.prompt, self.of.extent.round)

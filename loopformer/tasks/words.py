@@ -218,5 +218,11 @@ class Prefixes(Shown):
     return self.of.extent.prompt
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where it is longer than a row."""
-    return left_aligned(self, problem, [*(one for one, in problem.rounds), problem.answer])
+    """Of a problem. Raises ConfigError where it is longer than a row, or has not a round of one token for every token but
+    the last."""
+    asked = [*(one for each in problem.rounds for one in each), problem.answer]
+    if len(problem.rounds) + 1 != len(problem.prompt) or len(asked) != len(problem.prompt):
+      raise ConfigError(f'Prefixes.of = {type(self.of).__name__}: a problem of {len(problem.prompt)} tokens has '
+                        f'{len(problem.rounds)} rounds of {len(asked) - 1} tokens; take a source whose rounds are one token a '
+                        'token, whole, such as Word')
+    return left_aligned(self, problem, asked)

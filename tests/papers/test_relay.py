@@ -365,6 +365,14 @@ def test_arguments(argument, message):
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
+class Given:
+  """Flags with a --set."""
+  size, task = 'cpu', 'left'
+
+  def __getitem__(self, name):
+    return SimpleNamespace(value=['train.steps=60'])
+
+
 @pytest.fixture
 def stage(monkeypatch):
   """The study with runs that are told, and models that write the truth."""
@@ -381,6 +389,14 @@ def stage(monkeypatch):
 
     monkeypatch.setattr(study, name, write)
   return runs
+
+
+def test_what_is_set_holds_in_every_stage(monkeypatch, tmp_path):
+  told = []
+  monkeypatch.setattr(study, 'FLAGS', Given())
+  monkeypatch.setattr(study.command, 'train', lambda spec, folder, *changes: told.append(configs.load(spec, changes)))
+  study.train(',kind=chain', tmp_path, 7, 'train.steps=500', 'optim.schedule.peak=0.5')
+  assert (told[0].train.steps, told[0].train.seed, told[0].optim.schedule.peak) == (60, 7, 0.5)
 
 
 def test_stage_two_merges_by_table_and_writes_once(stage, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loopformer.tasks.arithmetic import Arithmetic, LeftToRight, modular, reduced
+from loopformer.tasks.connectivity import Connectivity
 from loopformer.tasks.edit_distance import EditRows
 from loopformer.tasks.fillers import Filled, Power
 from loopformer.tasks.generated import Generated, Grow, Rise, SymbolTokenizer
@@ -16,6 +17,8 @@ from loopformer.tasks.increasing import Increasing, ending
 from loopformer.tasks.pointers import Pointers
 from loopformer.tasks.reasoning import Asked, Chain, Even, Proportional, Rounds, Several, Slots
 from loopformer.tasks.recorded import Recorded, record, recorded
+from loopformer.tasks.shortened import Internalised, Selected
+from loopformer.tasks.words import Cyclic, Prefixes, Word
 from loopformer.types import ConfigError
 from tests.tasks.test_tasks_symbolic import table
 
@@ -388,6 +391,18 @@ def test_problems_of_a_file_with_fillers(form, tmp_path):
   record(tmp_path / 'p.jsonl', [dataclasses.replace(made[0], task='XX')])
   with pytest.raises(ConfigError, match="line 1: task = 'XX': no such source of problems here"):
     task.prepare(tmp_path, print)
+
+
+def test_forms_of_sources_that_they_cannot_show():
+  words = Word(longest=5, shortest=5, group=Cyclic(degree=2))
+  with pytest.raises(ConfigError, match='Rounds.of = Connectivity: its problems have no rounds to show'):
+    Rounds(of=Connectivity(longest=3, shortest=3))
+  for part, count in ((Selected(of=words, rounds=2), 2), (Internalised(of=words, smoothing=1e-6), 0)):
+    with pytest.raises(ConfigError, match=rf'Prefixes.of = {type(part).__name__}: a problem of 6 tokens has {count} rounds of'):
+      Prefixes(of=part)(rng(0))
+  for of in (Pointers(places=4, hops=2), Filled(of=Prefixes(of=words), fillers=2)):
+    with pytest.raises(ConfigError, match=f'Filled.of = {type(of).__name__}: it is no form of problems'):
+      Filled(of=of, fillers=1)
 
 
 def test_what_a_file_of_problems_cannot_be():
