@@ -40,7 +40,8 @@ class SymbolTokenizer(Tokenizer):
     return {symbol: i for i, symbol in enumerate(self.symbols)}
 
   def encode(self, text: str) -> list[int]:
-    words = text.split() if ' ' in text or text.strip() in self._ids else list(text)
+    apart = any(map(str.isspace, text))
+    words = [text] if text in self._ids else text.split() if apart else list(text)
     unknown = [word for word in words if word not in self._ids]
     if unknown:
       raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '

@@ -342,10 +342,10 @@ class Denoiser:
     """The ids of a prompt, MASK for its holes. Raises ConfigError where it has others than the tokenizer knows."""
     if isinstance(prompt, str):
       parts = HOLE.split(prompt)  # text, number of holes, text ..
-      ids = list(self.tokenizer.encode(parts[0])) if parts[0].strip() or len(parts) == 1 else []
+      ids = list(self.tokenizer.encode(parts[0])) if parts[0] or len(parts) == 1 else []
       for count, text in zip(parts[1::2], parts[2::2]):
         ids += [self.mask] * whole('prompt: the number of a hole', int(count or 1), 1, self.length)
-        ids += self.tokenizer.encode(text) if text.strip() else []
+        ids += self.tokenizer.encode(text) if text else []
     else:
       name = f'prompt {self._requests}'
       ids = list(chat.begun(self.tokenizer, prompt, name)) if chat.is_messages(prompt) else chat.listed(prompt, name)
