@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 
-def bare_products(core: Any, rows: int, loops: int = 1, table: Any = None, dtype: Any = jnp.float32) -> Callable[[], float]:
+def bare_products(core: Any, rows: int, loops: int = 1, table: Any = None,
+                  dtype: Any = jnp.float32) -> Callable[[], float]:
   """Seconds of the matrix products of a stack of layers, one after the other.
 
-  core: parameters of a stack, whose kernels are [layers, in, out] and named qkv, out, up (with the gate) and down; rows: of
-  x [rows, in]; loops: times the stack; table: [vocab, in], of the logits after it, none by default; dtype: of the products.
+  core: parameters of a stack, whose kernels are [layers, in, out] and named qkv, out, up (with the gate) and down;
+  rows: of x [rows, in]; loops: times the stack; table: [vocab, in], of the logits after it, none by default; dtype: of
+  the products.
   """
   layers = layers_of(core, dtype)
   x = jnp.ones((rows, layers[0]['qkv'].shape[0]), dtype)
