@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# The experiments on reasoning at the size of one GPU, each made for under ten minutes of a fast one (expected, not
+# The experiments on reasoning at the size of one GPU, of many runs each, of some minutes on a fast one (expected, not
 # measured). What was trained stands in RUNS: the same command goes on where it was stopped.
 #   bash experiments/studies/gpu.sh RUNS OUT [NAME...]
-# NAME: of those below, all by default. PYTHON names another interpreter, SET further settings (train.steps=100).
+# NAME: of those below, all by default. PYTHON names another interpreter, SET further settings, apart by spaces
+# ("train.steps=100 optim.schedule.warmup=5").
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 runs=${1:?RUNS: a folder for what is trained} out=${2:?OUT: a folder for tables and pictures}
 shift 2
+settings=()
+for one in ${SET:-}; do settings+=("--set=$one"); done
 names=(relay padded fillers words connectivity)
 [ $# -gt 0 ] || set -- "${names[@]}"
 
@@ -15,7 +18,7 @@ names=(relay padded fillers words connectivity)
 study() {
   local name=$1 module=$2
   shift 2
-  "$python" -m "experiments.studies.$module" "$@" ${SET:+"--set=$SET"} --workdir="$runs/$name" --out="$out/$name" ||
+  "$python" -m "experiments.studies.$module" "$@" ${settings[@]+"${settings[@]}"} --workdir="$runs/$name" --out="$out/$name" ||
     { echo "gpu.sh: $name ended with status $?" >&2; failed=1; }
 }
 
@@ -30,7 +33,7 @@ for name in "$@"; do
       for fillers in 0 64 512; do
         for loops in 1 2 3 4; do
           folder=$runs/fillers-$fillers-$loops  # evaluated by distances, in the folder eval there
-          "$python" -m experiments.main ${SET:+"--set=$SET"} --workdir="$folder" \
+          "$python" -m experiments.main ${settings[@]+"${settings[@]}"} --workdir="$folder" \
             --config="experiments/configs/padded.py:gpu,task=connectivity,fillers=$fillers,loops=$loops" &&
             "$python" -m experiments.main --mode=eval --workdir="$folder" --depths="$loops" ||
             { echo "gpu.sh: fillers=$fillers, loops=$loops ended with status $?" >&2; failed=1; }
