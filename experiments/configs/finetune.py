@@ -45,8 +45,8 @@ SHARE = 0.5
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `from=runs/smol,data=chats.jsonl,rank=16`."""
-  given = arguments(argument, **{'from': ''}, data='', text='', share=float, validation='', template='', length=int, rank=8,
-                    each=False, steps=1000, batch=8, peak=float, seed=0, bf16=False, average=0.0)
+  given = arguments(argument, **{'from': ''}, data='', text='', share=float, validation='', template='', length=int,
+                    rank=8, each=False, steps=1000, batch=8, peak=float, seed=0, bf16=False, average=0.0)
   source = given['from']
   if not source or not (given['data'] or given['text']):
     raise ConfigError('config argument: from and data (or text) are missing; give them, such as '

@@ -302,7 +302,8 @@ BEGINS = {'loopus': 'decoder', 'melt': 'ouro'}  # what stands before, in half of
 
 
 def often(steps: int | None, control: Any) -> dict[str, int]:
-  """Of a run of so many steps (None: the size's own): evaluated and saved at its end, and in between where a stage may end."""
+  """Of a run of so many steps (None: the size's own): evaluated and saved at its end, and in between where a stage may
+  end."""
   if not steps:
     return {}
   return {'eval_every': steps if control == NoControl() else max(1, steps // 2), 'save_every': steps}

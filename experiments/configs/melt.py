@@ -141,7 +141,8 @@ def get_config(argument: str = '') -> Experiment:
   learned = given['gate'] in ('elementwise', 'scalar')
   return Experiment(
       name=f'MELT {phase}',
-      model=model(Gated, LatentAttention(**options, latent=gate), memory=Latest(chunk=counted(given, 'chunk', size.chunk))),
+      model=model(Gated, LatentAttention(**options, latent=gate),
+                  memory=Latest(chunk=counted(given, 'chunk', size.chunk))),
       objective=Objective(rolls={'all': Rollout(plan, keep=loop.Every()), 'teacher': teacher}, terms=terms),
       task=size.task, train=run, evals=evals, optim=ParamGroups(of=base, named=gates,
                                                                 paths=(GATE,)) if learned else base)

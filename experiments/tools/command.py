@@ -1,4 +1,6 @@
-"""How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its texts."""
+"""How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its
+texts.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
@@ -56,7 +58,8 @@ def train(spec: str, workdir: Path, *changes: str):
 
 
 def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
-  """Ends the command where a flag, a word or a list of them, was given another than those that are known, or one twice."""
+  """Ends the command where a flag, a word or a list of them, was given another than those that are known, or one twice.
+  """
   words = [given] if isinstance(given, str) else given
   for word in words:
     if word not in known:
@@ -65,8 +68,8 @@ def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
 
 
 def check_whole(**given: Sequence[str] | None):
-  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one twice; or 0,
-  but for seeds, of which there are 2^32."""
+  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one
+  twice; or 0, but for seeds, of which there are 2^32."""
   for name, words in given.items():
     least, most = (0, SEEDS - 1) if name == 'seeds' else (1, math.inf)
     if not all(word.isdecimal() and least <= int(word) <= most for word in words or ()):
@@ -79,13 +82,13 @@ def check_once(name: str, values: Sequence):
   """Ends the command where a flag, a list, has one of its values twice, whose results would count as often."""
   for value in values:
     if values.count(value) > 1:
-      sys.exit(f'error: --{name}={",".join(map(str, values))}: {value} stands there more than once, and would count as often; '
-               'give it once')
+      sys.exit(f'error: --{name}={",".join(map(str, values))}: {value} stands there more than once, and would count '
+               'as often; give it once')
 
 
 def named(runs: Sequence[str], once: bool = True) -> list[tuple[str, str]]:
-  """The pairs of --run, name=REST each. Ends the command where there is none, one lacks its name or rest, or, unless a name may
-  come again (once=False), two have one."""
+  """The pairs of --run, name=REST each. Ends the command where there is none, one lacks its name or rest, or, unless a
+  name may come again (once=False), two have one."""
   pairs = [run.partition('=')[::2] for run in runs]
   if not pairs:
     sys.exit(f'error: --run is missing: {FLAGS["run"].help}'.rstrip('.'))
@@ -98,8 +101,8 @@ def named(runs: Sequence[str], once: bool = True) -> list[tuple[str, str]]:
 
 
 def begin(main: Callable, argv: list[str]):
-  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used, files
-  that cannot be read or written, and a loss that is no number end it with one line."""
+  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used,
+  files that cannot be read or written, and a loss that is no number end it with one line."""
   interrupts.unwind()
   try:
     if 'out' in FLAGS and FLAGS.out:
@@ -110,8 +113,8 @@ def begin(main: Callable, argv: list[str]):
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it cannot
-  have, such as an empty list."""
+  """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it
+  cannot have, such as an empty list."""
   try:
     try:
       words = FLAGS(argv)
@@ -144,8 +147,8 @@ def _told(text: str) -> str:
     return '; '.join(f'--{name} is missing: {FLAGS[name].help}'.rstrip('.') for name in missing)
   found = re.match(r'flag (--(\w+)(?:=.*?)?): ', text, re.DOTALL)
   takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
-  kinds = {'an integer': 'a whole number', 'a number': 'a finite number', 'a non-negative number': 'a finite number, 0 or '
-           'more'}
+  kinds = {'an integer': 'a whole number', 'a number': 'a finite number',
+           'a non-negative number': 'a finite number, 0 or more'}
   for kind, words in kinds.items():
     takes = takes and takes.replace(kind, words)
   return f'{found[1]}: must be {takes}' if takes else text.replace('\n', '; ')

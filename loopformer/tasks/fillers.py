@@ -55,8 +55,8 @@ class Filled:
 
   def __post_init__(self):
     if not hasattr(self.of, 'example') or not hasattr(self.of.of, 'room'):
-      raise ConfigError(f'Filled.of = {type(self.of).__name__}: it is no form of problems with a size; give one, such as '
-                        'Prefixes, and all fillers at once')
+      raise ConfigError(f'Filled.of = {type(self.of).__name__}: it is no form of problems with a size; give one, '
+                        'such as Prefixes, and all fillers at once')
     whole('Filled.query', self.query, 0)
     if not isinstance(self.fillers, Power):
       whole('Filled.fillers', self.fillers, 0, MOST)
@@ -95,16 +95,16 @@ class Filled:
     made, count = self.of.example(problem), self.count(problem.size)
     place = 0 if self.first else len(problem.prompt) - self.query
     if place < 1 and not self.first:
-      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} tokens, '
-                        'none of which would stand before the fillers; lower Filled.query, or set Filled.first')
+      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} '
+                        'tokens, none of which would stand before the fillers; lower Filled.query, or set Filled.first')
     rows = {name for name, value in made.items() if value.ndim}
     if other := sorted(rows - {'tokens', 'targets', 'weights', 'positions', 'segments'}):
       raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no '
                         'place for fillers; take a form of one row, such as Prefixes')
     left = self.length - self.of.length - count
     if left < 0:
-      raise ConfigError(f'Filled.fillers: a problem of size {problem.size} has {count}, but rows have place for {count + left}, '
-                        f'those of size {self.of.of.room}; raise room, or take smaller problems')
+      raise ConfigError(f'Filled.fillers: a problem of size {problem.size} has {count}, but rows have place for '
+                        f'{count + left}, those of size {self.of.of.room}; raise room, or take smaller problems')
 
     def widened(row, filler, rest):
       ends = np.full(count, filler, row.dtype), np.full(left, rest, row.dtype)

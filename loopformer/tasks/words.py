@@ -113,7 +113,8 @@ class Automaton:
 
   def __post_init__(self):
     taken = {END_OF_WORD, ACCEPTED, REFUSED}
-    if not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters) or ' ' in self.letters:
+    if (not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters)
+        or ' ' in self.letters):
       raise ConfigError(f'Automaton.letters = {self.letters!r}: give one or more different letters, and no space nor '
                         f'{" ".join(sorted(taken))} among them, which say other things')
     states = range(len(self.next))
@@ -218,11 +219,11 @@ class Prefixes(Shown):
     return self.of.extent.prompt
 
   def example(self, problem: Problem) -> Example:
-    """Of a problem. Raises ConfigError where it is longer than a row, or has not a round of one token for every token but
-    the last."""
+    """Of a problem. Raises ConfigError where it is longer than a row, or has not a round of one token for every token
+    but the last."""
     asked = [*(one for each in problem.rounds for one in each), problem.answer]
     if len(problem.rounds) + 1 != len(problem.prompt) or len(asked) != len(problem.prompt):
       raise ConfigError(f'Prefixes.of = {type(self.of).__name__}: a problem of {len(problem.prompt)} tokens has '
-                        f'{len(problem.rounds)} rounds of {len(asked) - 1} tokens; take a source whose rounds are one token a '
-                        'token, whole, such as Word')
+                        f'{len(problem.rounds)} rounds of {len(asked) - 1} tokens; take a source whose rounds are one '
+                        'token a token, whole, such as Word')
     return left_aligned(self, problem, asked)
