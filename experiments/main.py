@@ -298,8 +298,7 @@ def run_eval(workdir: Path):
     name += '' if split == 'validation' else f'-{split}'
     rows = evaluate(model, params, batches(), schedules, lengths, measure)
     if name.startswith('sweep'):
-      best = sorted(rows, key=lambda row: -measure.better[first] * row[first])
-      rows = [{'rank': rank, **row} for rank, row in enumerate(best, 1)]
+      rows = ranked(rows, first, measure.better[first])
     say(f'{name}: {rows[0]["tokens"]:,} {split} tokens, {time.time() - start:.1f} s\n{metrics.table(rows)}')
     if stores and processes.is_leader():
       write(workdir / 'eval', name, rows, f'{config.name}, {workdir.name}', first)
@@ -307,6 +306,11 @@ def run_eval(workdir: Path):
     plots.training(workdir / 'eval/training.png', metrics.read_rows(workdir / 'metrics.jsonl'),
                    measures.main_number(config.task.measure))
     say(f'written to {workdir / "eval"}')
+
+
+def ranked(rows: list[dict], name: str, better: int) -> list[dict]:
+  """The rows with their ranks, the best first by a number, of which more or less is better (measures.MORE, LESS)."""
+  return [{'rank': rank, **row} for rank, row in enumerate(sorted(rows, key=lambda row: -better * row[name]), 1)]
 
 
 def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str, Callable[[], Iterable]], Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import main
 from experiments.tools import command, plots, records
+from loopformer.inference.measures import LESS, MORE
 from loopformer.training import metrics
 from tests import parts
 
@@ -59,6 +60,12 @@ def test_plots_show_what_the_rows_have(tmp_path):
     main.write(tmp_path, name, rows, 'a', 'conditional')
     assert (tmp_path / f'{name}.csv').exists()
   plots.training(tmp_path / 'training.png', [{'kind': 'eval', 'step': 1, 'conditional@2': 0.5}], 'conditional')
+
+
+def test_the_best_schedule_is_the_first():
+  rows = [{'loss': loss} for loss in (2.0, 1.0, 3.0)]
+  assert main.ranked(rows, 'loss', LESS) == [{'rank': 1, 'loss': 1.0}, {'rank': 2, 'loss': 2.0}, {'rank': 3, 'loss': 3.0}]
+  assert [row['loss'] for row in main.ranked(rows, 'loss', MORE)] == [3.0, 2.0, 1.0]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
