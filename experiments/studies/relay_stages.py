@@ -44,7 +44,8 @@ VERIFIERS = {'decoder, taught by itself (loop agrees)': 'loop', 'decoder, taught
 @dataclasses.dataclass(frozen=True)
 class Tables:
   """Of a task: original problems; chains of the sizes beyond, the nearest first, for stage II (of the first alone where
-  there is one number); and chains that are kept in every phase of the controls."""
+  there is one number); and chains that are kept in every phase of the controls, of which there are no
+  more than sizes."""
   originals: int
   written: tuple[int, ...]
   kept: tuple[int, ...]
@@ -139,8 +140,9 @@ def self_taught(folder: Path, seed: int, verifier: str, plain: Path, decoder: Pa
   first = originals(of, seed, {name: own.originals for name, own in tables().items()})
   steps, peak = PHASES[FLAGS.size]
   weights = [f'task.of.of.of.weights.{name}=1.0' for name in beyond() if name]
-  for phase in range(max(len(own.kept) for own in tables().values())):
-    table = {name: {sizes[phase]: tables()[name].kept[phase]} for name, sizes in beyond().items()}
+  kept_of = {name: tuple(zip(sizes, tables()[name].kept)) for name, sizes in beyond().items()}
+  for phase in range(max(map(len, kept_of.values()))):
+    table = {name: dict(rows[phase:phase + 1]) for name, rows in kept_of.items()}  # empty where a task has no more sizes
 
     def make():
       model, params, _, _ = loopformer.load(start)

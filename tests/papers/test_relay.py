@@ -445,6 +445,17 @@ def test_controls_go_a_size_further_in_every_phase(stage, verifier, tmp_path):
   assert all('train.steps=500' in changes for _, _, changes in trained)
 
 
+@pytest.mark.parametrize('task, sizes', [('lis', [45, 50]), ('ed', [13, 14, 16])])
+def test_controls_have_as_many_phases_as_sizes(stage, task, sizes, tmp_path, monkeypatch):
+  """At most: the table of `gpu` has four, of which two tasks have fewer."""
+  few = study.Tables(2, (1,) * 4, (1,) * len(study.TABLES['gpu'][task.upper()].kept))
+  monkeypatch.setitem(study.TABLES, 'gpu', {task.upper(): few})
+  monkeypatch.setattr(study.FLAGS, 'size', 'gpu')
+  monkeypatch.setattr(study.FLAGS, 'task', task)
+  last, told = study.self_taught(tmp_path, 3, 'truth', 'plain', 'decoder')
+  assert last == tmp_path / f'phase-{len(sizes)}' and [row['size'] for row in told] == sizes
+
+
 @pytest.mark.parametrize('inject', [False, True])
 def test_injection_is_of_the_loops_alone(stage, inject, tmp_path, monkeypatch):
   monkeypatch.setattr(study.FLAGS, 'inject', inject)
