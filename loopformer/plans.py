@@ -340,7 +340,7 @@ class Given(Planner):
     return float(self.most)
 
   def __call__(self, context: PlanContext) -> Plan:
-    loops = context.batch['loops']
+    loops = context.read('loops', f'Given.most = {self.most}')
     return Plan(t=jnp.zeros(self.most), dt=jnp.ones(self.most), active=jnp.arange(self.most)[:, None] < loops)
 
 
@@ -392,7 +392,8 @@ class LogDepth(Planner):
                         f'raise LogDepth.size to {rows - 1}, or give LogDepth.rows where they hold fillers')
     table = jnp.array([self.longest, *map(self.loops, range(1, self.size + 1))])
     index = jnp.arange(self.longest)[:, None]
-    return Plan(t=jnp.zeros(self.longest), dt=jnp.ones(self.longest), active=index < table[context.batch['size']])
+    sizes = context.read('size', f'LogDepth.size = {self.size}')
+    return Plan(t=jnp.zeros(self.longest), dt=jnp.ones(self.longest), active=index < table[sizes])
 
 
 @config_dataclass

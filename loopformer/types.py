@@ -82,6 +82,13 @@ class PlanContext:
   batch: Batch
   sequences: Array | None = None
 
+  def read(self, name: str, who: str) -> Array:
+    """What the batch has under a name. Raises ConfigError, which `who` begins, where it has nothing."""
+    if name not in self.batch:
+      raise ConfigError(f'{who}: it reads {name!r} of a batch, which has {", ".join(self.batch)}; take a task that '
+                        'gives it, or another plan')
+    return self.batch[name]
+
   def keys(self) -> Array:
     """A key for every sequence, [B]."""
     base = self.key if self.sequences is None else self.sequences

@@ -14,6 +14,7 @@ from scipy import stats
 
 from loopformer import plans
 from loopformer.inference.evaluate import Depths
+from loopformer.papers.relay.plans import RoundByRound
 from loopformer.types import ConfigError
 from tests import parts
 
@@ -120,6 +121,13 @@ def test_expected_is_the_mean_number_of_steps(part):
 def test_too_few_loops_name_the_field(part, loops):
   with pytest.raises(ConfigError, match=rf'{part.__name__}\.loops = {loops}: .* 2 or more'):
     part(loops)
+
+
+@pytest.mark.parametrize('planner, name', [
+    (plans.Given(most=3), 'loops'), (plans.LogDepth(size=parts.T), 'size'), (RoundByRound(most=3), 'rounds')])
+def test_a_plan_of_what_a_batch_does_not_say(planner, name):
+  with pytest.raises(ConfigError, match=f'{type(planner).__name__}.* = .: it reads {name!r} of a batch, which has .*tokens'):
+    planner(parts.plan_context(jax.random.key(0), parts.batch(2)))
 
 
 def test_uniform():

@@ -344,6 +344,8 @@ def test_plans_and_cells_that_do_not_fit():
     RoundByRound(most=2)(parts.plan_context(jax.random.key(0), BATCH))
   with pytest.raises(ConfigError, match='most = 0'):
     RoundByRound(most=0)
+  with pytest.raises(ConfigError, match='the batch has no rounds, so that RoundCE has nothing to ask for'):
+    RoundCE(roll='all').weight({name: rows for name, rows in BATCH.items() if name != 'round_weights'})
   shows_none = objective(plans.Given(most=3), rounds=Weighted(1.0, RoundCE(roll='all')))
   context = parts.plan_context(jax.random.key(0), BATCH)
   for model in (MODEL, PLAIN):

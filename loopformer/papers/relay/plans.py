@@ -29,7 +29,7 @@ class RoundByRound(Planner):
     return float(self.most)
 
   def __call__(self, context: PlanContext) -> Plan:
-    rounds = context.batch[ROUNDS].shape[1]
+    rounds = context.read(ROUNDS, f'RoundByRound.most = {self.most}').shape[1]
     if rounds != self.most:
       raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rounds} rounds; a plan has a row '
                         f'for each, set RoundByRound.most to {rounds}')

@@ -22,6 +22,9 @@ class RoundCE(Term):
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: the weights of the problems."""
+    if WEIGHTS not in batch:
+      raise ConfigError('objective.terms: the batch has no rounds, so that RoundCE has nothing to ask for; set task.of '
+                        'to tasks.reasoning.Rounds')
     return batch[WEIGHTS].sum()
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
