@@ -250,7 +250,7 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
   def detached(cell, carry, row_and_free):
     (x, kv), (row, count) = carry, row_and_free
     at = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=row.k - count, precomputed=None)
-    x, kv = _without_gradient(cell, x, e, lambda k: at.replace(k=at.k + k), count, ctx, kv)
+    x, kv = _without_gradient(cell, x, e, lambda k: dataclasses.replace(at, k=at.k + k), count, ctx, kv)
     return graded(cell, (x, kv), row)
 
   over = nn.scan(graded if free is None else detached, variable_axes={INTERMEDIATES: 0}, variable_broadcast='params',
@@ -357,7 +357,7 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
   def body(model, carry):
     x, answer, kv, k, active, taken, state = carry
     runs = (active | through) & (k < length)
-    own = ctx.replace(step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
+    own = dataclasses.replace(ctx, step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
     new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
     new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old), new, x)
     old, shown = model.cell.output(x), model.cell.output(new)

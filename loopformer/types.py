@@ -24,10 +24,12 @@ import zlib
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
+AnyBatch = Mapping[str, Array | np.ndarray]  # on devices or on the host
 INTERMEDIATES = 'intermediates'  # Linen's collection of what layers tell when they are looked at (inference/tracing.py)
 GIVEN = 'given'  # another, of what their attention gives, where a cell asks (papers/melt/teacher.py)
 SEEDS = 2**32  # how many there are: JAX cuts larger ones
@@ -366,6 +368,10 @@ class Teacher(Protocol):
 class Term(Protocol):
   """What is learned from rollouts; see terms/term.py for what they share. One that does not suit every model has
   `check(model)` too, which raises ConfigError."""
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """Names of the rollouts."""
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by, a function of the batch alone."""

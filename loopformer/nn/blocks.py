@@ -31,7 +31,12 @@ def layer_flops(layer: nn.Module, width: int, length: int) -> float:
 class Layer(nn.Module):
   """A layer with fields `attn`, `mlp` and `dtype`: what it answers whatever it makes of the two."""
   layers = 1
-  modulated, viewed = False, False
+  viewed = False
+
+  @property
+  def modulated(self) -> bool:
+    """Whether it takes gates and scales from the cell."""
+    return False
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""

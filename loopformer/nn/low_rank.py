@@ -4,7 +4,7 @@ or a model that learns by few parameters. And models with such products: made, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -17,6 +17,9 @@ from loopformer.nn.layers import Dense, Normal, by_heads
 from loopformer.nn.modules import fields
 from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Context, Params
+
+if TYPE_CHECKING:
+  from loopformer.model import Looped
 
 
 class LowRank(nn.Module):
@@ -71,14 +74,14 @@ def adapted(model: nn.Module, rank: int, each: bool = False) -> nn.Module:
   if _updates(model):
     raise ConfigError('model: its products have updates of low rank already; merge them first (nn.low_rank.merged)')
   around = {name: value for name, value in fields(model).items() if isinstance(value, nn.Module) and name != 'cell'}
-  new = model.clone(cell=_with(model.cell, updated(model.loops if each else None)),
-                    **{name: _with(value, updated(None)) for name, value in around.items()})
+  changed: dict[str, Any] = {name: _with(value, updated(None)) for name, value in around.items()}
+  new = model.clone(cell=_with(model.cell, updated(model.loops if each else None)), **changed)
   if not _updates(new):
     raise ConfigError('model: none of its layers has a product that could be updated (a part with a field `linear`)')
   return new
 
 
-def added(model: nn.Module, plain: nn.Module) -> tuple[str, ...]:
+def added(model: Looped, plain: Looped) -> tuple[str, ...]:
   """Paths of the parameters that a model has and another does not: of what `adapted` has added, for `frozen.Freeze`."""
   from loopformer.model import parameter_shapes  # whose parts may be these
   own, other = (flatten_dict(parameter_shapes(m), sep='/')

@@ -63,7 +63,7 @@ class Improvement(Term):
                         "cell's gate")
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
+    xs_KBTD: Array = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
     targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
     ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk, readout.dtype)
     goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))
