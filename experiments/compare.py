@@ -100,12 +100,13 @@ def draw(out: Path, runs: dict[str, list[dict]], show: str):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches.
+  """
   flags.DEFINE_multi_string('run', [], 'name=configuration; may be repeated.')
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_list('budgets', None, "Loops to evaluate at; each configuration's own by default.")
-  flags.DEFINE_string('show', None, 'What the plots show: loss, accuracy, exact, last; by default what the first run is '
-                      'known by.')
+  flags.DEFINE_string('show', None, 'What the plots show: loss, accuracy, exact, last; by default what the first run '
+                      'is known by.')
   flags.DEFINE_integer('together', 1, 'Runs at a time; with several, seconds of training say little.', lower_bound=1)
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
@@ -120,7 +121,8 @@ def main(argv):
     tasks = {name: configs.load(spec, FLAGS['set'].value).task for name, spec in named}
     show = FLAGS.show or next((measures.main_number(task.measure) for task in tasks.values()), 'loss')
     check_shown(show, tasks)
-    budgets = FLAGS.budgets and [len(plans.resolve(n, '--budgets')) for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
+    budgets = FLAGS.budgets and [len(plans.resolve(n, '--budgets'))
+                                 for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   except ConfigError as error:
     sys.exit(f'error: {error}')
   out.mkdir(parents=True, exist_ok=True)

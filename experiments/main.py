@@ -54,9 +54,11 @@ DENOISING = 'denoise', 'order', 'blocks', 'guidance'  # flags for models that de
 UNMASKED = 'exit', 'fill', 'memory', 'draft', 'contrast'  # and for those that write token by token
 SCORES = {'confidence': orders.OfDrawn(), 'likeliest': orders.Likeliest(), 'margin': orders.Margin(),
           'entropy': orders.LeastEntropy(), 'random': orders.ByChance(), 'left': orders.LeftToRight()}
-PLANNERS = {'ancestral': orders.Ancestral(), 'doubtful': orders.Resampling(sigma=orders.Doubtful()), 'topk': orders.Kept()}
+PLANNERS = {'ancestral': orders.Ancestral(), 'doubtful': orders.Resampling(sigma=orders.Doubtful()),
+            'topk': orders.Kept()}
 SIGMAS = {'cap': lambda eta: orders.Resampling(sigma=orders.Cap(eta=eta)),
-          'rescale': lambda eta: orders.Resampling(sigma=orders.Rescale(eta=eta)), 'plateau': lambda eta: orders.Looping(eta=eta)}
+          'rescale': lambda eta: orders.Resampling(sigma=orders.Rescale(eta=eta)),
+          'plateau': lambda eta: orders.Looping(eta=eta)}
 ROWS = 32  # prompts at a time
 SCHEDULES = 10_000  # of a sweep
 AT_ONCE = 16_384  # tokens of --text in a batch, at most, where a window has fewer
@@ -76,8 +78,9 @@ flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'generate', 'inspect', 'har
                   'said of one.')
 flags.DEFINE_string('workdir', None, 'Folder of the run, of this machine or of a bucket (gs://, s3://): configuration, '
                     'data, checkpoints, results; plan and configs need none.')
-flags.register_multi_flags_validator(['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
-                                     '--workdir is missing: name the folder of the run')
+flags.register_multi_flags_validator(
+    ['workdir', 'mode'], lambda given: given['workdir'] or given['mode'] in ('plan', 'configs'),
+    '--workdir is missing: name the folder of the run')
 flags.DEFINE_multi_string('set', [], 'path=value replaces a field of the configuration; may be repeated. eval, '
                           'generate, inspect, harness, import: mesh.data, mesh.fsdp and mesh.tensor alone, the devices '
                           'that the model is divided over.')
@@ -85,20 +88,22 @@ define(flags.DEFINE_string, 'config', None, 'train, plan, configs', 'one of the 
        'file.py:argument, which defines get_config.')
 define(flags.DEFINE_string, 'from', None, 'import', 'a folder with config.json and weights, as models are published, a '
        ".gguf file, or with --kind a checkpoint of a paper's own code.")
-define(flags.DEFINE_string, 'kind', None, 'import', 'whose code wrote the checkpoint, as of convert.from_official: loopformer, '
-       'base, base_loop, tmlt, parcae, huginn or ouro.')
+define(flags.DEFINE_string, 'kind', None, 'import', 'whose code wrote the checkpoint, as of convert.from_official: '
+       'loopformer, base, base_loop, tmlt, parcae, huginn or ouro.')
 define(flags.DEFINE_string, 'dtype', None, 'import', 'of matrix products: float32 (the default) or bfloat16.')
 define(flags.DEFINE_integer, 'loops', None, 'import', "steps of the loop; the model's own by default.", lower_bound=1)
-define(flags.DEFINE_integer, 'relaxed', None, 'import', 'with --loops: layers are tied over so many loops, each of which has '
-       'an update of this rank, the nearest to what tying loses.', lower_bound=1)
-define(flags.DEFINE_string, 'adapter', None, 'import', "a folder of a LoRA adapter of PEFT, which is added to the weights.")
-define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.', lower_bound=0)
-define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
-define(flags.DEFINE_float, 'damped', None, 'import', 'the share of its way that every step of the loop goes, such as 0.5, so that '
-       'a model that was not trained to loop can.')
-define(flags.DEFINE_integer, 'retrofit', None, 'import', 'retrofitted recurrence: so many layers after the prelude are dropped, and '
-       "every step over those up to the coda takes the prelude's output in again, by a new adapter; to be trained on.",
+define(flags.DEFINE_integer, 'relaxed', None, 'import', 'with --loops: layers are tied over so many loops, each of '
+       'which has an update of this rank, the nearest to what tying loses.', lower_bound=1)
+define(flags.DEFINE_string, 'adapter', None, 'import',
+       "a folder of a LoRA adapter of PEFT, which is added to the weights.")
+define(flags.DEFINE_integer, 'prelude', None, 'import', 'the first so many layers stay outside the loop.',
        lower_bound=0)
+define(flags.DEFINE_integer, 'coda', None, 'import', 'the last so many layers stay outside the loop.', lower_bound=0)
+define(flags.DEFINE_float, 'damped', None, 'import', 'the share of its way that every step of the loop goes, such as '
+       '0.5, so that a model that was not trained to loop can.')
+define(flags.DEFINE_integer, 'retrofit', None, 'import', 'retrofitted recurrence: so many layers after the prelude are '
+       "dropped, and every step over those up to the coda takes the prelude's output in again, by a new adapter; to be "
+       'trained on.', lower_bound=0)
 define(flags.DEFINE_integer, 'heads', None, 'import', 'with --kind: heads of attention, where no shape shows them.',
        lower_bound=1)
 define(flags.DEFINE_integer, 'length', None, 'import', 'with --kind: the longest sequence, where no shape shows it.',
@@ -114,42 +119,45 @@ define(flags.DEFINE_string, 'exits', None, 'eval, harness', 'thresholds of rules
        '"kl:1e-3;state:0.1".')
 define(flags.DEFINE_integer, 'eval_batches', None, 'eval', "batches of every split; the configuration's by default.",
        lower_bound=1)
-define(flags.DEFINE_string, 'text', None, 'eval', "a file of text (UTF-8) that is evaluated on whole, in the place of the "
-       "task's examples.")
-define(flags.DEFINE_integer, 'window', None, 'eval', "with --text: tokens that the model reads at a time; the task's length "
-       "by default, an imported model's longest.", lower_bound=1)
-define(flags.DEFINE_integer, 'stride', None, 'eval', 'with --text: windows begin so many tokens apart, and each counts what '
-       'none before it did; the window by default.', lower_bound=1)
+define(flags.DEFINE_string, 'text', None, 'eval', "a file of text (UTF-8) that is evaluated on whole, in the place of "
+       "the task's examples.")
+define(flags.DEFINE_integer, 'window', None, 'eval', "with --text: tokens that the model reads at a time; the task's "
+       "length by default, an imported model's longest.", lower_bound=1)
+define(flags.DEFINE_integer, 'stride', None, 'eval', 'with --text: windows begin so many tokens apart, and each counts '
+       'what none before it did; the window by default.', lower_bound=1)
 define(flags.DEFINE_multi_string, 'prompt', [], 'generate, inspect', 'a prompt; may be repeated.')
-define(flags.DEFINE_bool, 'chat', False, 'generate', "prompts are what a user says, written by the tokenizer's chat template.")
-define(flags.DEFINE_string, 'messages', None, 'generate', 'a file of chats to answer, a row each: {"messages": [{"role": "user", '
-       '"content": ...}]}.')
+define(flags.DEFINE_bool, 'chat', False, 'generate',
+       "prompts are what a user says, written by the tokenizer's chat template.")
+define(flags.DEFINE_string, 'messages', None, 'generate', 'a file of chats to answer, a row each: {"messages": '
+       '[{"role": "user", "content": ...}]}.')
 define(flags.DEFINE_string, 'budget', None, 'generate, inspect', 'loops a token, or step sizes such as 0.5,0.25,0.25.')
 define(flags.DEFINE_list, 'tasks', None, 'harness', 'tasks of lm-evaluation-harness, such as piqa_1500 (extra `eval`).')
-define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.tools.evaluation_data writes it; '
-       "the harness's own by default.")
+define(flags.DEFINE_string, 'include', None, 'harness', 'a folder of tasks, as experiments.tools.evaluation_data '
+       "writes it; the harness's own by default.")
 define(flags.DEFINE_integer, 'limit', None, 'harness', 'so many rows of every task.', lower_bound=1)
-define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take fewer '
-       'loops.')
+define(flags.DEFINE_string, 'exit', None, 'generate', 'one rule and threshold as of --exits, by which tokens take '
+       'fewer loops.')
 define(lambda name, default, about: flags.DEFINE_enum(name, default, list(FILLS), about), 'fill', 'copy', 'generate',
-       'with --exit, what the steps that a token skips leave in the cache: a copy of its last entries, or what they would '
-       'have left (exact; no time is saved).')
+       'with --exit, what the steps that a token skips leave in the cache: a copy of its last entries, or what they '
+       'would have left (exact; no time is saved).')
 define(flags.DEFINE_string, 'memory', None, 'generate, harness', 'what texts are generated with: per_loop, first, '
        "ring:SIZE, last or mean (docs/memories.md); the model's own by default.")
-define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of the '
-       'budget then judge.')
-define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: the loops of '
-       'the shallow answer (0: none), and after a comma the weight of its log-probabilities, 1 by default: 1,0.5.')
+define(flags.DEFINE_string, 'draft', None, 'generate', 'loops, or step sizes, that draft tokens, which all loops of '
+       'the budget then judge.')
+define(flags.DEFINE_list, 'contrast', None, 'generate', 'tokens are drawn by what all loops answer and fewer do not: '
+       'the loops of the shallow answer (0: none), and after a comma the weight of its log-probabilities, '
+       '1 by default: 1,0.5.')
 define(flags.DEFINE_integer, 'max_new_tokens', 64, 'generate', 'at most so many tokens; by default as many of them '
        'as fit, of a masked diffusion model all that fit.', lower_bound=1)
-define(flags.DEFINE_integer, 'denoise', None, 'generate', 'denoising steps of a masked diffusion model (docs/denoising.md); its '
-       'own by default. Prompts may have holes: <mask>, <mask:5>.', lower_bound=1)
-define(flags.DEFINE_string, 'order', None, 'generate', 'with a masked diffusion model, what is written first: confidence, likeliest, '
-       'margin, entropy, random, left, ancestral, cap:ETA, rescale:ETA, doubtful, plateau:ETA or topk.')
-define(flags.DEFINE_integer, 'blocks', None, 'generate', 'with a masked diffusion model, parts of the answer that are written one '
-       'after the other.', lower_bound=1)
-define(flags.DEFINE_float, 'guidance', None, 'generate', 'with a masked diffusion model, the weight of classifier-free guidance '
-       'by the prompt.', lower_bound=0)
+define(flags.DEFINE_integer, 'denoise', None, 'generate', 'denoising steps of a masked diffusion model '
+       '(docs/denoising.md); its own by default. Prompts may have holes: <mask>, <mask:5>.', lower_bound=1)
+define(flags.DEFINE_string, 'order', None, 'generate', 'with a masked diffusion model, what is written first: '
+       'confidence, likeliest, margin, entropy, random, left, ancestral, cap:ETA, rescale:ETA, doubtful, '
+       'plateau:ETA or topk.')
+define(flags.DEFINE_integer, 'blocks', None, 'generate', 'with a masked diffusion model, parts of the answer that are '
+       'written one after the other.', lower_bound=1)
+define(flags.DEFINE_float, 'guidance', None, 'generate', 'with a masked diffusion model, the weight of classifier-free '
+       'guidance by the prompt.', lower_bound=0)
 define(flags.DEFINE_float, 'temperature', 1.0, 'generate', '0 takes the likeliest token.', lower_bound=0)
 define(flags.DEFINE_integer, 'top_k', None, 'generate', 'draw from the k likeliest tokens.', lower_bound=1)
 define(flags.DEFINE_float, 'top_p', None, 'generate', 'draw from the likeliest tokens that reach this probability.',
@@ -161,11 +169,11 @@ define(flags.DEFINE_bool, 'verify', False, 'train', 'read all data first, and co
 machines.define_flags()
 READERS |= dict.fromkeys(machines.NAMES, ['train', 'eval', 'generate', 'inspect', 'harness', 'import'])
 define(flags.DEFINE_integer, 'devices', 1, 'plan', 'how many devices the mesh has.', lower_bound=1)
-define(flags.DEFINE_string, 'topology', None, 'plan', 'a machine whose own compiler compiles the program, such as v5e:4x4 '
-       'or h100:8 (extra `tpu`; docs/plan.md).')
+define(flags.DEFINE_string, 'topology', None, 'plan', 'a machine whose own compiler compiles the program, such as '
+       'v5e:4x4 or h100:8 (extra `tpu`; docs/plan.md).')
 define(flags.DEFINE_string, 'program', 'train', 'plan', 'with --topology: train, eval, prefill or decode.')
-define(flags.DEFINE_integer, 'rows', 1, 'plan', 'with --topology: sequences that are evaluated, or requests served, at a '
-       'time.')
+define(flags.DEFINE_integer, 'rows', 1, 'plan', 'with --topology: sequences that are evaluated, or requests served, at '
+       'a time.')
 define(flags.DEFINE_list, 'accelerators', ['v5e', 'v5p', 'H100', 'H200'], 'plan', 'what they may be, of '
        'metrics.ACCELERATORS.')
 
@@ -196,8 +204,8 @@ def check_command(*read: str):
 def run_train(workdir: Path):
   """Trains, or resumes the run that the work folder holds."""
   if FLAGS.config is None and not (workdir / 'config.json').exists():
-    raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them, as '
-                      '`loopformer configs` does)')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:tiny (--mode=configs lists them, '
+                      'as `loopformer configs` does)')
   config = None if FLAGS.config is None else configs.load(FLAGS.config, FLAGS.set)
   saved = configs.read(workdir, config) if (workdir / 'config.json').exists() else None
   if config is None:
@@ -264,9 +272,11 @@ def run_eval(workdir: Path):
   if FLAGS.sweep is not None:
     count = math.comb(model.loops - 1, FLAGS.sweep - 1)
     if count > SCHEDULES:
-      raise ConfigError(f'--sweep={FLAGS.sweep}: there are {count:,} schedules of so many steps on the grid of 1/{model.loops}, more '
-                        f'than the {SCHEDULES:,} that are ranked; give fewer steps, or name some by --schedules')
-    jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps for steps in plans.all_schedules(FLAGS.sweep, model.loops, '--sweep')}
+      raise ConfigError(f'--sweep={FLAGS.sweep}: there are {count:,} schedules of so many steps on the grid of '
+                        f'1/{model.loops}, more than the {SCHEDULES:,} that are ranked; give fewer steps, or name some '
+                        'by --schedules')
+    jobs[f'sweep{FLAGS.sweep}'] = {label(steps): steps
+                                   for steps in plans.all_schedules(FLAGS.sweep, model.loops, '--sweep')}
   if FLAGS.schedules:
     jobs['schedules'] = {label(steps): plans.check_steps(steps, name='--schedules') for steps in given_schedules()}
   if FLAGS.depths or not (jobs or FLAGS.exits):
@@ -300,13 +310,14 @@ def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str,
       if FLAGS[name].present:
         raise ConfigError(f'--{name}: is read with --text alone; leave it out')
     if not config.task.splits:
-      raise ConfigError(f'workdir = {workdir}: its task ({type(config.task).__name__}) has no examples to evaluate on; name '
-                        'a text by --text=FILE, or tasks with --mode=harness')
+      raise ConfigError(f'workdir = {workdir}: its task ({type(config.task).__name__}) has no examples to evaluate on; '
+                        'name a text by --text=FILE, or tasks with --mode=harness')
     count = FLAGS.eval_batches or config.train.eval_batches
     return ({split: functools.partial(held_out, config, workdir, count, split) for split in config.task.splits},
             config.task.measure)
   if tokenizer is None:
-    raise ConfigError(f'--text={FLAGS.text}: {workdir} holds no tokenizer, so that its model reads no text; leave it out')
+    raise ConfigError(f'--text={FLAGS.text}: {workdir} holds no tokenizer, so that its model reads no text; '
+                      'leave it out')
   from loopformer.data import passage
   from loopformer.inference.harness import check_causal
   text = reading.text(FLAGS.text, 'name a file of text by --text')
@@ -314,7 +325,8 @@ def examples(model, params, tokenizer, config, workdir: Path) -> tuple[dict[str,
   if length > model.read_in.length:
     raise ConfigError(f'--window={length}: the model has {model.read_in.length} positions (read_in.length); give fewer')
   if FLAGS.stride is not None and FLAGS.stride > length:
-    raise ConfigError(f'--stride={FLAGS.stride}: tokens between windows of {length} would be left out; give {length} or less')
+    raise ConfigError(f'--stride={FLAGS.stride}: tokens between windows of {length} would be left out; '
+                      f'give {length} or less')
   if not text:
     raise ConfigError(f'--text={FLAGS.text}: it is empty; name another file')
   rows = max(1, min(config.train.batch, AT_ONCE // length))
@@ -377,7 +389,8 @@ def run_generate(workdir: Path):
     engine.submit(prompt, budget=budget, max_new_tokens=new, temperature=FLAGS.temperature,
                   top_k=FLAGS.top_k, top_p=FLAGS.top_p, seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, engine.run()):
-    told = prompt if isinstance(prompt, str) else ''.join(f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: '
+    told = (prompt if isinstance(prompt, str)
+            else ''.join(f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: ')
     say(f'--- {FLAGS.budget or model.loops} loops\n{told}{text}')
   if exit_policy is not None:
     stats = engine.stats
@@ -413,19 +426,20 @@ def run_denoise(model, params, tokenizer, prompts, sizes):
   """Prints what a masked diffusion model writes after every prompt, or into its holes."""
   for name in UNMASKED:
     if FLAGS[name].present:
-      raise ConfigError(f'--{name}: a masked diffusion model writes all tokens at once, and not one by one; leave it out (it has '
-                        f'{", ".join(f"--{name}" for name in DENOISING)})')
+      raise ConfigError(f'--{name}: a masked diffusion model writes all tokens at once, and not one by one; leave it '
+                        f'out (it has {", ".join(f"--{name}" for name in DENOISING)})')
   if FLAGS['max_new_tokens'].present and all(isinstance(prompt, str) and HOLE.search(prompt) for prompt in prompts):
-    raise ConfigError(f'--max_new_tokens={FLAGS.max_new_tokens}: holes of a prompt are filled, and nothing is added; leave it out')
+    raise ConfigError(f'--max_new_tokens={FLAGS.max_new_tokens}: holes of a prompt are filled, and nothing is added; '
+                      'leave it out')
   warn_beyond(model, sizes)
   model = model.clone(sampler=given_order(model.sampler))
-  denoiser = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS), loops=max(len(sizes), model.loops),
-                                 log=say)
+  denoiser = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), ROWS),
+                                 loops=max(len(sizes), model.loops), log=say)
   steps = FLAGS.denoise or model.sampler.steps
   for number, prompt in enumerate(prompts):
-    denoiser.submit(prompt, budget=sizes, steps=steps, temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p,
-                    max_new_tokens=FLAGS.max_new_tokens if FLAGS['max_new_tokens'].present else None, seed=FLAGS.seed,
-                    number=number)
+    denoiser.submit(prompt, budget=sizes, steps=steps, temperature=FLAGS.temperature, top_k=FLAGS.top_k,
+                    top_p=FLAGS.top_p, max_new_tokens=FLAGS.max_new_tokens if FLAGS['max_new_tokens'].present else None,
+                    seed=FLAGS.seed, number=number)
   for prompt, text in zip(prompts, denoiser.run()):
     told = '' if isinstance(prompt, str) and HOLE.search(prompt) else prompt if isinstance(prompt, str) else ''.join(
         f'{m["role"]}: {m["content"]}\n' for m in prompt) + 'assistant: '
@@ -433,17 +447,18 @@ def run_denoise(model, params, tokenizer, prompts, sizes):
 
 
 def given_order(sampler):
-  """The sampler of a masked diffusion model with what --order, --blocks and --guidance say. Raises ConfigError naming the
-  flag."""
+  """The sampler of a masked diffusion model with what --order, --blocks and --guidance say. Raises ConfigError naming
+  the flag."""
   order, changes = sampler.order, {}
   if FLAGS.order is not None:
     name, colon, number = FLAGS.order.partition(':')
     eta = numbers(number, '--order=NAME:ETA, ETA') if colon and name in SIGMAS else ()
     if name not in SCORES | SIGMAS | PLANNERS or bool(colon) + (name not in SIGMAS) != 1 or len(eta) > 1:
-      raise ConfigError(f'--order={FLAGS.order}: there is no such order; choose from {", ".join(SCORES | PLANNERS)}, or '
-                        f'{", ".join(f"{name}:ETA" for name in SIGMAS)}')
+      raise ConfigError(f'--order={FLAGS.order}: there is no such order; choose from {", ".join(SCORES | PLANNERS)}, '
+                        f'or {", ".join(f"{name}:ETA" for name in SIGMAS)}')
     try:
-      order = orders.Ranked(score=SCORES[name]) if name in SCORES else PLANNERS[name] if name in PLANNERS else SIGMAS[name](*eta)
+      order = (orders.Ranked(score=SCORES[name]) if name in SCORES
+               else PLANNERS[name] if name in PLANNERS else SIGMAS[name](*eta))
     except ConfigError as error:
       raise ConfigError(f'--order={FLAGS.order}: {error}') from None
   if FLAGS.blocks is not None:
@@ -484,20 +499,23 @@ def run_harness(workdir: Path):
 
 
 # Flags that say how a model is imported -> whether they are for checkpoints of papers' code; None for all.
-IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter': False, 'prelude': False, 'coda': False,
-          'damped': False, 'retrofit': False, 'heads': True, 'length': True}
+IMPORT = {'kind': True, 'dtype': None, 'loops': None, 'relaxed': False, 'adapter': False, 'prelude': False,
+          'coda': False, 'damped': False, 'retrofit': False, 'heads': True, 'length': True}
 
 
 def check_looped(given: dict):
-  """Raises ConfigError where --damped or --retrofit, of the flags of an import, would make no loop, or no other than there is."""
+  """Raises ConfigError where --damped or --retrofit, of the flags of an import, would make no loop, or no other than
+  there is.
+  """
   damped, once = given.get('damped'), given.get('loops', 1) < 2
   if damped == 1:
     raise ConfigError('--damped=1: a whole step is what --loops runs without it; leave it out, or give a share below 1')
   if damped is not None and 0 < damped < 1 and once and 'retrofit' not in given:
-    raise ConfigError(f'--damped={damped:g}: a loop of one step would go that share of the decoder\'s way and stop there; give '
-                      '--loops, 2 or more')
+    raise ConfigError(f'--damped={damped:g}: a loop of one step would go that share of the decoder\'s way and stop '
+                      'there; give --loops, 2 or more')
   if 'retrofit' in given and once and damped is None:
-    raise ConfigError(f'--retrofit={given["retrofit"]}: layers are dropped for a loop, which would run once; give --loops, 2 or more')
+    raise ConfigError(f'--retrofit={given["retrofit"]}: layers are dropped for a loop, which would run once; '
+                      'give --loops, 2 or more')
 
 
 def run_import(workdir: Path):
@@ -515,9 +533,10 @@ def run_import(workdir: Path):
       raise ConfigError(f'--{name}: is read {"with" if IMPORT[name] else "without"} --kind alone; leave it out')
   check_looped(given)
   path = storage.path(source)
-  if 'kind' not in given and path.is_dir() and not any((path / f'{name}config.json').is_file() for name in ('', 'adapter_')):
-    raise ConfigError(f'--from={source}: it has no config.json; give a folder as models are published, with config.json beside '
-                      'the weights, a .gguf file, or whose code wrote them by --kind')
+  if 'kind' not in given and path.is_dir() and not any(
+      (path / f'{name}config.json').is_file() for name in ('', 'adapter_')):
+    raise ConfigError(f'--from={source}: it has no config.json; give a folder as models are published, with '
+                      'config.json beside the weights, a .gguf file, or whose code wrote them by --kind')
   machines.connect()
   loaded = loopformer.load(source, mesh=machines.mesh_for_import(FLAGS.set), **given)
   loaded.save(workdir)
@@ -529,8 +548,8 @@ def run_plan():
   """Prints what a program needs of every device, and how long it takes at least; writes nothing."""
   from experiments.tools import ahead, estimate
   if FLAGS.config is None:
-    raise ConfigError('--config is missing: name a configuration, such as loopformer:paper (--mode=configs lists them, as '
-                      '`loopformer configs` does)')
+    raise ConfigError('--config is missing: name a configuration, such as loopformer:paper (--mode=configs lists them, '
+                      'as `loopformer configs` does)')
   unread, why = ((('rows',), 'is read with --topology alone; name a machine by it, such as v5e:4x4')
                  if FLAGS.topology is None else
                  (('devices', 'accelerators'), 'is not read with --topology, which names the machine; leave it out'))
@@ -548,7 +567,8 @@ def run_plan():
 
 
 def run_configs():
-  """Prints the names of the configurations that come with the library, and what they are; or all that is said of one."""
+  """Prints the names of the configurations that come with the library, and what they are; or all that is said of one.
+  """
   files = configs.published()
   about = {name: ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or '' for name, file in files.items()}
   if FLAGS.config is not None:
@@ -577,8 +597,8 @@ def loops_or_sizes(text: str, flag: str) -> int | tuple[float, ...]:
   if len(sizes) > 1 or sizes == (1,):
     return plans.check_steps(sizes, name=flag)
   if sizes[0] % 1:  # NaN for what is no finite number, which is true too
-    raise ConfigError(f'{flag}={text}: neither a whole number of loops nor step sizes with sum one; give loops, such as '
-                      '2, or sizes, such as 0.5,0.25,0.25')
+    raise ConfigError(f'{flag}={text}: neither a whole number of loops nor step sizes with sum one; give loops, such '
+                      'as 2, or sizes, such as 0.5,0.25,0.25')
   return plans.count(flag, int(sizes[0]))
 
 
@@ -609,7 +629,8 @@ def given_sampler():
     return None
   words = numbers(','.join(FLAGS.contrast), '--contrast')
   if len(words) > 2 or words[0] % 1:
-    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: give a whole number of loops, and after a comma a weight')
+    raise ConfigError(f'--contrast={",".join(FLAGS.contrast)}: give a whole number of loops, '
+                      'and after a comma a weight')
   try:
     return sampler.Contrasted(contrast=Contrast(shallow=int(words[0]), **({'weight': words[1]} if words[1:] else {})))
   except ConfigError as error:
@@ -682,13 +703,14 @@ def main(argv):
   except command.TOLD as error:
     processes.leave(error, f'error: {error}')
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and not re.search('out of memory|resource_exhausted', str(error), re.I):
+    if isinstance(error, jax.errors.JaxRuntimeError) and not re.search(
+        'out of memory|resource_exhausted', str(error), re.I):
       processes.leave(error)
     asked = str(error).partition('\n')[0] or 'no more to be had'
     less = ('a smaller batch (train.batch, or more train.accumulate), a smaller model' if FLAGS.mode == 'train' else
             'fewer loops, fewer or shorter texts, a smaller model')
-    processes.leave(error, f'error: out of memory ({asked}); take {less}, or mesh.fsdp over more devices; --mode=plan tells what '
-                    'a step needs')
+    processes.leave(error, f'error: out of memory ({asked}); take {less}, or mesh.fsdp over more devices; --mode=plan '
+                    'tells what a step needs')
   except Exception as error:
     processes.leave(error)
 

@@ -63,11 +63,11 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
       `kind='loopformer'` or another of `convert.from_official`. Of this machine or of a bucket (gs://, s3://).
     step: which checkpoint of a run; the last complete one by default.
     mesh: None for one device, or `loopformer.sharding.Mesh(...).make()`, over whose axes fsdp and tensor the weights
-      are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`, `Engine`,
-      `generate` and `logits` then run on that mesh. With several processes all of them call it.
+      are divided: each device reads its own part, and neither a host nor a device holds the whole. `evaluate`,
+      `Engine`, `generate` and `logits` then run on that mesh. With several processes all of them call it.
     trust: whether code runs that lies in a work folder, or that is named there and is no part of the library.
-    options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`; `relaxed`, a rank, with
-      `loops` ties the layers of a decoder (`convert.relaxed`).
+    options: of a model from elsewhere, as of `convert.from_pretrained` or `convert.from_official`; `relaxed`, a rank,
+      with `loops` ties the layers of a decoder (`convert.relaxed`).
 
   Raises:
     ConfigError: no run, or no complete checkpoint (of that step), in the folder; a mesh that does not divide the heads;
@@ -80,8 +80,8 @@ def load(source: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | 
     _check_path('source', source)
   path = storage.path(source) if named else Path()
   if named and not storage.remote(path) and not path.exists():
-    raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face folder, '
-                      'or a file of weights')
+    raise ConfigError(f'{source}: there is no such file or folder; give the work folder of a run, a Hugging Face '
+                      'folder, or a file of weights')
   elsewhere = not configs.is_workdir(path) and any((path / name).is_file() for name in (configs.FILE, ADAPTER))
   if 'kind' in options or path.suffix == '.gguf' or elsewhere:
     if step is not None:
@@ -111,13 +111,14 @@ def _imported(source, mesh, kind: str | None = None, relaxed: int | None = None,
   from loopformer.terms.cross_entropy import CE
   if relaxed is not None:
     if kind is not None or options.get('loops') is None:
-      raise ConfigError(f'relaxed = {relaxed}: layers of a Hugging Face folder or a .gguf file are tied over loops; give '
-                        'loops, and no kind')
+      raise ConfigError(f'relaxed = {relaxed}: layers of a Hugging Face folder or a .gguf file are tied over loops; '
+                        'give loops, and no kind')
     if plans.count('loops', options['loops']) == 1:  # before weights are read
       raise ConfigError(f'relaxed = {relaxed}, loops = 1: one loop has nothing that is tied; give loops, 2 or more')
     for name in ('damped', 'retrofit'):
       if options.get(name) is not None:
-        raise ConfigError(f'{name} = {options[name]}, relaxed = {relaxed}: two ways to make a loop of a decoder; give one')
+        raise ConfigError(f'{name} = {options[name]}, relaxed = {relaxed}: two ways to make a loop of a decoder; '
+                          'give one')
     loops = options.pop('loops')
     model, params, tokenizer = convert.from_pretrained(source, mesh=mesh, **options)
     model, params = convert.relaxed(model, params, loops=loops, rank=relaxed)
@@ -153,13 +154,13 @@ def logits(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[flo
   """Next-token logits, f32[B, T, V]; of a masked diffusion model those of the token at each place itself.
 
   Args:
-    tokens: i32[B, T]; a masked diffusion model reads its MASK, the id `model.outputs`, for what is hidden, and its logits at
-      places that are not hidden mean nothing, for it was never asked there.
+    tokens: i32[B, T]; a masked diffusion model reads its MASK, the id `model.outputs`, for what is hidden, and its
+      logits at places that are not hidden mean nothing, for it was never asked there.
     steps: a budget (that many equal steps), or step sizes with sum one; the model's own number of loops by default.
 
   Raises:
-    ConfigError: a schedule that does not sum to one, more tokens than the model has positions, or such as its cell makes
-      nothing of in so many steps.
+    ConfigError: a schedule that does not sum to one, more tokens than the model has positions, or such as its cell
+      makes nothing of in so many steps.
   """
   steps = plans.resolve(model.loops if steps is None else steps)
   warn_beyond(model, steps)

@@ -28,19 +28,19 @@ class Backend:
   unrolled: stacks of up to so many layers are written out and not scanned, where there is no cache. A scan stacks what
     its layers save for the backward pass, and the loop around it copies the stack into its own: on a GPU that was up to
     an eighth of a step. On a CPU, where it is less, programs that compile twice as fast are worth more.
-  logits_at_once: tokens whose logits are held at a time: few enough for a CPU's caches, and elsewhere enough to keep the
-    device busy, and to add to the table's gradient seldom.
+  logits_at_once: tokens whose logits are held at a time: few enough for a CPU's caches, and elsewhere enough to keep
+    the device busy, and to add to the table's gradient seldom.
   product: the dtype that products of projections are written in; None: that of their operands. An accelerator
     accumulates in float32 whatever it writes, and a wider result would only have to be read again.
-  columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads and
-    registers then have the many outputs to divide, and it takes half the time.
-  largest_scatter: the most devices that one sum is scattered over, where these are all devices that there are; of more, a
-    TPU's compiler makes the sum whole on every device, and sends twice as much. None: any number.
-  qkv_apart: whether queries, keys and values are three products, each in the layout that attention wants. Of one product,
-    a TPU's compiler copies all three in every layer and loop.
+  columns: products with up to so many rows (and more than one) are computed with the rows as columns: a CPU's threads
+    and registers then have the many outputs to divide, and it takes half the time.
+  largest_scatter: the most devices that one sum is scattered over, where these are all devices that there are; of more,
+    a TPU's compiler makes the sum whole on every device, and sends twice as much. None: any number.
+  qkv_apart: whether queries, keys and values are three products, each in the layout that attention wants. Of one
+    product, a TPU's compiler copies all three in every layer and loop.
   sums_contiguous: whether decoding wants kernels [O, I] for a single row too: a CPU multiplies one row by [I, O] well.
-  flat: stacks of up to so many layers are written out for decoding, each with kernels of its own: a scan copies them out
-    of the stack before it reads them, on a CPU at thrice the traffic.
+  flat: stacks of up to so many layers are written out for decoding, each with kernels of its own: a scan copies them
+    out of the stack before it reads them, on a CPU at thrice the traffic.
   merged: whether caches have their heads merged in the last axis (layouts.py).
   """
   name: str

@@ -49,7 +49,8 @@ from loopformer.types import SEEDS, ConfigError, Planner, config_dataclass, real
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Where parts and the functions that they may name come from; others are found where trust is given.
-PARTS, FUNCTIONS = ('loopformer.', 'experiments.configs.'), ('loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
+PARTS, FUNCTIONS = ('loopformer.', 'experiments.configs.'), (
+    'loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
 _TRUST = contextvars.ContextVar('trust', default=False)
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
@@ -298,8 +299,9 @@ def check(config: Experiment):
                       'the positions of the model; shorten the one or raise the other')
   for split, length in config.task.splits.items():
     if length > model.read_in.length:
-      raise ConfigError(f'task: the examples of the split {split!r} have {length} tokens, more than model.read_in.length '
-                        f'= {model.read_in.length}, the positions of the model; shorten the ones or raise the other')
+      raise ConfigError(f'task: the examples of the split {split!r} have {length} tokens, more than '
+                        f'model.read_in.length = {model.read_in.length}, the positions of the model; shorten the ones '
+                        'or raise the other')
   _check_loops(config)
   if config.objective.longest > model.loops:
     raise ConfigError(f'objective: a plan of {config.objective.longest} steps is longer than model.loops = '
@@ -313,12 +315,12 @@ def check(config: Experiment):
   for name, teacher in config.objective.teachers.items():
     outputs = teacher.model(model).outputs
     if outputs != model.outputs:
-      raise ConfigError(f'objective.rolls: the teacher {name} has {outputs} answers to choose from, the model {model.outputs}; '
-                        'give a teacher with the same tokenizer')
+      raise ConfigError(f'objective.rolls: the teacher {name} has {outputs} answers to choose from, the model '
+                        f'{model.outputs}; give a teacher with the same tokenizer')
   for name, roll in config.objective.rolls.items():
     if Planner not in type(roll.plan).__mro__:
-      raise ConfigError(f'objective.rolls.{name}.plan = {_name_of(type(roll.plan))}: it is no planner; make it a subclass '
-                        'of loopformer.types.Planner, which says what every planner tells')
+      raise ConfigError(f'objective.rolls.{name}.plan = {_name_of(type(roll.plan))}: it is no planner; make it a '
+                        'subclass of loopformer.types.Planner, which says what every planner tells')
     if roll.plan.differentiated < roll.plan.expected and not model.cell.injects and not roll.plan.detached:
       raise ConfigError(f'objective.rolls.{name}.plan: steps without gradient before the others, but model.cell does '
                         'not inject its input, so nothing before the loop would learn; differentiate all, or inject')
@@ -332,8 +334,8 @@ def check(config: Experiment):
     try:
       config.optim.make(steps, Roles())
     except TypeError as error:  # memories have a `make` too
-      raise ConfigError(f'optim = {_name_of(type(config.optim))}: no optimiser can be made of it ({error}); give one of those '
-                        'of loopformer.optim') from error
+      raise ConfigError(f'optim = {_name_of(type(config.optim))}: no optimiser can be made of it ({error}); give one '
+                        'of those of loopformer.optim') from error
   best_of(config)
   _check_evals(model, config.evals.schedules())
 
@@ -343,13 +345,13 @@ def _check_evals(model: Looped, schedules: Mapping[str, Any]):
   evaluation; or its own number of loops."""
   most = model.cell.most
   if most is not None and model.loops > most:
-    raise ConfigError(f'model.loops = {model.loops}: model.cell runs {most} steps at most; lower the one, or make the other for '
-                      'more')
+    raise ConfigError(f'model.loops = {model.loops}: model.cell runs {most} steps at most; lower the one, or make the '
+                      'other for more')
   for name, steps in schedules.items():
     longest = steps.plan.longest if isinstance(steps, Run) else len(steps)
     if most is not None and longest > most:
-      raise ConfigError(f'evals: the schedule {name!r} has {longest} steps, but model.cell runs {most} at most; evaluate at so '
-                        'many, or make the cell for more')
+      raise ConfigError(f'evals: the schedule {name!r} has {longest} steps, but model.cell runs {most} at most; '
+                        'evaluate at so many, or make the cell for more')
     if isinstance(steps, Run) and steps.exit.decides:
       exits.check(model, steps.exit, f'evals: the exit of {name!r}')
 
@@ -409,12 +411,13 @@ def _check_parts(value: Any, called: str, where: str):
     held = {f'[{index}]': item for index, item in enumerate(value)}
   for inner, item in held.items() if not words & PLAIN else ():
     if isinstance(item, (bool, int, float, str, tuple, list, np.generic)):
-      raise ConfigError(f'{where}{inner} = {item!r}: expected a part ({called}), which is written as an object with its $part')
+      raise ConfigError(f'{where}{inner} = {item!r}: expected a part ({called}), which is written as an object '
+                        'with its $part')
 
 
 def _check_socket(name: str, value: Any, kind: Any, where: str):
-  """Raises ConfigError where a part of the library stands in a field, of declared type `kind`, that is for others: it lacks
-  what the socket of the field's name asks for, or is of none of the declared types."""
+  """Raises ConfigError where a part of the library stands in a field, of declared type `kind`, that is for others: it
+  lacks what the socket of the field's name asks for, or is of none of the declared types."""
   inner = typing.get_args(kind)
   if isinstance(value, (Mapping, tuple)) and typing.get_origin(kind) in (collections.abc.Mapping, dict, tuple):
     for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
@@ -425,7 +428,8 @@ def _check_socket(name: str, value: Any, kind: Any, where: str):
   own = [kind for kind in kinds if inspect.isclass(kind) and (dataclasses.is_dataclass(kind) and kind is not nn.Module)]
   if isinstance(value, tuple(own)):
     return
-  socket = SOCKETS.get(name) or next((kind for kind in kinds if typing.Protocol in getattr(kind, '__bases__', ())), None)
+  socket = SOCKETS.get(name) or next((kind for kind in kinds if typing.Protocol in getattr(kind, '__bases__', ())),
+                                     None)
   if socket is not None:
     has = {*dir(value), *fields(value)}
     for member in (*vars(socket), *socket.__annotations__):
@@ -485,7 +489,8 @@ def published() -> dict[str, Path]:
 
 
 def _file_of(name: str) -> Any:
-  """The configuration file that is meant: of this path, or of this short name. Raises ConfigError if there is neither."""
+  """The configuration file that is meant: of this path, or of this short name. Raises ConfigError if there is neither.
+  """
   path = storage.path(name)
   short = re.fullmatch(r'(?:experiments/configs/)?([^/]+?)(?:\.py)?', name)
   known = published()
@@ -539,9 +544,9 @@ def _telling(path: Any) -> Iterator[None]:
 def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
   """Reads a configuration's argument: `arguments('small,loops=4', size='tiny', loops=8)`.
 
-  A word without `=` is the value of the first name; where the default is a bool, 0 and 1 are. A default that is a type, int or
-  float, stands for a number that may be left out: None then. Raises ConfigError for names that are not among the defaults, and
-  for values of another type than theirs.
+  A word without `=` is the value of the first name; where the default is a bool, 0 and 1 are. A default that is a type,
+  int or float, stands for a number that may be left out: None then. Raises ConfigError for names that are not among the
+  defaults, and for values of another type than theirs.
   """
   values = {name: None if isinstance(default, type) else default for name, default in defaults.items()}
   first = next(iter(defaults))
@@ -564,8 +569,8 @@ def choose(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
   """The row of a configuration's table, or an error that lists the rows."""
   if value not in table:
     close = difflib.get_close_matches(str(value), map(str, table), 1, 0.5)
-    raise ConfigError(f'config argument {name} = {value!r}: {f"did you mean {close[0]!r}? " if close else ""}choose one of '
-                      f'{", ".join(map(str, table))}')
+    raise ConfigError(f'config argument {name} = {value!r}: {f"did you mean {close[0]!r}? " if close else ""}choose '
+                      f'one of {", ".join(map(str, table))}')
   return table[value]
 
 
@@ -700,8 +705,8 @@ def _find(name: str, workdir: Any, part: bool) -> Callable:
     raise ConfigError(f'{workdir / FILE}: it names {name!r}, which is no part; put the file back that the run wrote')
   module, trusted = moved.name_of(name).partition(':')[0], _TRUST.get()
   copied = module.startswith(LOADED)  # of a configuration file, read in this process or a copy in the folder
-  refused = ConfigError(f'{workdir / FILE}: it names {name}, which is no part of this library; if you know the code and '
-                        'where the folder comes from, give --trust (trust=True) to run it')
+  refused = ConfigError(f'{workdir / FILE}: it names {name}, which is no part of this library; if you know the code '
+                        'and where the folder comes from, give --trust (trust=True) to run it')
   if copied and module not in sys.modules:
     published, file = _published(module), workdir / f'{module.removeprefix(LOADED)}.py'
     if published is None and not trusted:

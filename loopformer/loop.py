@@ -38,8 +38,8 @@ class Pairs:
 
   def __call__(self, x: Array, before: Array | None = None) -> Any:
     if before is None:
-      raise ConfigError('keep = Pairs(): the cell does not tell the state before a step; use a cell whose steps run one '
-                        'by one, such as Plain')
+      raise ConfigError('keep = Pairs(): the cell does not tell the state before a step; use a cell whose steps run '
+                        'one by one, such as Plain')
     return jnp.stack([before, x])
 
 
@@ -68,17 +68,17 @@ def _named(layer):
   return call
 
 
-# What the backward pass saves. `step` wraps the body of a scan over steps, `once` a step that is written out in the program
-# (its arguments are all that it uses), `layer` a layer. Prelude and coda run once, and what their layers
-# save is what `layer` says.
+# What the backward pass saves. `step` wraps the body of a scan over steps, `once` a step that is written out in the
+# program (its arguments are all that it uses), `layer` a layer. Prelude and coda run once, and what their layers save
+# is what `layer` says.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputed(function, floats, others):
   """function(floats, others), of which the backward pass saves the arguments alone.
 
-  In one program XLA would find that the backward pass computes what the forward pass has, and keep that instead; on a CPU
-  no barrier hinders it. So all of it stands in a branch that is taken if the gradient is a number.
+  In one program XLA would find that the backward pass computes what the forward pass has, and keep that instead; on a
+  CPU no barrier hinders it. So all of it stands in a branch that is taken if the gradient is a number.
   """
   return function(floats, others)
 
@@ -115,8 +115,8 @@ class KeepAll:
 
 @config_dataclass
 class PerStep:
-  """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop. Prelude and coda save
-  every activation."""
+  """Save the state between steps alone and recompute the rest: memory grows by one [B, T, D] a loop. Prelude and coda
+  save every activation."""
 
   def step(self, step):
     return nn.remat(step, prevent_cse=False)
@@ -207,11 +207,12 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
     precomputed = cell.precompute(plan)
   if plan.no_grad_steps is not None and not cell.is_initializing():
     if precomputed is not None:
-      raise ConfigError('plan.no_grad_steps: these have no row in the plan, so a cell that depends on the schedule cannot '
-                        'run them; use a plan without them')
+      raise ConfigError('plan.no_grad_steps: these have no row in the plan, so a cell that depends on the schedule '
+                        'cannot run them; use a plan without them')
     if kv is not None and plan.no_grad_steps.ndim:
-      raise ConfigError('plan.no_grad_steps: of each sequence or step, but a cache has one slot a step for all of them; use one '
-                        'number for all, i32[], or a plan whose rows say by `active` which steps each sequence takes')
+      raise ConfigError('plan.no_grad_steps: of each sequence or step, but a cache has one slot a step for all of '
+                        'them; use one number for all, i32[], or a plan whose rows say by `active` which steps each '
+                        'sequence takes')
   if plan.no_grad_steps is not None and plan.no_grad_steps.ndim == 2:
     free = plan.no_grad_steps[:, 0]
     k += jnp.cumsum(free)
@@ -238,8 +239,8 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
          free: Array | None = None):
   """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries).
 
-  free: None, or i32[K]: steps that run before each row. They have no gradient, nor has the state that a row begins with,
-  and the backward pass does not run them again.
+  free: None, or i32[K]: steps that run before each row. They have no gradient, nor has the state that a row begins
+  with, and the backward pass does not run them again.
   """
   step = functools.partial(_step, e=e, ctx=ctx, keep=keep)
   if cell.is_initializing():  # one step makes all parameters, and a scan would trace it twice more
@@ -339,12 +340,12 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
   Returns (states to be read out, kv, steps that each token took i32[B, T], steps that ran i32[]).
   """
   if not model.cell.tokenwise:
-    raise ConfigError(f'model.cell = {type(model.cell).__name__}: its steps write to other tokens\' states, so that none may stop '
-                      'before the others; leave the exit out')
+    raise ConfigError(f'model.cell = {type(model.cell).__name__}: its steps write to other tokens\' states, so that '
+                      'none may stop before the others; leave the exit out')
   cached, through = 'loop' in kv, 'loop' in kv and exit_policy.fill.runs
   if plan.no_grad_steps is not None or (plan.active is not None and plan.active.ndim > 1 and not cached):
-    raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without no_grad_steps, '
-                      'such as Uniform')
+    raise ConfigError('plan: exits decide how many steps are taken; use a plan of all sequences, without '
+                      'no_grad_steps, such as Uniform')
   if cached and not through and ctx.pos.shape[1] > 1:
     raise ConfigError('exit.fill = Copy(): fills the cache for one token at a time; read prompts with all loops, or '
                       'use fill=Recompute()')
@@ -359,14 +360,16 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
     runs = (active | through) & (k < length)
     own = dataclasses.replace(ctx, step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
     new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
-    new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old), new, x)
+    new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old),
+                       new, x)
     old, shown = model.cell.output(x), model.cell.output(new)
     seen, coda_kv = observe(model, k, k + 1 >= length, old, shown, aux, kv.get('coda'))
     state, done, found = exit_policy.rule.update(state, seen, threshold)
     if through and coda_kv() is not kv.get('coda'):
-      raise ConfigError('exit.fill = Recompute(): its rule reads answers through a coda, whose cache holds what earlier tokens '
-                        'gave when they left, and not what they gave after the same step, so that decoding would not be the '
-                        'pass without a cache; use a rule that reads the state, such as StateChange, or fill=Copy()')
+      raise ConfigError('exit.fill = Recompute(): its rule reads answers through a coda, whose cache holds what '
+                        'earlier tokens gave when they left, and not what they gave after the same step, so that '
+                        'decoding would not be the pass without a cache; use a rule that reads the state, such as '
+                        'StateChange, or fill=Copy()')
     kv = {**kv, **{name: cache for name, cache in (('loop', loop_kv), ('coda', coda_kv())) if cache is not None}}
     taken += active
     stays = active & ~(done & (k + 1 >= exit_policy.least)) & (k + 1 < length)

@@ -33,7 +33,8 @@ def map_caches(function, *caches):
 
 
 def visible(caches, pos: Array, ctx: Context) -> Array:
-  """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read; KVs of a tree are of a kind."""
+  """bool[B, T, S]: which places, of positions pos i32[B, S], the tokens of `ctx` may read; KVs of a tree are of a kind.
+  """
   return jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV))[0].visible(pos, ctx)
 
 

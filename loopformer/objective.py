@@ -112,8 +112,8 @@ class Objective:
     return max(roll.plan.longest for roll in self.rolls.values())
 
   def prepared(self, context: PlanContext, frozen: Mapping[str, Params] = {}) -> PlanContext:
-    """The same with the batch that is learned from; once in a step, for all microbatches. frozen: the weights of `teachers`,
-    by their names.
+    """The same with the batch that is learned from; once in a step, for all microbatches. frozen: the weights of
+    `teachers`, by their names.
 
     Raises:
       ConfigError: a teacher's weights are missing.
@@ -133,8 +133,8 @@ class Objective:
   def _all_there(self, frozen):
     missing = [name for name in self.teachers if name not in frozen]
     if missing:
-      raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout or the preparation runs; give those of '
-                        'all objective.teachers, by their names')
+      raise ConfigError(f'frozen: no weights of {missing[0]!r}, with which a rollout or the preparation runs; give '
+                        'those of all objective.teachers, by their names')
 
   def denominators(self, batch: Batch) -> dict[str, Array]:
     """f32[] for every term: what its sum over this batch is divided by."""

@@ -302,7 +302,8 @@ class RandomSupervision(Planner):
 
   def __post_init__(self):
     count('RandomSupervision.loops', self.loops)
-    whole('RandomSupervision.graded', self.graded, 1, self.loops, why=f'of {self.loops} loops, at least one is supervised')
+    whole('RandomSupervision.graded', self.graded, 1, self.loops,
+          why=f'of {self.loops} loops, at least one is supervised')
 
   @property
   def longest(self) -> int:
@@ -488,7 +489,8 @@ def on_host(steps: Sequence[float], rows: int | None = None) -> Plan:
 
 
 def count(name: str, loops: int) -> int:
-  """A number of loops, from 1 to `LONGEST`: each is a row of every plan, and an entry of every cache, which are allocated whole.
+  """A number of loops, from 1 to `LONGEST`: each is a row of every plan, and an entry of every cache, which are
+  allocated whole.
 
   Raises:
     ConfigError: it is none.
@@ -505,13 +507,16 @@ def resolve(steps: int | Sequence[float], name: str = 'steps') -> tuple[float, .
   if isinstance(steps, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(steps, bool) and not np.ndim(steps):
     loops = count(name, steps)
     return (1.0 / loops,) * loops
-  if isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array)) or not np.ndim(steps):
-    raise ConfigError(f'{name} = {shown(steps)}: give a budget as an integer, or step sizes as a tuple, such as (0.5, 0.5)')
+  if (isinstance(steps, (str, bytes, Mapping)) or not isinstance(steps, (Sequence, np.ndarray, jax.Array))
+      or not np.ndim(steps)):
+    raise ConfigError(f'{name} = {shown(steps)}: give a budget as an integer, or step sizes as a tuple, '
+                      'such as (0.5, 0.5)')
   return check_steps(steps, name=name)
 
 
 def all_schedules(budget: int, loops: int, name: str = 'budget') -> Iterator[tuple[float, ...]]:
-  """Every schedule of `budget` steps on the grid of 1/loops, coarse first steps first. name: what errors call the budget.
+  """Every schedule of `budget` steps on the grid of 1/loops, coarse first steps first. name: what errors call the
+  budget.
 
   Raises:
     ConfigError: the budget is not in 1..loops.

@@ -83,8 +83,8 @@ def check_batch(batch: int, accumulate: int, mesh: jax.sharding.Mesh):
 def spec(role: Role, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
   """The partition of a parameter, or of an array that an optimiser keeps of it, by its role and its shape.
 
-  Over tensor as the role says, over fsdp by the largest axis that is left, in both cases if it divides evenly. A layer's
-  two products pair up: the columns of the first give what the rows of the second take, with one sum at the end.
+  Over tensor as the role says, over fsdp by the largest axis that is left, in both cases if it divides evenly. A
+  layer's two products pair up: the columns of the first give what the rows of the second take, with one sum at the end.
   """
   axes: list[str | None] = [None] * len(shape)
   axis = role.tensor
@@ -176,8 +176,8 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
 
 
 def mesh_of(tree: Any) -> Any:
-  """The mesh (jax.sharding.Mesh) of several devices that arrays are divided over; None where they lie on one device, on the
-  host, or nowhere, being traced."""
+  """The mesh (jax.sharding.Mesh) of several devices that arrays are divided over; None where they lie on one device, on
+  the host, or nowhere, being traced."""
   for leaf in jax.tree.leaves(tree):
     held = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
     if isinstance(held, NamedSharding) and held.mesh.axis_names == AXES and held.mesh.size > 1:

@@ -144,7 +144,8 @@ def writable(name: str | os.PathLike) -> bool:
 
 
 def check_workdir(name: str | os.PathLike, writes: bool):
-  """Raises ConfigError where a work folder lies in a bucket that cannot hold one, is not there, or is not open to us."""
+  """Raises ConfigError where a work folder lies in a bucket that cannot hold one, is not there, or is not open to us.
+  """
   if scheme(name) not in (None, *WORKDIRS):
     raise ConfigError(f'workdir = {os.fspath(name)}: checkpoints go to local folders, '
                       + ', '.join(f'{known}://' for known in WORKDIRS))
@@ -374,8 +375,8 @@ def fetched(name: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
 class File(NamedTuple):
   """A file that something was made from.
 
-  size: bytes; stamp: what changes when the file is written, nanoseconds of its modification or, in a bucket, the store's
-  mark of contents; sha256: reads the file, in hexadecimal digits.
+  size: bytes; stamp: what changes when the file is written, nanoseconds of its modification or, in a bucket, the
+  store's mark of contents; sha256: reads the file, in hexadecimal digits.
   """
   name: str
   size: int

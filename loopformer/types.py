@@ -72,8 +72,8 @@ class PlanContext:
 
   key: of what is drawn once for all sequences of the batch, the same on all devices; step: i32[], training steps taken;
   stage: i32[], what the run's controller has decided (see control.py); batch: the batch, whose `row` i32[B] tells a
-  sequence's place in the global batch (that in this batch if absent); sequences: the key of what every sequence draws for
-  itself, None where it is `key`.
+  sequence's place in the global batch (that in this batch if absent); sequences: the key of what every sequence draws
+  for itself, None where it is `key`.
 
   Microbatches differ in `key` alone, so what is drawn for a sequence depends neither on their number nor on the devices
   that the batch is divided over.
@@ -143,8 +143,8 @@ class Context:
   def ids(self, who: str) -> Array:
     """The input's ids, i32[B, T]. Raises ConfigError, which `who` begins, where it is vectors."""
     if self.tokens is None or self.tokens.ndim != 2:
-      raise ConfigError(f'{who}: it reads the ids of tokens, and model.read_in takes vectors, which have none; give a read_in of '
-                        'tokens, such as Tokens, or a part in its place that reads none')
+      raise ConfigError(f'{who}: it reads the ids of tokens, and model.read_in takes vectors, which have none; give a '
+                        'read_in of tokens, such as Tokens, or a part in its place that reads none')
     return self.tokens
 
 
@@ -250,8 +250,8 @@ class Planner(Protocol):
 
   @property
   def detached(self) -> bool:
-    """Whether it is meant that no gradient reaches the state that the loop begins with: that what stands before the loop
-    keeps its values (training/frozen.py)."""
+    """Whether it is meant that no gradient reaches the state that the loop begins with: that what stands before the
+    loop keeps its values (training/frozen.py)."""
     return False
 
   @property
@@ -594,8 +594,8 @@ class Optimiser(Protocol):
   """How parameters are updated."""
 
   def make(self, steps: int, roles: Any) -> Any:
-    """The optax transformation for a run of `steps` of a model with these `model.parameter_roles`; it may take the stage
-    of the run, `update(..., stage=i32[])`."""
+    """The optax transformation for a run of `steps` of a model with these `model.parameter_roles`; it may take the
+    stage of the run, `update(..., stage=i32[])`."""
 
 
 class Control(Protocol):
@@ -628,7 +628,9 @@ class Measure(Protocol):
     """The plan that runs: the one that is evaluated, with what that batch tells its steps."""
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> dict[str, Array]:
-    """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no text."""
+    """f32[] each, sums over the batch. byte_lengths: i32[2, V], as of `measures.text_bytes`; None where there is no
+    text.
+    """
 
   def row(self, total: Mapping[str, float]) -> dict[str, Any]:
     """The row of a table, from totals of the sums."""

@@ -119,7 +119,8 @@ def model_page(name: str, model: dict) -> str:
   for config in model['configs']:
     text = about(config)
     first, _, rest = text.partition('\n\n')
-    parts += [f'## Configuration `{config}`', first.replace('<', '&lt;'), f'```text\n{rest.strip()}\n```' if rest else '']
+    parts += [f'## Configuration `{config}`', first.replace('<', '&lt;'),
+              f'```text\n{rest.strip()}\n```' if rest else '']
   for folder in model['reports']:
     source = REPORTS / folder / 'README.md'
     parts.append(relinked(demoted(source.read_text(encoding='utf-8')), source, page))
@@ -159,7 +160,8 @@ def doubts(text: str) -> str:
 def departures(text: str) -> str:
   """Of a configuration's docstring, the paragraphs that tell where it departs from the paper or what it lacks."""
   return '\n\n'.join(paragraph.strip() for paragraph in re.split(r'\n\s*\n', text)
-                     if re.match(r'(departures?|not (here|published|in|done|known)|left out)\b', paragraph.strip(), re.I))
+                     if re.match(r'(departures?|not (here|published|in|done|known)|left out)\b', paragraph.strip(),
+                                 re.I))
 
 
 def limits_page() -> str:

@@ -107,10 +107,11 @@ def write(folder: Path, name: str, tables: Mapping[str, list[dict]], size: Size,
 
 def define_flags():
   """A function, so that importing this file defines none."""
-  flags.DEFINE_list('suite', None, f'Which suites, in this order: {", ".join(SUITES)}. By default train, plain, decode, '
-                    'and on CPUs memory and compile, which say of other devices what their compiler says.')
+  flags.DEFINE_list('suite', None, f'Which suites, in this order: {", ".join(SUITES)}. By default train, plain, '
+                    'decode, and on CPUs memory and compile, which say of other devices what their compiler says.')
   flags.DEFINE_enum('size', None, list(SIZES), 'What is measured; by default reference on CPUs, small elsewhere.')
-  flags.DEFINE_enum('peer', None, ['torch', 'transformers'], 'Measured beside ours; train: torch, eager; decode: transformers.')
+  flags.DEFINE_enum('peer', None, ['torch', 'transformers'],
+                    'Measured beside ours; train: torch, eager; decode: transformers.')
   flags.DEFINE_string('trained', None, 'draft: a work folder with a trained language model.')
   flags.DEFINE_string('out', None, 'Folder for tables as JSON and Markdown.')
   flags.DEFINE_integer('repeats', 7, 'Turns of every contestant.', lower_bound=1)

@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable
 import jax
 import numpy as np
 
+from experiments.benchmark.floor import bare_products
 from experiments.benchmark.sizes import MEGA, Size, make_model, spread
 from loopformer import plans
 from loopformer.inference.engine import Engine
@@ -29,7 +30,8 @@ def decode_suite(size: Size, repeats: int, budgets: Iterable[int] = (1, 2, 4, 8)
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
   contestants = {(batch, budget): functools.partial(decode_once, size, model, params, budget, batch)
                  for batch in batches for budget in budgets}
-  bare = {batch: bare_products(size, params, batch) for batch in batches}
+  table = params['read_in']['embedding']
+  bare = {batch: bare_products(params['cell']['core'], batch, size.loops, table, size.dtype) for batch in batches}
   deep = dataclasses.replace(size, prompt=context - size.new, length=context + 1)
   whole = make_model(deep)
   weights = jax.jit(functools.partial(init_params, whole))(jax.random.key(0))
@@ -85,31 +87,6 @@ def recompute(size: Size, model: Looped, params: Any, context: int) -> Callable[
   def once():
     start = time.perf_counter()
     last(params, tokens).block_until_ready()
-    return time.perf_counter() - start
-
-  return once
-
-
-def bare_products(size: Size, params: Any, batch: int) -> Callable[[], float]:
-  """Seconds of all matrix products of a token of every row, one after the other, with nothing between: the floor."""
-  block = params['cell']['core']['block']
-  layers = [tuple(kernel[i].astype(size.dtype) for kernel in (
-      block['attn']['qkv']['kernel'], block['attn']['out']['kernel'], block['mlp']['up']['kernel'],
-      block['mlp']['down']['kernel'])) for i in range(size.layers)]
-  x, table = jax.numpy.ones((batch, size.width), size.dtype), params['read_in']['embedding'].astype(size.dtype)
-
-  @jax.jit
-  def all_of(x, layers, table):
-    def loop_(_, x):
-      for qkv, out, up, down in layers:
-        x = (x @ qkv).reshape(batch, -1, size.width).sum(1) @ out
-        x = (x @ up) @ down
-      return x
-    return jax.lax.fori_loop(0, size.loops, loop_, x) @ table.T
-
-  def once():
-    start = time.perf_counter()
-    all_of(x, layers, table).block_until_ready()
     return time.perf_counter() - start
 
   return once

@@ -3,8 +3,8 @@
     python -m experiments.benchmark.figures
 
 Compiles a training step and decoding at a small size, and prints as JSON by program: GFLOP and MB that the compiler
-counts (the body of a loop once), MB of temporary memory, and instructions. tests/experiments/test_figures.py holds them to those in
-tests/figures.json.
+counts (the body of a loop once), MB of temporary memory, and instructions. tests/experiments/test_figures.py holds them
+to those in tests/figures.json.
 """
 from __future__ import annotations
 

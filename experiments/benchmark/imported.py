@@ -9,12 +9,11 @@ import time
 from typing import Any, Callable, Iterable, Iterator
 import warnings
 
-from flax.traverse_util import flatten_dict
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.decode import Ids
+from experiments.benchmark.floor import bare_products
 from experiments.benchmark.sizes import spread
 from loopformer import plans
 from loopformer.convert.llama import Decoder, write_config
@@ -50,7 +49,7 @@ def imported_suite(repeats: int, decoder: Decoder = SMOL, batches: Iterable[int]
   apart = logits_apart(model, params, theirs, next(prompts_of(decoder, 1, prompt)))
   if apart > 1e-3:
     raise RuntimeError(f'logits of the two differ by {apart:.2g} of their largest')
-  contestants, bare = {}, {batch: bare_products(decoder, params, batch * prompt) for batch in batches}
+  contestants, bare = {}, {batch: bare_products(params['cell']['core'], batch * prompt) for batch in batches}
   products = {batch: [] for batch in bare}
   for batch in batches:
     contestants[batch, 'ours'] = ours_of(model, params, prompts_of(decoder, batch, prompt), new)
@@ -79,32 +78,6 @@ def imported_suite(repeats: int, decoder: Decoder = SMOL, batches: Iterable[int]
                  'its products ms': 1e3 * statistics.median(products[batch]),
                  'first turn s': first[batch, name]})
   return {'imported': rows}
-
-
-def bare_products(decoder: Decoder, params: Any, tokens: int) -> Callable[[], float]:
-  """Seconds of the matrix products of so many tokens in all layers, one after the other, with a sum of columns between."""
-  kernels = {path[-2]: leaf for path, leaf in flatten_dict(params['cell']['core']).items() if path[-1] == 'kernel'}
-  layers = [{name: leaf[i] for name, leaf in kernels.items()} for i in range(decoder.layers)]
-
-  def narrowed(y, width):  # of all columns, so that none need not be computed
-    return y[:, :width] + y.sum(1, keepdims=True)
-
-  @jax.jit
-  def run(x, layers):
-    for layer in layers:
-      for wide, narrow in (('qkv', 'out'), ('up', 'down')):
-        x = narrowed(x @ layer[wide], layer[narrow].shape[0]) @ layer[narrow]
-    return x
-
-  x = jnp.ones((tokens, decoder.width))
-
-  def once():
-    start = time.perf_counter()
-    jax.block_until_ready(run(x, layers))
-    return time.perf_counter() - start
-
-  once()
-  return once
 
 
 def weight_bytes(decoder: Decoder, params: Any) -> float:

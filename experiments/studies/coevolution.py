@@ -2,11 +2,11 @@
 
     python -m experiments.studies.coevolution --seeds=0,1 --workdir=runs/ccdd --out=experiments/reports/ccdd
 
-The arms: `tokens`, masked diffusion of the same layers; `context`, with latents that know the whole grid; `random`, with those
-that know one token, the control; `corrupted`, with latents of what is visible, whose loss is a bound; and, if asked for,
-`slower`, whose latents decay slower than tokens, and `mdit`, `mmdit` and `moe`, `context` with the paper's networks.
-What is trained stands in the work folder, and is not trained again. Writes results.json, numbers.md (nats a cell;
-`conditional` where it is no bound), table.md and coevolution.png (right grids against denoising steps).
+The arms: `tokens`, masked diffusion of the same layers; `context`, with latents that know the whole grid; `random`,
+with those that know one token, the control; `corrupted`, with latents of what is visible, whose loss is a bound; and,
+if asked for, `slower`, whose latents decay slower than tokens, and `mdit`, `mmdit` and `moe`, `context` with the
+paper's networks. What is trained stands in the work folder, and is not trained again. Writes results.json, numbers.md
+(nats a cell; `conditional` where it is no bound), table.md and coevolution.png (right grids against denoising steps).
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from loopformer.training import metrics
 FLAGS = flags.FLAGS
 
 CCDD = 'experiments/configs/ccdd.py'
-ARMS = {'tokens': ('experiments/configs/masked_diffusion.py', ''), 'context': (CCDD, ''), 'random': (CCDD, 'encoder=tokens'),
-        'corrupted': (CCDD, 'source=corrupted'), 'slower': (CCDD, 'times=slower'),
+ARMS = {'tokens': ('experiments/configs/masked_diffusion.py', ''), 'context': (CCDD, ''),
+        'random': (CCDD, 'encoder=tokens'), 'corrupted': (CCDD, 'source=corrupted'), 'slower': (CCDD, 'times=slower'),
         **{kind: (CCDD, f'kind={kind}') for kind in ('mdit', 'mmdit', 'moe')}}
 
 
@@ -36,16 +36,19 @@ def run(arm: str, seed: int) -> dict:
   """What is measured of one arm and seed, which is trained or resumed first."""
   folder = storage.path(FLAGS.workdir) / f'{arm}-{seed}'
   file, argument = ARMS[arm]
-  command.train(f'{file}:{",".join(filter(None, (FLAGS.size, argument)))}', folder, *FLAGS['set'].value, f'train.seed={seed}')
+  command.train(f'{file}:{",".join(filter(None, (FLAGS.size, argument)))}', folder, *FLAGS['set'].value,
+                f'train.seed={seed}')
   loaded = loopformer.load(folder)
   model, measure = loaded.model, dataclasses.replace(loaded.config.task.measure, draws=4)
   row, = evaluate(model, loaded.params, held_out(loaded.config, folder, loaded.config.train.eval_batches),
                   {'all': plans.resolve(model.loops)}, None, measure)
   name = measures.main_number(measure)
-  found = {'number': {'is': 'bound' if name == 'loss' else name, 'nats': row[name], 'error': row['error']}, 'solved': []}
+  found = {'number': {'is': 'bound' if name == 'loss' else name, 'nats': row[name], 'error': row['error']},
+           'solved': []}
   for order in FLAGS.orders:
     for steps in map(int, FLAGS.steps):
-      found['solved'].append({'order': order, 'steps': steps, 'solved': solved(loaded, ORDERS[order], steps, model.loops)})
+      found['solved'].append({'order': order, 'steps': steps,
+                              'solved': solved(loaded, ORDERS[order], steps, model.loops)})
   return found
 
 
@@ -60,7 +63,8 @@ def tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
         key = arm, row['order'], row['steps']
         grids.setdefault(key, dict(zip(('arm', 'order', 'steps'), key)))[f'seed {seed}'] = round(row['solved'], 4)
   seeds = [f'seed {seed}' for seed in results]
-  return tuple([{**row, **{seed: row.get(seed, '') for seed in seeds}} for row in table.values()] for table in (numbers, grids))
+  return tuple([{**row, **{seed: row.get(seed, '') for seed in seeds}} for row in table.values()]
+               for table in (numbers, grids))
 
 
 def draw(path, results: dict[str, dict]):
@@ -68,13 +72,14 @@ def draw(path, results: dict[str, dict]):
   pyplot = plots.library()
   if pyplot is None:
     return
-  figure, panels = pyplot.subplots(1, len(FLAGS.orders), figsize=(4 * len(FLAGS.orders), 3.4), layout='constrained', sharey=True,
-                                   squeeze=False)
+  figure, panels = pyplot.subplots(1, len(FLAGS.orders), figsize=(4 * len(FLAGS.orders), 3.4), layout='constrained',
+                                   sharey=True, squeeze=False)
   for order, axes in zip(FLAGS.orders, panels[0]):
     for arm in FLAGS.arms:
       rows = [row for arms in results.values() if arm in arms for row in arms[arm]['solved'] if row['order'] == order]
       steps = sorted({row['steps'] for row in rows})
-      axes.plot(steps, [np.mean([row['solved'] for row in rows if row['steps'] == n]) for n in steps], marker='o', label=arm)
+      axes.plot(steps, [np.mean([row['solved'] for row in rows if row['steps'] == n]) for n in steps],
+                marker='o', label=arm)
     axes.set(title=f'order: {order}', xlabel='denoising steps', ylim=(-0.03, 1.03))
     plots.doubling(axes, steps)
     axes.grid(alpha=0.3)

@@ -1,11 +1,12 @@
 """What it is worth to draw tokens by the contrast of deep and shallow answers, on held-out text.
 
-    python -m experiments.studies.contrast --workdir=runs/tiny --eval_batches=8 --out=experiments/reports/imported/contrast_tiny
+    python -m experiments.studies.contrast --workdir=runs/tiny --eval_batches=8 \\
+        --out=experiments/reports/imported/contrast_tiny
     python -m experiments.studies.contrast --workdir=runs/smol --text=book.txt --window=256 --out=...
 
-For every shallow answer, of no loops up to one less than the model's, and every weight: the share of tokens that the likeliest
-of the contrasted law hits (`accuracy`), and the share that the plausible set keeps at all. Weight 0 is the deep answer.
-Nothing is trained. Writes results.json and table.md.
+For every shallow answer, of no loops up to one less than the model's, and every weight: the share of tokens that the
+likeliest of the contrasted law hits (`accuracy`), and the share that the plausible set keeps at all. Weight 0 is the
+deep answer. Nothing is trained. Writes results.json and table.md.
 """
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def measure(model, params, batches) -> list[dict]:
       for part in parts:
         if part.shallow == loops:
           totals[part] = totals[part] + count(part, deep, shallow, batch)
-  return [{'shallow loops': part.shallow, 'weight': part.weight, 'accuracy': float(hit / all_), 'kept': float(kept / all_),
-           'tokens': int(all_)} for part, (hit, kept, all_) in totals.items()]
+  return [{'shallow loops': part.shallow, 'weight': part.weight, 'accuracy': float(hit / all_),
+           'kept': float(kept / all_), 'tokens': int(all_)} for part, (hit, kept, all_) in totals.items()]
 
 
 def define_flags():

@@ -83,7 +83,8 @@ def main(argv):
   out, runs = storage.path(FLAGS.out), {}
   try:
     for name, _, folder in (run.partition('=') for run in FLAGS.run):
-      runs.setdefault(name, []).append(measure(storage.path(FLAGS.workdir) / folder, FLAGS.period, FLAGS.eval_batches or 64))
+      runs.setdefault(name, []).append(
+          measure(storage.path(FLAGS.workdir) / folder, FLAGS.period, FLAGS.eval_batches or 64))
   except ConfigError as error:
     sys.exit(f'error: {error}')
   out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
 """Denoising steps against loops in each: bounds and solved grids, at equal arithmetic too.
 
-    python -m experiments.studies.denoising --seeds=0,1 --workdir=runs/diffusion --out=experiments/reports/masked_diffusion
+    python -m experiments.studies.denoising --seeds=0,1 --workdir=runs/diffusion \\
+        --out=experiments/reports/masked_diffusion
 
-Trains a denoiser for every number of loops (--depths=1,2,4) and seed; with --ar a model of the same layers that writes a
-grid cell by cell; and with --consistency one checkpoint that is asked at all these numbers of loops. Then measures the
-bound at every number of loops, and what part of --samples grids is right (valid, and with its clues) for every order, number
-of denoising steps and number of loops in each. MFLOP is what a grid costs. What is trained stands in the work folder, and is
-not trained again. Writes results.json, bounds.md, table.md and denoising.png.
+Trains a denoiser for every number of loops (--depths=1,2,4) and seed; with --ar a model of the same layers that writes
+a grid cell by cell; and with --consistency one checkpoint that is asked at all these numbers of loops. Then measures
+the bound at every number of loops, and what part of --samples grids is right (valid, and with its clues) for every
+order, number of denoising steps and number of loops in each. MFLOP is what a grid costs. What is trained stands in the
+work folder, and is not trained again. Writes results.json, bounds.md, table.md and denoising.png.
 """
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def run(seed: int, workdir: Path) -> Iterator[dict]:
   found = {'bounds': {}, 'solved': []}
   models = [(str(loops), loops, '', [loops]) for loops in given_loops()]
   if FLAGS.consistency:
-    models.append((f'{max(given_loops())}, {CONSISTENT}', max(given_loops()), f'consistency={FLAGS.consistency:g}', given_loops()))
+    models.append((f'{max(given_loops())}, {CONSISTENT}', max(given_loops()), f'consistency={FLAGS.consistency:g}',
+                   given_loops()))
   for name, trained_with, more, measured in models:
     loaded, folder = trained(trained_with, seed, workdir, more)
     length = loaded.config.task.length
@@ -119,7 +121,8 @@ def run(seed: int, workdir: Path) -> Iterator[dict]:
                     {'all': plans.resolve(loops)}, None, loaded.config.task.measure)
     length = loaded.config.task.length
     found['bounds'][NEXT] = {str(loops): {'loss': row['loss'], 'error': 0.0}}
-    found['solved'].append({'trained with': str(loops), 'loops': loops, 'order': NEXT, 'steps': length, 'solved': written(loaded),
+    found['solved'].append({'trained with': str(loops), 'loops': loops, 'order': NEXT, 'steps': length,
+                            'solved': written(loaded),
                             'MFLOP': round(loaded.model.flops(length, loops) * length / 1e6, 3)})
     yield found
 
@@ -156,7 +159,8 @@ def draw(path: Path, results: dict[str, dict]):
       own = [row for row in rows if (row['order'], row['trained with'], row['loops']) == (name, model, loops)]
       costs = sorted({row['MFLOP'] for row in own})
       axes.plot(costs, [np.mean([row['solved'] for row in own if row['MFLOP'] == cost]) for cost in costs], marker='o',
-                linestyle=':' if CONSISTENT in model else '-', label=f'{loops} loops' + f' of {model}' * (CONSISTENT in model))
+                linestyle=':' if CONSISTENT in model else '-',
+                label=f'{loops} loops' + f' of {model}' * (CONSISTENT in model))
     if at_once := [row for row in rows if row['order'] == NEXT]:
       axes.plot([row['MFLOP'] for row in at_once], [row['solved'] for row in at_once], 'kx', label=NEXT)
     axes.set(title=name, xlabel='MFLOP a grid', ylim=(-0.03, 1.03))
@@ -175,8 +179,8 @@ def define_flags():
   flags.DEFINE_list('steps', ['1', '4', '8', '16'], 'Denoising steps.')
   flags.DEFINE_list('orders', ['random', 'likeliest', 'margin', 'confidence'], f'Of {", ".join(ORDERS)}.')
   flags.DEFINE_string('ar', '', 'Loops of a model that writes cell by cell; none by default.')
-  flags.DEFINE_float('consistency', 0.0, 'Weight of the consistency of one more model, of the most loops, which is asked at all.',
-                     lower_bound=0.0)
+  flags.DEFINE_float('consistency', 0.0, 'Weight of the consistency of one more model, of the most loops, which is '
+                     'asked at all.', lower_bound=0.0)
   flags.DEFINE_integer('samples', 512, 'Grids of every row.', lower_bound=1)
 
 

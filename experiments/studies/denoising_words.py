@@ -1,14 +1,15 @@
 """Word problems by denoising: what order, steps and loops the last product needs, and loops of a padded model alone.
 
-    python -m experiments.studies.denoising_words --seeds=0 --workdir=runs/words --out=experiments/reports/masked_diffusion/words
+    python -m experiments.studies.denoising_words --seeds=0 --workdir=runs/words \\
+        --out=experiments/reports/masked_diffusion/words
 
 Theory makes S denoising steps of K loops a padded transformer of S K loops, and wants about log n steps of words of n
-letters where a planner says what is written next (Svete and Sabharwal, 2510.13117, theorems 3.1 and 3.2). Trains a denoiser of
-experiments/configs/masked_diffusion.py for every number of loops (--depths=1,2,4), whose slots hold all running products; and
-one of experiments/configs/padded.py for every number of --padded, that reads all letters and as many fillers as there are
-slots, and answers for every prefix at once. Then tells of held-out words, for every order, number of steps and number of loops,
-how often the last slot is right, all of them are, and any is. What is trained stands in the work folder, and is not trained
-again. Writes results.json and table.md after every row, and words.png.
+letters where a planner says what is written next (Svete and Sabharwal, 2510.13117, theorems 3.1 and 3.2). Trains a
+denoiser of experiments/configs/masked_diffusion.py for every number of loops (--depths=1,2,4), whose slots hold all
+running products; and one of experiments/configs/padded.py for every number of --padded, that reads all letters and as
+many fillers as there are slots, and answers for every prefix at once. Then tells of held-out words, for every order,
+number of steps and number of loops, how often the last slot is right, all of them are, and any is. What is trained
+stands in the work folder, and is not trained again. Writes results.json and table.md after every row, and words.png.
 """
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def letters() -> int:
 
 def trained(config: str, argument: str, seed: int, workdir: Path, *changes: str) -> Path:
   """The folder of a run, which is trained or resumed first."""
-  folder = workdir / f'{FLAGS.task}{letters()}_{Path(config).stem}_{argument.replace(",", "_").replace("=", "")}_seed{seed}'
+  folder = workdir / (f'{FLAGS.task}{letters()}_{Path(config).stem}_'
+                      f'{argument.replace(",", "_").replace("=", "")}_seed{seed}')
   command.train(f'{config}:{FLAGS.size},task={FLAGS.task},{argument}', folder, *changes, *FLAGS['set'].value,
                 f'train.seed={seed}')
   return folder
@@ -80,7 +82,9 @@ def table(results: dict[str, list[dict]]) -> list[dict]:
 
 
 def draw(path: Path, rows: list[dict]):
-  """How often the last slot is right against steps times loops, of one seed: a panel an order, a curve a number of loops."""
+  """How often the last slot is right against steps times loops, of one seed: a panel an order, a curve a number of
+  loops.
+  """
   pyplot = plots.library()
   if pyplot is None:
     return
@@ -90,7 +94,8 @@ def draw(path: Path, rows: list[dict]):
   for name, axes in zip(names, panels[0]):
     for loops in dict.fromkeys(row['loops'] for row in rows if row['order'] == name):
       own = [row for row in rows if (row['order'], row['loops']) == (name, loops)]
-      axes.plot([row['steps x loops'] for row in own], [row['last'] for row in own], marker='o', label=f'{loops} loops a step')
+      axes.plot([row['steps x loops'] for row in own], [row['last'] for row in own], marker='o',
+                label=f'{loops} loops a step')
     own = [row for row in rows if row['order'] == AT_ONCE]
     axes.plot([row['loops'] for row in own], [row['last'] for row in own], 'k--x', label='padded, loops alone')
     axes.set(title=name, xlabel='steps x loops', ylim=(0.4, 1.03))

@@ -1,11 +1,12 @@
-"""What depth buys on reasoning: accuracy at every number of loops, by how many hops are asked for, beside what it costs.
+"""What depth buys on reasoning: accuracy at every number of loops, by how many hops are asked for, beside what it
+costs.
 
     python -m experiments.studies.dial --task=pointers --seeds=0,1 --workdir=runs/dial --out=experiments/reports/dial
 
-Trains every kind of experiments/configs/loopformer.py on a task with hops (`pointers` or `p_hop`), and evaluates each at 1 to L
-loops on held-out problems, all together and by hops. A kind is one of the configuration's, `tmlt+ee` that with early exit. What
-is trained stands in the work folder, and is not trained again. Writes results.json, table.md (means over seeds, a column a
-number of hops; MFLOP and ms are those of a problem in a batch of 64) and dial.png.
+Trains every kind of experiments/configs/loopformer.py on a task with hops (`pointers` or `p_hop`), and evaluates each
+at 1 to L loops on held-out problems, all together and by hops. A kind is one of the configuration's, `tmlt+ee` that
+with early exit. What is trained stands in the work folder, and is not trained again. Writes results.json, table.md
+(means over seeds, a column a number of hops; MFLOP and ms are those of a problem in a batch of 64) and dial.png.
 """
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def table(results: dict[str, dict]) -> list[dict]:
       mean = records.means(same, ALL)
       rows.append({'kind': kind, 'loops': int(mean.pop('loops')), 'accuracy': round(mean.pop(ALL), 4),
                    '+-': mean.pop('+-'),
-                   'MFLOP': round(mean.pop('MFLOP'), 3), 'steps': int(mean.pop('steps')), 'ms': round(mean.pop('ms'), 3),
-                   **{split: round(value, 3) for split, value in mean.items()}})
+                   'MFLOP': round(mean.pop('MFLOP'), 3), 'steps': int(mean.pop('steps')),
+                   'ms': round(mean.pop('ms'), 3), **{split: round(value, 3) for split, value in mean.items()}})
   return rows
 
 
@@ -67,13 +68,15 @@ def draw(path, rows: list[dict]):
     return
   kinds = list(dict.fromkeys(row['kind'] for row in rows))
   hops = [name for name in rows[0] if name.endswith(' hops')]
-  figure, panels = pyplot.subplots(1, 1 + len(kinds), figsize=(2.9 * (1 + len(kinds)), 3.4), layout='constrained', sharey=True)
+  figure, panels = pyplot.subplots(1, 1 + len(kinds), figsize=(2.9 * (1 + len(kinds)), 3.4), layout='constrained',
+                                   sharey=True)
   for kind, axes in zip(kinds, panels[1:]):
     own = [row for row in rows if row['kind'] == kind]
     loops = [row['loops'] for row in own]
     panels[0].plot(loops, [row['accuracy'] for row in own], marker='o', label=kind)
     for i, name in enumerate(hops):
-      axes.plot(loops, [row[name] for row in own], marker='.', color=pyplot.cm.viridis(i / max(len(hops) - 1, 1)), label=name)
+      axes.plot(loops, [row[name] for row in own], marker='.', color=pyplot.cm.viridis(i / max(len(hops) - 1, 1)),
+                label=name)
     axes.set_title(kind)
   panels[0].set(title='all problems', ylabel='accuracy', ylim=(0, 1.03))
   panels[0].legend(fontsize=7)
@@ -85,7 +88,8 @@ def draw(path, rows: list[dict]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches.
+  """
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_enum('task', 'pointers', TASKS, 'Size of experiments/configs/loopformer.py.')
   flags.DEFINE_list('kinds', list(KINDS), f'Of {", ".join(KINDS)}.')

@@ -1,7 +1,7 @@
 """A pretrained decoder made to loop, before and after it is trained to: retrofitted recurrence, or damped steps.
 
-    python -m experiments.studies.heal --from=SmolLM2-135M --prelude=10 --coda=10 --retrofit=4 --loops=4 --corpus='text/*.txt' \
-      --steps=400 --workdir=runs/heal --out=experiments/reports/imported/retrofit
+    python -m experiments.studies.heal --from=SmolLM2-135M --prelude=10 --coda=10 --retrofit=4 --loops=4 \
+      --corpus='text/*.txt' --steps=400 --workdir=runs/heal --out=experiments/reports/imported/retrofit
     python -m experiments.studies.heal --from=SmolLM2-135M --prelude=14 --coda=11 --damped=0.25 --loops=4 ...
 
 Imports the decoder (flags as of --mode=import), evaluates it at every budget of --depths (1 to --loops by default) on
@@ -64,15 +64,15 @@ def healing(loaded, start: Path, steps: int, batch: int, task: Text, mean: int) 
       objective=Objective(rolls={'drawn': Rollout(drawn(loaded, steps, mean))},
                           terms={'lm': Weighted(1.0, CE(roll='drawn'))}), evals=Depths(budgets=(mean,)),
       task=task,
-      train=Train(steps=max(steps, 1), batch=batch, start=str(start), log_every=5, eval_every=max(steps, 1), eval_batches=4,
-                  save_every=max(1, min(steps, 50)), keep=1),
+      train=Train(steps=max(steps, 1), batch=batch, start=str(start), log_every=5, eval_every=max(steps, 1),
+                  eval_batches=4, save_every=max(1, min(steps, 50)), keep=1),
       optim=Muon(schedule=schedules['muon'], matrices=matrices, heads=attn.heads, groups=attn.groups,
                  decay=WSD(peak=1e-4), others=AdamW(schedule=schedules['adam'])))
 
 
 def imported(start: Path, options: dict) -> loopformer.Loaded:
-  """The decoder of --from, which is imported into a folder with these options, once. Raises ConfigError where the folder
-  holds what others made."""
+  """The decoder of --from, which is imported into a folder with these options, once. Raises ConfigError where the
+  folder holds what others made."""
   source, done = FLAGS['from'].value, configs.is_workdir(start)
   records.made_with(start / 'made_with.json', done, **{'from': source}, **options)
   if not done:
@@ -101,8 +101,9 @@ def arm(name: str, options: dict, schedules: dict[str, tuple[float, ...]], workd
   for split, counts in prepared.load_manifest(task.folder)['splits'].items():
     windows = max(0, counts['tokens'] - 1) // window
     if windows < FLAGS.batch:
-      raise ConfigError(f'--corpus={",".join(FLAGS.corpus)}: {windows} windows of {window} tokens in its {split} split, fewer than '
-                        f'--batch={FLAGS.batch}; give more text, a smaller --batch or a shorter --window')
+      raise ConfigError(f'--corpus={",".join(FLAGS.corpus)}: {windows} windows of {window} tokens in its {split} '
+                        f'split, fewer than --batch={FLAGS.batch}; give more text, a smaller --batch or a '
+                        'shorter --window')
 
   def rows(model, params, when):
     found = evaluate(model, params, held_out(config, run, 4), schedules, text_bytes(loaded.tokenizer))
@@ -125,8 +126,11 @@ def budgets(loops: int) -> dict[str, tuple[float, ...]]:
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines those of imports, --window, --depths."""
-  flags.DEFINE_list('corpus', None, 'Globs of text, as of corpus.Files; a twentieth of the documents is held out.', required=True)
+  """A function, so that importing this file defines none; experiments.main defines those of imports, --window,
+  --depths.
+  """
+  flags.DEFINE_list('corpus', None, 'Globs of text, as of corpus.Files; a twentieth of the documents is held out.',
+                    required=True)
   flags.DEFINE_integer('steps', 400, 'Steps of training; 0: none.', lower_bound=0)
   flags.DEFINE_integer('batch', 8, 'Windows of a step.', lower_bound=1)
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
@@ -138,7 +142,8 @@ def main(argv):
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
   given = {name: FLAGS[name].value for name in IMPORT if FLAGS[name].present}
   if FLAGS['from'].value is None or given.get('loops', 1) < 2 or not {'retrofit', 'damped'} & set(given):
-    raise ConfigError('--from, --loops (2 or more) and --retrofit or --damped are needed: name a decoder and how it is to loop')
+    raise ConfigError('--from, --loops (2 or more) and --retrofit or --damped are needed: '
+                      'name a decoder and how it is to loop')
   check_looped(given)
   schedules = budgets(given['loops'])
   out.mkdir(parents=True, exist_ok=True)

@@ -5,15 +5,15 @@
     python -m experiments.studies.leaderboard --size=small --task=text --seeds=0,1 --workdir=... --out=...    # one GPU
 
 Trains every system of experiments/configs/leaderboard.py. The operations of a training step are those of the matrix
-products that its program runs (`estimate.step_flops`: what is of no use counts, such as steps of sequences that are done),
-and every system takes as many steps as have the operations of `--steps` steps of `base`. First three learning rates, for
-a quarter of that (`--share`); then the best of them by the validation loss at all loops, whole, for every seed. A system
-that begins where another stops (loopus, melt) has half of the budget, and the other the first half.
+products that its program runs (`estimate.step_flops`: what is of no use counts, such as steps of sequences that are
+done), and every system takes as many steps as have the operations of `--steps` steps of `base`. First three learning
+rates, for a quarter of that (`--share`); then the best of them by the validation loss at all loops, whole, for every
+seed. A system that begins where another stops (loopus, melt) has half of the budget, and the other the first half.
 
-What is trained stands in the work folder and is not trained again; a study that was stopped goes on. Writes results.json,
-table.md (at all L loops, and the best of all budgets), budgets.md (at every budget), rates.md (what the rates did),
-quality.png (all systems against operations a token) and systems.png (a panel a system). Of a denoiser the loss is its
-bound. Times are of one row, measured after all training; `--together` says how many runs train at a time.
+What is trained stands in the work folder and is not trained again; a study that was stopped goes on. Writes
+results.json, table.md (at all L loops, and the best of all budgets), budgets.md (at every budget), rates.md (what the
+rates did), quality.png (all systems against operations a token) and systems.png (a panel a system). Of a denoiser the
+loss is its bound. Times are of one row, measured after all training; `--together` says how many runs train at a time.
 """
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def names_of(task: str) -> list[str]:
 
 
 class Study:
-  """What is trained for a task: numbers of steps by the operations that they may take, rates by the best of short runs."""
+  """What is trained for a task: numbers of steps by the operations that they may take, rates by the best of short runs.
+  """
 
   def __init__(self, size: str, task: str, steps: int, share: float, rates: Sequence[float]):
     self.size, self.task, self.share, self.rates = size, task, share, rates
@@ -81,13 +82,15 @@ class Study:
     steps, workdir = self.steps(name, share), storage.path(FLAGS.workdir)
     folder = workdir / f'{self.task}-{name}-{rate:g}-{steps}-{seed}'
     shared = [f"task.folder='{workdir / 'data'}'"] if self.task == 'text' else []
-    spec, changes = self.spec(name, rate=rate, steps=steps, **start), (*FLAGS['set'].value, f'train.seed={seed}', *shared)
+    spec, changes = (self.spec(name, rate=rate, steps=steps, **start),
+                     (*FLAGS['set'].value, f'train.seed={seed}', *shared))
     if trained(folder) != steps or not configs.is_saved(configs.load(spec, changes), folder):
       command.train(spec, folder, *changes)  # which refuses to go on with a run of another configuration
     return folder
 
   def sweep(self, name: str):
-    """Trains a system with every rate for a short time, and remembers its losses; infinite where a run failed to learn."""
+    """Trains a system with every rate for a short time, and remembers its losses; infinite where a run failed to learn.
+    """
     found = {}
     for rate in self.rates if len(self.rates) > 1 else ():
       folder = self.train(name, rate, 0, self.share)
@@ -107,7 +110,8 @@ def measure(folder: Path, budgets: Sequence[int], count: int) -> dict[str, Any]:
   length = config.task.length
   found = evaluate(model, params, held_out(config, folder, count), {str(n): plans.resolve(n) for n in budgets},
                    tokenizer and measures.text_bytes(tokenizer), config.task.measure)
-  rows = [{'loops': n, **{key: value for key, value in row.items() if key not in ('budget', 'schedule', 'tokens', 'ran')},
+  rows = [{'loops': n,
+           **{key: value for key, value in row.items() if key not in ('budget', 'schedule', 'tokens', 'ran')},
            'MFLOP a token': model.flops(length, n) / 1e6} for n, row in zip(budgets, found)]
   denoises = model.sampler.denoises
   return {'rows': rows, 'loops': model.loops, 'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -128,7 +132,8 @@ def show_of(task: str) -> str:
 
 def means(results: dict[str, list[dict]], show: str) -> dict[str, list[dict]]:
   """Name -> a row for every budget: means over seeds, and half the range of `show`."""
-  return {name: [{**records.means(same, show), 'loops': same[0]['loops']} for same in zip(*(run['rows'] for run in runs))]
+  return {name: [{**records.means(same, show), 'loops': same[0]['loops']}
+                 for same in zip(*(run['rows'] for run in runs))]
           for name, runs in results.items()}
 
 
@@ -185,8 +190,8 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   for axes, (name, rows) in zip(panels.flat, found.items()):
     for theirs in found.values():
       axes.plot([row['loops'] for row in theirs], [row[show] for row in theirs], color='0.88', linewidth=0.8)
-    axes.errorbar([row['loops'] for row in rows], [row[show] for row in rows], [row['+-'] or 0.0 for row in rows], marker='o',
-                  markersize=3, color=colours[name])
+    axes.errorbar([row['loops'] for row in rows], [row[show] for row in rows], [row['+-'] or 0.0 for row in rows],
+                  marker='o', markersize=3, color=colours[name])
     axes.axvline(results[name][0]['loops'], color='0.6', linewidth=0.6, linestyle=':')
     axes.set_title(name, fontsize=8)
     axes.tick_params(labelsize=6)
@@ -200,14 +205,17 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --set and --eval_batches.
+  """
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_enum('task', 'text', leaderboard.TASKS, 'Task of experiments/configs/leaderboard.py.')
   flags.DEFINE_enum('size', 'cpu', list(leaderboard.SIZES), 'Size of experiments/configs/leaderboard.py.')
   flags.DEFINE_list('systems', None, 'Those to compare; all by default.')
-  flags.DEFINE_list('rates', ['1e-3', '3e-3', '1e-2'], 'Peaks of the learning rate that are tried; of one, no short runs.')
+  flags.DEFINE_list('rates', ['1e-3', '3e-3', '1e-2'],
+                    'Peaks of the learning rate that are tried; of one, no short runs.')
   flags.DEFINE_float('share', 0.25, 'Of the budget, for the short runs.', lower_bound=0.0, upper_bound=1.0)
-  flags.DEFINE_integer('steps', 0, "Of `base`, whose operations all have; the configuration's by default.", lower_bound=0)
+  flags.DEFINE_integer('steps', 0, "Of `base`, whose operations all have; the configuration's by default.",
+                       lower_bound=0)
   flags.DEFINE_integer('together', 1, 'Runs at a time.', lower_bound=1)
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 
@@ -240,8 +248,8 @@ def main(argv):
       for name, folder in zip(names, pool.map(lambda name: study.train(name, study.rate(name), seed, 1.0), names)):
         folders.setdefault(name, folder)
         results.setdefault(name, []).append(
-            {**measure(folder, leaderboard.budgets(FLAGS.size, name), FLAGS.eval_batches or 32), 'rate': study.rate(name),
-             'seed': seed})
+            {**measure(folder, leaderboard.budgets(FLAGS.size, name), FLAGS.eval_batches or 32),
+             'rate': study.rate(name), 'seed': seed})
         records.report(out, results, budgets=budget_table(results, show))
         draw(out, results, show)
         print(f'{name}, seed {seed}: measured', flush=True)

@@ -2,8 +2,9 @@
 
     python -m experiments.studies.loopus_split --workdir=runs/base --text=README.md --out=runs/base/split
 
-Reads the first --tokens of a text, in rows of 256 (or as many as the model has positions), and prints a table; with --out
-it is written there too, as table.md, with profile.png. The rule and its source: loopformer/papers/loopus/split.py.
+Reads the first --tokens of a text, in rows of 256 (or as many as the model has positions), and prints a table; with
+--out it is written there too, as table.md, with profile.png. The rule and its source:
+loopformer/papers/loopus/split.py.
 """
 from __future__ import annotations
 
@@ -65,8 +66,9 @@ def main(argv):
   turned = profile(model, params, rows_of(ids, min(256, model.read_in.length)))
   prelude, coda = split(turned)
   depth = len(turned)
-  table = metrics.table([{'layer': layer, '1 - cos': f'{value:.4f}', 'section': 'prelude' if layer < prelude else 'coda' if
-                          layer >= depth - coda else 'loop'} for layer, value in enumerate(turned)])
+  table = metrics.table([{'layer': layer, '1 - cos': f'{value:.4f}',
+                          'section': 'prelude' if layer < prelude else 'coda' if layer >= depth - coda else 'loop'}
+                         for layer, value in enumerate(turned)])
   print(table)
   print(f'\nproposed: encoder=0..{prelude - 1},decoder={depth - coda}..{depth - 1}')
   if FLAGS.out is not None:

@@ -5,10 +5,10 @@
         --workdir=runs/loopus_smollm --out=runs/loopus_smollm/report
 
 Without --from a decoder of six layers is trained first (experiments/configs/loopus.py). --text: what all arms are
-trained on, with --from; Python's standard library without it. --loops: B, the size's own without it. The arms: `base`, as
-many tokens without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins near one;
-`ungated`, without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a process of its own,
-and goes on where it was stopped. Writes, after every arm, results.json, table.md, depths.png.
+trained on, with --from; Python's standard library without it. --loops: B, the size's own without it. The arms: `base`,
+as many tokens without loops, the control that the paper lacks; `loopus`; `accept`, the same with a gate that begins
+near one; `ungated`, without a gate; and `untrained`, the decoder whose middle is repeated as it is. Every run is a
+process of its own, and goes on where it was stopped. Writes, after every arm, results.json, table.md, depths.png.
 """
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ FLAGS = flags.FLAGS
 ARMS = {'base': 'arm=base', 'loopus': 'arm=loopus', 'accept': 'arm=loopus,gate=accept', 'ungated': 'arm=ungated'}
 
 
-def measure(folder: Path, config, text: Path, budgets: list[int], thresholds: list[float]) -> tuple[list[dict], list[dict]]:
-  """Rows by budget, and by threshold of exits where the model has a confidence head, whose `budget` is the mean exit step;
-  config: whose task is measured on, prepared in the folder `text`."""
+def measure(folder: Path, config, text: Path, budgets: list[int],
+            thresholds: list[float]) -> tuple[list[dict], list[dict]]:
+  """Rows by budget, and by threshold of exits where the model has a confidence head, whose `budget` is the mean exit
+  step; config: whose task is measured on, prepared in the folder `text`."""
   model, params, _, _ = loopformer.load(folder)
   lengths = text_bytes(config.task.tokenizer_of(text))
   batches = held_out(config, text, -(-FLAGS.eval_rows // config.train.batch))
@@ -57,7 +58,8 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
     source = f'cpu,start={start}'
   else:
     start = storage.path(FLAGS['from'].value)
-    source = f'gpu,from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}' + (f',text={FLAGS.text}' if FLAGS.text else '')
+    source = (f'gpu,from={start},encoder={FLAGS.encoder},decoder={FLAGS.decoder}'
+              + (f',text={FLAGS.text}' if FLAGS.text else ''))
   deep = f',loops={FLAGS.loops}' if FLAGS.loops else ''
   found = {}
   for arm in FLAGS.arms:
@@ -107,8 +109,8 @@ def draw(out: Path, results: dict[str, dict]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir, --from, --text, --loops, and --set,
-  which acts on all arms."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir, --from, --text, --loops,
+  and --set, which acts on all arms."""
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('encoder', None, 'With --from: layers before the loop, such as 0..1, or none.')
   flags.DEFINE_string('decoder', None, 'With --from: layers after the loop.')
@@ -124,10 +126,11 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   given = [name for name in ('from', 'encoder', 'decoder') if FLAGS[name].value is not None]
   if given and len(given) < 3:
-    raise ConfigError(f'--{given[0]}: --from, --encoder and --decoder are given together; experiments.studies.loopus_split '
-                      'proposes the latter two')
+    raise ConfigError(f'--{given[0]}: --from, --encoder and --decoder are given together; '
+                      'experiments.studies.loopus_split proposes the latter two')
   if FLAGS.text and not given:
-    raise ConfigError(f'--text={FLAGS.text}: without --from the decoder is one of bytes of the standard library; add --from')
+    raise ConfigError(f'--text={FLAGS.text}: without --from the decoder is one of bytes of the standard library; '
+                      'add --from')
   for arm in FLAGS.arms:
     if arm not in ARMS:
       raise ConfigError(f'--arms={",".join(FLAGS.arms)}: {arm} is none; choose from {", ".join(ARMS)}')

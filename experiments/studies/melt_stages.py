@@ -153,7 +153,9 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on all phases."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on
+  all phases.
+  """
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/melt.py.')

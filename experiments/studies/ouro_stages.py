@@ -158,7 +158,9 @@ def draw(path: Path, results: dict[str, dict]):
 
 
 def define_flags():
-  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on stage I."""
+  """A function, so that importing this file defines none; experiments.main defines --workdir and --set, which acts on
+  stage I.
+  """
   flags.DEFINE_list('seeds', ['0'], 'Seeds of initialisation and data order.')
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 

@@ -95,9 +95,9 @@ def measure(folder: Path) -> dict[str, Any]:
   accuracies = hits[:, :size].mean(0)
   few = {name: jnp.asarray(rows[:ROWS]) for name, rows in batch.items()}
   cost = costs.of_pass(model, params, few, plan_of(planner, few), REPEATS)
-  return {'n*': reached(accuracies), 'accuracy': float(accuracies.mean()), 'last': float(accuracies[-1]), 'loops': int(cost.steps),
-          'layers in order': layers_of(model, int(cost.steps)), 'MFLOP': cost.flops / 1e6, 'ms': cost.milliseconds,
-          'by index': [float(one) for one in accuracies]}
+  return {'n*': reached(accuracies), 'accuracy': float(accuracies.mean()), 'last': float(accuracies[-1]),
+          'loops': int(cost.steps), 'layers in order': layers_of(model, int(cost.steps)), 'MFLOP': cost.flops / 1e6,
+          'ms': cost.milliseconds, 'by index': [float(one) for one in accuracies]}
 
 
 def rows_of(results: dict[str, dict]) -> list[dict]:

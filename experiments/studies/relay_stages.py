@@ -281,7 +281,8 @@ def define_flags():
   flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
   flags.DEFINE_string('size', 'cpu', 'Size of experiments/configs/relay.py.')
   flags.DEFINE_string('task', None, "Task of experiments/configs/relay.py; the size's first by default.")
-  flags.DEFINE_bool('inject', False, 'Both loops take the input in again in every step (not in the paper); give another --out.')
+  flags.DEFINE_bool('inject', False,
+                    'Both loops take the input in again in every step (not in the paper); give another --out.')
   flags.DEFINE_integer('problems', 256, 'Problems of every size to measure on.', lower_bound=1)
   flags.DEFINE_integer('tries', 40, 'So many problems at most are tried for every chain that is wanted.', lower_bound=1)
 

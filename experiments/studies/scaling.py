@@ -1,8 +1,8 @@
 """Scaling: losses over loops, widths and tokens at equal operations of training, and the laws that fit them.
 
     python -m experiments.studies.scaling --workdir=runs/scaling --out=experiments/reports/scaling
-    python -m experiments.studies.scaling --system=parcae --size=small --operations=1e17,3e17,1e18 --trained_loops=1,2,4,8 \\
-        --widths=512,768 --workdir=... --out=...                                                                 # one GPU
+    python -m experiments.studies.scaling --system=parcae --size=small --operations=1e17,3e17,1e18 \\
+        --trained_loops=1,2,4,8 --widths=512,768 --workdir=... --out=...                               # one GPU
 
 Trains a system of experiments/configs/leaderboard.py (`middle` by default: a layer before the loop, one after) at every
 width and number of loops, for as many steps as have the given operations of matrix products. Then fits Parcae's law and
@@ -45,8 +45,8 @@ def run(width: int, loops: int, operations: float) -> dict:
   a_step = estimate.step_flops(configs.load(spec(width, loops)))
   steps = round(operations / a_step)
   if steps < 4:
-    raise ConfigError(f'--operations: {operations:g} are {operations / a_step:.1f} steps at width {width} with {loops} loops; '
-                      'give 4 steps or more')
+    raise ConfigError(f'--operations: {operations:g} are {operations / a_step:.1f} steps at width {width} with {loops} '
+                      'loops; give 4 steps or more')
   workdir = storage.path(FLAGS.workdir)
   folder = workdir / f'{FLAGS.system}-{width}-{loops}-{steps}'
   command.train(spec(width, loops, steps=steps, rate=FLAGS.rate), folder, *FLAGS['set'].value,
@@ -82,7 +82,8 @@ def draw(path, rows: list[dict]):
                                    squeeze=False)
   for width, axes in zip(widths, panels[0]):
     for i, cost in enumerate(costs):
-      own = sorted((row for row in rows if row['width'] == width and row['operations'] == cost), key=lambda row: row['loops'])
+      own = sorted((row for row in rows if row['width'] == width and row['operations'] == cost),
+                   key=lambda row: row['loops'])
       axes.plot([row['loops'] for row in own], [row['loss'] for row in own], marker='o',
                 color=pyplot.cm.viridis(i / max(len(costs) - 1, 1)), label=f'{cost:.2g} operations')
     plots.doubling(axes)
@@ -109,7 +110,8 @@ def define_flags():
 def main(argv):
   check_command('set')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
-  loops, widths, costs = (sorted({int(value) if whole else float(value) for value in numbers(','.join(given), name, kind)})
+  loops, widths, costs = (sorted({int(value) if whole else float(value)
+                                  for value in numbers(','.join(given), name, kind)})
                           for given, name, kind, whole in ((FLAGS.trained_loops, '--trained_loops', int, True),
                                                            (FLAGS.widths, '--widths', int, True),
                                                            (FLAGS.operations, '--operations', float, False)))
@@ -122,12 +124,15 @@ def main(argv):
       rows.append(row)
       records.report(out, rows, points=rows)
       draw(out / 'scaling.png', rows)
-      print(f'width {row["width"]}, {row["loops"]} loops, {row["operations"]:g} operations: {row["loss"]:.3f}', flush=True)
-  points = [laws.Point(once=row['once'], looped=row['looped'], loops=row['loops'], tokens=row['tokens'], loss=row['loss'])
+      print(f'width {row["width"]}, {row["loops"]} loops, {row["operations"]:g} operations: {row["loss"]:.3f}',
+            flush=True)
+  points = [laws.Point(once=row['once'], looped=row['looped'], loops=row['loops'],
+                       tokens=row['tokens'], loss=row['loss'])
             for row in rows if row['loss'] is not None and math.isfinite(row['loss'])]
   found = fitted(points, FLAGS.draws)
   storage.write(out / 'laws.md', (metrics.table(found) if found else 'fewer points than a law has numbers') + '\n')
-  best = laws.best_loops(points, [row['operations'] for row in rows if row['loss'] is not None and math.isfinite(row['loss'])])
+  best = laws.best_loops(points, [row['operations'] for row in rows
+                                  if row['loss'] is not None and math.isfinite(row['loss'])])
   slopes = {name: laws.exponent([row['operations'] for row in best], [row[name] for row in best])
             for name in ('loops', 'tokens')}
   storage.write(out / 'loops.md', metrics.table(best) + '\n\n' + ', '.join(

@@ -3,9 +3,9 @@
     python -m experiments.main --mode=plan --config=experiments/configs/loopformer.py:paper --topology=v5e:4x4 \
       --set mesh.fsdp=16 --set train.accumulate=10 [--program=train|eval|prefill|decode] [--rows=64]
 
-The real programs of the library are compiled for the devices of `topologies.find`, without one of them and without data.
-Of the compiled program: memory at its peak, or the compiler's refusal; collectives; copies; kernels. Of the traced one:
-arithmetic and traffic, which compilers' own counts take for one pass of every loop (as in estimate.py).
+The real programs of the library are compiled for the devices of `topologies.find`, without one of them and without
+data. Of the compiled program: memory at its peak, or the compiler's refusal; collectives; copies; kernels. Of the
+traced one: arithmetic and traffic, which compilers' own counts take for one pass of every loop (as in estimate.py).
 """
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def _serving(config, mesh, rows):
   found, count = {}, -(-rows // sharding.row_parts(mesh)) * sharding.row_parts(mesh)
 
   def make(params):
-    found['model'], params = flat.flattened(config.model, params,
-                                               transpose=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
+    found['model'], params = flat.flattened(
+        config.model, params, transpose=count > sharding.row_parts(mesh) or backend.current().sums_contiguous)
     empty = engine.empty_rows(found['model'], params, count, config.model.read_in.length, config.model.loops)
     found['specs'] = engine.partitions(found['model'], params, empty, mesh.shape)
     return params, empty
@@ -245,16 +245,17 @@ def compile_for(topology: topologies.Topology, config: Any, program: str = 'trai
     raise ConfigError(_refusal(error, topology, program)) from None
   memory = compiled.memory_analysis()
   return Compiled(
-      built=built, topology=topology, mesh=dict(mesh.shape), peak=memory.peak_memory_in_bytes, arguments=memory.argument_size_in_bytes,
-      program=hlo.Program(compiled.as_text(), built.steps), flops=sum(product.flops for product in counted),
-      traffic=built.state + sum(product.moved for product in counted), seconds=time.perf_counter() - begun)
+      built=built, topology=topology, mesh=dict(mesh.shape), peak=memory.peak_memory_in_bytes,
+      arguments=memory.argument_size_in_bytes, program=hlo.Program(compiled.as_text(), built.steps),
+      flops=sum(product.flops for product in counted), traffic=built.state + sum(product.moved for product in counted),
+      seconds=time.perf_counter() - begun)
 
 
 def _refusal(error, topology, program):
   told = topologies.words(error)
   if 'RESOURCE_EXHAUSTED' in told or 'out of memory' in told.lower():
-    return (f'--topology={topology.name}: the program {program!r} does not fit ({told}); raise mesh.fsdp, mesh.tensor or '
-            'train.accumulate, or take a larger topology')
+    return (f'--topology={topology.name}: the program {program!r} does not fit ({told}); raise mesh.fsdp, mesh.tensor '
+            'or train.accumulate, or take a larger topology')
   return f'--topology={topology.name}: the program {program!r} cannot be compiled there: {told}'
 
 

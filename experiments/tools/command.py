@@ -1,4 +1,6 @@
-"""How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its texts."""
+"""How every command begins: flags are read strictly, wrong ones end it with one line, and any console can show its
+texts.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
@@ -55,7 +57,8 @@ def train(spec: str, workdir: Path, *changes: str):
 
 
 def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
-  """Ends the command where a flag, a word or a list of them, was given another than those that are known, or one twice."""
+  """Ends the command where a flag, a word or a list of them, was given another than those that are known, or one twice.
+  """
   words = [given] if isinstance(given, str) else given
   for word in words:
     if word not in known:
@@ -64,23 +67,25 @@ def check_chosen(name: str, given: str | Sequence[str], known: Collection[str]):
 
 
 def check_whole(**given: Sequence[str] | None):
-  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one twice; or 0,
-  but for seeds."""
+  """Ends the command where one of these flags, lists of words or None, has a word that is no whole number, or one
+  twice; or 0, but for seeds."""
   for name, words in given.items():
     if not all(word.isdecimal() and (int(word) or name == 'seeds') for word in words or ()):
-      sys.exit(f'error: --{name}={",".join(words)}: give whole numbers apart by commas{"" if name == "seeds" else ", 1 or more"}')
+      sys.exit(f'error: --{name}={",".join(words)}: '
+               f'give whole numbers apart by commas{"" if name == "seeds" else ", 1 or more"}')
     _check_once(name, [str(int(word)) for word in words or ()])
 
 
 def _check_once(name: str, words: Sequence[str]):
   for word in words:
     if words.count(word) > 1:
-      sys.exit(f'error: --{name}={",".join(words)}: {word} stands there more than once, and would count as often; give it once')
+      sys.exit(f'error: --{name}={",".join(words)}: {word} stands there more than once, and would count as often; '
+               'give it once')
 
 
 def begin(main: Callable, argv: list[str]):
-  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used, files
-  that cannot be read or written, and a loss that is no number end it with one line."""
+  """Runs `main(argv)`, unless what it is to write could not be written where --out says; input that cannot be used,
+  files that cannot be read or written, and a loss that is no number end it with one line."""
   interrupts.unwind()
   try:
     if 'out' in FLAGS and FLAGS.out:
@@ -91,8 +96,8 @@ def begin(main: Callable, argv: list[str]):
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it cannot
-  have."""
+  """Sets the flags. Ends the command at a word that is no flag, one that is unknown or missing, or a value that it
+  cannot have."""
   try:
     try:
       words = FLAGS(argv)
@@ -123,8 +128,8 @@ def _told(text: str) -> str:
     return '; '.join(f'--{name} is missing: {FLAGS[name].help}'.rstrip('.') for name in missing)
   found = re.match(r'flag (--(\w+)(?:=.*?)?): ', text, re.DOTALL)
   takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
-  kinds = {'an integer': 'a whole number', 'a number': 'a finite number', 'a non-negative number': 'a finite number, 0 or '
-           'more'}
+  kinds = {'an integer': 'a whole number', 'a number': 'a finite number',
+           'a non-negative number': 'a finite number, 0 or more'}
   for kind, words in kinds.items():
     takes = takes and takes.replace(kind, words)
   return f'{found[1]}: must be {takes}' if takes else text.replace('\n', '; ')

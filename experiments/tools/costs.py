@@ -1,5 +1,5 @@
-"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded, of one pass, and
-of one more token.
+"""What an answer costs: operations, steps that wait for each other, and time, of a chain that is decoded, of one pass,
+and of one more token.
 
 A chain of N tokens that writes T more is read in one pass and then decoded with a cache, so that every token goes
 through the layers once. A pass of L loops goes through them L times with all of its N tokens. Operations are counted
@@ -52,8 +52,8 @@ def of_chain(model: Any, params: Params, tokenizer: Any, prompts: Sequence[Seque
 
 
 def of_pass(model: Any, params: Params, batch: Batch, plan: Plan, repeats: int = 5) -> Cost:
-  """Of a batch that goes through the steps of a plan at once, up to the likeliest answers; as wide as its rows are, and as
-  deep as the deepest of them."""
+  """Of a batch that goes through the steps of a plan at once, up to the likeliest answers; as wide as its rows are, and
+  as deep as the deepest of them."""
   rows, tokens = batch['tokens'].shape[:2]
   pass_of = jax.jit(lambda params, batch, plan: model.apply(
       {'params': params}, run_batch(model, params, batch, plan).z, method='logits').argmax(-1))

@@ -137,13 +137,15 @@ def rows_of(task: Any) -> dict[str, np.ndarray]:
           'positions': np.arange(task.length, dtype=np.int32)}
 
 
-def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, steps: int | range, stage: int | None = None) -> Steps:
-  """Draws plans for `rows` sequences at a training step, or at steps all over a range, in a stage of the run's controller; the
-  last if absent."""
+def expected(objective: Any, example: Mapping[str, np.ndarray], rows: int, steps: int | range,
+             stage: int | None = None) -> Steps:
+  """Draws plans for `rows` sequences at a training step, or at steps all over a range, in a stage of the run's
+  controller; the last if absent."""
   batch = {name: np.broadcast_to(leaf, (rows, *np.shape(leaf))) for name, leaf in example.items()}
   batch['row'] = np.arange(rows, dtype=np.int32)
   free, taken, most = [], 0.0, 0
-  at = np.linspace(steps[0], steps[-1], DRAWS).round().astype(np.int32) if isinstance(steps, range) else np.full(DRAWS, steps, np.int32)
+  at = (np.linspace(steps[0], steps[-1], DRAWS).round().astype(np.int32) if isinstance(steps, range)
+        else np.full(DRAWS, steps, np.int32))
   for roll in objective.rolls.values():
     own = max(len(roll.plan.stages) - 1, 0) if stage is None else stage
 
@@ -197,9 +199,9 @@ def make_plan(config: Any, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def step_flops(config: Any) -> float:
-  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans, over the
-  steps of the run (curricula), and over its stages: what runs without being of use, such as steps of sequences that are done,
-  counts too."""
+  """Floating-point operations of all matrix products that a training step runs on one device, in the mean over plans,
+  over the steps of the run (curricula), and over its stages: what runs without being of use, such as steps of sequences
+  that are done, counts too."""
   options, mesh, example = config.train, sharding.Mesh().make(jax.devices()[:1]), rows_of(config.task)
   _, traced = _traced(config, mesh, example)
   total = 0.0
@@ -210,8 +212,8 @@ def step_flops(config: Any) -> float:
 
 
 def shares(config: Any) -> dict[int, float]:
-  """Stage -> share of the run's steps that are in it, where no evaluation tells the controller anything: stages end when
-  they must (`Plateau.longest`), or never."""
+  """Stage -> share of the run's steps that are in it, where no evaluation tells the controller anything: stages end
+  when they must (`Plateau.longest`), or never."""
   control, options = config.control, config.train
   nothing = {f'loss@{name}': math.nan for name in config.evals.schedules()}
   state, counts = control.start(), collections.Counter()
@@ -255,7 +257,8 @@ def undivided(params: Any, mesh: jax.sharding.Mesh, roles: Roles) -> list[str]:
   for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(
       sharding.shardings(params, mesh, roles))):
     axes = {axis for entry in own.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
-    kind = 'parts' if axes & {'outer', 'inner'} else 'whole' if 'fsdp' not in axes and leaf.size >= sharding.LARGE else ''
+    kind = ('parts' if axes & {'outer', 'inner'}
+            else 'whole' if 'fsdp' not in axes and leaf.size >= sharding.LARGE else '')
     numbers[kind] += leaf.size
     names.setdefault(kind, jax.tree_util.keystr(path, simple=True, separator='/') + f' {list(leaf.shape)}')
   total, told = sum(leaf.size for leaf in jax.tree.leaves(params)), {
@@ -270,8 +273,8 @@ def undivided(params: Any, mesh: jax.sharding.Mesh, roles: Roles) -> list[str]:
 
 @config_dataclass
 class Product:
-  """A matrix product on one device: floating-point operations, and bytes of its operands and its result, times how often
-  it runs."""
+  """A matrix product on one device: floating-point operations, and bytes of its operands and its result, times how
+  often it runs."""
   flops: float
   moved: float
 
@@ -281,8 +284,8 @@ def products(jaxpr: Any, steps: Steps, sizes: Mapping[str, int], times: float = 
   """Every matrix product of a traced program, in the dtypes that it is written in.
 
   sizes: of the mesh. Inside a shard_map shapes are those of one device of the axes that it is manual over; what no
-  shard_map divides counts as if the partitioner divided it over all devices. A loop whose end the trace does not know is
-  one of `steps.free`, or, if no other is around it, of `steps.outer`.
+  shard_map divides counts as if the partitioner divided it over all devices. A loop whose end the trace does not know
+  is one of `steps.free`, or, if no other is around it, of `steps.outer`.
   """
   for equation in jaxpr.eqns:
     name, inner = equation.primitive.name, list(_inner(equation.params))

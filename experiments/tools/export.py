@@ -30,8 +30,8 @@ def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
   flags.DEFINE_string('out', None, 'Folder to write: a new one, or an earlier export.', required=True)
   flags.DEFINE_integer('step', None, 'Which checkpoint; the last by default.', lower_bound=0)
-  flags.DEFINE_multi_string('set', [], 'mesh.data, mesh.fsdp or mesh.tensor = a number: the devices that hold the weights '
-                                       'meanwhile; may be repeated.')
+  flags.DEFINE_multi_string('set', [], 'mesh.data, mesh.fsdp or mesh.tensor = a number: the devices that hold the '
+                                       'weights meanwhile; may be repeated.')
   machines.define_flags()
   flags.DEFINE_integer('loops', None, "Steps of the loop in the export; the model's own by default.",
                        lower_bound=1)

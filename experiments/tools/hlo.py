@@ -1,7 +1,8 @@
 """The text of a compiled program, read for what it computes, sends and copies.
 
-Programs of all three backends are read, as `compiled.as_text()` prints them. A loop counts as often as it runs, where the
-text tells: by its `known_trip_count`, or by a condition that compares a counter, which begins at zero, with a constant.
+Programs of all three backends are read, as `compiled.as_text()` prints them. A loop counts as often as it runs, where
+the text tells: by its `known_trip_count`, or by a condition that compares a counter, which begins at zero, with a
+constant.
 """
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ class Steps:
 class Collective:
   """An exchange between devices.
 
-  op: 'all-gather', ...; size: bytes of the whole array: gathered, or before it is scattered; group: places in the mesh of
-  the devices of the first group, None of a permutation; times: how often it runs; looped: whether inside a loop; name: of
-  the operation that it was made of.
+  op: 'all-gather', ...; size: bytes of the whole array: gathered, or before it is scattered; group: places in the mesh
+  of the devices of the first group, None of a permutation; times: how often it runs; looped: whether inside a loop;
+  name: of the operation that it was made of.
   """
   op: str
   size: float

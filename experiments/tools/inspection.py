@@ -21,16 +21,16 @@ def encoded(model: Any, params: Any, tokenizer: Any, prompt: str, number: int) -
   """The ids of a prompt; of a model that denoises those of its holes too. Raises ConfigError naming the prompt."""
   if model.sampler.denoises:
     if not HOLE.search(prompt):
-      raise ConfigError(f'--prompt={prompt!r}: a masked diffusion model answers where tokens are hidden; give it holes, '
-                        '<mask> or <mask:5>')
+      raise ConfigError(f'--prompt={prompt!r}: a masked diffusion model answers where tokens are hidden; give it '
+                        'holes, <mask> or <mask:5>')
     ids = model.sampler.serve(model, params, tokenizer, rows=1).encode(prompt)
   else:
     ids = prompt_ids(tokenizer, prompt)
   if not ids:
     raise ConfigError(f'--prompt={prompt!r}: prompt {number} has no tokens to inspect; give a text')
   if len(ids) > model.read_in.length:
-    raise ConfigError(f'--prompt: prompt {number} has {len(ids)} tokens, more than the {model.read_in.length} positions '
-                      'of the model (read_in.length); shorten it')
+    raise ConfigError(f'--prompt: prompt {number} has {len(ids)} tokens, more than the {model.read_in.length} '
+                      'positions of the model (read_in.length); shorten it')
   return list(ids)
 
 

@@ -8,8 +8,8 @@ and differ in what N counts. With N_once parameters that are applied once in a p
 N_rec that are applied r times:
 
     Unrolled     N = N_once + r N_rec       every loop counts as layers of its own (Parcae, 2604.12946)
-    Equivalent   N = N_once + r^phi N_rec   phi, fitted: what a loop is worth; 1 as layers of its own, 0 nothing ("How much
-                                            is one recurrence worth?", 2604.21106)
+    Equivalent   N = N_once + r^phi N_rec   phi, fitted: what a loop is worth; 1 as layers of its own, 0 nothing ("How
+                                            much is one recurrence worth?", 2604.21106)
 
 Fitted as Hoffmann et al. (2203.15556, appendix D.3) do: the logarithm of L, a Huber loss, L-BFGS from a grid of starts.
 Intervals are those of a bootstrap over the measured points, the 2.5th to the 97.5th percentile.
@@ -43,12 +43,15 @@ class Unrolled:
   names = ('E', 'A', 'a', 'B', 'b')
 
   def size(self, values: np.ndarray, points: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """N f64[n]; and the slopes of log N along the values from the sixth on, f64[n] each. values: [log E, log A, a, log B, b]."""
+    """N f64[n]; and the slopes of log N along the values from the sixth on, f64[n] each. values: [log E,
+    log A, a, log B, b].
+    """
     return points['once'] + points['loops'] * points['looped'], []
 
   def starts(self) -> list[tuple[float, ...]]:
     """Where fits begin."""
-    return list(itertools.product((-1.0, 0.0, 1.0), (2.0, 6.0, 10.0), (0.2, 0.5, 0.8), (2.0, 6.0, 10.0), (0.2, 0.5, 0.8)))
+    return list(itertools.product((-1.0, 0.0, 1.0), (2.0, 6.0, 10.0), (0.2, 0.5, 0.8), (2.0, 6.0, 10.0),
+                                  (0.2, 0.5, 0.8)))
 
   def told(self, values: np.ndarray) -> dict[str, float]:
     """The law's numbers by name."""
@@ -121,8 +124,8 @@ def fit(law: Unrolled, points: Sequence[Point]) -> np.ndarray:
 
 def _check(law, points):
   if len(points) < len(law.names):
-    raise ConfigError(f'{len(points)} points: {type(law).__name__} has {len(law.names)} numbers ({", ".join(law.names)}); '
-                      'measure as many or more')
+    raise ConfigError(f'{len(points)} points: {type(law).__name__} has {len(law.names)} numbers '
+                      f'({", ".join(law.names)}); measure as many or more')
   for point in points:
     values = dataclasses.asdict(point)
     for name, value in values.items():
@@ -130,7 +133,8 @@ def _check(law, points):
         raise ConfigError(f'a point has {name} = {value:g}; all but the parameters applied once are above 0')
 
 
-def intervals(law: Unrolled, points: Sequence[Point], draws: int = 200, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(law: Unrolled, points: Sequence[Point], draws: int = 200,
+              seed: int = 0) -> dict[str, tuple[float, float]]:
   """Name -> the 2.5th and 97.5th percentile of the number among fits to points drawn anew, with replacement.
 
   Each begins at the fit to all points. A draw with fewer different points than the law has numbers is drawn again.
@@ -145,11 +149,14 @@ def intervals(law: Unrolled, points: Sequence[Point], draws: int = 200, seed: in
     if len(set(index.tolist())) < min(len(law.names), len(points)):
       continue
     told.append(law.told(_search(law, _columns([points[i] for i in index]), [start])))
-  return {name: tuple(float(np.percentile([one[name] for one in told], at)) for at in (2.5, 97.5)) for name in law.names}
+  return {name: tuple(float(np.percentile([one[name] for one in told], at)) for at in (2.5, 97.5))
+          for name in law.names}
 
 
 def best_loops(points: Sequence[Point], costs: Sequence[float]) -> list[dict[str, float]]:
-  """Of every cost (operations of training, rounded to three digits) the point with the lowest loss: its loops and tokens."""
+  """Of every cost (operations of training, rounded to three digits) the point with the lowest loss: its loops and
+  tokens.
+  """
   rows = {}
   for point, cost in zip(points, costs):
     key = float(f'{cost:.3g}')

@@ -18,8 +18,8 @@ NAMES = ('trust', 'distributed', 'coordinator', 'processes', 'process', 'connect
 
 
 def define_flags():
-  flags.DEFINE_bool('trust', False, 'Run code that lies in a work folder, or that it names and is no part of the library; '
-                    'as safe as the folder is where you have it from.')
+  flags.DEFINE_bool('trust', False, 'Run code that lies in a work folder, or that it names and is no part of the '
+                    'library; as safe as the folder is where you have it from.')
   flags.DEFINE_bool('distributed', False, 'One of several processes, which JAX finds out about by itself (TPU pods, '
                     'Slurm, Kubernetes).')
   flags.DEFINE_string('coordinator', None, 'host:port of process 0 of several, with --processes and --process.')
@@ -64,8 +64,8 @@ def mesh_of(config: Any, assignments: Sequence[str], devices: list[jax.Device] |
   """The mesh for a trained model; None for one device.
 
   Args:
-    assignments: those of --set, of mesh fields alone. With them, the run's mesh is changed so, and must fit. Without, it
-      is the run's own where that fits the devices that are here, and otherwise all devices, which divide the weights
+    assignments: those of --set, of mesh fields alone. With them, the run's mesh is changed so, and must fit. Without,
+      it is the run's own where that fits the devices that are here, and otherwise all devices, which divide the weights
       (mesh.fsdp): where a model was trained does not decide where it can be evaluated.
 
   Raises:

@@ -32,8 +32,8 @@ def save(figure, path: str | Path, dpi: int):
 
 
 def doubling(axes, at: Sequence[int] | None = None):
-  """Makes x logarithmic, told in plain numbers: at these values, or at powers of two. Call it when all is drawn: where that
-  is less than two doublings, x stays as it is."""
+  """Makes x logarithmic, told in plain numbers: at these values, or at powers of two. Call it when all is drawn: where
+  that is less than two doublings, x stays as it is."""
   low, high = axes.dataLim.intervalx
   if at is None and high < 4 * low:
     return
@@ -137,7 +137,8 @@ def training(path: Path, rows: Rows, show: str = 'loss'):
     return
   figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
   for name in [name for name in rows[-1] if name.startswith(f'{show}@')]:
-    axes.plot([row['step'] for row in rows], [row[name] for row in rows], marker='.', label=name.removeprefix(f'{show}@'))
+    axes.plot([row['step'] for row in rows], [row[name] for row in rows], marker='.',
+              label=name.removeprefix(f'{show}@'))
   axes.set_xlabel('step')
   axes.set_ylabel(LABELS.get(show, show))
   axes.grid(alpha=0.3)

@@ -3,9 +3,9 @@
     python -m experiments.tools.quickstart --mode=train --workdir=runs/tiny --reasoning=runs/tiny-pointers
     python -m experiments.tools.quickstart --mode=eval --workdir=runs/tiny --reasoning=runs/tiny-pointers
 
-train: times a few steps of both runs of experiments/configs/quickstart.py, as --set changes them, and counts the rest. eval:
-reads what `--mode=eval` of experiments.main wrote into both folders, writes WORKDIR/eval/dial.png and prints a table of two
-lines.
+train: times a few steps of both runs of experiments/configs/quickstart.py, as --set changes them, and counts the rest.
+eval: reads what `--mode=eval` of experiments.main wrote into both folders, writes WORKDIR/eval/dial.png and prints a
+table of two lines.
 """
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ ALL = 'validation'  # the split of all problems; others are of so many jumps
 
 @config_dataclass
 class Pace:
-  """Of a run on this machine. first: seconds of the first step, nearly all of it compilation; step: of those after it, their
-  median."""
+  """Of a run on this machine. first: seconds of the first step, nearly all of it compilation; step: of those after it,
+  their median."""
   first: float
   step: float
 
 
 def pace(config: Any) -> Pace:
-  """Times the training step of a configuration, whose batches are all alike here; what is compiled is what a run compiles."""
+  """Times the training step of a configuration, whose batches are all alike here; what is compiled is what a run
+  compiles.
+  """
   options, mesh = config.train, config.mesh.make()
   sharding.check_model(config.model, mesh)
   sharding.check_batch(options.batch, options.accumulate, mesh)
@@ -68,14 +70,16 @@ def pace(config: Any) -> Pace:
 
 
 def left(config: Any, done: int, pace: Pace, commands: int) -> float:
-  """Seconds that a run takes from so many steps on, with its evaluations, and so many commands that compile their programs.
+  """Seconds that a run takes from so many steps on, with its evaluations, and so many commands that compile their
+  programs.
 
   An evaluation takes as many steps' time as its arithmetic says."""
   options, model, length = config.train, config.model, config.task.length
   steps = max(options.steps - done, 0)
   often = len({number for number in range(done + 1, options.steps + 1)
                if number % options.eval_every == 0 or number == options.steps})
-  forward = sum(model.flops(length, len(sizes)) for sizes in config.evals.schedules().values() if not isinstance(sizes, Run))
+  forward = sum(model.flops(length, len(sizes)) for sizes in config.evals.schedules().values()
+                if not isinstance(sizes, Run))
   of_step = forward / config.objective.flops(model, length)  # steps that a batch takes at all depths
   batches = options.eval_batches * (often + len(config.task.splits))
   return pace.step * (steps + of_step * batches) + pace.first * commands
@@ -98,7 +102,8 @@ def run_train(folders: dict[str, Any]):
     if done < config.train.steps:
       own = pace(config)
       found[name] = left(config, done, own, COMMANDS[name])
-      print(f'{name}: {config.train.steps - done} steps of {own.step:.2f} s, {told(found[name])} with its evaluation', flush=True)
+      print(f'{name}: {config.train.steps - done} steps of {own.step:.2f} s, {told(found[name])} with its evaluation',
+            flush=True)
   if found:
     print(f'this will take {told(sum(found.values()))} on this machine, as busy as it is now', flush=True)
 

@@ -37,14 +37,16 @@ def half_range(values: Sequence[float]) -> float | str:
 
 def means(rows: Sequence[Mapping[str, Any]], show: str) -> dict[str, Any]:
   """The means of all numbers that rows of several seeds have, by name; `+-` is `half_range` of what `show` names."""
-  return {**{name: float(np.mean([row[name] for row in rows])) for name, value in rows[0].items() if isinstance(value, numbers.Real)},
+  return {**{name: float(np.mean([row[name] for row in rows]))
+             for name, value in rows[0].items() if isinstance(value, numbers.Real)},
           '+-': half_range([row[show] for row in rows])}
 
 
 def made_with(note: str | Path, done: bool, **given: Any):
   """Writes down with what something is about to be made; where it was made already, it must have been with the same.
 
-  So a study that keeps what it has made, and makes the rest when it goes on, never takes for its own what other flags made.
+  So a study that keeps what it has made, and makes the rest when it goes on, never takes for its own what other flags
+  made.
 
   Args:
     note: the file.
@@ -60,8 +62,8 @@ def made_with(note: str | Path, done: bool, **given: Any):
     write(note, now)
     return
   if not note.exists():
-    raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, or give '
-                      'another --workdir')
+    raise ConfigError(f'{note.parent}: nothing says with which flags it was made ({note.name} is missing); remove it, '
+                      'or give another --workdir')
   before = reading.read_json(note, f'remove {note.parent}, or give another --workdir')
   for name in (*now, *before):
     if name not in before or name not in now or before[name] != now[name]:

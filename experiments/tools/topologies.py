@@ -1,8 +1,8 @@
 """Machines that are not here, as the compilers of their makers describe them.
 
-TPUs need libtpu (the extra `tpu`), CUDA the plugin of JAX (`pip install 'jax[cuda12]'` of the installed version); neither
-needs a device. A topology has devices of which a mesh can be made, and for which `jax.jit(...).lower(...).compile()`
-gives the program that would run there.
+TPUs need libtpu (the extra `tpu`), CUDA the plugin of JAX (`pip install 'jax[cuda12]'` of the installed version);
+neither needs a device. A topology has devices of which a mesh can be made, and for which
+`jax.jit(...).lower(...).compile()` gives the program that would run there.
 """
 from __future__ import annotations
 

@@ -103,8 +103,9 @@ class Around(Cell):
   def check(self, width: int):
     """Raises ConfigError where the inner cell cannot be taken step by step, or does not fit."""
     if not self.of.stepwise:
-      raise ConfigError(f'model.cell.of = {type(self.of).__name__}: its loops run together, so that nothing can be done '
-                        f'after each; {type(self).__name__} takes a cell whose steps run one by one, such as Plain')
+      raise ConfigError(f'model.cell.of = {type(self.of).__name__}: its loops run together, so that nothing can be '
+                        f'done after each; {type(self).__name__} takes a cell whose steps run one by one, '
+                        'such as Plain')
     self.of.check(width)
 
   def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
@@ -132,8 +133,10 @@ class Around(Cell):
     return self.inner.output(state)
 
   def of_one_array(self, state: Any) -> Array:
-    """The state, for what is defined of one array alone. Raises ConfigError where the inner cell's is a tree of several."""
+    """The state, for what is defined of one array alone. Raises ConfigError where the inner cell's is a tree of
+    several.
+    """
     if isinstance(state, Array):
       return state
-    raise ConfigError(f'model.cell = {type(self).__name__}: the state of {type(self.of).__name__} is a tree of several arrays; '
-                      f'put {type(self).__name__} around a cell whose state is one, such as Plain')
+    raise ConfigError(f'model.cell = {type(self).__name__}: the state of {type(self.of).__name__} is a tree of several '
+                      f'arrays; put {type(self).__name__} around a cell whose state is one, such as Plain')

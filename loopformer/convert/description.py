@@ -28,11 +28,12 @@ from loopformer.types import ConfigError
 
 MODEL_TYPE = 'loopformer'  # which LoopFormer's own code writes too, with an n_embd and no description
 SOCKETS = {  # the parts that are computed, by the fields that they stand in
-    'model': (Looped,), 'read_in': (Tokens, TokenEmbed), 'read_out': (TiedHead, TwiceNormedHead, Head), 'bridge': (layers.Linear,),
-    'start': (starts.Embedded, starts.Zeros, starts.Noise), 'cell': (Plain, Normed, Timed, Recur, Damped, Halting, Selective),
-    'gate': (layers.Linear, ConfidenceHead), 'share': (Share,), 'condition': (condition.Trajectory, condition.LoopIndex),
-    'modulation': (condition.Modulation,), 'inject': (inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal),
-    'core': (stack.Stack,), 'block': (blocks.Block, blocks.Chain),
+    'model': (Looped,), 'read_in': (Tokens, TokenEmbed), 'read_out': (TiedHead, TwiceNormedHead, Head),
+    'bridge': (layers.Linear,), 'start': (starts.Embedded, starts.Zeros, starts.Noise),
+    'cell': (Plain, Normed, Timed, Recur, Damped, Halting, Selective), 'gate': (layers.Linear, ConfidenceHead),
+    'share': (Share,), 'condition': (condition.Trajectory, condition.LoopIndex), 'modulation': (condition.Modulation,),
+    'inject': (inject.NoInjection, inject.Add, inject.Concat, inject.Diagonal), 'core': (stack.Stack,),
+    'block': (blocks.Block, blocks.Chain),
     'placement': (blocks.PreNorm, blocks.SandwichNorm, blocks.PeriNorm, blocks.PostNorm),
     'attn': (attention.SelfAttention,), 'values': (attention.ValueEmbed,), 'position': (Rotary, StretchedRotary, Alibi),
     'mlp': (layers.MLP, layers.GatedMLP), 'linear': (layers.Dense, LowRank),
@@ -40,7 +41,8 @@ SOCKETS = {  # the parts that are computed, by the fields that they stand in
 FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = {
-    'init': (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves, Rising, StepSizes),
+    'init': (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves, Rising,
+             StepSizes),
     'kernel': (kernels.Fused, kernels.Blockwise, kernels.Cudnn, kernels.Splash),
     'remat': (loop.KeepAll, loop.PerStep, loop.PerLayer, loop.Products, loop.Offload),
     'memory': (memories.PerLoop,), 'sampler': (Autoregressive,)}
@@ -85,8 +87,8 @@ def _instead(field: str, part: Any) -> str:
   if field == 'read_in':
     return 'a model of transformers reads tokens; evaluate this one here (--mode=eval)'
   if getattr(part, 'causal', True) is False:
-    return ('tokens of a decoder of transformers read none after them; evaluate this model here (--mode=eval), and if it '
-            'denoises, let it write here (--mode=generate)')
+    return ('tokens of a decoder of transformers read none after them; evaluate this model here (--mode=eval), and if '
+            'it denoises, let it write here (--mode=generate)')
   known = {**SOCKETS, **BESIDE}.get(SAME.get(field, field), ())
   other = f', or train one with {" or ".join(part.__name__ for part in known)} there' if known else ''
   return f'evaluate and serve such a model here (--mode=harness, --mode=generate){other}'

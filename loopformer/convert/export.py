@@ -5,8 +5,8 @@
 
 A loop whose steps are all alike, of the layers that Llama has, is a Llama of N * L layers and is written as one; so is
 its relative with norms or biases (Qwen). Other models are written under our own names, with `modeling_loopformer.py`.
-Updates of low rank (nn/low_rank.py) that all loops share are merged into the weights, and those of each loop too where its
-layers are written out.
+Updates of low rank (nn/low_rank.py) that all loops share are merged into the weights, and those of each loop too where
+its layers are written out.
 """
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def export(model: Looped, params: Params, tokenizer: Tokenizer | None, folder: s
 
 def without_updates(model: Looped, params: Params) -> tuple[Looped, Params]:
   """The same function without updates of low rank that can be merged into weights; where every loop has one of its own,
-  as layers that are written out, if these are a plain decoder's. Raises ConfigError where shared ones cannot be merged."""
+  as layers that are written out, if these are a plain decoder's. Raises ConfigError where shared ones cannot be merged.
+  """
   model, params = low_rank.merged(model, params)
   if not low_rank.has_one_a_loop(model):
     return model, params

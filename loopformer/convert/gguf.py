@@ -3,8 +3,8 @@ gguf.
 
 Of Llama's own architecture llama.cpp stores the rows of queries and keys so that rotary pairs are neighbours, as they
 are in this library: they are taken as they lie (of Nanbeige too). Of Qwen and OLMo it stores them half by half, as
-Hugging Face does. Mistaking one for the other leaves a model that still names capitals but has ten times the perplexity:
-the mean NLL shows it.
+Hugging Face does. Mistaking one for the other leaves a model that still names capitals but has ten times the
+perplexity: the mean NLL shows it.
 """
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def parts(path: Path) -> list[Path]:
   """The files that a model is divided over, if it is, by the name of one of them."""
   found = PART.search(path.name)
   return [path] if found is None else [
-      path.with_name(f'{path.name[:found.start()]}-{number:05}-of-{found[2]}.gguf') for number in range(1, int(found[2]) + 1)]
+      path.with_name(f'{path.name[:found.start()]}-{number:05}-of-{found[2]}.gguf')
+      for number in range(1, int(found[2]) + 1)]
 
 
 def read(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -60,7 +61,8 @@ def read(path: Path) -> tuple[dict[str, Any], Tensors]:
   files = parts(path)
   absent = [file.name for file in files if not file.is_file()]
   if absent:
-    raise ConfigError(f'{path}: it is one of {len(files)} parts, and {absent[0]} is not beside it; download all of them')
+    raise ConfigError(f'{path}: it is one of {len(files)} parts, and {absent[0]} is not beside it; '
+                      'download all of them')
   metadata, tensors = _read_file(files[0])
   if (count := metadata.get('split.count', 1) or 1) != len(files):
     raise ConfigError(f'{path}: it is a part of a model in {count} files, which its name does not tell '
@@ -100,7 +102,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 # Fields under which the same weights are another model, and the values under which they are not.
 PLAIN = {'attention.causal': (True,), **dict.fromkeys(('logit_scale', 'embedding_scale', 'residual_scale'), (0, 1)),
-         **dict.fromkeys(('expert_count', 'attention.scale', 'attn_logit_softcapping', 'final_logit_softcapping'), (0,))}
+         **dict.fromkeys(('expert_count', 'attention.scale', 'attn_logit_softcapping', 'final_logit_softcapping'),
+                         (0,))}
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its kind
 TEXT, LIST = 8, 9  # the other kinds
 
@@ -179,17 +182,17 @@ def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> De
                       'run; take a file that a newer converter wrote')
   for name, plain in PLAIN.items():
     if of(name, plain[0]) not in plain:
-      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: what llama.cpp does with it has no counterpart here; choose a '
-                        'model without')
+      raise ConfigError(f'{path}: {family}.{name} = {of(name)}: what llama.cpp does with it has no counterpart here; '
+                        'choose a model without')
   window, length = of('attention.sliding_window', None) or math.inf, of('context_length')
   if window < length:
-    raise ConfigError(f'{path}: {family}.attention.sliding_window = {window}: attention is read to all {length} earlier tokens '
-                      'alone; choose a model of this form')
+    raise ConfigError(f'{path}: {family}.attention.sliding_window = {window}: attention is read to all {length} '
+                      'earlier tokens alone; choose a model of this form')
   # Where a file has a factor and no kind of scaling, llama.cpp scales the positions by it.
   scaling, factor = of('rope.scaling.type', 'linear'), of('rope.scaling.factor', of('rope.scale_linear', 0)) or 1
   if scaling != 'none' and (scaling, factor) != ('linear', 1):
-    raise ConfigError(f'{path}: {family}.rope.scaling = {scaling} by {factor:g}: only rotary positions as they are can be read; '
-                      'choose a model without scaling')
+    raise ConfigError(f'{path}: {family}.rope.scaling = {scaling} by {factor:g}: only rotary positions as they are can '
+                      'be read; choose a model without scaling')
   if 'token_embd.weight' not in tensors:
     raise ConfigError(f"{path}: tensor 'token_embd.weight' is missing; download the file again")
   biased = kind.biased or (ALL if 'blk.0.attn_output.bias' in tensors else ())
@@ -205,7 +208,8 @@ def read_config(metadata: Mapping[str, Any], tensors: Tensors, path: Path) -> De
 
 
 def _rotary(base: float, factors: np.ndarray | None) -> Rotary:
-  """The positions, where a file says by what each pair turns more slowly, f32[d / 2]; so it does of Llama 3.1 and later.
+  """The positions, where a file says by what each pair turns more slowly, f32[d / 2]; so it does of Llama 3.1 and
+  later.
 
   Raises:
     ConfigError: the factors are not those of Llama 3, whose low, high and original are the same in all of its models.
@@ -220,7 +224,8 @@ def _rotary(base: float, factors: np.ndarray | None) -> Rotary:
 
 def _words(digits: str, **others: Any) -> Words:
   """Those of Llama 3 and of what came after it; digits: a pattern of as many as stand together."""
-  pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
              % digits)
   cut = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
   return Words(cuts=(cut,), gpt2=False, **others)
@@ -234,8 +239,8 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-  """The id that begins a text, and whether it is put there; the ids that end what is generated, the end of a text first: as
-  the configurations of a folder have them."""
+  """The id that begins a text, and whether it is put there; the ids that end what is generated, the end of a text
+  first: as the configurations of a folder have them."""
   begin, *ends = (metadata.get(f'tokenizer.ggml.{name}_token_id') for name in ('bos', 'eos', 'eot', 'eom'))
   begins = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
   return {'bos_token_id': begin, 'eos_token_id': [end for end in ends if end is not None],
@@ -253,16 +258,17 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
   kind, words, eos = of('model'), of('pre'), of('eos_token_id')
   if eos is None or kind != 'llama' and (kind != 'gpt2' or words not in WORDS):
-    raise ConfigError(f'{path}: tokenizer.ggml.model = {kind!r}, pre = {words!r}: rebuilt are those of kind llama, and of kind '
-                      f"gpt2 with pre {', '.join(WORDS)}, that have an eos_token_id; put the model's {FILE} and "
-                      'tokenizer_config.json beside the file')
+    raise ConfigError(f'{path}: tokenizer.ggml.model = {kind!r}, pre = {words!r}: rebuilt are those of kind llama, and '
+                      f"of kind gpt2 with pre {', '.join(WORDS)}, that have an eos_token_id; put the model's {FILE} "
+                      'and tokenizer_config.json beside the file')
   tokens, types = of('tokens'), of('token_type')
   if kind == 'llama':
     try:
       return bpe_pieces(tokens, of('scores'), types, unk=of('unknown_token_id', 0), bos=of('bos_token_id'), eos=eos,
                         prefix=bool(of('add_space_prefix', True)))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-      raise ConfigError(f"{path}: tokenizer.ggml: they are no pieces of sentencepiece ({error}); put the model's {FILE} and "
-                        'tokenizer_config.json beside the file') from error
+      raise ConfigError(f"{path}: tokenizer.ggml: they are no pieces of sentencepiece ({error}); put the model's "
+                        f'{FILE} and tokenizer_config.json beside the file') from error
   added = {i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)}
-  return json_tokenizer(byte_level_bpe(tokens, [pair.split(' ') for pair in of('merges')], added, WORDS[words]), eos, path)
+  return json_tokenizer(byte_level_bpe(tokens, [pair.split(' ') for pair in of('merges')], added, WORDS[words]),
+                        eos, path)

@@ -325,8 +325,8 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
   if (kind.qk or kind.looped) and biased:
     raise ConfigError(f'{where}: attention_bias = True: {family} is read without biases; choose a model without')
   if kind.looped and config.get('num_loops') is None:
-    raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; write '
-                      'it')
+    raise ConfigError(f'{where}: num_loops is missing, and no shape of the weights shows how often the layers run; '
+                      'write it')
   with reading.naming(where, AGAIN):
     for name, value in (*((name, config[name]) for name in names), ('head_dim', config.get('head_dim') or 1)):
       check_count(name, value)
@@ -334,7 +334,8 @@ def read_config(config: Mapping[str, Any], where: Any) -> Decoder:
     return Decoder(family=family, vocab=vocab, width=width, hidden=hidden, layers=layers, heads=heads,
                    head=None if head is None or head * heads == width else head,
                    groups=config.get('num_key_value_heads') or heads, rotary=rotary,
-                   length=_length(config), eps=float(kind.eps if config.get('rms_norm_eps') is None else config['rms_norm_eps']),
+                   length=_length(config),
+                   eps=float(kind.eps if config.get('rms_norm_eps') is None else config['rms_norm_eps']),
                    tied=bool(config.get('tie_word_embeddings')), biased=biased,
                    loops=config['num_loops'] if kind.looped else 1,
                    between=kind.looped and not config.get('skip_loop_final_norm', False))
@@ -365,8 +366,8 @@ def _refuse(config, where):
   for name, plain in PLAIN.items():
     if config.get(name) not in plain:
       raise ConfigError(f'{where}: {name} = {config[name]}: read are MLPs with SiLU and without bias, attention to all '
-                        'earlier tokens, scores, logits and embeddings that are neither capped nor scaled, and weights as '
-                        'they are; choose a model of this form')
+                        'earlier tokens, scores, logits and embeddings that are neither capped nor scaled, and weights '
+                        'as they are; choose a model of this form')
   looped = FAMILIES[config['model_type']].looped
   for name in LOOPED if not looped else ():
     if config.get(name) not in (None, 1):
@@ -375,8 +376,8 @@ def _refuse(config, where):
   code = config.get('auto_map') if isinstance(config.get('auto_map'), Mapping) else {}
   own = next((code[name] for name in ('AutoModelForCausalLM', 'AutoModel') if code.get(name)), None)
   if own and not looped:
-    raise ConfigError(f'{where}: auto_map = {own}: its model is computed by code of its own, of which nothing is known here; '
-                      f'where it is a {config["model_type"]} like others, remove auto_map')
+    raise ConfigError(f'{where}: auto_map = {own}: its model is computed by code of its own, of which nothing is known '
+                      f'here; where it is a {config["model_type"]} like others, remove auto_map')
   for name in OPTIONS + tuple(name for name in config if name.startswith('enable_')) if looped else ():
     if config.get(name):
       raise ConfigError(f'{where}: {name} = {config[name]}: what {config["model_type"]} does with it is not known '
@@ -384,13 +385,14 @@ def _refuse(config, where):
   window, length = config.get('sliding_window', WINDOWS.get(config['model_type'])), _length(config)
   others = set(config.get('layer_types') or ()) - {'full_attention'}
   if others - {'sliding_attention'} or window is None and others:
-    raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; choose a model '
-                      'of this form')
+    raise ConfigError(f'{where}: layer_types = {sorted(others)}: attention is read to all earlier tokens alone; choose '
+                      'a model of this form')
   told = config.get('use_sliding_window')
   slides = others or (config['model_type'] in WINDOWS if told is None else told)
   if slides and window is not None and window < length:
-    raise ConfigError(f'{where}: sliding_window = {window}: attention is read to all earlier tokens alone; choose a model of '
-                      f'this form, or write max_position_embeddings = {window} (it is {length}), up to which both are the same')
+    raise ConfigError(f'{where}: sliding_window = {window}: attention is read to all earlier tokens alone; choose a '
+                      f'model of this form, or write max_position_embeddings = {window} (it is {length}), up to which '
+                      'both are the same')
 
 
 STRETCH = {'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor',
@@ -406,8 +408,8 @@ def _rope(config, where) -> Rotary:
   for source, fields in said.items():
     for name, value in fields.items():
       if isinstance(value, Mapping):
-        raise ConfigError(f'{where}: {source}.{name} = {value}: rotary positions are read that are the same in all layers; '
-                          'choose a model of this form')
+        raise ConfigError(f'{where}: {source}.{name} = {value}: rotary positions are read that are the same in all '
+                          'layers; choose a model of this form')
       name = 'rope_type' if name == 'type' else name
       if value is not None and rope.setdefault(name, value) != value:
         raise ConfigError(f'{where}: {source}: {name} = {value}, but elsewhere it is {rope[name]}; leave one of them')
@@ -431,7 +433,8 @@ def _rope(config, where) -> Rotary:
 def write_config(decoder: Decoder) -> dict[str, Any]:
   """The config.json of a decoder, as old and as new versions of transformers read it."""
   family, rotary = FAMILIES[decoder.family], decoder.rotary
-  stretch = {theirs: getattr(rotary, name) for name, theirs in STRETCH.items()} if type(rotary) is StretchedRotary else {}
+  stretch = ({theirs: getattr(rotary, name) for name, theirs in STRETCH.items()}
+             if type(rotary) is StretchedRotary else {})
   kind = {'rope_type': 'llama3' if stretch else 'default'} | stretch
   return {
       'architectures': [family.architecture], 'model_type': decoder.family, 'vocab_size': decoder.vocab,

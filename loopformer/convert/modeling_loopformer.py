@@ -53,8 +53,8 @@ class LoopformerConfig(PretrainedConfig):
 
 
 class Product(nn.Linear):
-  """x W^T + b in the dtype of W; float32 comes out, and the bias is added in it. Loop k adds (x a[k]) b[k] where there is
-  an update of low rank for every loop, and the last of them where there are fewer than loops."""
+  """x W^T + b in the dtype of W; float32 comes out, and the bias is added in it. Loop k adds (x a[k]) b[k] where there
+  is an update of low rank for every loop, and the last of them where there are fewer than loops."""
 
   def forward(self, x, k=0):
     x = x.to(self.weight.dtype)
@@ -106,8 +106,8 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
     self.post_init()
 
   def _init_weights(self, module):
-    """First values of what is not read from a file: scales are one, matrices drawn from N(0, 0.02^2), all else zero. Those
-    that a paper asks for are made by the library alone."""
+    """First values of what is not read from a file: scales are one, matrices drawn from N(0, 0.02^2), all else zero.
+    Those that a paper asks for are made by the library alone."""
     for name, leaf in module.named_parameters(recurse=False):
       if leaf.dim() > 1:
         init.normal_(leaf, std=0.02)
@@ -129,7 +129,8 @@ class LoopformerForCausalLM(PreTrainedModel, GenerationMixin):
   def resize_token_embeddings(self, *args, **kwargs):
     """As transformers does it; config.json then describes the new model."""
     if any('.values.' in name for name in self.config.shapes):
-      raise ValueError('resize_token_embeddings: layers of this model have embeddings of tokens too, which are not resized')
+      raise ValueError('resize_token_embeddings: layers of this model have embeddings of tokens too, which '
+                       'are not resized')
     table = super().resize_token_embeddings(*args, **kwargs)
     rows, description = table.weight.shape[0], self.config.description
     for name in ('read_in.weight', 'lm_head.weight'):
@@ -443,8 +444,8 @@ def _share(w, way):
 
 
 def _codes(cell, w, sizes, device):
-  """What every step is told: f32[K, N, 4, D], gates of attention and MLP, scales of attention and MLP, of every layer; or
-  nothing."""
+  """What every step is told: f32[K, N, 4, D], gates of attention and MLP, scales of attention and MLP, of every layer;
+  or nothing."""
   cell = _inner(cell)
   if _kind(cell) != 'Timed':
     return [None] * len(sizes)
@@ -556,7 +557,9 @@ def _of_tokens(part, w, x, tokens):
 
 
 def _with_places(k, pos):
-  """[B, T, G, d + 2]: keys that carry their places into the cache, as multiples of 256 and the rest, which bfloat16 holds."""
+  """[B, T, G, d + 2]: keys that carry their places into the cache, as multiples of 256 and the rest, which bfloat16
+  holds.
+  """
   place = torch.stack([pos // 256 * 256, pos % 256], -1)[:, :, None]
   return torch.cat([k, place.to(k.dtype).expand(*k.shape[:3], 2)], -1)
 

@@ -1,5 +1,5 @@
-"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, looped models as they are published,
-and what `export` wrote."""
+"""Models of Hugging Face folders and GGUF files, read in: decoders of Llama's kind, looped models as they are
+published, and what `export` wrote."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,8 @@ from loopformer.types import Array, ConfigError, Params, config_dataclass, real,
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = 'config.json', 'tokenizer.json', 'tokenizer_config.json'
 GENERATION, TEMPLATE, SPECIAL = 'generation_config.json', 'chat_template.jinja', 'special_tokens_map.json'
 ADDED = 'added_tokens.json'  # by name, of tokenizers without a tokenizer.json
-NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')  # that templates read
+NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token',
+         'mask_token')  # that templates read
 AGAIN = 'download it again'
 EMBEDDING = 'model.embed_tokens.weight'
 
@@ -50,12 +51,12 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
     prelude, coda: the first and the last so many layers are outside the loop; 0 for a model that is looped already.
     damped: the share of its way that every step goes (`cells.damped.Damped`), so that a plain decoder loops without
       training; None for whole steps.
-    retrofit: retrofitted recurrence (retrofit.py): so many layers after the prelude are dropped, and every step of the loop
-      over those that are left takes the prelude's output in again, by an adapter that is new, as is the state that the
-      loop begins with. Such a model must be trained before it is of use.
+    retrofit: retrofitted recurrence (retrofit.py): so many layers after the prelude are dropped, and every step of the
+      loop over those that are left takes the prelude's output in again, by an adapter that is new, as is the state that
+      the loop begins with. Such a model must be trained before it is of use.
     dtype: of the matrix products, 'float32' (the default) or 'bfloat16'; an export of ours keeps its own.
-    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are read
-      one at a time (stacks of layers whole), and every device gets its own part.
+    mesh: None for one device, or the mesh that the parameters are divided over, as of `loopformer.load`. Tensors are
+      read one at a time (stacks of layers whole), and every device gets its own part.
 
     adapter: a folder of a LoRA adapter of PEFT, which is added to the weights of a decoder.
 
@@ -88,15 +89,15 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
   else:
     config = _read_json(path / CONFIG)
     if adapter is None and (path / adapters.CONFIG).exists():
-      raise ConfigError(f'{path}: it holds an adapter beside the model ({adapters.CONFIG}); give adapter={path}, and it is '
-                        f'added, or take {adapters.CONFIG} away')
+      raise ConfigError(f'{path}: it holds an adapter beside the model ({adapters.CONFIG}); give adapter={path}, and '
+                        f'it is added, or take {adapters.CONFIG} away')
     ours = config.get('model_type') == description.MODEL_TYPE and 'n_embd' not in config
     kind = None if ours else published.kind_of(config)
     if kind is not None:
       _check_uncut(path, prelude=prelude, coda=coda, damped=damped, retrofit=retrofit)
       if adapter is not None:
-        raise ConfigError(f'adapter = {adapter}: {path} holds a looped model, and adapters are added to plain decoders alone; '
-                          'merge it with PEFT (merge_and_unload), and give what it saves')
+        raise ConfigError(f'adapter = {adapter}: {path} holds a looped model, and adapters are added to plain decoders '
+                          'alone; merge it with PEFT (merge_and_unload), and give what it saves')
       tokenizer = read_tokenizer(path, config)
       return *official.from_official(kind, path, loops=loops, dtype=dtype, mesh=mesh), tokenizer
     held = tensors.read_folder(path)
@@ -110,8 +111,8 @@ def from_pretrained(folder: str | Path, *, loops: int | None = None, prelude: in
       with reading.naming(path / CONFIG, AGAIN):
         model = own.untied(description.decode(config, path / CONFIG), held)
         if given not in (None, model.dtype):
-          raise ConfigError(f'dtype = {given!r}: it is an export of a model whose products are in {model.dtype}, which it keeps; '
-                            'leave it out')
+          raise ConfigError(f'dtype = {given!r}: it is an export of a model whose products are in {model.dtype}, which '
+                            'it keeps; leave it out')
         model = model if loops is None else model.clone(loops=loops)
         layers = max((stack.depth for stack in model.stacks().values()), default=0)
         if layers > max((len(held), *(axis for shape in held.shapes.values() for axis in shape))):
@@ -167,8 +168,8 @@ def _without(held: Tensors, naming: llama.Naming, layers: set[int]) -> Tensors:
 def _check_uncut(path: Any, **given: Any):
   """Raises ConfigError where a model that is looped already was to be made to loop."""
   if any(given.values()) or given['retrofit'] is not None:
-    raise ConfigError(f'{", ".join(f"{name} = {value}" for name, value in given.items())}: {path} holds a looped model, whose '
-                      'layers are not cut again; leave them out')
+    raise ConfigError(f'{", ".join(f"{name} = {value}" for name, value in given.items())}: {path} holds a looped '
+                      'model, whose layers are not cut again; leave them out')
 
 
 def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors, path: Any,
@@ -179,8 +180,8 @@ def read_decoder(decoder: llama.Decoder, entries: Sequence[Entry], held: Tensors
   given = {name: shape for name, shape in held.shapes.items() if not name.endswith('rotary_emb.inv_freq')}
   head = given.pop(HEAD, None) if decoder.tied else None
   if not decoder.tied and EMBEDDING in given and HEAD not in given:
-    raise ConfigError(f'{path}: tensor {HEAD!r} is missing; where the embedding is the head, write "tie_word_embeddings": '
-                      'true in config.json, or else download the weights again')
+    raise ConfigError(f'{path}: tensor {HEAD!r} is missing; where the embedding is the head, write '
+                      '"tie_word_embeddings": true in config.json, or else download the weights again')
   tensors.compare(table.shapes(entries, decoder.sizes)[0], given, path)
   own.check_floats(held, given, path)
   if head is not None and not np.array_equal(held[HEAD], held[EMBEDDING]):
@@ -197,8 +198,8 @@ def read_own(model: Looped, held: Tensors, path: Any, put: Callable[[str, np.nda
 
 def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None = None, template: str | None = None
                    ) -> Tokenizer | None:
-  """The tokenizer that lies in a folder, of an export of ours as it was, with the ids that end what a model says and the
-  template of its chats; None where there is none.
+  """The tokenizer that lies in a folder, of an export of ours as it was, with the ids that end what a model says and
+  the template of its chats; None where there is none.
 
   Args:
     config: config.json, whose `eos_token_id` counts where no generation_config.json has one.
@@ -214,8 +215,8 @@ def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None
   wrong = [name for name in NAMED if not isinstance(_content(about.get(name)), str | None)]
   wrong += ['added_tokens_decoder'] * (not isinstance(about.get('added_tokens_decoder'), dict | None))
   if wrong:
-    raise ConfigError(f'{folder / TOKENIZER_CONFIG}: {wrong[0]} = {about[wrong[0]]!r}: it is no name of a token, and no table of '
-                      f'them; {AGAIN}')
+    raise ConfigError(f'{folder / TOKENIZER_CONFIG}: {wrong[0]} = {about[wrong[0]]!r}: it is no name of a token, and '
+                      f'no table of them; {AGAIN}')
   found = given or _plain_tokenizer(folder, config, about)
   if found is None:
     return None
@@ -224,8 +225,8 @@ def read_tokenizer(folder: Path, config: dict[str, Any], given: Tokenizer | None
   ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
   wrong = [end for end in ends if type(end) is not int or not 0 <= end < found.vocab_size]
   if wrong and len(ends) > 1:
-    raise ConfigError(f'{folder / where}: eos_token_id = {ends}: {wrong[0]!r} is none of the {found.vocab_size} ids of the '
-                      'tokenizer; correct it')
+    raise ConfigError(f'{folder / where}: eos_token_id = {ends}: {wrong[0]!r} is none of the {found.vocab_size} ids of '
+                      'the tokenizer; correct it')
   stops = tuple(end for end in dict.fromkeys(ends) if end != found.eos and end not in wrong)
   template = _template(folder, about) or template
   start = _start(found, about, config)
@@ -275,14 +276,15 @@ def _plain_tokenizer(folder: Path, config: dict[str, Any], about: dict[str, Any]
 
 
 def _check_added(folder: Path, name: str, known: set[str], about: dict[str, Any]):
-  """Raises ConfigError where other files add tokens to those that a tokenizer knows, but for that of padding, which no text
-  has."""
+  """Raises ConfigError where other files add tokens to those that a tokenizer knows, but for that of padding, which no
+  text has."""
   added = list(_read_json(folder / ADDED)) if (folder / ADDED).exists() else []
   added += [_content(token) for token in (about.get('added_tokens_decoder') or {}).values()]
   more = [token for token in added if token not in known and token != _content(about.get('pad_token'))]
   if more:
-    raise ConfigError(f'{folder}: other files add {more[0]!r} to the tokens of {name}; put a {TOKENIZER} there that has all of '
-                      'them, which transformers writes (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))')
+    raise ConfigError(f'{folder}: other files add {more[0]!r} to the tokens of {name}; put a {TOKENIZER} there that '
+                      'has all of them, which transformers writes '
+                      '(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))')
 
 
 def _content(token: Any) -> Any:
@@ -304,8 +306,8 @@ def _template(folder: Path, about: dict[str, Any]) -> str | None:
     named = {row.get('name'): row.get('template') for row in found if isinstance(row, dict)}
     found = next(iter(named.values())) if len(named) == 1 else named.get('default')
     if found is None and named:
-      raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template has {", ".join(map(repr, named))}, and none is called '
-                        f'default; write the one that you want as {TEMPLATE}')
+      raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template has {", ".join(map(repr, named))}, and none is '
+                        f'called default; write the one that you want as {TEMPLATE}')
   if not isinstance(found, str | None):
     raise ConfigError(f'{folder / TOKENIZER_CONFIG}: chat_template is {type(found).__name__}, not text; {AGAIN}')
   return found
@@ -313,8 +315,8 @@ def _template(folder: Path, about: dict[str, Any]) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
   if path.name == CONFIG and not path.exists() and (path.parent / adapters.CONFIG).exists():
-    raise ConfigError(f'{path.parent}: it holds an adapter and no model; give the folder of the model that it was trained on, '
-                      f'with adapter={path.parent}')
+    raise ConfigError(f'{path.parent}: it holds an adapter and no model; give the folder of the model that it was '
+                      f'trained on, with adapter={path.parent}')
   if not path.exists():
     raise ConfigError(f'{path}: there is no such file; give the folder of a model with {CONFIG} and safetensors, or a '
                       '.gguf file')

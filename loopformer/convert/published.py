@@ -1,10 +1,10 @@
 """Looped models as they are published: whose code a config.json is for, and how its model runs.
 
 A folder of Llama's kind is read by llama.py (Nanbeige too), what `export` wrote by own.py. The others are the kinds of
-official.py, known here by `model_type`, by the names of classes in `architectures`, or by Parcae's `_class_name`. Fields
-are those that the kinds' public code writes (of Ouro and Huginn its configuration classes, of Parcae `ParcaeConfig`, of
-LoopFormer `GPTConfig`); what they say of heads, loops and length is obeyed, sizes are compared with the weights, and a
-field under which the same weights would be another model is refused by its name.
+official.py, known here by `model_type`, by the names of classes in `architectures`, or by Parcae's `_class_name`.
+Fields are those that the kinds' public code writes (of Ouro and Huginn its configuration classes, of Parcae
+`ParcaeConfig`, of LoopFormer `GPTConfig`); what they say of heads, loops and length is obeyed, sizes are compared with
+the weights, and a field under which the same weights would be another model is refused by its name.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Published:
   """How a kind is published.
 
   names: what calls it so; heads, loops, length: the field of each, loops under any of these names, and no length where
-  the weights show it; needed: whether there must be one of loops; sizes: field -> the letter of the size that the weights
-  show; plain: field -> the values that it may have, the published one first.
+  the weights show it; needed: whether there must be one of loops; sizes: field -> the letter of the size that the
+  weights show; plain: field -> the values that it may have, the published one first.
   """
   names: tuple[str, ...]
   heads: str = 'num_attention_heads'
@@ -40,8 +40,8 @@ class Published:
 
 
 SECTIONS = {'n_layers_in_prelude': 'P', 'n_layers_in_recurrent_block': 'K', 'n_layers_in_coda': 'C'}
-EVERYWHERE = {'quantization_config': (None,), 'is_causal': (True,), 'rope_scaling': (None,), 'bias': OFF, 'logit_softcap': (None,),
-              'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}
+EVERYWHERE = {'quantization_config': (None,), 'is_causal': (True,), 'rope_scaling': (None,), 'bias': OFF,
+              'logit_softcap': (None,), 'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}
 NANO = Published(names=(), heads='n_head', loops=('max_model_loops', 'max_loops', 'n_loop'), needed=False, length='',
                  sizes={'n_embd': 'D', 'n_layer': 'N', 'vocab_size': 'V', 'intermediate_dim': 'F', 'block_size': 'T'},
                  plain={'is_causal': (True,)})
@@ -71,7 +71,8 @@ PUBLISHED = {
                'nonlin_name': ('ReLU2',), 'qk_norm': (True,), 'qk_bias': OFF, 'prelude_norm': (True,),
                'injection_type': ('diagonal',), 'state_init': ('like-init',), 'tie_embeddings': (True,),
                'tie_word_embeddings': (True,), 'rope_settings.use_rope': (True,),
-               'rope_settings.rope_condense_ratio': (1,), 'rope_settings.rope_base': (50_000,), 'rope_base': (50_000,)}),
+               'rope_settings.rope_condense_ratio': (1,), 'rope_settings.rope_base': (50_000,),
+               'rope_base': (50_000,)}),
     'loopformer': dataclasses.replace(NANO, names=('loopformer', 'LoopFormerGPTForCausalLM')),
     'base_loop': dataclasses.replace(NANO, names=('base_loop', 'base_loop_ee')),
     'tmlt': dataclasses.replace(NANO, names=('tmlt', 'tmlt_ee', 'TMLT')),
@@ -127,8 +128,8 @@ def read(config: Mapping[str, Any], where: Any) -> Told:
   for field, power in HUGINN.items() if kind == 'huginn' and width is not None else ():
     value, wanted = _at(config, f'init_values.{field}'), power(width)
     if value is not None and not math.isclose(value, wanted, rel_tol=1e-4):
-      raise ConfigError(f'{where}: init_values.{field} = {value}: the huginn models that are read have {wanted:g} where n_embd '
-                        f'is {width}; this one has no counterpart')
+      raise ConfigError(f'{where}: init_values.{field} = {value}: the huginn models that are read have {wanted:g} '
+                        f'where n_embd is {width}; this one has no counterpart')
   loops = next((config[name] for name in how.loops if config.get(name) is not None), None)
   if loops is None and how.needed:
     raise ConfigError(f'{where}: {how.loops[0]} is missing, and no shape of the weights shows how often the layers '

@@ -1,11 +1,12 @@
-"""Relaxed recursive transformers (Bae et al., 2410.20672): an untied decoder as a loop with an update of low rank a loop.
+"""Relaxed recursive transformers (Bae et al., 2410.20672): an untied decoder as a loop with an update of low rank a
+loop.
 
     model, params, _ = loopformer.convert.from_pretrained('SmolLM2-135M', prelude=3, coda=3)
     model, params = relaxed(model, params, loops=3, rank=64)
 
-Layer j of the loop is the mean of the layers j, j + M, j + 2 M, ... of the decoder that it stands for, M being the layers
-of the loop; and in loop k the best approximation of this rank to what layer j + k M has beyond the mean is added to each
-product. With the full rank the products are the decoder's own.
+Layer j of the loop is the mean of the layers j, j + M, j + 2 M, ... of the decoder that it stands for, M being the
+layers of the loop; and in loop k the best approximation of this rank to what layer j + k M has beyond the mean is added
+to each product. With the full rank the products are the decoder's own.
 """
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def relaxed(model: Looped, params: Params, *, loops: int, rank: int) -> tuple[Lo
   be averaged; other vectors (biases, norms of queries and keys) are averaged.
 
   Args:
-    model, params: as `from_pretrained` gives them: Looped with a Plain cell, run once, of pre-norm blocks. Prelude and coda
-      stay as they are.
+    model, params: as `from_pretrained` gives them: Looped with a Plain cell, run once, of pre-norm blocks. Prelude and
+      coda stay as they are.
     loops: a divisor of the layers that the loop has now, 2 or more.
     rank: of every update; at most the smaller side of each product.
 
@@ -47,11 +48,11 @@ def relaxed(model: Looped, params: Params, *, loops: int, rank: int) -> tuple[Lo
   if type(model.cell) is not Plain or model.loops != 1 or core.order is not None:
     raise ConfigError('model: it is no plain decoder (a Plain cell that runs once); give one, as of from_pretrained')
   if getattr(core.block, 'placement', None) != PreNorm():
-    raise ConfigError(f'model: blocks of {type(getattr(core.block, "placement", core.block)).__name__}; a plain decoder has '
-                      'pre-norm blocks (Block)')
+    raise ConfigError(f'model: blocks of {type(getattr(core.block, "placement", core.block)).__name__}; a plain '
+                      'decoder has pre-norm blocks (Block)')
   if core.depth % loops:
-    raise ConfigError(f'loops = {loops} does not divide the {core.depth} layers of the loop; choose a divisor, or other '
-                      'numbers of layers in prelude and coda')
+    raise ConfigError(f'loops = {loops} does not divide the {core.depth} layers of the loop; choose a divisor, or '
+                      'other numbers of layers in prelude and coda')
   flat = {path: np.asarray(leaf, np.float32)
           for path, leaf in flatten_dict(params['cell']['core']['block'], sep='/').items()}
   for norm, product in NORMS.items():

@@ -3,8 +3,8 @@
     model = Looped(read_in, Recur(Stack(block(), 6), Concat()), prelude=Stack(block(), 4), coda=Stack(block(), 4), ...)
     params = retrofit(source_params, model, prelude=range(4), core=range(6, 12), coda=range(12, 16))
 
-`from_pretrained(folder, prelude=4, coda=4, retrofit=2)`, and --mode=import with these flags, read a published decoder so.
-Layers that no section takes are dropped. Embedding, head and final norm are copied; only the adapter is new.
+`from_pretrained(folder, prelude=4, coda=4, retrofit=2)`, and --mode=import with these flags, read a published decoder
+so. Layers that no section takes are dropped. Embedding, head and final norm are copied; only the adapter is new.
 """
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def adapter(model: Looped, key: Array | None = None) -> dict[str, Array]:
 
 def recurrent(plain: Looped) -> Looped:
   """The model that the paper makes of one whose layers are cut into prelude, loop and coda (section 11 of the sheet on
-  Huginn, which read the code): an adapter with PyTorch's first values, and a state that begins as noise of Huginn's spread
-  without its scale of embeddings."""
+  Huginn, which read the code): an adapter with PyTorch's first values, and a state that begins as noise of Huginn's
+  spread without its scale of embeddings."""
   inject = Concat(init=UniformWithin(1 / math.sqrt(2 * plain.read_in.width)))
   return plain.clone(cell=Recur(plain.cell.core, inject), start=Noise(std=STD))
 
@@ -110,8 +110,8 @@ def _check_model(model: Looped, chosen: Mapping[str, tuple[int, ...]]):
   for name, stack in stacks.items():
     kind = None if stack is None else getattr(stack.block, 'placement', stack.block)
     if kind not in (None, PreNorm(), PostNorm()):
-      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks, or '
-                        'those of OLMo 2 (PostNorm), alone')
+      raise ConfigError(f'{name}: a stack of {type(kind).__name__}; the layers of a plain decoder fit pre-norm blocks, '
+                        'or those of OLMo 2 (PostNorm), alone')
     depth = 0 if stack is None else stack.depth
     if depth != len(chosen[name]):
       raise ConfigError(f'{name} = {chosen[name]}: {len(chosen[name])} layers, but the model has {depth} there; '

@@ -78,8 +78,8 @@ def read_folder(folder: Path) -> Tensors:
   """The tensors of model.safetensors, of the files that its index names, or of pytorch_model.bin and its index.
 
   Raises:
-    ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, a tensor that the
-      index has and its file has not, or one that it has not and two files have.
+    ConfigError: no such file, a file of the index that is absent, one that ends too early or is damaged, a tensor that
+      the index has and its file has not, or one that it has not and two files have.
   """
   for file, index, read in ((NAME, INDEX, read_file), (BIN, BIN_INDEX, read_torch)):
     if (folder / file).exists():
@@ -111,8 +111,8 @@ WRAPPERS = ('_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_
 
 
 def bare(held: Tensors) -> Tensors:
-  """Tensors of a decoder as it calls them itself: without names of wrappers, and with one `model.`, which the files of a
-  bare stack lack and some have twice. Raises ConfigError where two become one."""
+  """Tensors of a decoder as it calls them itself: without names of wrappers, and with one `model.`, which the files of
+  a bare stack lack and some have twice. Raises ConfigError where two become one."""
   found = {}
   for name in held:
     parts = [part for part in name.split('.') if part not in WRAPPERS]
@@ -126,7 +126,9 @@ def bare(held: Tensors) -> Tensors:
 
 
 def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]) -> Tensors:
-  """What the files of an index hold: where it says, and besides that what it does not list, which transformers reads too."""
+  """What the files of an index hold: where it says, and besides that what it does not list, which transformers reads
+  too.
+  """
   places = reading.read_json(folder / index, 'download it again').get('weight_map')
   if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
     raise ConfigError(f'{folder / index} is damaged: it has no weight_map of names of files; download it again')
@@ -143,8 +145,8 @@ def _read_indexed(folder: Path, index: str, read: Callable[[Path], dict[str, Ten
   for name, inside in held.items():
     for tensor in inside:
       if places.setdefault(tensor, name) not in (name, listed.get(tensor)):
-        raise ConfigError(f'{folder / name}: tensor {tensor!r} is in {places[tensor]!r} too, and {index} does not say which counts; '
-                          'download it again')
+        raise ConfigError(f'{folder / name}: tensor {tensor!r} is in {places[tensor]!r} too, and {index} does not say '
+                          'which counts; download it again')
   return Tensors({tensor: held[name][tensor] for tensor, name in places.items()})
 
 
@@ -194,11 +196,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
 
   for name, tensor in held.items():
     if 'strided' not in str(tensor.layout) or tensor.is_meta:
-      raise ConfigError(f'{path}: tensor {name!r} is {tensor.layout} on {tensor.device}; save it again with its numbers, as '
-                        'safetensors')
+      raise ConfigError(f'{path}: tensor {name!r} is {tensor.layout} on {tensor.device}; save it again with its '
+                        'numbers, as safetensors')
     if str(tensor.dtype) not in codes or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-      raise ConfigError(f'{path}: tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}, which is not read, or '
-                        'more than the file holds; save it again as safetensors')
+      raise ConfigError(f'{path}: tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}, which is not read, '
+                        'or more than the file holds; save it again as safetensors')
   return {name: Tensor(shape=tuple(tensor.shape), dtype=codes[str(tensor.dtype)], read=reader(tensor))
           for name, tensor in held.items()}
 

@@ -42,8 +42,8 @@ class Separate:
 class Windows:
   """A random access source of training windows: window i holds stream tokens i*length .. i*length + length.
 
-  Element: tokens, targets (the next tokens), positions, all i32[T], and weights f32[T], 0 where the target is `start`, which
-  begins documents and is nothing to learn; segments i32[T] where documents are separate.
+  Element: tokens, targets (the next tokens), positions, all i32[T], and weights f32[T], 0 where the target is `start`,
+  which begins documents and is nothing to learn; segments i32[T] where documents are separate.
   """
 
   stream: TokenStream

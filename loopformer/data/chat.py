@@ -107,8 +107,8 @@ class ChatTokenizer(Tokenizer):
     """The ids of a whole conversation, and which of them a model has to say itself: answers, and what ends them.
 
     An answer begins where the template would have it generated. It ends with the special token that the template puts
-    after it, or with `eos` where it puts none after the last. What a template encloses in `{% generation %}` is taken as
-    it says.
+    after it, or with `eos` where it puts none after the last. What a template encloses in `{% generation %}` is taken
+    as it says.
 
     Raises:
       ConfigError: no template, messages without an answer, a template that fails, or one that leaves an answer out.
@@ -171,8 +171,8 @@ class ChatTokenizer(Tokenizer):
   def _text(self, messages: Sequence[Message], generate: bool) -> tuple[str, list[tuple[int, int]]]:
     """What the template writes, and where in it `{% generation %}` stands."""
     if self.template is None:
-      raise ConfigError('the tokenizer has no chat template; put chat_template.jinja beside the weights and import them '
-                        'again, or give a prompt as it is')
+      raise ConfigError('the tokenizer has no chat template; put chat_template.jinja beside the weights and import '
+                        'them again, or give a prompt as it is')
     if any(mark in json.dumps(list(messages), ensure_ascii=False) for mark in (OPEN, CLOSE)):
       raise ConfigError('messages: they have U+FDD0 or U+FDD1, which are no characters; remove them')
     template = _compiled(self.template)
@@ -181,8 +181,8 @@ class ChatTokenizer(Tokenizer):
                              tools=None, documents=None, **dict(self.names))
     except Exception as error:  # of the template's own code, which may do anything that jinja2 can
       reason = (str(error).splitlines() or [''])[0]
-      raise ConfigError(f'the chat template fails on these messages ({type(error).__name__}: {reason}); correct them, or '
-                        'give another template') from error
+      raise ConfigError(f'the chat template fails on these messages ({type(error).__name__}: {reason}); correct them, '
+                        'or give another template') from error
     spans, plain = [], ''
     for part in re.split(f'({OPEN}|{CLOSE})', text):
       if part == OPEN:
@@ -202,8 +202,8 @@ def check_messages(messages: Any, where: str):
     if not isinstance(message, Mapping) or not isinstance(message.get('role'), str):
       raise ConfigError(f'{where}: message {number + 1} has no role; give objects with role and content')
     if not isinstance(message.get('content'), str | None):
-      raise ConfigError(f'{where}: the content of message {number + 1} is {type(message["content"]).__name__}, not text; '
-                        'give text')
+      raise ConfigError(f'{where}: the content of message {number + 1} is {type(message["content"]).__name__}, not '
+                        'text; give text')
 
 
 def is_answer(message: Message) -> bool:
@@ -238,7 +238,8 @@ def _compiled(text: str) -> Any:
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
   except ImportError as error:
-    raise ImportError("chat templates need jinja2: install the extra 'chat' (pip install 'loopformer[chat]')") from error
+    raise ImportError("chat templates need jinja2: "
+                      "install the extra 'chat' (pip install 'loopformer[chat]')") from error
 
   class Generation(Extension):
     """{% generation %} ... {% endgeneration %}, around what an assistant says."""
@@ -266,8 +267,8 @@ def _compiled(text: str) -> Any:
   try:
     return environment.from_string(text)
   except TemplateError as error:
-    raise ConfigError(f'the chat template cannot be read (line {getattr(error, "lineno", "?")}: {error}); correct it, or '
-                      'give another') from error
+    raise ConfigError(f'the chat template cannot be read (line {getattr(error, "lineno", "?")}: {error}); correct it, '
+                      'or give another') from error
 
 
 def _common(a: Sequence, b: Sequence) -> int:
@@ -330,7 +331,8 @@ class MarkedTokenizer(Tokenizer):
 
 
 def around(saved: Mapping[str, Any], folder: Any) -> Tokenizer:
-  """The tokenizer of kind 'chat' or 'marked' whose description lies in a folder. Raises ConfigError where it is damaged.
+  """The tokenizer of kind 'chat' or 'marked' whose description lies in a folder. Raises ConfigError where it is
+  damaged.
   """
   of = load_tokenizer(folder / INNER)
   remedy = 'delete the folder and prepare the data again'
@@ -379,7 +381,8 @@ class SavedTokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Marked:
-  """Part: how conversations become numbers: by the tokenizer part `of`, and a file of a chat template if it is given one.
+  """Part: how conversations become numbers: by the tokenizer part `of`, and a file of a chat template if it is given
+  one.
 
   FileNotFoundError or ConfigError where there is no template.
   """
@@ -393,8 +396,8 @@ class Marked:
     if self.template is not None:
       chat = dataclasses.replace(chat, template=_template(self.template))
     if chat.template is None:
-      raise ConfigError('task.template = None, and the tokenizer has no chat template of its own; give the file of one, '
-                        'such as chat_template.jinja of a chat model that has the same tokenizer')
+      raise ConfigError('task.template = None, and the tokenizer has no chat template of its own; give the file of '
+                        'one, such as chat_template.jinja of a chat model that has the same tokenizer')
     return MarkedTokenizer(of=chat.ending_turns())
 
   def sources(self) -> list[storage.File]:

@@ -30,7 +30,8 @@ def _rows(note: Path) -> list:
   """What a note says; nothing where it is damaged, so that the files are read again."""
   with contextlib.suppress(ConfigError):
     rows = reading.read_json(note, '', list)
-    if all(isinstance(row, list) and len(row) == 3 and all(isinstance(field, str | int) for field in row) for row in rows):
+    if all(isinstance(row, list) and len(row) == 3 and all(isinstance(field, str | int) for field in row)
+           for row in rows):
       return rows
   return []
 

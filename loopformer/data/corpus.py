@@ -213,14 +213,14 @@ class Files:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubDataset:
-  """Part: a data set of Hugging Face (extra `datasets`), a document a row: of the Hub by `name`, or in a `folder` of this
-  machine, as `save_to_disk` writes it or of files that datasets reads.
+  """Part: a data set of Hugging Face (extra `datasets`), a document a row: of the Hub by `name`, or in a `folder` of
+  this machine, as `save_to_disk` writes it or of files that datasets reads.
 
   revision: the commit of one of the Hub, 40 hexadecimal digits, so that the data stay what they are. subset: its
-  configuration, where it has several. train, validation_split: names of splits; without the second a `validation` share of
-  documents is held out. With it, train documents whose contents also stand in validation are dropped. field: the column of
-  the text. streaming: rows are read as they come; False keeps them in the cache of datasets. Empty rows are skipped.
-  ConfigError names the field, or split and row, at fault.
+  configuration, where it has several. train, validation_split: names of splits; without the second a `validation` share
+  of documents is held out. With it, train documents whose contents also stand in validation are dropped. field: the
+  column of the text. streaming: rows are read as they come; False keeps them in the cache of datasets. Empty rows are
+  skipped. ConfigError names the field, or split and row, at fault.
   """
 
   name: str = ''
@@ -241,8 +241,8 @@ class HubDataset:
       raise ConfigError(f'HubDataset.folder={self.folder!r}: ' + (
           'a folder has no revision; leave that out' if self.revision else 'give a folder of this machine, or Files'))
     if self.name and not re.fullmatch('[0-9a-f]{40}', self.revision):
-      raise ConfigError(f'HubDataset.revision={self.revision!r}: give the commit of {self.name}, 40 hexadecimal digits (on its '
-                        'page under Files and versions), so that its data stay what they are')
+      raise ConfigError(f'HubDataset.revision={self.revision!r}: give the commit of {self.name}, 40 hexadecimal digits '
+                        '(on its page under Files and versions), so that its data stay what they are')
 
   @property
   def paths(self) -> tuple[str, ...]:
@@ -260,8 +260,9 @@ class HubDataset:
     root = os.path.expanduser(self.folder)
     if self.folder and not os.path.isdir(root):
       raise FileNotFoundError(f'HubDataset.folder={self.folder!r}: there is no such folder')
+    # datasets keeps results beside its own files
     files = [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
-             if not name.startswith(('.', 'cache-'))] if self.folder else []  # datasets keeps results beside its own files
+             if not name.startswith(('.', 'cache-'))] if self.folder else []
     return [storage.described(name.replace(os.sep, '/'), os.path.join(root, name)) for name in sorted(files)]
 
   def _texts(self, which: str, left_out: collections.Counter):
@@ -289,8 +290,8 @@ class HubDataset:
       rows = iter(found)
       first = next(rows, None)
     except (ValueError, LookupError, OSError, datasets.exceptions.DatasetsError) as error:
-      raise ConfigError(f'HubDataset: the split {split!r} of {where} cannot be read ({_first(error)}); correct name, subset, '
-                        'revision or split') from error
+      raise ConfigError(f'HubDataset: the split {split!r} of {where} cannot be read ({_first(error)}); correct name, '
+                        'subset, revision or split') from error
     if first is not None and self.field not in first:
       raise _missing('HubDataset', self.field, f'{where}, {split}', list(first))
     for row in rows if first is None else itertools.chain([first], rows):
@@ -299,11 +300,11 @@ class HubDataset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversations:
-  """Part: chats with answers, by globs of .jsonl files: one a row, {"messages": [{"role", "content"}, ...]} or {"prompt",
-  "answer"}.
+  """Part: chats with answers, by globs of .jsonl files: one a row, {"messages": [{"role", "content"}, ...]} or
+  {"prompt", "answer"}.
 
-  Splits as of `Files`. A document is the JSON of its messages, whichever way they were written. Rows without an answer (a
-  message of the role assistant with text) are refused, empty ones skipped and counted.
+  Splits as of `Files`. A document is the JSON of its messages, whichever way they were written. Rows without an answer
+  (a message of the role assistant with text) are refused, empty ones skipped and counted.
   ConfigError or FileNotFoundError names the glob, or file and row, at fault.
   root: as of `Files`.
   """
@@ -340,8 +341,8 @@ class Conversations:
         raise ConfigError(f'Conversations.{field}: {path} is no .jsonl file; write a chat a row, or narrow the glob')
       for row, messages in rows_of(files._at(path), path, left_out):
         if not any(map(is_answer, messages)):
-          raise ConfigError(f'{path} row {row + 1}: its messages have no answer (of the role assistant, with text); add '
-                            'one, or remove the row')
+          raise ConfigError(f'{path} row {row + 1}: its messages have no answer (of the role assistant, with text); '
+                            'add one, or remove the row')
         yield f'{path}#{row}', json.dumps({'messages': messages}, ensure_ascii=False)
 
 
@@ -350,8 +351,8 @@ def rows_of(where: str, name: str, left_out: collections.Counter | None = None, 
   """(row from 0, messages) of a .jsonl file of chats, which messages call `name`; counts the rows that are empty.
 
   Raises:
-    ConfigError: a file that cannot be read, ending with the remedy; a row that is no JSON, or has neither messages nor prompt
-      and answer, as texts.
+    ConfigError: a file that cannot be read, ending with the remedy; a row that is no JSON, or has neither messages nor
+      prompt and answer, as texts.
   """
   with reading.opened(where, remedy) as file:
     for row, line in enumerate(file):
@@ -374,7 +375,8 @@ def rows_of(where: str, name: str, left_out: collections.Counter | None = None, 
       yield row, messages
 
 
-def _texts_of(rows: Iterable, path: str, part: str, field: str, left_out: collections.Counter) -> Iterator[tuple[str, str]]:
+def _texts_of(rows: Iterable, path: str, part: str, field: str,
+              left_out: collections.Counter) -> Iterator[tuple[str, str]]:
   """(name, text) of every row (its number from 0, None where the file is one document; what it holds) that has text."""
   for row, text in rows:
     where = path if row is None else f'{path} row {row + 1}'
@@ -512,7 +514,8 @@ def _folders(top: str, passed: dict[str, set]) -> Iterator[str]:
 
 
 def _refuse(error: OSError):
-  raise ConfigError(f'Files: {error.filename}: its files cannot be listed ({error.strerror}); see to its permissions') from error
+  raise ConfigError(f'Files: {error.filename}: its files cannot be listed ({error.strerror}); '
+                    'see to its permissions') from error
 
 
 def _links(path: str) -> tuple[int, str]:

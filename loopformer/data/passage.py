@@ -30,8 +30,8 @@ def batches(text: str, tokenizer: Any, length: int, *, stride: int | None = None
     causal: whether no token reads what follows it, as what fills up the last window does.
 
   Yields:
-    tokens, targets, positions, i32[rows, T], weights, f32[rows, T], counted, f32[rows]; for models that are not causal also
-    segments, i32[rows, T], 1 for the text and 0 for what fills up, so that the text does not read it.
+    tokens, targets, positions, i32[rows, T], weights, f32[rows, T], counted, f32[rows]; for models that are not causal
+    also segments, i32[rows, T], 1 for the text and 0 for what fills up, so that the text does not read it.
 
   Raises:
     ConfigError: a text without tokens, or a stride beyond the length.

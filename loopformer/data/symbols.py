@@ -40,15 +40,16 @@ class SymbolTokenizer(Tokenizer):
     return {symbol: i for i, symbol in enumerate(self.symbols)}
 
   def encode(self, text: str) -> list[int]:
-    words = text.split() if ' ' in text or text.strip() in self._ids else list(text)
+    apart = any(map(str.isspace, text))
+    words = [text] if text in self._ids else text.split() if apart else list(text)
     unknown = [word for word in words if word not in self._ids]
     if unknown:
       raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '
                         f'{" ".join(self.symbols)}')
     longer = [symbol for symbol in self.symbols if len(symbol) > 1 and symbol in text] if words == list(text) else []
     if longer:
-      raise ConfigError(f'prompt {text!r}: {longer[0]!r} is one symbol of this task, or {len(longer[0])}; put spaces between '
-                        'symbols')
+      raise ConfigError(f'prompt {text!r}: {longer[0]!r} is one symbol of this task, or {len(longer[0])}; put spaces '
+                        'between symbols')
     return [self._ids[word] for word in words]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -73,7 +74,8 @@ class SymbolTokenizer(Tokenizer):
 
 
 def saved_in(folder: Any) -> SymbolTokenizer | None:
-  """The tokenizer of symbols that was saved in a folder; None where none was. Raises ConfigError where it is damaged."""
+  """The tokenizer of symbols that was saved in a folder; None where none was. Raises ConfigError where it is damaged.
+  """
   path = storage.path(folder) / FILE
   if not path.exists():
     return None

@@ -13,8 +13,8 @@ SCALE = 1000.0  # of a share, so that sinusoids tell shares apart
 class ToldHidden(Around):
   """Adds an embedding of the share of a sequence that is hidden to the state, before every step of the cell `of`.
 
-  The share is what can be seen of the noise's time t, its mean where all may be hidden; so no plan, evaluation or sampler
-  has to say the time. width: that of the model; mask: MASK. Raises ConfigError where the state is a tree.
+  The share is what can be seen of the noise's time t, its mean where all may be hidden; so no plan, evaluation or
+  sampler has to say the time. width: that of the model; mask: MASK. Raises ConfigError where the state is a tree.
   """
   width: int = 1
   mask: int = 1

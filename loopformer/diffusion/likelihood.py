@@ -19,8 +19,8 @@ DRAWS = 32  # masks of a continuation; one is enough for one token (LLaDA takes 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Array, segments: Array, plan: Plan, vocab: Array
-               ) -> tuple[Array, Array]:
+def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Array, segments: Array, plan: Plan,
+               vocab: Array) -> tuple[Array, Array]:
   """(bounds on log-likelihoods f32[B], whether every token is the likeliest where all asked ones are hidden bool[B]).
 
   Args:
@@ -47,8 +47,9 @@ def bound_rows(model: Any, draws: int, params: Params, tokens: Array, asked: Arr
 
 
 class Bounds(Scorer):
-  """As Scorer, of a model that denoises: a log-likelihood is a lower bound, estimated by `draws` masks of the continuation,
-  all of whose context is visible; and a continuation counts as the likeliest where every token of it is, all being hidden.
+  """As Scorer, of a model that denoises: a log-likelihood is a lower bound, estimated by `draws` masks of the
+  continuation, all of whose context is visible; and a continuation counts as the likeliest where every token of it is,
+  all being hidden.
 
   A text is not the sum of its parts: bounds of texts of unlike lengths are of unlike tightness.
   """

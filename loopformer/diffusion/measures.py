@@ -16,14 +16,15 @@ from loopformer.types import Array, Batch, Readout, config_dataclass, whole
 
 @config_dataclass
 class Bound(AsGiven):
-  """The negative evidence lower bound in nats a token, an upper bound on the loss; its exponential; of text, bits a byte.
+  """The negative evidence lower bound in nats a token, an upper bound on the loss; its exponential; of text, bits a
+  byte.
 
-  Of every sequence of n tokens that may be hidden, exactly l are, l uniform on 1..n and they drawn without replacement, and
-  weigh n / l (LLaDA): of the same mean as the bound at chance times, and less spread. `accuracy` is that of hidden tokens by
-  these weights; `error`, one standard error of the loss, of what was drawn.
+  Of every sequence of n tokens that may be hidden, exactly l are, l uniform on 1..n and they drawn without replacement,
+  and weigh n / l (LLaDA): of the same mean as the bound at chance times, and less spread. `accuracy` is that of hidden
+  tokens by these weights; `error`, one standard error of the loss, of what was drawn.
 
-  mask: MASK. draws: masks of every sequence; its l are spread evenly. seed: of the masks, which depend on it, on the sequence
-  and its place in the batch, so that all depths and models are asked for the same.
+  mask: MASK. draws: masks of every sequence; its l are spread evenly. seed: of the masks, which depend on it, on the
+  sequence and its place in the batch, so that all depths and models are asked for the same.
   """
   mask: int
   draws: int = 1

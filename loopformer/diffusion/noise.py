@@ -51,9 +51,9 @@ class Cosine:
 def stratified(key: Array, row: Array) -> Array:
   """f32[B] in [0, 1): a number a sequence, uniform, and spread over the batch.
 
-  One draw for all, and from sequence to sequence van der Corput's numbers, the bits of `row` read backwards: of a batch of
-  2^n sequences there is exactly one in each of as many equal parts of [0, 1), and nobody needs to know the size of the
-  batch, of which microbatches and devices have a part alone.
+  One draw for all, and from sequence to sequence van der Corput's numbers, the bits of `row` read backwards: of a batch
+  of 2^n sequences there is exactly one in each of as many equal parts of [0, 1), and nobody needs to know the size of
+  the batch, of which microbatches and devices have a part alone.
 
   Args:
     key: the same for the whole batch. row: i32[B], places in the global batch.
@@ -90,7 +90,8 @@ def ranks(score: Array) -> Array:
 
 
 def key_of(seed: int, ids: Array, place: Array | int) -> Array:
-  """The key of a sequence of ids, i32[T], at a place: what is drawn in evaluation, the same for all models and depths."""
+  """The key of a sequence of ids, i32[T], at a place: what is drawn in evaluation, the same for all models and depths.
+  """
   odd = jnp.arange(ids.shape[0], dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
   content = ((ids.astype(jnp.uint32) + 1) * odd).sum(dtype=jnp.uint32)
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), content)
@@ -117,13 +118,13 @@ class Masking:
     real('Masking.least', self.least, '(0, 1)', why='weights grow as 1 / t')
 
   def check(self, model: Any, measure: Any):
-    """Raises ConfigError where the model could answer MASK, cannot read it, or has causal layers; or where the measure hides
-    no tokens, or by another id, so that an evaluation would ask for what the model sees."""
+    """Raises ConfigError where the model could answer MASK, cannot read it, or has causal layers; or where the measure
+    hides no tokens, or by another id, so that an evaluation would ask for what the model sees."""
     check_model(model, self.mask)
     if measure.mask != self.mask:
       hides = 'no tokens' if measure.mask is None else f'tokens by the id {measure.mask}'
-      raise ConfigError(f'task.measure = {type(measure).__name__}: it hides {hides}, and objective.prepare hides them by '
-                        f'{self.mask}; set it to diffusion.measures.Bound(mask={self.mask})')
+      raise ConfigError(f'task.measure = {type(measure).__name__}: it hides {hides}, and objective.prepare hides them '
+                        f'by {self.mask}; set it to diffusion.measures.Bound(mask={self.mask})')
 
   def __call__(self, context: PlanContext, weights: Params | None = None) -> Batch:
     batch = context.batch
@@ -144,17 +145,17 @@ def hide(batch: Batch, hidden: Array, weight: Array, time: Array, mask: int) -> 
 
 
 def check_model(model: Any, mask: int):
-  """Raises ConfigError where a model is none that reveals what reads `mask`: it could answer MASK, or cannot read it; or
-  a layer is causal, which would tell what is hidden from what stands before it alone."""
+  """Raises ConfigError where a model is none that reveals what reads `mask`: it could answer MASK, or cannot read it;
+  or a layer is causal, which would tell what is hidden from what stands before it alone."""
   if not model.read_in.vocab:
     raise ConfigError('model.read_in: its inputs are vectors, of which none can be MASK; take one that reads ids')
   if mask != model.outputs:
-    raise ConfigError(f'mask = {mask}: the model answers ids 0 to {model.outputs - 1}, and MASK must be the next, so that it '
-                      f'has no probability; set mask to {model.outputs}, or read_out to Head(outputs={mask})')
+    raise ConfigError(f'mask = {mask}: the model answers ids 0 to {model.outputs - 1}, and MASK must be the next, so '
+                      f'that it has no probability; set mask to {model.outputs}, or read_out to Head(outputs={mask})')
   if model.read_in.vocab <= mask:
-    raise ConfigError(f'model.read_in.vocab = {model.read_in.vocab}: MASK, the id {mask}, cannot be read; set it to {mask + 1}, '
-                      f'and give the model a Head(outputs={mask})')
+    raise ConfigError(f'model.read_in.vocab = {model.read_in.vocab}: MASK, the id {mask}, cannot be read; set it to '
+                      f'{mask + 1}, and give the model a Head(outputs={mask})')
   for name, stack in model.stacks().items():
     if any(kernel.causal for kernel in modules.held(stack, 'kernel')):
-      raise ConfigError(f'model.{name}: a layer is causal, so that a hidden token would not see there what follows; give all '
-                        'layers kernel=kernels.Bidirectional()')
+      raise ConfigError(f'model.{name}: a layer is causal, so that a hidden token would not see there what follows; '
+                        'give all layers kernel=kernels.Bidirectional()')

@@ -1,8 +1,8 @@
 """Planners of denoising: which hidden positions are written in a step, and which are hidden again.
 
-A planner is a frozen part, called with what a step shows (`Round`); it answers (write bool[B, T], hide bool[B, T]): hidden
-positions that keep the token that was drawn for them, and positions that become MASK afterwards. The last step writes all
-that is left, and hides nothing, whatever a planner says.
+A planner is a frozen part, called with what a step shows (`Round`); it answers (write bool[B, T], hide bool[B, T]):
+hidden positions that keep the token that was drawn for them, and positions that become MASK afterwards. The last step
+writes all that is left, and hides nothing, whatever a planner says.
 """
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def times_of(step: Array, steps: Array) -> tuple[Array, Array]:
 class Round:
   """What a planner sees of step j of S, of every sequence.
 
-  step, steps: i32[B], j and S. asked: bool[B, T], positions that are to be made. hidden: bool[B, T], those of them that read
-  MASK. tokens: i32[B, T]. drawn: i32[B, T], a token that was drawn for every position. log_p: f32[B, T, V], the
+  step, steps: i32[B], j and S. asked: bool[B, T], positions that are to be made. hidden: bool[B, T], those of them that
+  read MASK. tokens: i32[B, T]. drawn: i32[B, T], a token that was drawn for every position. log_p: f32[B, T, V], the
   predictor's own law, at temperature 1. held: f32[B, T], the probability with which a visible token was revealed. keys:
   [B], of this step.
   """
@@ -77,8 +77,10 @@ class Order(Protocol):
 
 
 def masses(alpha_t: Array, alpha_s: Array, sigma: Array | float) -> tuple[Array, Array]:
-  """(stays hidden, is written) of a hidden position from t to s, where a visible one is hidden with chance sigma: all of any
-  shape, with sum one (ReMDM, 2503.00307, section 3). They are no probabilities where sigma is above `most_hidden`."""
+  """(stays hidden, is written) of a hidden position from t to s, where a visible one is hidden with chance sigma: all
+  of any shape, with sum one (ReMDM, 2503.00307, section 3). They are no probabilities where sigma is above
+  `most_hidden`.
+  """
   gone = jnp.maximum(1 - alpha_t, 1e-9)
   return (1 - alpha_s - sigma * alpha_t) / gone, (alpha_s - (1 - sigma) * alpha_t) / gone
 
@@ -130,8 +132,8 @@ class Rescale:
 
 @config_dataclass
 class Doubtful:
-  """sigma_i = the largest times softmax(-p_i) over visible positions, p_i the probability with which i was revealed, and 0
-  where a position is hidden (ReMDM-conf)."""
+  """sigma_i = the largest times softmax(-p_i) over visible positions, p_i the probability with which i was revealed,
+  and 0 where a position is hidden (ReMDM-conf)."""
 
   def __call__(self, most: Array, seen: Round) -> Array:
     """As of Cap."""
@@ -142,8 +144,8 @@ class Doubtful:
 
 @config_dataclass
 class Resampling:
-  """As Ancestral, and visible positions are hidden again with chance sigma (ReMDM, 2503.00307). sigma = 0 is Ancestral, draw
-  by draw.
+  """As Ancestral, and visible positions are hidden again with chance sigma (ReMDM, 2503.00307). sigma = 0 is Ancestral,
+  draw by draw.
   """
   sigma: Cap | Rescale | Doubtful = Cap()
   noise: Linear | Cosine = Linear()
@@ -158,11 +160,11 @@ class Resampling:
 
 @config_dataclass
 class Looping:
-  """ReMDM-loop: the first part of the steps reveals up to time `on`, the next stay there, hiding visible positions with chance
-  `eta` and writing as many; the last part reveals the rest.
+  """ReMDM-loop: the first part of the steps reveals up to time `on`, the next stay there, hiding visible positions with
+  chance `eta` and writing as many; the last part reveals the rest.
 
-  on: the time of the plateau; begins, ends: the shares of the steps at which it begins and ends, to four decimals: a step that
-  begins, or ends, there is one of it.
+  on: the time of the plateau; begins, ends: the shares of the steps at which it begins and ends, to four decimals: a
+  step that begins, or ends, there is one of it.
   """
   eta: float = 0.02
   on: float = 0.1
@@ -175,7 +177,8 @@ class Looping:
     real('Looping.begins', self.begins, '(0, 1)')
     real('Looping.ends', self.ends, '(0, 1)')
     if self.ends < self.begins:
-      raise ConfigError(f'Looping.ends = {self.ends}: the plateau would end before it begins; set it to {self.begins} or more')
+      raise ConfigError(f'Looping.ends = {self.ends}: the plateau would end before it begins; '
+                        f'set it to {self.begins} or more')
     alpha = float(self.noise.alpha(jnp.float32(self.on)))
     check_sigma('Looping.eta', self.eta, alpha, alpha)
 
@@ -190,7 +193,8 @@ class Looping:
 
   def __call__(self, seen: Round) -> tuple[Array, Array]:
     t, s = seen.times
-    first, last = (Fraction(share).limit_denominator(MOST_PARTS) for share in (self.begins, self.ends))  # as they are written
+    first, last = (Fraction(share).limit_denominator(MOST_PARTS)
+                   for share in (self.begins, self.ends))  # as they are written
     stays = ((seen.step * first.denominator >= seen.steps * first.numerator)
              & ((seen.step + 1) * last.denominator <= seen.steps * last.numerator))
     alpha_t, alpha_s = self._alpha(1 - t), self._alpha(1 - s)
@@ -199,7 +203,8 @@ class Looping:
 
 
 def check_sigma(name: str, sigma: float, alpha_t: float, alpha_s: float):
-  """Raises ConfigError where visible positions cannot be hidden with this chance: those left would be fewer than none."""
+  """Raises ConfigError where visible positions cannot be hidden with this chance: those left would be fewer than none.
+  """
   most = float(most_hidden(jnp.float32(alpha_t), jnp.float32(alpha_s)))
   if not 0 <= sigma <= most:
     raise ConfigError(f'{name} = {sigma}: a visible position cannot be hidden with a chance above {most:.4g} there '
@@ -217,7 +222,9 @@ def _resampled(seen, alpha_t, alpha_s, sigma):
 
 @config_dataclass
 class OfDrawn:
-  """The probability of the token that was drawn: what is shown and what is scored agree (LLaDA's low-confidence remasking)."""
+  """The probability of the token that was drawn: what is shown and what is scored agree (LLaDA's low-confidence
+  remasking).
+  """
 
   def __call__(self, seen: Round) -> Array:
     """f32[B, T]: the highest is written first."""
@@ -269,7 +276,8 @@ class LeftToRight:
 class Ranked:
   """Of n positions and S steps, in every step the floor or ceiling of n / S of highest score, ceilings first (LLaDA).
 
-  blocks: so many parts of the positions, from left to right, come one after the other, each with its share of the steps.
+  blocks: so many parts of the positions, from left to right, come one after the other, each with its share of the
+  steps.
   """
   score: OfDrawn | Likeliest | Margin | LeastEntropy | ByChance | LeftToRight = OfDrawn()
   blocks: int = 1
@@ -296,8 +304,8 @@ class Ranked:
 
 @config_dataclass
 class Kept:
-  """Every step writes all, and hides the floor of n s least probable of all positions again, those that were visible too
-  (MGDM, 2410.14157: top-k with remasking). noise: of the scores, Gumbel's times `noise` and t.
+  """Every step writes all, and hides the floor of n s least probable of all positions again, those that were visible
+  too (MGDM, 2410.14157: top-k with remasking). noise: of the scores, Gumbel's times `noise` and t.
   """
   noise: float = 0.5
 

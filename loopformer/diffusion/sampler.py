@@ -1,8 +1,8 @@
 """Denoising: all positions at once, written and hidden again over a number of steps.
 
-`denoise` is the loop, for any predictor, a function of tokens. `Denoising` is the part that a model has as its sampler, and
-`Denoiser` what serves requests: prompts with something after them, or with holes. One compiled program serves every number
-of steps, every number of loops in a step, and every prompt of up to the same length.
+`denoise` is the loop, for any predictor, a function of tokens. `Denoising` is the part that a model has as its sampler,
+and `Denoiser` what serves requests: prompts with something after them, or with holes. One compiled program serves every
+number of steps, every number of loops in a step, and every prompt of up to the same length.
 """
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ class Predictor(Protocol):
   """Tells what may stand at every position."""
 
   def __call__(self, tokens: Array, carry: Any, moment: Moment) -> tuple[Array, Any]:
-    """(tokens i32[B, T], what it keeps from step to step, the moment) -> (logits f32[B, T, V] without MASK, what it keeps)."""
+    """(tokens i32[B, T], what it keeps from step to step, the moment) -> (logits f32[B, T, V] without MASK, what it
+    keeps).
+    """
 
 
 @struct.dataclass
 class Held:
-  """Sequences that are being denoised. step: i32[], steps done; tokens: i32[B, T]; held: f32[B, T], the probability with
-  which a position was written; carry: what the predictor keeps."""
+  """Sequences that are being denoised. step: i32[], steps done; tokens: i32[B, T]; held: f32[B, T], the probability
+  with which a position was written; carry: what the predictor keeps."""
   step: Array
   tokens: Array
   held: Array
@@ -78,8 +80,10 @@ def denoise(predict: Predictor, order: Any, mask: int, held: Held, asked: Array,
 
   Args:
     order: a planner (orders.py). asked: bool[B, T], positions that are to be made; others never change.
-    steps: i32[B], S of every sequence; of 0, nothing happens. keys: [B]; control: how tokens are drawn, f32[B] and i32[B].
-    until: i32[], so that the host may look in between; max(steps) for all. barred: bool[B, V], tokens that are never written.
+    steps: i32[B], S of every sequence; of 0, nothing happens. keys: [B]; control: how tokens are drawn, f32[B] and
+    i32[B].
+    until: i32[], so that the host may look in between; max(steps) for all. barred: bool[B, V], tokens that are never
+    written.
   """
   batch, length = held.tokens.shape
   flat = jax.tree.map(lambda leaf: jnp.repeat(leaf, length, 0), control)
@@ -189,9 +193,10 @@ class Denoising:
 class Rows:
   """Requests of a batch, all leaves [B, ...].
 
-  tokens: i32[B, T], holes read MASK; asked: bool[B, T], holes; segments: i32[B, T], 1 for the sequence and 0 for padding;
-  t, dt f32[B, K], active bool[B, K]: the loops of every step; steps: i32[B], 0 for a row without request; seed, number:
-  u32[B]; temperature, top_k, top_p, vocab: as of `SamplingParams`; barred: bool[B, V], tokens that are never written.
+  tokens: i32[B, T], holes read MASK; asked: bool[B, T], holes; segments: i32[B, T], 1 for the sequence and 0 for
+  padding; t, dt f32[B, K], active bool[B, K]: the loops of every step; steps: i32[B], 0 for a row without request;
+  seed, number: u32[B]; temperature, top_k, top_p, vocab: as of `SamplingParams`; barred: bool[B, V], tokens that are
+  never written.
   """
   tokens: Array
   asked: Array
@@ -296,8 +301,8 @@ class Denoiser:
 
   @property
   def stats(self) -> dict[str, float]:
-    """What denoising has cost so far: tokens; passes of rows, a denoising step being one; mean loops of these; loops that
-    ran for the whole batch; tokens a pass."""
+    """What denoising has cost so far: tokens; passes of rows, a denoising step being one; mean loops of these; loops
+    that ran for the whole batch; tokens a pass."""
     tokens, passes, loops, ran = (int(n) for n in self._stats)
     return {'tokens': tokens, 'passes': passes, 'loops': loops / max(passes, 1), 'ran': ran,
             'tokens a pass': tokens / max(passes, 1)}
@@ -308,10 +313,11 @@ class Denoiser:
     """Queues a request and returns its number, 0, 1, ...
 
     Args:
-      prompt: a text, its ids, or the messages of a chat. A text with holes, `<mask>` for one position and `<mask:5>` for
-        five, or ids of which some are MASK, is filled in, and nothing is added: no hole becomes an end, or another special
-        token, which the text would not show. After another, `max_new_tokens` positions are written.
-      budget: loops in every step, or step sizes; all loops by default. steps: denoising steps; the sampler's by default.
+      prompt: a text, its ids, or the messages of a chat. A text with holes, `<mask>` for one position and `<mask:5>`
+        for five, or ids of which some are MASK, is filled in, and nothing is added: no hole becomes an end, or another
+        special token, which the text would not show. After another, `max_new_tokens` positions are written.
+      budget: loops in every step, or step sizes; all loops by default. steps: denoising steps; the sampler's by
+        default.
       max_new_tokens: None: up to the end of the row. The text ends where an end token was written.
       temperature, top_k, top_p, seed, number, stop: as of `Engine.submit`; with holes there is no stop.
 
@@ -324,20 +330,23 @@ class Denoiser:
                                                                 why='what is written is denoised in as many')
     sizes = plans.resolve(min(self.loops, self.model.loops) if budget is None else budget, 'budget')
     if len(sizes) > self.loops:
-      raise ConfigError(f'budget = {budget}: {len(sizes)} loops, but there is room for {self.loops}; make the denoiser with '
-                        f'loops={len(sizes)}')
+      raise ConfigError(f'budget = {budget}: {len(sizes)} loops, but there is room for {self.loops}; make the denoiser '
+                        f'with loops={len(sizes)}')
     ids, stop = self.encode(prompt), stops(stop)
     holes = self.mask in ids
     if holes and stop:
-      raise ConfigError(f'stop = {stop!r}: holes are filled, and nothing is written that could end sooner; leave it out')
+      raise ConfigError(f'stop = {stop!r}: holes are filled, and nothing is written that could end sooner; '
+                        'leave it out')
     if not holes:
-      ids += [self.mask] * (self.length - len(ids) if max_new_tokens is None else whole('max_new_tokens', max_new_tokens, 1))
+      ids += [self.mask] * (self.length - len(ids) if max_new_tokens is None
+                            else whole('max_new_tokens', max_new_tokens, 1))
     if len(ids) > self.length or self.mask not in ids:
-      raise ConfigError(f'prompt {self._requests} and what is to be written have {len(ids) + (self.mask not in ids)} tokens, more '
-                        f'than the {self.length} positions of a row; shorten the prompt, or ask for fewer tokens')
+      raise ConfigError(f'prompt {self._requests} and what is to be written have {len(ids) + (self.mask not in ids)} '
+                        f'tokens, more than the {self.length} positions of a row; shorten the prompt, or ask for '
+                        'fewer tokens')
     self.model.sampler.order.check(steps, ids.count(self.mask))
-    self._waiting.append(_Request(self._requests, ids, holes, sizes, steps, controls(self._vocab, temperature, top_k, top_p),
-                                  seed, number, stop))
+    self._waiting.append(_Request(self._requests, ids, holes, sizes, steps,
+                                  controls(self._vocab, temperature, top_k, top_p), seed, number, stop))
     self._requests += 1
     return self._requests - 1
 
@@ -345,10 +354,10 @@ class Denoiser:
     """The ids of a prompt, MASK for its holes. Raises ConfigError where it has others than the tokenizer knows."""
     if isinstance(prompt, str):
       parts = HOLE.split(prompt)  # text, number of holes, text ..
-      ids = list(self.tokenizer.encode(parts[0])) if parts[0].strip() or len(parts) == 1 else []
+      ids = list(self.tokenizer.encode(parts[0])) if parts[0] or len(parts) == 1 else []
       for count, text in zip(parts[1::2], parts[2::2]):
         ids += [self.mask] * whole('prompt: the number of a hole', int(count or 1), 1, self.length)
-        ids += self.tokenizer.encode(text) if text.strip() else []
+        ids += self.tokenizer.encode(text) if text else []
     else:
       name = f'prompt {self._requests}'
       ids = list(chat.begun(self.tokenizer, prompt, name)) if chat.is_messages(prompt) else chat.listed(prompt, name)
@@ -371,8 +380,8 @@ class Denoiser:
       yield TextChunk(request.number, self._text(request, ids), True)
 
   def run(self) -> list[str]:
-    """The texts of all requests that were left, in the order of their numbers: what stands after a prompt, or a prompt whose
-    holes are filled."""
+    """The texts of all requests that were left, in the order of their numbers: what stands after a prompt, or a prompt
+    whose holes are filled."""
     return [piece.text for piece in sorted(self.stream(), key=lambda piece: piece.request)]
 
   def _text(self, request, ids):
@@ -429,5 +438,5 @@ class Denoiser:
     return Rows(tokens=tokens, asked=(tokens == self.mask), segments=segments, t=plan.t, dt=plan.dt, active=plan.active,
                 steps=column((r.steps if i < len(batch) else 0 for i, r in enumerate(filled)), np.int32),
                 barred=column((request.holes & self._silent for request in filled), bool),
-                seed=column((r.seed for r in filled), np.uint32), number=column((r.draw_number for r in filled), np.uint32),
-                **control)
+                seed=column((r.seed for r in filled), np.uint32),
+                number=column((r.draw_number for r in filled), np.uint32), **control)

@@ -10,8 +10,8 @@ from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, 
 
 @config_dataclass
 class NELBO(Term):
-  """The bound on the negative log-likelihood, nats a token that may be hidden: the weighted cross-entropy of hidden tokens
-  at the end of the rollout `roll`, divided by the number of all that could have been (MDLM, section 3; LLaDA).
+  """The bound on the negative log-likelihood, nats a token that may be hidden: the weighted cross-entropy of hidden
+  tokens at the end of the rollout `roll`, divided by the number of all that could have been (MDLM, section 3; LLaDA).
 
   It reads what `noise.Masking` prepares.
   """

@@ -82,8 +82,8 @@ def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules:
   the mean length of the states at its end.
 
   Args:
-    schedules: name -> step sizes or a budget, all of which run through one program, padded to the longest; or name -> a `Run`,
-      whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
+    schedules: name -> step sizes or a budget, all of which run through one program, padded to the longest; or name -> a
+      `Run`, whose budget is the mean of the steps that sequences took. Thresholds of one rule share a program.
     batches: of arrays on the host, whole in every process; or already divided over the parameters' mesh.
     byte_lengths: i32[2, V], UTF-8 bytes that each token stands for (`measures.text_bytes`); or i32[V], wherever it
       stands.
@@ -92,9 +92,9 @@ def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules:
       are gathered whenever they are needed: `sharding.gathered` does that once, where a device has room.
 
   Raises:
-    ConfigError: no batch, or none that asks for anything; a batch that lacks rows, or has longer ones than the model has
-      positions; or, of arrays on the host, ids that the model does not have, or tokens that its cell makes nothing of in so many
-      steps.
+    ConfigError: no batch, or none that asks for anything; a batch that lacks rows, or has longer ones than the model
+      has positions; or, of arrays on the host, ids that the model does not have, or tokens that its cell makes nothing
+      of in so many steps.
   """
   mesh = sharding.mesh_of(params)
   schedules = {name: steps if isinstance(steps, Run) else plans.resolve(steps, name=f'schedules[{name!r}]')
@@ -126,23 +126,26 @@ def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules:
       totals[name] = {key: totals[name].get(key, 0.0) + float(number) for key, number in value.items()}
   for total in totals.values():
     if not total.get('tokens', len(total)):
-      raise ConfigError('batches: ' + ('there are none' if not total else 'nothing is asked for in any of them, for all '
-                                       'weights are 0') + '; give some with weights above 0')
+      raise ConfigError('batches: ' + ('there are none' if not total else 'nothing is asked for in any of them, for '
+                                       'all weights are 0') + '; give some with weights above 0')
   return [{'budget': round(total['steps'] / total['sequences'], 2) if isinstance(schedules[name], Run)
            else len(schedules[name]), 'schedule': name, **measure.row(total), 'ran': total['ran'] / total['sequences'],
            'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]
 
 
 def _check_ids(model: Any, batch: AnyBatch):
-  """Raises ConfigError where a batch of arrays on the host lacks what is read of it, or has ids that the model does not."""
+  """Raises ConfigError where a batch of arrays on the host lacks what is read of it, or has ids that the model does
+  not.
+  """
   missing = {'targets', 'weights'} - batch.keys()
   if missing:
-    raise ConfigError(f'batches: a batch has {", ".join(batch)}, and no {min(missing)}; give tokens, targets and weights')
+    raise ConfigError(f'batches: a batch has {", ".join(batch)}, and no {min(missing)}; give tokens, '
+                      'targets and weights')
   for name, count in (('tokens', model.read_in.vocab), ('targets', model.outputs)):
     ids = np.asarray(batch[name])
     if count > 1 and ids.size and np.issubdtype(ids.dtype, np.integer) and not 0 <= ids.min() <= ids.max() < count:
-      raise ConfigError(f'{name}: ids from {ids.min()} to {ids.max()}, but the model has 0 to {count - 1}; give these, and the '
-                        'weight 0 to what is not asked for')
+      raise ConfigError(f'{name}: ids from {ids.min()} to {ids.max()}, but the model has 0 to {count - 1}; give these, '
+                        'and the weight 0 to what is not asked for')
 
 
 def _filled(batch: AnyBatch, parts: int) -> AnyBatch:

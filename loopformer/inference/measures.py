@@ -30,13 +30,15 @@ def main_number(measure: Any) -> str:
 
 
 def text_bytes(tokenizer: Any) -> np.ndarray:
-  """i32[2, V]: the UTF-8 bytes that each id of a tokenizer stands for within a text, and where a text begins with it."""
+  """i32[2, V]: the UTF-8 bytes that each id of a tokenizer stands for within a text, and where a text begins with it.
+  """
   return np.stack([tokenizer.byte_lengths(), tokenizer.first_byte_lengths()])
 
 
 def _nll(readout, z, batch):
-  return sharding.sum_over_rows(lambda z, targets, weights, table: nll_sum(z, table, targets, weights, None, readout.dtype),
-                                z, batch['targets'], batch['weights'], whole=readout.table)
+  return sharding.sum_over_rows(
+      lambda z, targets, weights, table: nll_sum(z, table, targets, weights, None, readout.dtype),
+      z, batch['targets'], batch['weights'], whole=readout.table)
 
 
 class AsGiven:
@@ -58,8 +60,8 @@ class Tokens(AsGiven):
   better = {'loss': LESS, 'perplexity': LESS, 'bits_per_byte': LESS}
 
   def sums(self, readout: Readout, z: Array, batch: Batch, byte_lengths: Array | None) -> Sums:
-    """f32[] each. byte_lengths: i32[2, V], UTF-8 bytes that each token stands for, as of `text_bytes`; or i32[V]; None where
-    tokens are no text, and bits_per_byte is NaN."""
+    """f32[] each. byte_lengths: i32[2, V], UTF-8 bytes that each token stands for, as of `text_bytes`; or i32[V]; None
+    where tokens are no text, and bits_per_byte is NaN."""
     totals = {'nll': _nll(readout, z, batch), 'tokens': batch['weights'].sum()}
     if byte_lengths is None:
       return {**totals, 'bytes': jnp.float32(0)}

@@ -28,12 +28,12 @@ class SamplingParams:
 
 @config_dataclass
 class Contrast:
-  """Deep against shallow answers (after DoLa, 2309.03883, which contrasts layers): log p_deep - weight log p_shallow, among
-  the tokens whose p_deep is `plausible` times the likeliest one's or more.
+  """Deep against shallow answers (after DoLa, 2309.03883, which contrasts layers): log p_deep - weight log p_shallow,
+  among the tokens whose p_deep is `plausible` times the likeliest one's or more.
 
-  shallow: loops of the shallow answer, 0 for the state that the loop begins with: of a plain decoder that was imported with
-  a prelude, what its later layers are contrasted with. weight: of one, what loops have agreed on decides nothing; of
-  0, the deep answer, cut.
+  shallow: loops of the shallow answer, 0 for the state that the loop begins with: of a plain decoder that was imported
+  with a prelude, what its later layers are contrasted with. weight: of one, what loops have agreed on decides nothing;
+  of 0, the deep answer, cut.
   """
   shallow: int = 1
   plausible: float = 0.1
@@ -64,7 +64,8 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,
 
 
 def stops(texts: Any) -> tuple[str, ...]:
-  """Texts before which a continuation ends. Raises ConfigError where they are none, or one is empty, or stands alone."""
+  """Texts before which a continuation ends. Raises ConfigError where they are none, or one is empty, or stands alone.
+  """
   found = tuple(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else (None,)
   if not all(isinstance(text, str) and text for text in found):
     raise ConfigError(f'stop = {shown(texts)}: give a list of texts, none of them empty')

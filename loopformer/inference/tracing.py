@@ -87,8 +87,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     segments: i32[B, T], tokens attend within equal numbers only: those of documents, from 1, and 0 for padding.
 
   Raises:
-    ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are no
-        integers of the shape of the tokens; positions that the model does not have.
+    ConfigError: steps or tokens that the model cannot run, or its cell makes nothing of; positions or segments that are
+        no integers of the shape of the tokens; positions that the model does not have.
   """
   plan = _plan(model, steps)
   tokens = checked_tokens(model, tokens)
@@ -122,8 +122,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
 def _plan(model, steps):
   if isinstance(steps, Plan):
     if steps.active is not None or steps.no_grad_steps is not None:
-      raise ConfigError('steps: a plan with skipped steps, or with steps without gradient; give one whose steps all run, '
-                        'such as plans.schedule(sizes)')
+      raise ConfigError('steps: a plan with skipped steps, or with steps without gradient; give one whose steps all '
+                        'run, such as plans.schedule(sizes)')
     return steps
   steps = plans.resolve(model.loops if steps is None else steps)
   warn_beyond(model, steps)
@@ -193,8 +193,8 @@ def _by_layer(told) -> tuple[tuple[str, ...], np.ndarray] | tuple[str, None]:
     for step, layer, entropy in zip(steps, layers, entropies.reshape(-1, *entropies.shape[-3:])):
       found[int(layer), name, int(step)] = entropy
   if not found:
-    return ('no layer of the loop tells what its attention looks at: it has none that is a distribution over tokens, or '
-            'its cell or paper reads keys in a way of its own'), None
+    return ('no layer of the loop tells what its attention looks at: it has none that is a distribution over tokens, '
+            'or its cell or paper reads keys in a way of its own'), None
   if len({entropy.shape for entropy in found.values()}) > 1:
     return 'its layers have attentions of several shapes', None
   layers = sorted({(layer, name) for layer, name, _ in found})

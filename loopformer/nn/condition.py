@@ -79,8 +79,8 @@ class LoopIndex(nn.Module):
 
 
 class NoiseTime(nn.Module):
-  """c = TimeEmbed(1000 t), t the time of the noise that a denoiser's input is under, the plan's row `time` [K, B]: the same
-  in all steps (CCDD, 2510.03206). Under a plan that does not tell it, t is 0.
+  """c = TimeEmbed(1000 t), t the time of the noise that a denoiser's input is under, the plan's row `time` [K, B]: the
+  same in all steps (CCDD, 2510.03206). Under a plan that does not tell it, t is 0.
 
   std: as of ScalarEmbed. CCDD's code leaves t as it is, of which the fastest of its waves sees one radian.
   """

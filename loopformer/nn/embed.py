@@ -13,7 +13,8 @@ from loopformer.types import Array, ConfigError
 
 
 def check_length(length: int, positions: int):
-  """Raises ConfigError where a sequence is longer than a table of positions, whose last row would serve all the rest."""
+  """Raises ConfigError where a sequence is longer than a table of positions, whose last row would serve all the rest.
+  """
   if length > positions:
     raise ConfigError(f'tokens: {length} a row, more than the {positions} positions of the model (read_in.length); '
                       'shorten the rows, or train a model with more positions')

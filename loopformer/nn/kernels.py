@@ -1,6 +1,7 @@
 """Attention kernels: frozen parts with one method for the parallel pass, and two functions for keys under a mask.
 
-`causal` says whether a kernel's queries read no token after them; what is decoded is read so, and by the functions alone.
+`causal` says whether a kernel's queries read no token after them; what is decoded is read so, and by the functions
+alone.
 
 All compute the softmax in float32 and return the dtype of the queries.
 """
@@ -92,7 +93,8 @@ class Cudnn:
                         'bfloat16 or float16; take kernels.Fused(), which chooses by backend and dtype')
     # The kernel brings rules for the partitioner, which do not compile where a mesh is divided by hand already. With
     # segments it wants texts of even length.
-    return _lengthened(functools.partial(sharding.by_rows_and_heads, self._attend), 1 if seg is None else 2, q, k, v, seg)
+    return _lengthened(functools.partial(sharding.by_rows_and_heads, self._attend), 1 if seg is None else 2,
+                       q, k, v, seg)
 
   def _attend(self, q, k, v, seg):
     mask = None if seg is None else seg[:, None, :, None] == seg[:, None, None]
@@ -151,7 +153,8 @@ def check_causal(causal: bool, where: str):
 
 
 def _lengthened(attend, multiple, q, k, v, seg):
-  """Causal attention over a text that is lengthened to a multiple of so many tokens: none before sees those at its end."""
+  """Causal attention over a text that is lengthened to a multiple of so many tokens: none before sees those at its end.
+  """
   length = q.shape[1]
   if not (more := -length % multiple):
     return attend(q, k, v, seg)

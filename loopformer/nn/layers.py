@@ -50,8 +50,8 @@ class Orthogonal:
 
 @dataclasses.dataclass(frozen=True)
 class ByProjection:
-  """Initialiser of the kernel [.., D, outputs] of a fused projection (`unfused`): its queries, keys and values are drawn
-  by `of` as matrices of their own."""
+  """Initialiser of the kernel [.., D, outputs] of a fused projection (`unfused`): its queries, keys and values are
+  drawn by `of` as matrices of their own."""
   of: Any
   heads: int
   groups: int
@@ -240,7 +240,8 @@ class Dense(nn.Module):
 
 
 class Linear(nn.Module):
-  """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser."""
+  """Projection of the last axis; kernel [I, O], N(0, std^2) or what `init` draws; a bias where it has an initialiser.
+  """
   features: int
   std: float = 0.02
   bias: Any = None

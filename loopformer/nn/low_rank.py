@@ -1,5 +1,5 @@
-"""Products with an update of low rank, one for all loops or one for each: a shared block that differs from loop to loop,
-or a model that learns by few parameters. And models with such products: made, and made plain again.
+"""Products with an update of low rank, one for all loops or one for each: a shared block that differs from loop to
+loop, or a model that learns by few parameters. And models with such products: made, and made plain again.
 """
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class LowRank(nn.Module):
   """of(x) + (x A) B, A [I, rank] ~ N(0, std^2), B [rank, O] zero at first (LoRA; relaxed recursive transformers).
 
-  loops: None, one A and B for all loops; or a number of sets, of which loop k uses number k, and those after the last use
-  the last. It stands as `linear` in attention and MLP. Give `frozen.Freeze` the paths `a` and `b` (`added`) to train these
-  alone. gained: whether the gain of the product is the update's too, so that it is an update of the weights.
+  loops: None, one A and B for all loops; or a number of sets, of which loop k uses number k, and those after the last
+  use the last. It stands as `linear` in attention and MLP. Give `frozen.Freeze` the paths `a` and `b` (`added`) to
+  train these alone. gained: whether the gain of the product is the update's too, so that it is an update of the
+  weights.
   """
   rank: int
   loops: int | None = None
@@ -44,7 +45,8 @@ class LowRank(nn.Module):
     # In the scope of this module: the parameters of the product lie where they would without it.
     y = self.of.copy(parent=self.scope)(x, features, init, ctx, bias=bias, gain=gain, divided=divided, heads=heads)
     sets = self.loops or 1
-    a = roles.param(self, 'a', Normal(self.std), (sets, x.shape[-1], self.rank), Role(tensor=-2 if divided == -2 else None))
+    a = roles.param(self, 'a', Normal(self.std), (sets, x.shape[-1], self.rank),
+                    Role(tensor=-2 if divided == -2 else None))
     b = roles.param(self, 'b', nn.initializers.zeros, (sets, self.rank, features),
                     Role(tensor=-1 if divided == -1 else None))
     if self.loops is None or ctx is None or ctx.step is None:
@@ -97,8 +99,8 @@ def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
   """
   updates = _updates(model)
   if any(not update.gained for update in updates) and _precomputes(model, params):
-    raise ConfigError('LowRank.gained = False: the step makes gates that act on the weights and not on the update, which '
-                      'can be no part of them; export what was trained with gained = True (nn.low_rank.adapted)')
+    raise ConfigError('LowRank.gained = False: the step makes gates that act on the weights and not on the update, '
+                      'which can be no part of them; export what was trained with gained = True (nn.low_rank.adapted)')
   shared = [update for update in updates if update.loops is None]
 
   def product(own, update):
@@ -166,7 +168,8 @@ def _products(module: nn.Module, params: Params, change: Callable[[Params, LowRa
     params |= {name: change(tree, update) for name, tree in params.items()
                if isinstance(tree, dict) and {'a', 'b', 'kernel'} <= tree.keys()}
   for name, value in own.items():
-    for at, inner in [(f'{name}_{i}', item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(name, value)]:
+    for at, inner in ([(f'{name}_{i}', item) for i, item in enumerate(value)] if isinstance(value, tuple)
+                      else [(name, value)]):
       if isinstance(inner, nn.Module) and at in params:
         params[at] = _products(inner, params[at], change)
   return params

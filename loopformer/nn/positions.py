@@ -51,8 +51,8 @@ class Rotary:
 class StretchedRotary(Rotary):
   """Rotary positions of a model that was trained on longer texts afterwards, as Llama 3.1 (`rope_type` llama3).
 
-  Pairs that turn less than `low` times in the `original` positions turn `factor` times more slowly, those that turn more
-  than `high` times as before, and those between by a mean of the two.
+  Pairs that turn less than `low` times in the `original` positions turn `factor` times more slowly, those that turn
+  more than `high` times as before, and those between by a mean of the two.
   """
   factor: float = 8.0
   low: float = 1.0

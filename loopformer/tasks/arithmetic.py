@@ -2,8 +2,8 @@
 
     3 * 2 + 6 / 3 =      6 + 6 / 3 =      6 + 2 =      8          the answer 8
 
-After RELAY (Yu et al., 2502.08482, section 4) and the benchmark that it adapts (Feng et al., 2305.15408). Numbers are one
-symbol each, 0..modulus - 1.
+After RELAY (Yu et al., 2502.08482, section 4) and the benchmark that it adapts (Feng et al., 2305.15408). Numbers are
+one symbol each, 0..modulus - 1.
 """
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def modular(modulus: int, a: int, operator: str, b: int) -> int:
 
 
 def reduced(words: Sequence[str], operate: Callable[[int, str, int], int]) -> list[str]:
-  """An expression after its leftmost operation that precedence allows: the first with a number on both sides, whose left
-  neighbour is of lower precedence, and whose right one of no higher. Brackets around a number alone are dropped.
+  """An expression after its leftmost operation that precedence allows: the first with a number on both sides, whose
+  left neighbour is of lower precedence, and whose right one of no higher. Brackets around a number alone are dropped.
 
   Raises:
     ValueError: no operation can be done.

@@ -32,8 +32,8 @@ class Countdown:
 
       targets    7 2 3 : 17 , 7 * 2 = 14 , 14 + 3 = 17     asked for from the first equation on
 
-  Tokens are the targets, one place later. Numbers are even among 1 .. largest, and the equations even among those that are
-  possible; the target is what they come to. What is between is a positive whole number, `most` at the most.
+  Tokens are the targets, one place later. Numbers are even among 1 .. largest, and the equations even among those that
+  are possible; the target is what they come to. What is between is a positive whole number, `most` at the most.
   """
   numbers: int = 4
   largest: int = 10

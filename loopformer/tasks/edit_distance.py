@@ -93,8 +93,8 @@ class EditRows(Sized):
 
       o t m l | o t t m l <sep>       0 2 4 6 7 ,   2 0 2 4 6 ,   4 2 3 2 4 ,   6 4 5 4 2 ,       the answer 2
 
-  Size: the letters of the first of EditDistance's strings. Rounds: a letter of the shorter string each, columns 1 to the
-  length of the longer one, and a comma. using: as of EditDistance.
+  Size: the letters of the first of EditDistance's strings. Rounds: a letter of the shorter string each, columns 1 to
+  the length of the longer one, and a comma. using: as of EditDistance.
   """
   shortest: int = SHORTER + 1
   using: int = 8

@@ -85,8 +85,8 @@ class Filled:
     made, count = self.of.example(problem), self.count(problem.size)
     place = 0 if self.first else len(problem.prompt) - self.query
     if place < 1 and not self.first:
-      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} tokens, '
-                        'none of which would stand before the fillers; lower Filled.query, or set Filled.first')
+      raise ConfigError(f'Filled.query = {self.query}: a problem of size {problem.size} has {len(problem.prompt)} '
+                        'tokens, none of which would stand before the fillers; lower Filled.query, or set Filled.first')
     rows = {name for name, value in made.items() if value.ndim}
     if other := sorted(rows - {'tokens', 'targets', 'weights', 'positions', 'segments'}):
       raise ConfigError(f'Filled.of = {type(self.of).__name__}: its examples have rows of {other[0]}, which have no '

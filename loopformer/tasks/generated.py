@@ -115,9 +115,9 @@ class Double:
 
 @config_dataclass
 class Grow:
-  """A curriculum: each of the generator's fields that `fields` names, `of/longest` that of its part `of`, rises to its own
-  value. Rows must keep their shape meanwhile (generators have fields for the room that there is), so that one program
-  serves all."""
+  """A curriculum: each of the generator's fields that `fields` names, `of/longest` that of its part `of`, rises to its
+  own value. Rows must keep their shape meanwhile (generators have fields for the room that there is), so that one
+  program serves all."""
   fields: Mapping[str, Rise | Double]
 
   def check(self, of: Any):
@@ -173,8 +173,8 @@ class Generated:
   """Task: examples of the generator `of`.
 
   pool: how many different ones to train on; None makes a fresh one every time. held_out: how many to validate on;
-  they are the same whatever the seed of the run, and drawn apart from those that are trained on: where there are few problems,
-  the same ones are in both. tests: other generators to evaluate on, by name (longer, harder).
+  they are the same whatever the seed of the run, and drawn apart from those that are trained on: where there are few
+  problems, the same ones are in both. tests: other generators to evaluate on, by name (longer, harder).
   grow: a curriculum of the training examples; it needs fresh ones (no `pool`).
   """
   of: Any

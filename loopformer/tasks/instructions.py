@@ -29,11 +29,11 @@ class Instructions:
   """Task: say the answers of conversations, token by token; what others say is read, and not asked for.
 
   Conversations stand in rows of `length` tokens, one after another until the next does not fit, each a segment with
-  positions of its own. One that is longer than a row is cut at its end; where no answer begins before the cut it is left
-  out. Both are counted, and told when the data are prepared.
+  positions of its own. One that is longer than a row is cut at its end; where no answer begins before the cut it is
+  left out. Both are counted, and told when the data are prepared.
 
-  tokenizer: a part, of a folder such as the one that the first weights come from. template: a file of a chat template, in
-  the place of the tokenizer's own. folder: as of `Text`.
+  tokenizer: a part, of a folder such as the one that the first weights come from. template: a file of a chat template,
+  in the place of the tokenizer's own. folder: as of `Text`.
   """
   corpus: Conversations
   tokenizer: SavedTokenizer
@@ -64,8 +64,8 @@ class Instructions:
           f'{rows.filled:.0%} filled; {rows.cut:,} were cut, {rows.left_out:,} left out because no answer begins in '
           f'{self.length} tokens')
       if not len(rows):
-        raise ConfigError(f'task.length = {self.length}: no conversation of the {split} split has an answer that begins '
-                          'within it; raise it')
+        raise ConfigError(f'task.length = {self.length}: no conversation of the {split} split has an answer that '
+                          'begins within it; raise it')
     return self.tokenizer_of(workdir)
 
   def verify(self, workdir: str | os.PathLike, log: Callable = print):

@@ -26,10 +26,10 @@ JOINT = 'validation'
 class Mixture:
   """Task: examples of the tasks `of`, by name, in the order of their shares, `weights` over their sum.
 
-  Which task example i is of, and which of that task's examples it is, depends on i and the weights alone: after any number
-  of examples, those of a task are its share of them but for less than the number of tasks. They are validated on in the
-  same shares, and each by itself ('text-validation'). The tasks have one length and one tokenizer, and folders of their
-  own in the work folder where they name none.
+  Which task example i is of, and which of that task's examples it is, depends on i and the weights alone: after any
+  number of examples, those of a task are its share of them but for less than the number of tasks. They are validated on
+  in the same shares, and each by itself ('text-validation'). The tasks have one length and one tokenizer, and folders
+  of their own in the work folder where they name none.
   """
   of: Mapping[str, Any]
   weights: Mapping[str, float]
@@ -41,12 +41,13 @@ class Mixture:
                         f'{", ".join(self.of) or "nothing"}; give a weight for every task')
     for name, weight in self.weights.items():
       if name in ('', '.', '..') or re.search(r'[/\\]', name):
-        raise ConfigError(f'task.of: {name!r} is no name of a task, of which a folder is called; give letters and digits')
+        raise ConfigError(f'task.of: {name!r} is no name of a task, of which a folder is called; '
+                          'give letters and digits')
       real(f'task.weights.{name}', weight, '(0, inf)')
     lengths = {name: task.length for name, task in self.of.items()}
     if len(set(lengths.values())) > 1:
-      raise ConfigError(f'task.of: examples of {", ".join(f"{name} have {n} tokens" for name, n in lengths.items())}; give '
-                        'them one length')
+      raise ConfigError(f'task.of: examples of {", ".join(f"{name} have {n} tokens" for name, n in lengths.items())}; '
+                        'give them one length')
 
   @property
   def length(self) -> int:
@@ -108,9 +109,9 @@ def ids_of(tokenizer: Tokenizer) -> str:
 def place(shares: Sequence[Fraction], index: int) -> tuple[int, int]:
   """(task, which of its examples) of an example.
 
-  Example j of a task with share w is due at (j + 1/2) / w, and examples come in the order in which they are due, those of
-  earlier tasks first where two are due at once. So there are round(w t) of it at time t, and t examples but for half the
-  number of tasks.
+  Example j of a task with share w is due at (j + 1/2) / w, and examples come in the order in which they are due, those
+  of earlier tasks first where two are due at once. So there are round(w t) of it at time t, and t examples but for half
+  the number of tasks.
   """
   reach = len(shares)
   begin, end = Fraction(max(index - reach, 0)), Fraction(index + reach + 1)
@@ -146,8 +147,8 @@ class Mixed:
     """Whether any of them has several documents in an example."""
     names = [set(dataset[0]) for dataset in self.datasets]
     if len({frozenset(own - {'segments'}) for own in names}) > 1:
-      raise ConfigError(f'task.of: examples have the fields {" and ".join(", ".join(sorted(own)) for own in names)}; give '
-                        'tasks whose examples have the same')
+      raise ConfigError(f'task.of: examples have the fields {" and ".join(", ".join(sorted(own)) for own in names)}; '
+                        'give tasks whose examples have the same')
     return any('segments' in own for own in names)
 
   def __len__(self) -> int:

@@ -20,8 +20,8 @@ class Pointers:
   """Place i of `places` points at pi(i), a random permutation, and is asked for pi^h(i), h uniform in fewest..most.
 
   tokens f32[places, places + hops]: pi(i) and h, one-hot; targets i32[places]; hops i32[places]: h. The answer may
-  depend on places that come later: for attention in both directions. hops: the largest h that can be told, and `most` by
-  default.
+  depend on places that come later: for attention in both directions. hops: the largest h that can be told, and `most`
+  by default.
   """
   places: int = 8
   hops: int = 4
@@ -35,7 +35,8 @@ class Pointers:
     if self.most is None:
       object.__setattr__(self, 'most', self.hops)
     whole('Pointers.fewest', self.fewest, 1, self.hops, why='Pointers.hops is the largest number that can be told')
-    whole('Pointers.most', self.most, self.fewest, self.hops, why='Pointers.hops is the largest number that can be told')
+    whole('Pointers.most', self.most, self.fewest, self.hops,
+          why='Pointers.hops is the largest number that can be told')
 
   @property
   def length(self) -> int:

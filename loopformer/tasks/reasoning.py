@@ -1,7 +1,7 @@
 """Problems that are solved in rounds, and the examples that are made of them.
 
-A source of problems (arithmetic.py, edit_distance.py, increasing.py, words.py) draws them in symbols, with the rounds of their
-solution and an answer of one symbol. What a model is shown is another part:
+A source of problems (arithmetic.py, edit_distance.py, increasing.py, words.py) draws them in symbols, with the rounds
+of their solution and an answer of one symbol. What a model is shown is another part:
 
     Chain    the problem, all rounds one after another, the answer: what is decoded token by token
     Rounds   the problem against the right end of a row, and of every round another such row: what a loop shows after
@@ -43,7 +43,8 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-  """The most that a problem may have: tokens of the prompt, tokens of a round, rounds, tokens of all rounds together."""
+  """The most that a problem may have: tokens of the prompt, tokens of a round, rounds, tokens of all rounds together.
+  """
   prompt: int
   round: int
   rounds: int
@@ -168,7 +169,8 @@ class Several:
       raise ConfigError('Several.of is empty: name one or more sources of problems')
     for name, weight in self.weights.items():
       if name not in self.of:
-        raise ConfigError(f'Several.weights names {name!r}, which Several.of does not have; it has {", ".join(self.of)}')
+        raise ConfigError(f'Several.weights names {name!r}, which Several.of does not have; '
+                          f'it has {", ".join(self.of)}')
       real(f'Several.weights[{name!r}]', weight, '[0, inf)')
 
   @property
@@ -247,8 +249,8 @@ class Shown:
     known = _places(self.symbols)
     unknown = [symbol for symbol in symbols if symbol not in known]
     if unknown:
-      raise ConfigError(f'problem {" ".join(symbols)!r}: {unknown[0]!r} is not a symbol of this task; use the source that '
-                        'it came from, or raise its limit')
+      raise ConfigError(f'problem {" ".join(symbols)!r}: {unknown[0]!r} is not a symbol of this task; use the source '
+                        'that it came from, or raise its limit')
     return [known[symbol] for symbol in symbols]
 
 
@@ -279,8 +281,8 @@ class Chain(Shown):
     ids, weight = [*self.ids([*problem.prompt, *asked]), self.pad], self.of.weight(problem.task)
     assert self.length is not None
     if len(ids) > self.length + 1:
-      raise ConfigError(f'Chain.length = {self.length}: a problem of size {problem.size} with its trace has {len(ids) - 1} '
-                        'tokens; raise Chain.length, or take smaller problems')
+      raise ConfigError(f'Chain.length = {self.length}: a problem of size {problem.size} with its trace has '
+                        f'{len(ids) - 1} tokens; raise Chain.length, or take smaller problems')
     return sequence(ids, [0.0] * len(problem.prompt) + [weight] * (len(asked) + 1), self.length, self.pad)
 
   def read(self, problem: Problem, text: Sequence[str]) -> Problem:
@@ -294,12 +296,13 @@ def left_aligned(form: Any, problem: Problem, asked: Sequence[str | None]) -> Ex
   None for nothing.
 
   What lies right of that is padding too, a segment of its own that nothing reads and that weighs nothing. Besides,
-  examples have size i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where it does not fit a row.
+  examples have size i32[], that of the problem: plans.LogDepth reads it. Raises ConfigError where it does not fit a
+  row.
   """
   count, n = len(asked), form.length
   if count > n:
-    raise ConfigError(f'{type(form.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows have '
-                      f'{n}; raise room, and the length of rows where it is given, or take smaller problems')
+    raise ConfigError(f'{type(form.of).__name__}.room: a problem of size {problem.size} has {count} tokens, but rows '
+                      f'have {n}; raise room, and the length of rows where it is given, or take smaller problems')
   tokens, targets = np.full((2, n), form.pad, np.int32)
   tokens[:len(problem.prompt)] = form.ids(problem.prompt)
   weights, own = np.zeros(n, np.float32), np.arange(n) < count
@@ -341,11 +344,11 @@ class Slots(Shown):
       tokens     1 0 1 = . . . .
       targets    1 0 1 = 1 1 0 0
 
-  Denoisers read the targets, of which they have the problem's tokens, that weigh nothing; other models, which read the tokens,
-  have slots to compute at, and no slot sees what stands in another.
+  Denoisers read the targets, of which they have the problem's tokens, that weigh nothing; other models, which read the
+  tokens, have slots to compute at, and no slot sees what stands in another.
 
-  answer: False where the last round ends with the answer, which then has no slot of its own: of two slots that always hold the
-  same, a denoiser learns to copy one from the other.
+  answer: False where the last round ends with the answer, which then has no slot of its own: of two slots that always
+  hold the same, a denoiser learns to copy one from the other.
   """
   of: Any
   answer: bool = True
@@ -358,8 +361,8 @@ class Slots(Shown):
     """Of a problem. Raises ConfigError where it does not fit a row, or has an answer that would have no slot."""
     count, chain = len(problem.prompt), [one for each in problem.rounds for one in each]
     if not self.answer and chain[-1:] != [problem.answer]:
-      raise ConfigError(f'Slots.answer = False: the rounds of a problem of {type(self.of).__name__} do not end with its answer, '
-                        f'{problem.answer!r}, which would have no slot; leave Slots.answer at True')
+      raise ConfigError(f'Slots.answer = False: the rounds of a problem of {type(self.of).__name__} do not end with '
+                        f'its answer, {problem.answer!r}, which would have no slot; leave Slots.answer at True')
     made = left_aligned(self, problem, [*[None] * count, *chain, *[problem.answer] * self.answer])
     made['targets'][:count] = made['tokens'][:count]
     return made
@@ -384,8 +387,9 @@ class Rounds(Shown):
                3                    8
       targets                       8       the answer, at the last token
 
-  n is the problem's own: the most of its prompt and of its rounds; a round as wide has no padding before it. Rows are as
-  wide as the source's largest problem; what lies left of n is a segment of its own, that no token of the problem reads.
+  n is the problem's own: the most of its prompt and of its rounds; a round as wide has no padding before it. Rows are
+  as wide as the source's largest problem; what lies left of n is a segment of its own, that no token of the problem
+  reads.
 
   Besides tokens, targets, weights and positions an example has segments i32[n], loops i32[], the number T of rounds,
   rounds i32[K, n] for the most rounds K, and round_weights f32[K, n]: equal within a round and between rounds, and
@@ -406,9 +410,9 @@ class Rounds(Shown):
     """Of a problem. Raises ConfigError where it, or a round, is wider than a row, or it has more rounds than K."""
     count, width, n, weight = len(problem.rounds), self.width(problem), self.length, self.of.weight(problem.task)
     if width > n or not 1 <= count <= self.most:
-      raise ConfigError(f'{type(self.of).__name__}.room: a problem of size {problem.size} has {count} rounds and {width} '
-                        f'tokens, but rows have place for 1 to {self.most} rounds and {n} tokens; raise room, or take '
-                        'smaller problems')
+      raise ConfigError(f'{type(self.of).__name__}.room: a problem of size {problem.size} has {count} rounds and '
+                        f'{width} tokens, but rows have place for 1 to {self.most} rounds and {n} tokens; raise room, '
+                        'or take smaller problems')
     tokens, targets = np.full((2, n), self.pad, np.int32)
     weights, segments = np.zeros(n, np.float32), np.zeros(n, np.int32)
     rounds, asked = np.full((self.most, n), self.pad, np.int32), np.zeros((self.most, n), np.float32)

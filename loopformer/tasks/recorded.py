@@ -31,10 +31,12 @@ def recorded(file: str | os.PathLike) -> list[Problem]:
     row = reading.parsed(line, where, REMEDY, dict)
     with reading.naming(where, REMEDY):
       texts = [row[name] for name in ('task', 'prompt', 'answer')] + list(row['rounds'])
-      if not isinstance(row['rounds'], list) or not all(isinstance(text, str) for text in texts) or not row['prompt'].split():
+      if (not isinstance(row['rounds'], list) or not all(isinstance(text, str) for text in texts)
+          or not row['prompt'].split()):
         raise TypeError('prompt, rounds and answer are texts, rounds a list of them, and the prompt is not empty')
-      problems.append(Problem(prompt=tuple(row['prompt'].split()), rounds=tuple(tuple(r.split()) for r in row['rounds']),
-                              answer=row['answer'], size=operator.index(row['size']), task=row['task']))
+      problems.append(Problem(prompt=tuple(row['prompt'].split()),
+                              rounds=tuple(tuple(r.split()) for r in row['rounds']), answer=row['answer'],
+                              size=operator.index(row['size']), task=row['task']))
   if not problems:
     raise ConfigError(f'{os.fspath(file)}: it holds no problems; {REMEDY}')
   return problems
@@ -55,8 +57,8 @@ class _Source:
 
 @config_dataclass
 class Recorded:
-  """Task: the problems of `file`, shuffled in every epoch, as examples of the kind that `of.of` makes (Chain or Rounds);
-  evaluated as `of` is."""
+  """Task: the problems of `file`, shuffled in every epoch, as examples of the kind that `of.of` makes (Chain or
+  Rounds); evaluated as `of` is."""
   of: Generated
   file: str
   paths = ('file',)

@@ -55,7 +55,8 @@ class _Told:
 
 @config_dataclass
 class Selected(_Told):
-  """Of T rounds those at linspace(0, T - 1, rounds), rounded down: all where T is no more, none where it is 0."""
+  """Of T rounds those at i (T - 1) / (rounds - 1), rounded down: all where T is no more, the first where `rounds` is 1, none
+  where it is 0."""
   of: Any
   rounds: int
 
@@ -75,7 +76,7 @@ class Selected(_Told):
 
 def selected(count: int, kept: int) -> list[int]:
   """Which of `count` rounds are kept, in order."""
-  return list(range(count)) if kept >= count else np.linspace(0, count - 1, kept).astype(int).tolist()
+  return list(range(count)) if kept >= count else [i * (count - 1) // max(kept - 1, 1) for i in range(kept)]
 
 
 @config_dataclass

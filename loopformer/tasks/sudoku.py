@@ -1,7 +1,7 @@
 """Sudoku: whole grids, and grids with clues.
 
-After Beyond Autoregression (Ye et al., 2410.14157) and the sheet of masked diffusion: of 4x4 there are 288 grids, so that the
-entropy is log(288) / 16 nats a cell, and whether a grid is valid is seen at once.
+After Beyond Autoregression (Ye et al., 2410.14157) and the sheet of masked diffusion: of 4x4 there are 288 grids, so
+that the entropy is log(288) / 16 nats a cell, and whether a grid is valid is seen at once.
 """
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Sudoku:
 
       tokens   . 1 2 3 4 3 4 ..     targets   1 2 3 4 3 4 1 ..
 
-  Next-token models predict every cell from those before it; denoisers read the targets alone. Grids of 4x4 are uniform over
-  all 288; larger ones are a pattern whose symbols, rows, columns, bands and stacks are shuffled.
+  Next-token models predict every cell from those before it; denoisers read the targets alone. Grids of 4x4 are uniform
+  over all 288; larger ones are a pattern whose symbols, rows, columns, bands and stacks are shuffled.
 
   holes: least and most cells of a grid that are asked for; the others are clues, of weight 0. None: all are.
   """
@@ -73,7 +73,8 @@ class Sudoku:
     whole('Sudoku.box', self.box, 2, 3, why='grids have box^2 symbols, one character each')
     if self.holes is not None:
       if not isinstance(self.holes, Sequence) or len(self.holes) != 2:
-        raise ConfigError(f'Sudoku.holes = {shown(self.holes)}: give the least and the most cells that are asked for, such as (4, 8)')
+        raise ConfigError(f'Sudoku.holes = {shown(self.holes)}: give the least and the most cells that are asked for, '
+                          'such as (4, 8)')
       low, high = self.holes
       whole('Sudoku.holes', low, 1, self.length)
       whole('Sudoku.holes', high, low, self.length)

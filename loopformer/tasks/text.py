@@ -65,7 +65,8 @@ class Text:
     """
     import grain
 
-    stream, start = prepared.open_split(self._folder(workdir), split), prepared.load_manifest(self._folder(workdir)).get('start')
+    stream, start = (prepared.open_split(self._folder(workdir), split),
+                     prepared.load_manifest(self._folder(workdir)).get('start'))
     eos = self.tokenizer_of(workdir).eos
     windows = grain.MapDataset.source(batches.Windows(stream, self.length, eos, self.documents, start))
     if split == 'train':

@@ -112,7 +112,8 @@ class Automaton:
 
   def __post_init__(self):
     taken = {END_OF_WORD, ACCEPTED, REFUSED}
-    if not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters) or ' ' in self.letters:
+    if (not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters)
+        or ' ' in self.letters):
       raise ConfigError(f'Automaton.letters = {self.letters!r}: give one or more different letters, and no space nor '
                         f'{" ".join(sorted(taken))} among them, which say other things')
     states = range(len(self.next))

@@ -50,7 +50,9 @@ def token_nll(z: Array, table: Array, targets: Array, chunk: int | None = None, 
 
 def token_answers(z: Array, table: Array, targets: Array, chunk: int | None = None, dtype: Any = None,
                   vocab: Array | None = None) -> tuple[Array, Array]:
-  """As `token_nll`, and whether the target is the likeliest answer, bool[...], of the first `vocab` (i32[]) where given."""
+  """As `token_nll`, and whether the target is the likeliest answer, bool[...], of the first `vocab` (i32[]) where
+  given.
+  """
   z, table = jax.lax.stop_gradient((z.astype(dtype or z.dtype), table.astype(dtype or z.dtype)))
 
   def one(row):

@@ -47,8 +47,8 @@ def kl_sum(z: Array, table: Array, taught: Array, teacher: Array, weights: Array
 class Distill(Taught):
   """KL(teacher || student) of the answers after every step, a mean over steps and tokens by their weights (MELT, 3).
 
-  Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own, and its states may
-  be of another width.
+  Both rollouts keep every state and have the same steps. The teacher's head and final norm are its own, and its states
+  may be of another width.
 
   roll: the student's rollout. teacher: another, which gets no gradient.
   """

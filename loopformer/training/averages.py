@@ -25,7 +25,8 @@ class Averaged:
 
       average <- d average + (1 - d) parameters,   d = min(decay, (1 + t) / (10 + t)) at update t from 0
 
-  Of parameters that have masters (masters.py), these are averaged, whichever of the two wrappers stands around the other.
+  Of parameters that have masters (masters.py), these are averaged, whichever of the two wrappers stands around the
+  other.
 
   Training goes on from the parameters; evaluations of the run, and whatever reads its checkpoints (`loopformer.load`,
   generation, export, train.start, teachers), have the averages.
@@ -44,8 +45,8 @@ class Averaged:
     def init(params):
       if any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(
           params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))):
-        raise ConfigError('optim: Averaged averages all parameters, but another optimiser gives it a part of them; put it '
-                          'around the other')
+        raise ConfigError('optim: Averaged averages all parameters, but another optimiser gives it a part of them; put '
+                          'it around the other')
       return AveragedState(jnp.int32(0), jax.tree.map(jnp.array, params), inner.init(params))
 
     def update(updates, state, params, **others):
@@ -61,8 +62,8 @@ class Averaged:
 def exchanged(params: Params, optimizer: Any) -> tuple[Params, Any]:
   """Parameters and averages in each other's places: (those that answer, the optimiser's state with the others).
 
-  Twice it is nothing at all, and nothing where no averages are kept. Masters (masters.py) are exchanged so too, where no
-  averages of them are kept.
+  Twice it is nothing at all, and nothing where no averages are kept. Masters (masters.py) are exchanged so too, where
+  no averages of them are kept.
   """
   found = []
 

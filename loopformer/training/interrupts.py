@@ -1,4 +1,5 @@
-"""Ctrl-C (SIGINT): it ends a run before its first step; later the first one saves and ends it, a second ends it at once.
+"""Ctrl-C (SIGINT): it ends a run before its first step; later the first one saves and ends it, a second ends it at
+once.
 
 In a command, `watch` sees to it that the process ends with status 130 and one line, whatever it is doing: a thread of
 its own hears of signals also while the main thread is in a compiler or waits for a device. Elsewhere, in a notebook or

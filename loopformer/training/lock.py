@@ -73,13 +73,15 @@ class Lock:
                     f'nothing was heard of this one for {PATIENCE:.0f} s; this one ends, and writes nothing more there')
 
   def _take(self):
-    tries, exclusive = 0, not storage.remote(self._path)  # not every maker's store knows of files that are not there yet
+    # not every maker's store knows of files that are not there yet
+    tries, exclusive = 0, not storage.remote(self._path)
     while not storage.create(self._path, self._own):
       found = self._read()
       if found is None:  # its owner has just ended
         tries += 1
         if tries > 20:
-          raise ConfigError(f'{self._path}: it cannot be made, and is not there (a link that leads nowhere?); remove it')
+          raise ConfigError(f'{self._path}: it cannot be made, and is not there (a link that leads nowhere?); '
+                            'remove it')
         time.sleep(POLL / 20)
         continue
       if found[0] == self._own:  # an answer of the store was lost

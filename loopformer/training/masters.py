@@ -19,11 +19,12 @@ class MastersState(NamedTuple):
 
 @config_dataclass
 class Masters:
-  """The optimiser `of`, which acts on float32 masters of the projections (roles.py); the parameters are these in the dtype
-  of the products, so that a step holds, gathers and reads half of the bytes. Give the model's blocks dtype='bfloat16'.
+  """The optimiser `of`, which acts on float32 masters of the projections (roles.py); the parameters are these in the
+  dtype of the products, so that a step holds, gathers and reads half of the bytes. Give the model's blocks
+  dtype='bfloat16'.
 
-  What a pass computes is what it computes of float32 parameters, which it rounds so itself; gradients of projections are
-  rounded once more. All other parameters (norms, gates, embeddings) stay in float32. The masters are part of the
+  What a pass computes is what it computes of float32 parameters, which it rounds so itself; gradients of projections
+  are rounded once more. All other parameters (norms, gates, embeddings) stay in float32. The masters are part of the
   optimiser's state, divided as the parameters; evaluations and checkpoints have them in the parameters' places.
   """
   of: Any
@@ -37,8 +38,8 @@ class Masters:
 
     def init(params):
       if any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_masked)):
-        raise ConfigError('optim: Masters holds masters of all projections, but another optimiser gives it a part of them; '
-                          'put it around the other')
+        raise ConfigError('optim: Masters holds masters of all projections, but another optimiser gives it a part of '
+                          'them; put it around the other')
       whole = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
       master = jax.tree_util.tree_map_with_path(
           lambda path, leaf: jnp.array(leaf) if _short(roles.at(path).dtype) else optax.MaskedNode(), whole)
@@ -46,12 +47,13 @@ class Masters:
 
     def update(updates, state, params, **others):
       whole = _joined(state.master, params)
-      updates, own = inner.update(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates), state.inner, whole, **others)
+      updates, own = inner.update(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates), state.inner, whole,
+                                  **others)
       new = optax.apply_updates(whole, updates)
       master = jax.tree.map(lambda held, leaf: held if _masked(held) else leaf, state.master, new, is_leaf=_masked)
       # The difference is exact in float32, so that the parameter becomes the master, rounded.
-      updates = jax.tree.map(lambda held, u, leaf, p: u if _masked(held) else leaf - p.astype(jnp.float32), state.master,
-                             updates, new, params, is_leaf=_masked)
+      updates = jax.tree.map(lambda held, u, leaf, p: u if _masked(held) else leaf - p.astype(jnp.float32),
+                             state.master, updates, new, params, is_leaf=_masked)
       return updates, MastersState(master, own)
 
     return optax.GradientTransformationExtraArgs(init, update)

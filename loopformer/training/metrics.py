@@ -54,7 +54,8 @@ ACCELERATORS = {
     'v5e': Accelerator(kinds=('TPU v5 lite',), flops=197e12, memory=16e9, bandwidth=819e9, interconnect=200e9),
     'v5p': Accelerator(kinds=('TPU v5', 'TPU v5p'), flops=459e12, memory=95e9, bandwidth=2765e9, interconnect=600e9),
     'v6e': Accelerator(kinds=('TPU v6 lite',), flops=918e12, memory=32e9, bandwidth=1640e9, interconnect=400e9),
-    'tpu7x': Accelerator(kinds=('TPU7x',), flops=1153e12, memory=96e9, bandwidth=3690e9, interconnect=300e9),  # half a chip
+    'tpu7x': Accelerator(  # half a chip
+        kinds=('TPU7x',), flops=1153e12, memory=96e9, bandwidth=3690e9, interconnect=300e9),
     'A100': Accelerator(kinds=('NVIDIA A100',), flops=312e12, memory=80e9, bandwidth=2039e9, interconnect=300e9,
                         node=8, network=25e9),
     'H100': Accelerator(kinds=('NVIDIA H100',), flops=989e12, memory=80e9, bandwidth=3350e9, interconnect=450e9,

@@ -4,8 +4,8 @@ What is reported and kept may change (config.FREE). The number of steps may, whe
 many steps would have been: none of the steps that were trained had another learning rate. Then config.json says the
 new number, and is as true as if it had said so from the start. Schedules that end with the run, a cosine or a
 cool-down that has begun, make it another run: `train.extended` says that it was one, and of how many steps. While
-nothing is saved yet, all but the task may change, and that too where nothing was prepared for it. Anything else is another
-run.
+nothing is saved yet, all but the task may change, and that too where nothing was prepared for it. Anything else is
+another run.
 """
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ TOLD = 8  # differences that an error tells of
 
 
 def with_its_paths(config: Any, workdir: Any) -> Any:
-  """The configuration with its paths as the work folder's run, if there is one, has written them, because data were prepared
-  under those names; where the run's is another path, as `check` allows while nothing is saved, the configuration's own."""
+  """The configuration with its paths as the work folder's run, if there is one, has written them, because data were
+  prepared under those names; where the run's is another path, as `check` allows while nothing is saved, the
+  configuration's own.
+  """
   workdir = storage.path(workdir)
   if not (workdir / configs.FILE).exists():
     return config

@@ -36,8 +36,9 @@ def _shapes(shapes, name):
 
 
 def fitted(given: dict[str, Array], own: Mapping[str, Any]) -> dict[str, Array]:
-  """The parameters `given`, by path, as far as they are cut otherwise than in `own` (arrays, by path) cut anew, each part
-  divided over devices as there. A head of its own begins as the embedding where the other model's is tied to that."""
+  """The parameters `given`, by path, as far as they are cut otherwise than in `own` (arrays, by path) cut anew, each
+  part divided over devices as there. A head of its own begins as the embedding where the other model's is tied to that.
+  """
   given = dict(given)
   for name, sizes in moved(*({path: leaf.shape for path, leaf in tree.items()} for tree in (given, own))).items():
     held = [given.pop(section + name) for section in SECTIONS if section + name in given]

@@ -49,8 +49,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
 
   `frozen`, a last argument, holds the weights of `objective.teachers`; they are gathered too, and have no gradient.
 
-  Each of the `accumulate` microbatches draws plans of its own, as the papers' code does: they are all of one expectation,
-  and cost the same. Microbatch i is part i of every device's rows; `sharding.put_batch` deals them.
+  Each of the `accumulate` microbatches draws plans of its own, as the papers' code does: they are all of one
+  expectation, and cost the same. Microbatch i is part i of every device's rows; `sharding.put_batch` deals them.
 
   A batch may say with `row` i32[B] which sequence of the step each is (their order otherwise), and with `stop` f32[B]
   whether a process was told to stop, which all then learn from the metrics.
@@ -106,7 +106,8 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
                           batch={name: leaf for name, leaf in rows.items() if name not in stop})
     specs, frozen_specs = sharding.specs(state.params, mesh, roles), sharding.specs(frozen, mesh, teachers)
     by_rows, frozen_by_rows = (
-        jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree) for tree in (specs, frozen_specs))
+        jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree)
+        for tree in (specs, frozen_specs))
     every: Any = P()  # in the places of arrays
     divided_rows: Any = P(sharding.BATCH)
     mapped = jax.shard_map(

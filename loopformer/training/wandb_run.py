@@ -1,4 +1,5 @@
-"""Metrics to Weights & Biases (extra `wandb`): where WANDB_PROJECT names a project, beside JSON lines and TensorBoard."""
+"""Metrics to Weights & Biases (extra `wandb`): where WANDB_PROJECT names a project, beside JSON lines and TensorBoard.
+"""
 from __future__ import annotations
 
 import functools
@@ -17,9 +18,9 @@ FILE = 'wandb.json'  # of a work folder: the id of its run
 class WandbRun:
   """The run of a work folder, begun after the first step and continued, under its id, where training is resumed.
 
-  Steps that it was told of before are not told again by wandb: a resumed run repeats them as they were. Whatever fails in
-  wandb is a warning, once, and ends the telling; training goes on. Its own files lie in the work folder (of a bucket, in
-  the cache of this machine); WANDB_MODE=offline keeps them for `wandb sync`.
+  Steps that it was told of before are not told again by wandb: a resumed run repeats them as they were. Whatever fails
+  in wandb is a warning, once, and ends the telling; training goes on. Its own files lie in the work folder (of a
+  bucket, in the cache of this machine); WANDB_MODE=offline keeps them for `wandb sync`.
   """
 
   def __init__(self, folder: Any):
@@ -61,12 +62,14 @@ class WandbRun:
 
 
 def begin(folder: Any) -> WandbRun | None:
-  """The run of a work folder; None where WANDB_PROJECT names no project, or with a warning where wandb is not installed."""
+  """The run of a work folder; None where WANDB_PROJECT names no project, or with a warning where wandb is not
+  installed.
+  """
   if not os.environ.get(PROJECT):
     return None
   found = importlib.util.find_spec('wandb')
   if found is None or found.origin is None:  # a folder of that name, which wandb itself makes, is no package
-    warnings.warn(f'{PROJECT}={os.environ[PROJECT]}: nothing is told to Weights & Biases, because wandb is not installed; '
-                  "pip install 'loopformer[wandb]', or unset it", stacklevel=2)
+    warnings.warn(f'{PROJECT}={os.environ[PROJECT]}: nothing is told to Weights & Biases, because wandb is not '
+                  "installed; pip install 'loopformer[wandb]', or unset it", stacklevel=2)
     return None
   return WandbRun(folder)

@@ -295,6 +295,28 @@ def test_slopes_know_distances_alone(dtype, tmp_path, monkeypatch):
 
 
 @needs_transformers
+@pytest.mark.parametrize('name', ['loopformer', 'parcae', 'each'])
+def test_weights_in_eight_bits_compute_nearly_the_same(name, tmp_path, monkeypatch):
+  """What takes a product's place is told no step."""
+  pytest.importorskip('torchao', reason='quantises for transformers')
+  import torch
+  from torchao.quantization import Int8WeightOnlyConfig
+  import transformers
+  model = MODELS[name]
+  export(model, parts.params(model), None, tmp_path / 'out')
+  whole = by_transformers(tmp_path / 'out', monkeypatch, tmp_path)
+  small = by_transformers(tmp_path / 'out', monkeypatch, tmp_path,
+                          quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig()))
+  kinds = {type(module.weight).__name__ for module in small.modules() if isinstance(module, torch.nn.Linear)}
+  assert 'Int8Tensor' in kinds
+  tokens = torch.tensor(TOKENS[:, :8] % parts.V)
+  with torch.no_grad():
+    expected, given = whole(tokens, steps=2).logits, small(tokens, steps=2).logits
+  assert 0 < (given - expected).abs().max() / expected.abs().max() < 0.06
+  assert small.generate(tokens, steps=2, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 11
+
+
+@needs_transformers
 @pytest.mark.parametrize('name', DECODERS)
 def test_transformers_computes_every_decoder(name, tmp_path, monkeypatch):
   import torch
@@ -347,13 +369,14 @@ def test_what_needs_tokens_says_so(tmp_path, monkeypatch):
     other.resize_token_embeddings(parts.V + 1)
 
 
-def by_transformers(folder, monkeypatch, cache):
+def by_transformers(folder, monkeypatch, cache, **options):
   import torch
   import transformers
   from transformers import dynamic_module_utils
   monkeypatch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(cache / 'modules'))
   monkeypatch.setattr(sys, 'path', list(sys.path))
-  return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+  return transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, trust_remote_code=True, **options).eval()
 
 
 def in_float32(model):

@@ -19,6 +19,7 @@ from loopformer.loop import Last
 from loopformer.api import Loaded
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
+from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.diffusion import orders
 from loopformer.diffusion.cell import ToldHidden
 from loopformer.diffusion.likelihood import Bounds
@@ -211,6 +212,17 @@ def test_holes_never_become_what_a_text_does_not_show():
   assert set(filled[:, 1:-1].ravel()) == {0, 1, 2, 3} and (filled[:, [0, -1]] == [0, 1]).all()
   assert set(made(Special(Sudoku().symbols), [MASK] * 16).ravel()) == {0, 1, 3}
   assert set(made(TOKENIZER, '1 2', max_new_tokens=14)[:, 2:].ravel()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize('prompt, known', [
+    ('<mask> <mask:2>', [None, 32, None, None]), ('a<mask>\n<mask>', [97, None, 10, None]), ('<mask>\t', [None, 9]),
+    (' <mask>', [32, None]), ('<mask><mask>', [None, None]), (' ', [32])])
+def test_white_space_beside_holes_is_text(prompt, known):
+  """Of a tokenizer that has it; one of symbols reads none."""
+  model = dataclasses.replace(MODEL, read_in=TokenEmbed(vocab=258, width=parts.D, length=16), read_out=Head(outputs=257))
+  served = Denoiser(model, PARAMS, ByteTokenizer())
+  assert served.encode(prompt) == [257 if id_ is None else id_ for id_ in known]
+  assert denoiser().encode('<mask> 1\n<mask>\t') == [MASK, 0, MASK]
 
 
 def test_long_runs_are_told_of(monkeypatch):

@@ -1,12 +1,14 @@
 import dataclasses
+import functools
 import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as benchmark, compile, decode, growth, imported, memory, plain, sizes, train
+from experiments.benchmark import __main__ as benchmark, compile, decode, floor, growth, imported, memory, plain, sizes, train
 from experiments.configs import loopformer as configuration
 from loopformer import loop, plans
 from loopformer.model import init_params, parameter_shapes
@@ -242,6 +244,19 @@ def test_the_floor_counts_every_weight_that_a_token_reads():
   kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['cell']['core']) if leaf.ndim == 3]
   table = params['read_in']['embedding']
   assert decode.bare_bytes(TINY) == 4 * (TINY.loops * sum(leaf.size for leaf in kernels) + table.size)
+
+
+def test_bare_products_are_those_of_every_kernel():
+  params = init_params(sizes.make_model(TINY), jax.random.key(0))
+  core, table, rows = params['cell']['core'], params['read_in']['embedding'], 64
+  layers = floor.layers_of(core, table.dtype)
+  x = jnp.ones((rows, TINY.width))
+  own, without = (jax.jit(functools.partial(floor.products, loops=1)).lower(x, layers, own).compile().cost_analysis()['flops']
+                  for own in (table, None))
+  kernels = sum(leaf.size for layer in layers for leaf in layer.values())
+  assert kernels == sum(leaf.size for leaf in jax.tree.leaves(core) if leaf.ndim == 3) and len(layers) == TINY.layers
+  assert 1 <= without / (2 * rows * kernels) < 1.1 and own - without == pytest.approx(2 * rows * table.size, rel=0.02)
+  assert floor.bare_products(core, rows, 2, table)() > 0
 
 
 @pytest.mark.parametrize('short', [(1.0,), (0.25, 0.75)])

@@ -1,10 +1,15 @@
-"""Examples of the documents, as they are written: every command's module and flags are there and take what they are given,
-configurations are found, fields exist; and every name of the library that Python examples use. Nothing is trained."""
+"""Examples of the documents and reports, as they are written: every command's module and flags are there and take what they
+are given, configurations are found, fields exist; and every name of the library that Python examples use. Nothing is
+trained."""
 import ast
 import importlib
 import json
+import os
+import pathlib
 import re
 import shlex
+import subprocess
+import tempfile
 
 import pytest
 
@@ -13,7 +18,8 @@ from loopformer import config as configs
 from tests import parts
 
 DOCUMENTS = sorted(['README.md', 'CONTRIBUTING.md', 'launch/README.md',
-                    *(f'docs/{path.name}' for path in (parts.ROOT / 'docs').glob('*.md'))])
+                    *(f'docs/{path.name}' for path in (parts.ROOT / 'docs').glob('*.md')),
+                    *(str(path.relative_to(parts.ROOT)) for path in (parts.ROOT / 'experiments').rglob('README.md'))])
 CHECK = '''
 import contextlib, importlib, io, json, sys
 from absl import flags
@@ -84,7 +90,18 @@ def command(words: list[str]) -> tuple[str, list[str]] | None:
   return None
 
 
+def started(script: str, *arguments: str) -> list[tuple[str, list[str]]]:
+  """(place, words) of every command that a script of shell gives the Python that it is told."""
+  with tempfile.TemporaryDirectory() as folder:
+    told, python = pathlib.Path(folder, 'told'), pathlib.Path(folder, 'python')
+    python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$(printf "%q " "$@")" >> {told}\n')
+    python.chmod(0o755)
+    subprocess.run(['bash', script, *arguments], cwd=parts.ROOT, env={**os.environ, 'PYTHON': str(python)}, check=True)
+    return [(script, ['python', *shlex.split(line)]) for line in told.read_text().splitlines()]
+
+
 EVERY = [(where, words) for name in DOCUMENTS for where, words in lines(name)]
+EVERY += started('experiments/studies/gpu.sh', 'runs', 'out')
 
 
 MISTAKES = [['--colour=red'], ['--mode=eval', '--workdir=w', '--budget=8'], ['--config=loopfromer:tiny', '--workdir=w'],
@@ -98,7 +115,7 @@ def test_commands_take_the_flags_that_they_are_given():
   for where, words in EVERY:
     if found := command(words):
       given.setdefault(found[0], []).append((where, [word for word in found[1] if word != '...']))
-  assert sum(map(len, given.values())) > 25 and {'experiments.main', 'experiments.tools.export'} <= set(given)
+  assert sum(map(len, given.values())) > 90 and len(given) > 20 and {'experiments.main', 'experiments.tools.export'} <= set(given)
   wrong = json.loads(parts.python(CHECK, json.dumps(given)).splitlines()[-1])
   assert [line.partition(':')[0] for line in wrong[:len(MISTAKES)]] == [f'mistake {n}' for n in range(len(MISTAKES))], wrong
   assert wrong[len(MISTAKES):] == []

@@ -1,6 +1,7 @@
 """Chains in part, searches of graphs, counts and colourings: generators against brute force, worked examples token for
 token, estimates against their formulas, and what is refused."""
 import dataclasses
+from fractions import Fraction
 import itertools
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_what_is_asked_for_stands_after_the_problem(name):
 
 def test_rounds_are_selected_evenly():
   assert [selected(6, k) for k in range(7)] == [[], [0], [0, 5], [0, 2, 5], [0, 1, 3, 5], [0, 1, 2, 3, 5], [*range(6)]]
+  for count, kept in ((31, 23), (46, 34), (127, 64)):  # 30 * 11 / 22 is 15, and no 14.99..
+    assert selected(count, kept) == [int(Fraction(i * (count - 1), kept - 1)) for i in range(kept)]
   whole, some, none = (Selected(of=WORD, rounds=k) for k in (9, 3, 0))
   for problem, kept, cut, bare in zip(many(WORD), many(whole), many(some), many(none)):
     assert kept == problem and cut.rounds == tuple(problem.rounds[t] for t in (0, 2, 5))

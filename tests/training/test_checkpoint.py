@@ -108,6 +108,16 @@ def test_arrays_are_written_in_pieces(tmp_path, monkeypatch):
   np.testing.assert_array_equal(read['a'], array)
 
 
+@pytest.mark.parametrize('remote, least', [(False, 64), (True, 256)])
+def test_files_in_buckets_are_larger(remote, least, tmp_path, monkeypatch):
+  """There each is a request; and no file is smaller than a piece."""
+  monkeypatch.setattr(checkpoint.storage, 'remote', lambda path: remote)
+  small, whole = (jax.ShapeDtypeStruct((rows, 256), np.float32) for rows in (16, 1_000_003))
+  with Checkpoints(tmp_path) as checkpoints:
+    sizes = [checkpoints._written(tree).ocdbt_target_data_file_size for tree in ({'a': small}, {'a': small, 'b': whole})]
+  assert sizes == [least * 2**20, 1_000_003 * 1024]
+
+
 @pytest.mark.parametrize('rows, pieces', [(2**16, True), (65_537, False), (3 * 40_009, False), (65_600, True)])
 def test_prime_axes_are_not_cut_to_rows(rows, pieces):
   """Orbax divides the largest axis by its divisors alone."""

@@ -32,12 +32,13 @@ class CrossAttention(nn.Module):
 
 
 class TwoStreams(nn.Module):
-  """Layers of the two halves of a sequence [B, 2 T, D], each with parameters of its own: x += g_a (A(n) + C(n, m)), then
-  x += g_m MLP, where n and m are the normed states of this half and of the other, A the attention within the half and C
-  that to the other, both before either changes (MMDiT).
+  """Layers of the two halves of a sequence [B, 2 T, D], each with parameters of its own: x += g_a (A(n) + C(n, m)),
+  then x += g_m MLP, where n and m are the normed states of this half and of the other, A the attention within the half
+  and C that to the other, both before either changes (MMDiT).
 
-  tokens, latents: the layers, whose attention, MLP and norms are used; to_latents, to_tokens: C of the tokens, and of the
-  latents. Both halves have the same gates and scales; in the paper's code each half and C have their own, and shifts.
+  tokens, latents: the layers, whose attention, MLP and norms are used; to_latents, to_tokens: C of the tokens, and of
+  the latents. Both halves have the same gates and scales; in the paper's code each half and C have their own, and
+  shifts.
   """
   tokens: Block
   latents: Block
@@ -72,14 +73,16 @@ class TwoStreams(nn.Module):
     return (both + self.to_latents.flops(width, half) + self.to_tokens.flops(width, half)) / 2
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Context, mod: Array | None, kv: KV | None, layer: Array | int = 0) -> tuple[Array, KV | None]:
+  def __call__(self, x: Array, ctx: Context, mod: Array | None, kv: KV | None,
+               layer: Array | int = 0) -> tuple[Array, KV | None]:
     """x [B, 2 T, D] -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
     half = x.shape[1] // 2
     within = ctx.replace(pos=ctx.pos[:, :half], seg=None if ctx.seg is None else ctx.seg[:, :half])
     states, parts = jnp.split(x, 2, 1), (self.tokens, self.latents)
     named = list(zip(('tokens', 'latents'), states, parts, (self.to_latents, self.to_tokens)))
-    normed = [_scaled(part.norm.copy(name=f'{name}_norm_attn')(state), s_a, part.dtype) for name, state, part, _ in named]
+    normed = [_scaled(part.norm.copy(name=f'{name}_norm_attn')(state), s_a, part.dtype)
+              for name, state, part, _ in named]
     done = []
     for (name, state, part, cross), own, other in zip(named, normed, reversed(normed)):
       branch = part.attn(own, within, None, layer, g_a)[0] + _gated(cross(own, other, within.seg), g_a)
@@ -98,11 +101,11 @@ def _gated(x, gate):
 
 
 class Experts(nn.Module):
-  """In the place of an MLP: sum over experts of their share times what they make, shares the softmax of a linear router of
-  which the `top` largest count.
+  """In the place of an MLP: sum over experts of their share times what they make, shares the softmax of a linear router
+  of which the `top` largest count.
 
-  Shares are not divided by their sum: of one expert that would be 1, whatever the router, which then would not learn (so it
-  is in the paper's code). With `top` = `experts` they are a dense mixture. Every expert runs on every token.
+  Shares are not divided by their sum: of one expert that would be 1, whatever the router, which then would not learn
+  (so it is in the paper's code). With `top` = `experts` they are a dense mixture. Every expert runs on every token.
   """
   mlp: MLP
   experts: int = 2
@@ -121,6 +124,6 @@ class Experts(nn.Module):
     share = jax.nn.softmax(Linear(self.experts, self.std, name='router')(x.astype(jnp.float32)), -1)
     least = jax.lax.top_k(share, self.top)[0][..., -1:]
     share = jnp.where(share >= least, share, 0.0)
-    made = nn.vmap(lambda mlp, x: mlp(x, gate, ctx), variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=None,
-                   axis_size=self.experts)(self.mlp, x)
+    made = nn.vmap(lambda mlp, x: mlp(x, gate, ctx), variable_axes={'params': 0}, split_rngs={'params': True},
+                   in_axes=None, axis_size=self.experts)(self.mlp, x)
     return jnp.einsum('...E,E...D->...D', share, made).astype(x.dtype)

@@ -24,7 +24,9 @@ GUESS = 'latent guess'
 
 
 def last_guess(aux: Any, active: Array | None) -> Array:
-  """f32[B, T, d]: the guess after the last step that ran, of all, active None or bool[K], or of each sequence, bool[K, B]."""
+  """f32[B, T, d]: the guess after the last step that ran, of all, active None or bool[K], or of each sequence,
+  bool[K, B].
+  """
   guesses = aux[GUESS]
   if active is None:
     return guesses[-1]
@@ -59,12 +61,13 @@ class WithLatents(Around):
   def check(self, width: int):
     """Raises ConfigError where latents do not come to the model's width, or as of `Around`."""
     if self.into.features != width:
-      raise ConfigError(f'model.cell.into.features = {self.into.features}: latents are added to states of {width} numbers; '
-                        'set it to that')
+      raise ConfigError(f'model.cell.into.features = {self.into.features}: latents are added to states of {width} '
+                        'numbers; set it to that')
     super().check(width)
 
   def flops(self, width: int, length: int, steps: float) -> float:
-    """Floating-point operations a token, forward, of `steps` steps over `length` tokens, both ends of latents included."""
+    """Floating-point operations a token, forward, of `steps` steps over `length` tokens, both ends of latents included.
+    """
     return self.inner.flops(width, length, steps) + steps * 4.0 * width * self.guess.features
 
   def precompute(self, plan: Plan) -> Any:
@@ -91,8 +94,9 @@ class Summed(WithLatents):
 
 
 class Doubled(WithLatents):
-  """Tokens, and after them their latents at the same positions, are one sequence of the state [B, 2 T, D]; the first half is
-  read out, the guess is made of the second (MoEDiT, MMDiT). For one pass over all tokens, not for decoding token by token.
+  """Tokens, and after them their latents at the same positions, are one sequence of the state [B, 2 T, D]; the first
+  half is read out, the guess is made of the second (MoEDiT, MMDiT). For one pass over all tokens, not for decoding
+  token by token.
   """
 
   def flops(self, width: int, length: int, steps: float) -> float:
@@ -109,9 +113,11 @@ class Doubled(WithLatents):
 
   def __call__(self, x: Array, e: Array, ctx: Context, kv: Any) -> tuple[Array, Any, dict]:
     if kv is not None:
-      raise ConfigError('model.cell = Doubled: tokens and latents are one sequence, which is no cache\'s; run it without one')
+      raise ConfigError('model.cell = Doubled: tokens and latents are one sequence, which is no cache\'s; '
+                        'run it without one')
     embedded, first, c, within = self.stepped(x, e, ctx)
-    twice = {name: jnp.concatenate([value] * 2, 1) for name, value in (('pos', ctx.pos), ('seg', ctx.seg)) if value is not None}
+    twice = {name: jnp.concatenate([value] * 2, 1)
+             for name, value in (('pos', ctx.pos), ('seg', ctx.seg)) if value is not None}
     x = x + jnp.concatenate([jnp.zeros_like(first), first], 1)
     x, _, aux = self.inner(x, jnp.concatenate([e, embedded], 1), within.replace(**twice), None)
     return x, None, {**aux, GUESS: self.guess(x[:, x.shape[1] // 2:], c)}

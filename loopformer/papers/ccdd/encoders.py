@@ -19,8 +19,8 @@ def standardised(z: Array) -> Array:
 
 @config_dataclass
 class RandomContext:
-  """z_i = standardised([2 onehot(x_i) - 1/2, G x]): the token itself, and a fixed random linear map G of the whole sequence,
-  of weights N(0, 1 / length). Anything that is no token of the data, such as MASK, reads as none.
+  """z_i = standardised([2 onehot(x_i) - 1/2, G x]): the token itself, and a fixed random linear map G of the whole
+  sequence, of weights N(0, 1 / length). Anything that is no token of the data, such as MASK, reads as none.
 
   vocab: tokens of the data; length: of every sequence; context: numbers of G x; seed: of G.
   """
@@ -42,7 +42,8 @@ class RandomContext:
   def __call__(self, tokens: Array, segments: Array | None, weights: Params | None) -> Array:
     """i32[B, T] -> f32[B, T, d]. Raises ConfigError where T is not `length`."""
     if tokens.shape[1] != self.length:
-      raise ConfigError(f'RandomContext.length = {self.length}: sequences have {tokens.shape[1]} tokens; set it to that')
+      raise ConfigError(f'RandomContext.length = {self.length}: sequences have {tokens.shape[1]} tokens; '
+                        'set it to that')
     own = jax.nn.one_hot(tokens, self.vocab)
     matrix = jax.random.normal(jax.random.key(self.seed), (self.length, self.vocab, self.context)) / self.length ** 0.5
     of_all = jnp.broadcast_to(jnp.einsum('BTV,TVc->Bc', own, matrix)[:, None], (*tokens.shape, self.context))
@@ -94,8 +95,8 @@ class Hidden:
     """As of RandomContext. Raises ConfigError where the model's states are narrower than `width`."""
     model = self.teacher.model(None)
     if self.width > model.read_in.width:
-      raise ConfigError(f'Hidden.width = {self.width}: states of {self.folder} have {model.read_in.width} numbers; set it '
-                        'to that or less')
+      raise ConfigError(f'Hidden.width = {self.width}: states of {self.folder} have {model.read_in.width} numbers; set '
+                        'it to that or less')
     batch = {'tokens': jnp.where(tokens < model.read_in.vocab, tokens, self.mask)}
     if segments is not None:
       batch['segments'] = segments

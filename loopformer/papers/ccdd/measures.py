@@ -20,8 +20,8 @@ from loopformer.types import Batch, Plan, config_dataclass
 
 
 def weights_of(encoder: Hidden, mesh: jax.sharding.Mesh | None) -> Any:
-  """The weights that an encoder needs, on the devices of the batches that it encodes; read once, and again where its run
-  has gone on."""
+  """The weights that an encoder needs, on the devices of the batches that it encodes; read once, and again where its
+  run has gone on."""
   return _weights_at(encoder, trained(storage.path(encoder.folder)), mesh)
 
 
@@ -35,9 +35,9 @@ def _weights_at(encoder, step, mesh):
 class JointBound(Bound):
   """As Bound, with noised latents beside the tokens.
 
-  With `Corrupted` latents the loss is a bound. With those of the `Clean` sequence visible positions know hidden ones: the number
-  is `conditional`, it may be below the entropy of the data, and it has no perplexity. Latent times that are `Apart` are drawn for
-  every mask of every sequence, the same for all models and depths.
+  With `Corrupted` latents the loss is a bound. With those of the `Clean` sequence visible positions know hidden ones:
+  the number is `conditional`, it may be below the entropy of the data, and it has no perplexity. Latent times that are
+  `Apart` are drawn for every mask of every sequence, the same for all models and depths.
   """
   encoder: RandomContext | RandomTokens | Hidden
   process: VP | Flow | Quadratic = VP()
@@ -67,7 +67,8 @@ class JointBound(Bound):
     place, draw = batch['row'] if 'row' in batch else rows // self.draws, rows % self.draws
     keys = jax.vmap(lambda ids, place, draw: jax.random.fold_in(key_of(self.seed, ids, place), 2 ** 20 + draw))(
         batch['targets'], place, draw)
-    number = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 1)))(keys)  # of every sequence, place and draw
+    # of every sequence, place and draw
+    number = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 1)))(keys)
     time = self.times(jax.random.fold_in(jax.random.key(self.seed), 1), number, batch[TIME])
     return with_latents_of(batch, encode=lambda tokens: self.encoder(tokens, batch.get('segments'), weights),
                            source=self.source, process=self.process, latent_time=jnp.clip(time, 1e-3, 1.0),

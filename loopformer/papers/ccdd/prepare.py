@@ -19,8 +19,8 @@ from loopformer.types import Array, Batch, Params, PlanContext, config_dataclass
 
 @config_dataclass
 class Clean:
-  """Latents of the clean sequence, as in the paper: those of visible tokens know what stands at hidden ones, so that what the
-  tokens' loss reaches is conditional on latents, and NO bound on the likelihood.
+  """Latents of the clean sequence, as in the paper: those of visible tokens know what stands at hidden ones, so that
+  what the tokens' loss reaches is conditional on latents, and NO bound on the likelihood.
 
   least, most: between which a sequence draws the share p_r of hidden tokens whose latents are 0 (leak control).
   """
@@ -52,8 +52,8 @@ class Clean:
 
 @config_dataclass
 class Corrupted:
-  """Latents of what is shown, MASK and all: they say nothing of hidden tokens that those who are visible do not, and the tokens'
-  loss stays a bound."""
+  """Latents of what is shown, MASK and all: they say nothing of hidden tokens that those who are visible do not, and
+  the tokens' loss stays a bound."""
   bounds = True
 
   def __call__(self, encode: Any, clean: Array, shown: Array, keys: Array) -> tuple[Array, Array]:
@@ -130,15 +130,16 @@ class Dynamic:
 
 def with_latents_of(batch: Batch, *, encode: Any, source: Clean | Corrupted, process: VP | Flow | Quadratic,
                     latent_time: Array, latent_weight: Any, keys: Array, drop: float = 0.0) -> Batch:
-  """A batch that `Masking` or `Bound` hid tokens of, with `latents`, their `latent_time`, `latent_targets`, and where these
-  count, `latent_real` f32[B, T], and how much, `latent_weights`."""
+  """A batch that `Masking` or `Bound` hid tokens of, with `latents`, their `latent_time`, `latent_targets`, and where
+  these count, `latent_real` f32[B, T], and how much, `latent_weights`."""
   own = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
   noised_from, targets = source(encode, batch['targets'], batch['tokens'], own[:, 0])
   latents = noised(process, own[:, 1], noised_from, latent_time)
   if drop:
     kept = jax.vmap(jax.random.uniform)(own[:, 2]) >= drop
     latents = jnp.where(kept[:, None, None], latents, 0.0)
-  shown = jnp.ones(batch['tokens'].shape) if batch.get('segments') is None else (batch['segments'] > 0).astype(jnp.float32)
+  shown = (jnp.ones(batch['tokens'].shape) if batch.get('segments') is None
+           else (batch['segments'] > 0).astype(jnp.float32))
   return {**batch, LATENTS: latents, LATENT_TIME: latent_time, 'latent_targets': targets, 'latent_real': shown,
           'latent_weights': shown * latent_weight(latent_time)[:, None]}
 
@@ -147,8 +148,8 @@ def with_latents_of(batch: Batch, *, encode: Any, source: Clean | Corrupted, pro
 class Joint:
   """Objective.prepare of CCDD: hides tokens as `masking` says, and adds latents of `encoder` under noise of their own.
 
-  source: what is encoded; times: of latents; weights: of tokens; latent_weight: of the error of guessed latents; drop: the
-  chance that a sequence's latents are 0, for guidance.
+  source: what is encoded; times: of latents; weights: of tokens; latent_weight: of the error of guessed latents; drop:
+  the chance that a sequence's latents are 0, for guidance.
   """
   masking: Masking
   encoder: RandomContext | RandomTokens | Hidden

@@ -57,8 +57,8 @@ class Quadratic:
 
 @config_dataclass
 class DDIM:
-  """z_s = signal(s) z + spread(s) / spread(t) (z_t - signal(t) z), z the guess of z_0: no noise is added. With `Flow` it is
-  an Euler step of the straight line."""
+  """z_s = signal(s) z + spread(s) / spread(t) (z_t - signal(t) z), z the guess of z_0: no noise is added. With `Flow`
+  it is an Euler step of the straight line."""
 
   def __call__(self, process: VP | Flow | Quadratic, z: Array, guess: Array, t: Array, s: Array, noise: Array) -> Array:
     """z_t, guess [B, T, d] at times t > s, f32[B], with noise N(0, 1) of their shape -> z_s [B, T, d]."""

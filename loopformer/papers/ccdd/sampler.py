@@ -69,7 +69,8 @@ class Coevolving(Denoising):
   """As Denoising, with latents that begin as noise and are denoised beside the tokens; no encoder is needed.
 
   latents: d, their channels; process: their noise in training; update: how they step back; times: of
-  latents, as they were trained. guidance: w of logits (1 + w) c - w u, u being without latents (the paper's weight is 1 + w).
+  latents, as they were trained. guidance: w of logits (1 + w) c - w u, u being without latents (the paper's weight is
+  1 + w).
   """
   latents: int
   process: VP | Flow | Quadratic = VP()
@@ -82,12 +83,13 @@ class Coevolving(Denoising):
 
   def score(self, model: Any, params: Params, tokenizer: Any, **options: Any) -> Any:
     """Raises ConfigError: how likely a text is depends on the latents that it would be given."""
-    raise ConfigError('sampler = Coevolving: how likely a text is depends on the latents beside it, which texts to be scored do '
-                      'not have; measure by --mode=eval, or train masked_diffusion.py')
+    raise ConfigError('sampler = Coevolving: how likely a text is depends on the latents beside it, which texts to be '
+                      'scored do not have; measure by --mode=eval, or train masked_diffusion.py')
 
   def begin(self, model: Any, params: Params, rows: Rows) -> Array:
     """Latents before the first step, f32[B, T, d]."""
-    return noise_of(jax.vmap(lambda key: jax.random.fold_in(key, 2 ** 31))(rows.keys), rows.tokens.shape[1], self.latents)
+    return noise_of(jax.vmap(lambda key: jax.random.fold_in(key, 2 ** 31))(rows.keys), rows.tokens.shape[1],
+                    self.latents)
 
   def predictor(self, model: Any, params: Params, rows: Rows) -> Predictor:
     """Made inside the compiled program, of the rows."""

@@ -14,8 +14,8 @@ MOST = 10.0  # of the squared error of a channel
 
 @config_dataclass
 class LatentError(Term):
-  """The squared error of the guess of clean latents at the end of the rollout `roll`: a mean over channels, that of each at
-  most 10, times the weight of the latents' time, a mean over tokens that are no padding."""
+  """The squared error of the guess of clean latents at the end of the rollout `roll`: a mean over channels, that of
+  each at most 10, times the weight of the latents' time, a mean over tokens that are no padding."""
   roll: str
 
   def weight(self, batch: Batch) -> Array:
@@ -26,7 +26,8 @@ class LatentError(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     if GUESS not in rolls[self.roll].aux:
-      raise ConfigError(f'objective.rolls.{self.roll}: its cell guesses no latents; use papers.ccdd.cell.Summed or Doubled')
+      raise ConfigError(f'objective.rolls.{self.roll}: its cell guesses no latents; use papers.ccdd.cell.Summed or '
+                        'Doubled')
     guess = last_guess(rolls[self.roll].aux, rolls[self.roll].plan.active)
     error = jnp.minimum(jnp.square(guess - batch['latent_targets']), MOST).mean(-1)
     return (error * batch['latent_weights']).sum()

@@ -31,15 +31,16 @@ class Thinking(Cell):
   def check(self, width: int):
     """Raises ConfigError where a layer is not causal, or has no positions of its own."""
     if not all(kernel.causal for kernel in modules.held(self.core, 'kernel')):
-      raise ConfigError('model.cell.core: a layer of Thinking is not causal, so that tokens would see the places of thoughts that '
-                        'are still to come; give all layers kernel=kernels.Blockwise()')
+      raise ConfigError('model.cell.core: a layer of Thinking is not causal, so that tokens would see the places of '
+                        'thoughts that are still to come; give all layers kernel=kernels.Blockwise()')
     if None in modules.held(self.core, 'position'):
-      raise ConfigError('model.cell.core: a layer of Thinking has no positions in its attention, and a thought, which takes the '
-                        'place of an embedding, would stand nowhere; give all layers position=positions.Rotary()')
+      raise ConfigError('model.cell.core: a layer of Thinking has no positions in its attention, and a thought, which '
+                        'takes the place of an embedding, would stand nowhere; give all layers '
+                        'position=positions.Rotary()')
 
   def check_tokens(self, tokens: Array, steps: int, seg: Array | None = None):
-    """Raises ConfigError where a row, up to the end of its first segment, is not a problem and then `steps - 1` fillers or
-    more: thoughts would have no place, and every step would answer the same."""
+    """Raises ConfigError where a row, up to the end of its first segment, is not a problem and then `steps - 1` fillers
+    or more: thoughts would have no place, and every step would answer the same."""
     tokens, most = np.asarray(tokens), steps - 1
     own = np.ones(tokens.shape, bool) if seg is None else np.equal(seg, np.asarray(seg)[:, :1])
     given = own & (tokens != self.filler)
@@ -48,9 +49,9 @@ class Thinking(Cell):
     wrong = (counts < 1) | (fillers < most) | (given != (np.arange(tokens.shape[1]) < counts[:, None])).any(1)
     if wrong.any():
       row = int(wrong.argmax())
-      raise ConfigError(f'tokens: row {row} has {counts[row]} tokens of a problem and {fillers[row]} fillers (id {self.filler}), and '
-                        f'Thinking with {steps} steps puts {most} thoughts into the places of fillers; give a problem of one token '
-                        f'or more, and after it {most} fillers, or fewer steps')
+      raise ConfigError(f'tokens: row {row} has {counts[row]} tokens of a problem and {fillers[row]} fillers (id '
+                        f'{self.filler}), and Thinking with {steps} steps puts {most} thoughts into the places of '
+                        f'fillers; give a problem of one token or more, and after it {most} fillers, or fewer steps')
 
   def enter(self, x: Array) -> State:
     """Inputs and outputs of the layers; the latter are none yet."""
@@ -61,7 +62,9 @@ class Thinking(Cell):
     return state[1]
 
   def __call__(self, x: State, e: Array, ctx: Context, kv: KV | None) -> tuple[State, KV | None, dict]:
-    """Raises ConfigError where inputs are vectors (`Context.ids`), and with a cache: thoughts are no tokens, and are not decoded."""
+    """Raises ConfigError where inputs are vectors (`Context.ids`), and with a cache: thoughts are no tokens, and are
+    not decoded.
+    """
     if kv is not None:
       raise ConfigError('model.cell = Thinking: its thoughts are made within one pass over a row; ask for answers with '
                         '`run_batch`, or generate with a model of another cell')

@@ -61,8 +61,8 @@ class Share(nn.Module):
 class Selective(Around):
   """x + alpha (new - x), new being what the step of another cell gives: the state follows where alpha is near one.
 
-  Between x and new whatever the rounding; new itself where alpha is one, and x where new is x. Raises ConfigError where the
-  other cell's state is a tree.
+  Between x and new whatever the rounding; new itself where alpha is one, and x where new is x. Raises ConfigError where
+  the other cell's state is a tree.
   """
   share: nn.Module = Share()
 

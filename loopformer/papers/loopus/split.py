@@ -30,12 +30,14 @@ def layers(name: str, text: str, depth: int) -> range:
   first = int(found[1])
   last = int(found[3]) if found[3] else depth - 1 if found[2] else first
   if not first <= last < depth:
-    raise ConfigError(f'{name} = {text!r}: the model has layers 0 to {depth - 1}; name some of them, the lower one first')
+    raise ConfigError(f'{name} = {text!r}: the model has layers 0 to {depth - 1}; name some of them, '
+                      'the lower one first')
   return range(first, last + 1)
 
 
 def sections(depth: int, encoder: str, decoder: str, loop: str | None = None) -> tuple[int, int]:
-  """(layers of the prelude, layers of the coda) of sections that are named as of `layers`; loop: None for what is between.
+  """(layers of the prelude, layers of the coda) of sections that are named as of `layers`; loop: None for what is
+  between.
 
   Raises:
     ConfigError: the loop is empty, two sections overlap, or a layer is in none of them.
@@ -49,8 +51,8 @@ def sections(depth: int, encoder: str, decoder: str, loop: str | None = None) ->
     if taken.count(layer) != 1 or taken[layer] != layer:
       fault = ('is in two sections' if taken.count(layer) > 1 else 'is in no section' if layer not in taken else
                'does not come in order')
-      raise ConfigError(f'{shown}: layer {layer} {fault}; encoder, loop and decoder follow each other and share out the layers '
-                        f'0 to {depth - 1}')
+      raise ConfigError(f'{shown}: layer {layer} {fault}; encoder, loop and decoder follow each other and share out '
+                        f'the layers 0 to {depth - 1}')
   if not cut['loop']:
     raise ConfigError(f'{shown}: the loop is empty; give it a layer at least')
   return len(cut['encoder']), len(cut['decoder'])
@@ -69,8 +71,8 @@ def profile(model: Looped, params: Params, batch: Batch) -> np.ndarray:
   stacks = list(model.stacks().values())
   if not isinstance(model.cell, Plain) or any(
       stack.clone(depth=1) != stacks[0].clone(depth=1) or stack.applications != stack.depth for stack in stacks):
-    raise ConfigError('model: layers are compared in a decoder whose layers are all of one kind, and run once; give the '
-                      'decoder that a loop is made of')
+    raise ConfigError('model: layers are compared in a decoder whose layers are all of one kind, and run once; give '
+                      'the decoder that a loop is made of')
   single = model.clone(cell=Plain(Stack(stacks[0].block, 1)), prelude=None, coda=None, bridge=None, loops=1)
   held = [params['prelude']['block'] if name == SECTIONS[0] else params['cell']['core']['block'] if name == SECTIONS[1]
           else params['coda']['block'] for name, there in zip(SECTIONS, (model.prelude, model.cell, model.coda))
@@ -79,7 +81,8 @@ def profile(model: Looped, params: Params, batch: Batch) -> np.ndarray:
   pos = batch.get('positions')
   ctx = Context(pos=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if pos is None else jnp.asarray(pos),
                 seg=batch.get('segments'), tokens=tokens)
-  x = single.apply({'params': {'read_in': params['read_in']}}, tokens, ctx.pos, method=lambda model, *given: model.read_in(*given))
+  x = single.apply({'params': {'read_in': params['read_in']}}, tokens, ctx.pos,
+                   method=lambda model, *given: model.read_in(*given))
   turned = []
   for stack in held:
     for number in range(jax.tree.leaves(stack)[0].shape[0]):
@@ -130,7 +133,8 @@ def cut(model: Looped, prelude: int, coda: int) -> Looped:
   stacks = list(model.stacks().values())
   depth = sum(stack.depth for stack in stacks)
   if prelude + coda >= depth:
-    raise ConfigError(f'prelude = {prelude}, coda = {coda}: the model has {depth} layers, and none is left for the loop')
+    raise ConfigError(f'prelude = {prelude}, coda = {coda}: the model has {depth} layers, and none is left '
+                      'for the loop')
 
   def part(count):
     return stacks[0].clone(depth=count) if count else None

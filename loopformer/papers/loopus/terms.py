@@ -15,13 +15,14 @@ from loopformer.types import Array, Batch, ConfigError, Params, Plan, Readout, T
 class Supervision(Term):
   """LM + beta SiLU(LM - LM before the step) + confidence BCE(q, accuracy), a mean over supervised steps and texts.
 
-  A text is a document of a row. LM is its mean cross-entropy after the step; that before the step is a constant, so that
-  the second part weighs the gradient of the first: by 1 + beta SiLU'(difference), 0.90 to 2.10 for beta = 1. q is the gate's
-  logit at the last token that is asked for, and is taught the share of likeliest answers that are right. Texts weigh as
-  much as they have tokens. (The released code takes the difference of the means of two texts, those of one device.)
+  A text is a document of a row. LM is its mean cross-entropy after the step; that before the step is a constant, so
+  that the second part weighs the gradient of the first: by 1 + beta SiLU'(difference), 0.90 to 2.10 for beta = 1. q is
+  the gate's logit at the last token that is asked for, and is taught the share of likeliest answers that are right.
+  Texts weigh as much as they have tokens. (The released code takes the difference of the means of two texts, those of
+  one device.)
 
-  The rollout keeps pairs of states (`loop.Pairs`). Supervised are the rows of its plan (`plans.RandomSupervision`), but for those
-  that it skips, of all sequences or of some.
+  The rollout keeps pairs of states (`loop.Pairs`). Supervised are the rows of its plan (`plans.RandomSupervision`), but
+  for those that it skips, of all sequences or of some.
 
   Raises:
     ConfigError: the rollout keeps no pairs, or the cell has no gate though confidence is above 0.
@@ -50,15 +51,18 @@ class Supervision(Term):
     total = graded + jax.lax.stop_gradient(jnp.sum(weights_KBT * (nll_KBT + self.beta * silu)) - graded)
     if self.confidence:
       if 'halt' not in trace.aux:
-        raise ConfigError(f'objective: the rollout {self.roll!r} has no gate to teach; use a cell with one (cells/halting.py), '
-                          'or confidence = 0')
+        raise ConfigError(f'objective: the rollout {self.roll!r} has no gate to teach; use a cell with one '
+                          '(cells/halting.py), or confidence = 0')
       q_KBT, share_KBT = trace.aux['halt'], mean(right_KBT.astype(jnp.float32))
-      total += self.confidence * jnp.sum(last_of_texts(batch) * of_steps(trace.plan) * (jax.nn.softplus(q_KBT) - share_KBT * q_KBT))
+      total += self.confidence * jnp.sum(last_of_texts(batch) * of_steps(trace.plan)
+                                         * (jax.nn.softplus(q_KBT) - share_KBT * q_KBT))
     return total / len(z_KBTD)
 
 
 def of_steps(plan: Plan) -> Array | float:
-  """1; of a plan that skips steps f32[K, B or 1, 1], by which a mean over all K is one over those that ran, of each sequence."""
+  """1; of a plan that skips steps f32[K, B or 1, 1], by which a mean over all K is one over those that ran, of each
+  sequence.
+  """
   if plan.active is None:
     return 1.0
   ran_KB1 = plan.active.reshape(plan.steps, -1, 1).astype(jnp.float32)
@@ -74,7 +78,8 @@ def numbers(batch: Batch) -> Array:
 
 
 def of_texts(batch: Batch):
-  """f32[.., B, T] -> f32[.., B, T]: at every token the mean of its text, by the batch's weights; 0 where none is asked."""
+  """f32[.., B, T] -> f32[.., B, T]: at every token the mean of its text, by the batch's weights; 0 where none is asked.
+  """
   number_BT, weights_BT = numbers(batch), batch['weights']
   length = number_BT.shape[1]
 

@@ -152,7 +152,8 @@ class LatentAttention(nn.Module):
     if not isinstance(kv, Flight):
       raise ConfigError('LatentAttention: its latents live in the cell Gated; use SelfAttention elsewhere')
     groups, head = heads_of(self, width)
-    kernels = unfused(Matrix((self.heads + 2 * groups) * head, self.std, name='qkv')(width, x.dtype), self.heads, groups)
+    kernels = unfused(Matrix((self.heads + 2 * groups) * head, self.std, name='qkv')(width, x.dtype),
+                      self.heads, groups)
     queries, both = kernels[0].reshape(width, -1), jnp.concatenate(kernels[1:], -2).reshape(width, -1)
     old = jnp.where(kv.taken[:, None, None] == 0, x, _of(kv.h, layer))
     h = x + (self.latent(x, old, kv.taken) * (old - x)).astype(x.dtype)

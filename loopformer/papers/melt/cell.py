@@ -51,9 +51,10 @@ class Latest(memories.Slotted):
     return self.chunk == 1
 
   def slots(self, loops: int) -> int:
-    """Raises ConfigError: `loop.run` asks, whose tokens do not come in chunks, so that decoding would not be the pass."""
-    raise ConfigError(f'model.memory = {self}: rows that all loops share are read by the cell Gated alone; use PerLoop(), or '
-                      'Ring(size=1) for the last loop\'s keys')
+    """Raises ConfigError: `loop.run` asks, whose tokens do not come in chunks, so that decoding would not be the pass.
+    """
+    raise ConfigError(f'model.memory = {self}: rows that all loops share are read by the cell Gated alone; use '
+                      'PerLoop(), or Ring(size=1) for the last loop\'s keys')
 
   def make(self, loops: int, *size, width: int | None = None) -> KV:
     """As Slotted.make: one slot."""
@@ -98,8 +99,8 @@ class Gated(Cell):
       raise ConfigError(f'model.memory = {ctx.memory}: the cell Gated shares rows between loops and reads tokens by '
                         'chunks; use papers.melt.cell.Latest(chunk=...)')
     if plan.no_grad_steps is not None:
-      raise ConfigError('plan.no_grad_steps: steps without gradient before the others are not defined for chunks of tokens; use '
-                        'a plan without them')
+      raise ConfigError('plan.no_grad_steps: steps without gradient before the others are not defined for chunks of '
+                        'tokens; use a plan without them')
     precomputed = self.precompute(plan) if precomputed is None else precomputed
     if precomputed is not None and kv is not None:
       raise ConfigError('plan: rows of loops and shared rows are blended in training alone; decode without')

@@ -15,8 +15,8 @@ class WithAttention(Around):
   """The step of another cell, and aux['attention'] [N, B, T, D]: what attention gave in every layer that ran, after its
   last projection, in the dtype of the layers (MELT, section 3).
 
-  Layers are those of `nn.blocks.Block`, in chains too. Raises ConfigError where the stack has others. Around a cell that tells
-  as much already, as in WithAttention(WithAttention(..)), it is that cell.
+  Layers are those of `nn.blocks.Block`, in chains too. Raises ConfigError where the stack has others. Around a cell
+  that tells as much already, as in WithAttention(WithAttention(..)), it is that cell.
   """
 
   def __call__(self, x: Any, e: Array, ctx: Context, kv: Any) -> tuple[Any, Any, dict]:
@@ -34,8 +34,8 @@ def _by_layer(told, layers):
   numbers = [number.ravel() for number in leaves[::2]]
   found = sum(len(number) for number in numbers)
   if found != layers:
-    raise ConfigError(f'model.cell.of: {found} of its {layers} layers tell what their attention gives; use a model whose '
-                      'layers are those of nn.blocks.Block')
+    raise ConfigError(f'model.cell.of: {found} of its {layers} layers tell what their attention gives; use a model '
+                      'whose layers are those of nn.blocks.Block')
   given = jnp.concatenate([leaf.reshape(-1, *leaf.shape[-3:]) for leaf in leaves[1::2]])
   return given[jnp.argsort(jnp.concatenate(numbers))]
 

@@ -16,8 +16,8 @@ class Aligned(Taught):
   """mean((o - stop_gradient(o_teacher))^2) of what attention gives, after its last projection, in every step and layer:
   a mean over steps, layers and width, and over tokens by their weights (MELT, section 3).
 
-  The cells give it as aux['attention'], [K, N, B, T, D]: the student's is `Gated`; the teacher's too, or, of a teacher of
-  its own make, `WithAttention`. roll, teacher: as of `Distill`.
+  The cells give it as aux['attention'], [K, N, B, T, D]: the student's is `Gated`; the teacher's too, or, of a teacher
+  of its own make, `WithAttention`. roll, teacher: as of `Distill`.
   """
   roll: str
   teacher: str
@@ -26,7 +26,7 @@ class Aligned(Taught):
     own, taught = pair(self, rolls, lambda trace: trace.aux.get('attention'),
                         'does not tell what attention gives: use a cell that does, such as papers/melt/cell.py, or '
                         'for a teacher weights_of=papers.melt.teacher.OwnWithAttention(folder=...)')
-    check_alike(self, own.shape, taught.shape, 'give both rollouts the same steps, and a teacher of as many layers and of '
-                'the same width')
+    check_alike(self, own.shape, taught.shape, 'give both rollouts the same steps, and a teacher of as many layers and '
+                'of the same width')
     apart = jnp.square(own.astype(jnp.float32) - jax.lax.stop_gradient(taught).astype(jnp.float32))
     return jnp.sum(apart.mean((0, 1, -1)) * batch['weights'])

@@ -32,8 +32,8 @@ class Pick:
   """Tokens of a recursion.
 
   index: None (all of the sequence) or i32[B, k], places in it, in order. taken: bool[B, k], which of them the recursion
-  changes (the others are padding, or there because shapes are static); gate: f32[B, k]. own: i32[B], tokens of the sequence
-  that are no padding.
+  changes (the others are padding, or there because shapes are static); gate: f32[B, k]. own: i32[B], tokens of the
+  sequence that are no padding.
   """
   index: Array | None
   taken: Array
@@ -42,7 +42,8 @@ class Pick:
 
 
 def tokens_of(ctx: Context) -> Array:
-  """bool[B, T]: which places hold tokens, and no padding: that has position -1, or in rows of documents the segment 0."""
+  """bool[B, T]: which places hold tokens, and no padding: that has position -1, or in rows of documents the segment 0.
+  """
   here = ctx.pos >= 0
   return here if ctx.seg is None else here & (ctx.seg != 0)
 
@@ -417,11 +418,11 @@ class Routed(Cell):
     self.router.check()
     cached = kv is not None
     if plan.steps > self.most:
-      raise ConfigError(f'plan: {plan.steps} steps, but model.cell.router is made for {self.most} recursions; ask for at '
-                        'most so many loops')
+      raise ConfigError(f'plan: {plan.steps} steps, but model.cell.router is made for {self.most} recursions; ask for '
+                        'at most so many loops')
     if plan.no_grad_steps is not None:
-      raise ConfigError('plan.no_grad_steps: these have no row in the plan, and a router has nothing to choose for them; '
-                        'use a plan without them')
+      raise ConfigError('plan.no_grad_steps: these have no row in the plan, and a router has nothing to choose for '
+                        'them; use a plan without them')
     if cached:
       ctx, kv = ctx.replace(noise=None), self._cut(kv, plan, ctx, keep)
     begun = self.router.begin(x, plan, ctx)

@@ -52,15 +52,15 @@ class Improvement(Term):
   chunk: int | None = None
 
   def check(self, model: Any):
-    """Raises ConfigError where the gate is not that of model.cell: one within another cell, as in Damped(Halting(..)), reads
-    states that are not those that steps give, of which this term teaches it."""
+    """Raises ConfigError where the gate is not that of model.cell: one within another cell, as in Damped(Halting(..)),
+    reads states that are not those that steps give, of which this term teaches it."""
     gate = getattr(model.cell, 'gate', None)
     if gate is None:
-      raise ConfigError(f'objective: Improvement teaches the gate of model.cell, and {type(model.cell).__name__} has none: its '
-                        'states are those that steps give; put Halting around all other cells')
+      raise ConfigError(f'objective: Improvement teaches the gate of model.cell, and {type(model.cell).__name__} has '
+                        'none: its states are those that steps give; put Halting around all other cells')
     if gate != self.gate:
-      raise ConfigError(f'objective: Improvement.gate = {shown(self.gate)}, and model.cell.gate = {shown(gate)}: give the term the '
-                        "cell's gate")
+      raise ConfigError(f'objective: Improvement.gate = {shown(self.gate)}, and model.cell.gate = {shown(gate)}: give '
+                        "the term the cell's gate")
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     xs_KBTD: Array = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
@@ -71,7 +71,7 @@ class Improvement(Term):
     try:
       halt = self.alignment.taught(halt_logits(gate, xs_KBTD))
     except errors.FlaxError as error:
-      raise ConfigError(f'objective: Improvement.gate = {type(self.gate).__name__}: the cell\'s gate has other parameters; give '
-                        'the term the gate that stands in model.cell') from error
+      raise ConfigError(f'objective: Improvement.gate = {type(self.gate).__name__}: the cell\'s gate has other '
+                        'parameters; give the term the gate that stands in model.cell') from error
     loss = -goes_on * jax.nn.log_sigmoid(-halt) - (1 - goes_on) * jax.nn.log_sigmoid(halt)
     return jnp.sum(loss * batch['weights']) / len(xs_KBTD)

@@ -89,8 +89,9 @@ class Shifted(Cell):
   def _check_alike(self):
     """Raises ConfigError where a product of a layer is another in every loop: one pass of the layers runs them all."""
     if any(loops is not None for loops in modules.held(self.core, 'loops')):
-      raise ConfigError('model.cell.core: its products have an update of low rank for every loop (LowRank.loops), but all loops '
-                        'of a token run in one pass of the layers; give one update for all, LowRank(loops=None)')
+      raise ConfigError('model.cell.core: its products have an update of low rank for every loop (LowRank.loops), but '
+                        'all loops of a token run in one pass of the layers; give one update for all, '
+                        'LowRank(loops=None)')
 
   def flops(self, width: int, length: int, steps: float) -> float:
     """Floating-point operations a token, forward, of `steps` steps over `length` tokens."""
@@ -112,8 +113,8 @@ class Shifted(Cell):
     """
     self._check_alike()
     if plan.no_grad_steps is not None:
-      raise ConfigError('plan.no_grad_steps: the first loop is read by all others and cannot run without gradient; use a plan '
-                        'without them')
+      raise ConfigError('plan.no_grad_steps: the first loop is read by all others and cannot run without gradient; use '
+                        'a plan without them')
     if plan.steps < 1:
       raise ConfigError('plan: no steps; give 1 loop or more')
     depth = jnp.int32(plan.steps) if plan.active is None else plan.active.sum(0)
