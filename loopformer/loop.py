@@ -235,7 +235,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
   return x, kv, xs, aux, total
 
 
-def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any,
+def scan(cell: nn.Module, x: Array, e: Array | None, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any,
          free: Array | None = None):
   """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries).
 
@@ -261,7 +261,7 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
   return x, kv, xs, aux
 
 
-def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any):
+def walk(cell: nn.Module, x: Array, e: Array | None, rows: Step, ctx: Context, kv: Any, keep: Any):
   """The rows that are active, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into
   and out of every branch that can skip."""
   if keep != Last():

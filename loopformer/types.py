@@ -421,7 +421,7 @@ class Block(Protocol):
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
 
   def __call__(self, x: Array, ctx: Context, mod: Any, kv: Any, layer: Array | int = 0) -> tuple[Array, Any]:
@@ -437,7 +437,7 @@ class Attention(Protocol):
   kernel: Kernel
   position: Position | None
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
 
   def __call__(self, x: Array, ctx: Context, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array,
@@ -617,7 +617,10 @@ class Control(Protocol):
 class Measure(Protocol):
   """What is reported of a batch."""
 
-  better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
+  @property
+  def better(self) -> Mapping[str, int]:
+    """Number of a row -> measures.MORE or measures.LESS."""
+
   mask: int | None  # what hidden tokens read in `asked`; None where it hides none
 
   def asked(self, batch: Batch) -> Batch:

@@ -416,7 +416,7 @@ class JsonTokenizer(Tokenizer):
 class Bytes:
   """Part: one token for each byte."""
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> ByteTokenizer:
     del texts
     return ByteTokenizer()
 
@@ -436,7 +436,7 @@ class TrainedPieces:
   vocab: int = 1024
   sample_bytes: int = 8_000_000
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> PieceTokenizer:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -484,7 +484,7 @@ class GivenPieces:
     """Fields that hold paths."""
     return () if storage.whole(self.path) else ('root',)
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> PieceTokenizer:
     del texts
     model = self._read()
     try:
@@ -519,7 +519,7 @@ class GivenJson:
     """Fields that hold paths."""
     return () if storage.whole(self.path) else ('root',)
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> JsonTokenizer:
     del texts
     text = self._read()
     return json_tokenizer(text, id_of(text, self.eos, f'GivenJson.path={self.path!r}'), self.path)

@@ -100,7 +100,7 @@ class Modulation(nn.Module):
   N(0, 0.02^2): give `init=Normal(0.02)` for that.
   """
   layers: int
-  init: Normal = Normal(0.0)  # type: ignore[assignment]  # the field is older than this check; Linen's `init` is not called
+  init: Normal = Normal(0.0)  # type: ignore[assignment]  # in the place of Linen's `init`, as saved configurations have it
   most = None  # steps of a plan: as many as are asked for
 
   @nn.compact

@@ -4,7 +4,7 @@ loop, or a model that learns by few parameters. And models with such products: m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -20,6 +20,8 @@ from loopformer.types import Array, ConfigError, Context, Params
 
 if TYPE_CHECKING:
   from loopformer.model import Looped
+
+Module = TypeVar('Module', bound=nn.Module)
 
 
 class LowRank(nn.Module):
@@ -64,7 +66,7 @@ class LowRank(nn.Module):
 # Models with updates -------------------------------------------------------------------------------------------------
 
 
-def adapted(model: nn.Module, rank: int, each: bool = False) -> nn.Module:
+def adapted(model: Looped, rank: int, each: bool = False) -> Looped:
   """The model with an update of this rank in every product of its layers; each: one for every loop, in the loop.
 
   Raises:
@@ -91,7 +93,7 @@ def added(model: Looped, plain: Looped) -> tuple[str, ...]:
   return tuple(path for path in own if path not in other)
 
 
-def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+def merged(model: Looped, params: Params) -> tuple[Looped, Params]:
   """The same function without the updates that all loops share: they are added to the weights.
 
   Raises:
@@ -114,12 +116,12 @@ def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
           if shared else model), params
 
 
-def has_one_a_loop(model: nn.Module) -> bool:
+def has_one_a_loop(model: Looped) -> bool:
   """Whether a product has an update for every loop."""
   return any(update.loops is not None for update in _updates(model))
 
 
-def written_out(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+def written_out(model: Looped, params: Params) -> tuple[Looped, Params]:
   """A loop of layers alone, with an update a loop, as layers one after the other, each with weights of its own.
 
   It is the same function where a step is its stack and nothing else (cells.plain.Plain).
@@ -140,7 +142,7 @@ def written_out(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
           {**params, 'cell': {**params['cell'], 'core': {**params['cell']['core'], 'block': block}}})
 
 
-def _with(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _with(module: Module, change: Callable[[nn.Module], nn.Module]) -> Module:
   """The module with `change` of every `linear` in it."""
   def of(name, value):
     if name == 'linear' and isinstance(value, nn.Module):
