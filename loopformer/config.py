@@ -330,7 +330,7 @@ def check(config: Experiment):
   if isinstance(config.objective.prepare, sockets.Preparation):
     config.objective.prepare.check(model, config.task.measure)
   config.control.check({name: roll.plan for name, roll in config.objective.rolls.items()}, config.evals.schedules())
-  for steps in (*typing.cast(tuple, train.extended), train.steps):
+  for steps in (*train.earlier, train.steps):
     try:
       config.optim.make(steps, Roles())
     except TypeError as error:  # memories have a `make` too

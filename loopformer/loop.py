@@ -235,7 +235,7 @@ def run(cell: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: Any, 
   return x, kv, xs, aux, total
 
 
-def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any,
+def scan(cell: nn.Module, x: Array, e: Array | None, rows: Step, ctx: Context, kv: Any, keep: Any, remat: Any,
          free: Array | None = None):
   """The rows of a plan one after the other, differentiable: (x, kv, kept states [K, ...] or None, auxiliaries).
 
@@ -251,7 +251,7 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
   def detached(cell, carry, row_and_free):
     (x, kv), (row, count) = carry, row_and_free
     at = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=row.k - count, precomputed=None)
-    x, kv = _without_gradient(cell, x, e, lambda k: at.replace(k=at.k + k), count, ctx, kv)
+    x, kv = _without_gradient(cell, x, e, lambda k: dataclasses.replace(at, k=at.k + k), count, ctx, kv)
     return graded(cell, (x, kv), row)
 
   over = nn.scan(graded if free is None else detached, variable_axes={INTERMEDIATES: 0}, variable_broadcast='params',
@@ -261,7 +261,7 @@ def scan(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any,
   return x, kv, xs, aux
 
 
-def walk(cell: nn.Module, x: Array, e: Array, rows: Step, ctx: Context, kv: Any, keep: Any):
+def walk(cell: nn.Module, x: Array, e: Array | None, rows: Step, ctx: Context, kv: Any, keep: Any):
   """The rows that are active, in a while loop: (x, kv). It updates caches in place, where a scan would copy them into
   and out of every branch that can skip."""
   if keep != Last():
@@ -358,7 +358,7 @@ def adapt(model: nn.Module, x: Array, e: Array, plan: Plan, ctx: Context, kv: An
   def body(model, carry):
     x, answer, kv, k, active, taken, state = carry
     runs = (active | through) & (k < length)
-    own = ctx.replace(step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
+    own = dataclasses.replace(ctx, step=row_of(k), pos=jnp.where(runs, ctx.pos, -1) if cached else ctx.pos)
     new, loop_kv, aux = model.cell(x, e, own, kv.get('loop'))
     new = jax.tree.map(lambda new, old: jnp.where(active.reshape(*active.shape, *(1,) * (new.ndim - 2)), new, old),
                        new, x)

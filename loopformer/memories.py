@@ -18,7 +18,7 @@ from loopformer.types import KV, Array, ConfigError, Context, config_dataclass
 Exchanged = tuple[KV, Array, Array, Array]
 
 
-def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype,
+def empty(slots: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any,
           layout: layouts.Layout | None = None) -> KV:
   """A cache without entries; see `KV` for the shapes. layout: the backend's where it is not given."""
   layout = layout or layouts.chosen(groups)
@@ -48,9 +48,10 @@ class Slotted:
   rewinds = True
   slots: Callable[[int], int]
 
-  def make(self, loops: int, *size, width: int | None = None) -> KV:
+  def make(self, loops: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any,
+           width: int | None = None) -> Any:
     """The empty cache; arguments as for `empty`. No states are kept, so `width` is not read."""
-    return empty(self.slots(loops), *size)
+    return empty(self.slots(loops), layers, batch, length, groups, head, dtype)
 
   def has_capacity(self, kv: Any, ctx: Context, taken: Array) -> Array:
     """All find a place."""

@@ -21,7 +21,7 @@ import numpy as np
 from loopformer import backend
 from loopformer.roles import Role, Roles
 from loopformer.training import processes
-from loopformer.types import KV, Array, Batch, ConfigError, Params, config_dataclass
+from loopformer.types import KV, AnyBatch, Array, ConfigError, Params, config_dataclass
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # what rows are divided over, and what a training step is manual over
@@ -241,7 +241,7 @@ def _over_tensor_alone(params, mesh):
 # Batches and caches --------------------------------------------------------------------------------------------------
 
 
-def put_batch(batch: Batch, mesh: jax.sharding.Mesh, accumulate: int = 1) -> dict[str, Array]:
+def put_batch(batch: AnyBatch, mesh: jax.sharding.Mesh, accumulate: int = 1) -> dict[str, Array]:
   """This process's rows as part of global arrays [B, ...], rows divided over data and fsdp.
 
   accumulate: microbatches, of which every device gets a part: whatever the mesh, microbatch i holds the same rows.
@@ -276,7 +276,7 @@ def by_rows_and_heads(function: Callable[..., Array], q: Array, k: Array, v: Arr
                        axis_names=set(free), check_vma=False)(q, k, v, seg)
 
 
-def spread(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
+def spread(batch: AnyBatch, mesh: jax.sharding.Mesh) -> dict[str, Array]:
   """A batch that every process holds whole as global arrays [B, ...], rows divided over data and fsdp."""
   divided = NamedSharding(mesh, P(BATCH))
   held = {name: np.asarray(rows) for name, rows in batch.items()}

@@ -24,10 +24,12 @@ import zlib
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
+AnyBatch = Mapping[str, Array | np.ndarray]  # on devices or on the host
 INTERMEDIATES = 'intermediates'  # Linen's collection of what layers tell when they are looked at (inference/tracing.py)
 GIVEN = 'given'  # another, of what their attention gives, where a cell asks (papers/melt/teacher.py)
 SEEDS = 2**32  # how many there are: JAX cuts larger ones
@@ -374,6 +376,10 @@ class Term(Protocol):
   """What is learned from rollouts; see terms/term.py for what they share. One that does not suit every model has
   `check(model)` too, which raises ConfigError."""
 
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """Names of the rollouts."""
+
   def weight(self, batch: Batch) -> Array:
     """f32[]: what the sum is divided by, a function of the batch alone."""
 
@@ -422,7 +428,7 @@ class Block(Protocol):
   def heads_of(self, width: int) -> tuple[int, int]:
     """(G, d): heads of keys and values, and their width."""
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
 
   def __call__(self, x: Array, ctx: Context, mod: Any, kv: Any, layer: Array | int = 0) -> tuple[Array, Any]:
@@ -438,7 +444,7 @@ class Attention(Protocol):
   kernel: Kernel
   position: Position | None
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
 
   def __call__(self, x: Array, ctx: Context, kv: Any, layer: Array | int, gate: Array | None = None) -> tuple[Array,
@@ -618,7 +624,10 @@ class Control(Protocol):
 class Measure(Protocol):
   """What is reported of a batch."""
 
-  better: Mapping[str, int]  # number of a row -> measures.MORE or measures.LESS
+  @property
+  def better(self) -> Mapping[str, int]:
+    """Number of a row -> measures.MORE or measures.LESS."""
+
   mask: int | None  # what hidden tokens read in `asked`; None where it hides none
 
   def asked(self, batch: Batch) -> Batch:

@@ -71,6 +71,7 @@ class Around(Cell):
   def setup(self):
     # In the scope of this cell: parameters have the names, and first values, that they have without it. So the name of
     # `of`, which Linen has reserved for it, is free for one more cell in it.
+    assert self.scope is not None
     self.scope.reservations.pop('of', None)
     object.__setattr__(self, '_inner', self.of.copy(parent=self.scope))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import math
 from pathlib import Path
+from typing import Any
 import re
 
 import numpy as np
@@ -56,7 +57,8 @@ def with_adapter(held: Tensors, folder: str | Path) -> Tensors:
   if not (path / NAME).is_file():
     raise ConfigError(f'{path}: there is no {NAME}; give the folder of a LoRA adapter as PEFT writes it')
   given = Tensors(tensors.read_file(path / NAME))
-  new, halves = {name: held.tensor(name) for name in held}, {}
+  new = {name: held.tensor(name) for name in held}
+  halves: dict[str, dict[str, Any]] = {}
   for name in given:
     found = re.fullmatch(r'base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight', name)
     if not found:

@@ -38,7 +38,7 @@ SOCKETS = {  # the parts that are computed, by the fields that they stand in
     'attn': (attention.SelfAttention,), 'values': (attention.ValueEmbed,), 'position': (Rotary, StretchedRotary, Alibi),
     'mlp': (layers.MLP, layers.GatedMLP), 'linear': (layers.Dense, LowRank),
     'norm': (layers.Identity, layers.UnitNorm, layers.RMSNorm, layers.LayerNorm, layers.AcrossHeads)}
-FUNCTIONS = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
+FUNCTIONS: tuple[Any, ...] = (layers.gelu, layers.gelu_tanh, layers.squared_relu, jax.nn.silu)
 # What says how weights begin, how gradients and attention are computed, what decoding keeps: no part of the function.
 BESIDE = {
     'init': (layers.Normal, layers.UniformWithin, layers.Orthogonal, layers.ByProjection, layers.Halves, Rising,

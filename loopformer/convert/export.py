@@ -167,7 +167,7 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
   chat = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
   tokenizer = chat.of if chat else tokenizer
   text = tokenizer.hugging_face()
-  files = {MODEL: tokenizer.model} if KINDS.get(type(tokenizer)) == 'pieces' else {}
+  files: dict[str, Any] = {MODEL: tokenizer.model} if isinstance(tokenizer, PieceTokenizer) else {}
   if text is None and not files:
     return {}
   about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length,

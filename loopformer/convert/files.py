@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import importlib
 import math
 import os
 from pathlib import Path
@@ -92,16 +93,16 @@ def _npz(path: Path) -> dict[str, Unread]:
   with zipfile.ZipFile(path) as archive:
     for member in archive.infolist():  # what is said of an array is believed, and room made for it, before it is read
       with archive.open(member) as file:
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(file),
-                                                                 np.lib.format.read_array_header_2_0)
-        shape, _, dtype = read(file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(file),
+                                                                   np.lib.format.read_array_header_2_0)
+        shape, _, dtype = header(file)
         if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
           raise ValueError(f'{member.filename} is no array of shape {shape}')
         if dtype.hasobject:
           raise ValueError(f'{member.filename} holds objects')
         about[member.filename.removesuffix('.npy')] = shape, dtype
 
-  def read(name):
+  def read(name: str) -> np.ndarray:
     with np.load(path, allow_pickle=False) as arrays:
       return arrays[name]
 
@@ -133,7 +134,7 @@ def _torch(path: Path) -> Any:
   # lets the safe unpickler pass over it; nothing of the file is executed. Losses and learning rates stand beside the
   # weights as NumPy's numbers.
   inert = [type('GPTConfig', (), {'__module__': f'models.{module}'}) for module in OFFICIAL_MODULES]
-  multiarray = np._core.multiarray
+  multiarray = importlib.import_module('numpy._core.multiarray')
   plain = [(getattr(multiarray, name), f'numpy.{folder}.multiarray.{name}')
            for folder in ('core', '_core') for name in ('scalar', '_reconstruct')]
   kinds = [type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', '?')]

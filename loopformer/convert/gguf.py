@@ -13,7 +13,7 @@ import math
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def _check_lengths(path: Path):
       else:
         raise ValueError(f'a value of the unknown kind {kind}')
 
-    order = 'little'
+    order: Literal['little', 'big'] = 'little'
     skip(len(b'GGUF'))
     if number(4) & 0xffff == 0:  # of the version, which is small
       order = 'big'

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from flax import linen as nn
 
@@ -175,7 +175,18 @@ def layer_rows(decoder: Decoder, turn: str) -> list[Row]:
   return rows + [biases[name] for name in decoder.biased] + (norms if kind.qk else [])
 
 
-def entries(decoder: Decoder, places: Sequence[tuple[str, int]], naming: Naming = HUGGING_FACE) -> list[Entry]:
+class Names(Protocol):
+  """What calls tensors, as `Naming` does."""
+
+  @property
+  def turn(self) -> str:
+    """How the channels of a head lie."""
+
+  def __call__(self, name: str, layer: int | None = None) -> str:
+    """The name, of the table above, as it is in the file."""
+
+
+def entries(decoder: Decoder, places: Sequence[tuple[str, int]], naming: Names = HUGGING_FACE) -> list[Entry]:
   """Every weight in its place; places: of each layer, the stack's path and the slot in it."""
   return ([Entry(key=naming(r.theirs), path=r.ours, row=r) for r in end_rows(decoder)] +
           [Entry(key=naming(r.theirs, i), path=f'{stack}/block/{r.ours}', row=r, slot=slot)
@@ -218,15 +229,16 @@ def model_of(decoder: Decoder, *, loops: int | None = None, prelude: int = 0, co
   out_std = 0.02 / math.sqrt(2 * decoder.layers)
 
   def stack(depth: int) -> Stack:  # with a block of its own: one instance in two stacks would be one set of weights
-    heads = dict(heads=decoder.heads, groups=decoder.groups, head=decoder.head, position=decoder.rotary)
     norm = RMSNorm(decoder.eps)
     normed = {'': None, 'head': norm, 'heads': AcrossHeads(norm)}[kind.qk]
-    attn = SelfAttention(**heads, out_std=out_std, biased=decoder.biased, norm=normed)
+    attn = SelfAttention(heads=decoder.heads, groups=decoder.groups, head=decoder.head, position=decoder.rotary,
+                         out_std=out_std, biased=decoder.biased, norm=normed)
     mlp, placement = GatedMLP(hidden=decoder.hidden, out_std=out_std), PostNorm() if kind.post else PreNorm()
     return Stack(Block(attn=attn, mlp=mlp, norm=norm, placement=placement, dtype=dtype), depth)
 
   kind = decoder.kind
   before, core, after = (stack(depth) if depth else None for depth in counts)
+  assert core is not None
   norm = Identity() if decoder.between else RMSNorm(decoder.eps)
   return Looped(read_in=Tokens(vocab=decoder.vocab, width=decoder.width, length=decoder.length),
                 cell=Normed(core, RMSNorm(decoder.eps)) if decoder.between else Plain(core),
@@ -286,9 +298,10 @@ def _essence(model: nn.Module) -> dict[str, str]:
     rows = {other: text for other, text in rows.items() if other != path and not other.startswith(f'{path}.')}
   for path, text in list(rows.items()):
     heads = rows.get(path.rpartition('.')[0] + '.heads')
-    if path.endswith('attn.groups') and text == 'None':
+    if heads is not None and path.endswith('attn.groups') and text == 'None':
       rows[path] = heads
-    if path.endswith('attn.head') and text != 'None' and int(text) * int(heads) == model.read_in.width:
+    if (heads is not None and path.endswith('attn.head') and text != 'None' and
+        int(text) * int(heads) == model.read_in.width):
       rows[path] = 'None'
   return rows
 
@@ -404,7 +417,7 @@ def _rope(config, where) -> Rotary:
   """The rotary positions: said at the top, in rope_scaling (whose kind was called `type`) or in rope_parameters."""
   said = {'config.json': {name: config.get(name) for name in ROPE}} | {
       source: config.get(source) or {} for source in ('rope_scaling', 'rope_parameters')}
-  rope = {}
+  rope: dict[str, Any] = {}
   for source, fields in said.items():
     for name, value in fields.items():
       if isinstance(value, Mapping):

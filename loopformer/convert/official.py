@@ -153,7 +153,7 @@ def _sizes(*, vocab: int, length: int, width: int, hidden: int, depth: int, head
   return dict(V=vocab, T=length, D=width, E=width, F=hidden, N=depth, H=heads, d=width // heads, q=3, g=4, S=FEATURES)
 
 
-KINDS = {
+KINDS: dict[str, Kind | Parcae | Huginn | Ouro] = {
     'loopformer': Kind(cell=_trajectory, norm=UnitNorm(), rows=ENDS + TIME + STEP, layer_rows=MATRICES + MODULATION),
     'base': Kind(cell=_plain, norm=RMSNorm(), rows=ENDS, layer_rows=MATRICES + NORMS, stack='transformer.h.', loops=1),
     'base_loop': Kind(cell=_plain, norm=RMSNorm(), rows=ENDS, layer_rows=MATRICES + NORMS),

@@ -77,7 +77,7 @@ def read(shapes: Mapping[str, Shape], held: Tensors, where: Path, put: Callable[
            places(shapes))
   tensors.compare({key: place.shape for key, place in named.items()}, held.shapes, where)
   check_floats(held, named, where)
-  keys = {}
+  keys: dict[str, list[str]] = {}
   for key, place in named.items():
     keys.setdefault(place.path, []).append(key)
   return unflatten_dict({path: put(path, _array(names, named, held, shapes[path])) for path, names in keys.items()},

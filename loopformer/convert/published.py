@@ -113,6 +113,7 @@ def read(config: Mapping[str, Any], where: Any) -> Told:
     ConfigError: no loops, or a setting under which the same weights would be another model.
   """
   kind = kind_of(config)
+  assert kind is not None  # `kind_of` has told whoever asks
   how = PUBLISHED[kind]
   for field, plain in {**EVERYWHERE, **how.plain}.items():
     if (value := _at(config, field)) is not None and value not in plain:

@@ -123,7 +123,8 @@ def placed(rows: Sequence[Row]) -> list[Entry]:
 
 def shapes(entries: Sequence[Entry], sizes: Sizes) -> tuple[dict[str, Shape], dict[str, Shape]]:
   """({official key: shape}, {path: shape})."""
-  theirs, ours, slots = {}, {}, {}
+  theirs, ours = {}, {}
+  slots: dict[str, int] = {}
   for e in entries:
     theirs[e.key], ours[e.path] = e.row.shapes(sizes)
     if e.slot is not None:
@@ -135,7 +136,7 @@ def to_ours(entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], sizes: S
             put: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
   """{path: what `put` makes of the path and its f32 array}, of official arrays of any floating dtype; always copies.
   One parameter is made after the other, and held no longer than `put` holds it."""
-  parts = {}
+  parts: dict[str, list[Entry]] = {}
   for e in entries:
     parts.setdefault(e.path, []).append(e)
 
@@ -159,12 +160,14 @@ def to_theirs(entries: Sequence[Entry], flat: Mapping[str, np.ndarray], sizes: S
   return arrays
 
 
-def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callable[[str, np.ndarray], bool],
+def named(held: Mapping[str, Any], rename: Callable[[str], str], buffer: Callable[[str, Any], bool],
           ) -> tuple[dict[str, Any], dict[str, Any]]:
   """(weights, buffers) of the innermost state dict, under their bare keys; those of files are unread (`Unread`)."""
   while inner := [held[key] for key in NESTED if isinstance(held.get(key), Mapping)]:
     held = inner[0]
-  weights, buffers, full = {}, {}, {}
+  weights: dict[str, Any] = {}
+  buffers: dict[str, Any] = {}
+  full: dict[str, str] = {}
   for name, value in held.items():
     key = rename(PREFIXES.sub('', name))
     if key in full:

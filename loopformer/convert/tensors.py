@@ -113,7 +113,7 @@ WRAPPERS = ('_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_
 def bare(held: Tensors) -> Tensors:
   """Tensors of a decoder as it calls them itself: without names of wrappers, and with one `model.`, which the files of
   a bare stack lack and some have twice. Raises ConfigError where two become one."""
-  found = {}
+  found: dict[str, str] = {}
   for name in held:
     parts = [part for part in name.split('.') if part not in WRAPPERS]
     while parts[:2] == ['model', 'model']:
@@ -228,7 +228,8 @@ def write_folder(folder: Path, tensors: Mapping[str, tuple[Shape, Callable[[], n
   """
   code = {'float32': 'F32', 'bfloat16': 'BF16'}[dtype]
   width = np.dtype(DTYPES[code]).itemsize
-  shards, filled = [[]], 0
+  shards: list[list[str]] = [[]]
+  filled = 0
   for name, (shape, _) in tensors.items():
     size = math.prod(shape) * width
     if shards[-1] and filled + size > shard_bytes:
@@ -246,8 +247,9 @@ def write_folder(folder: Path, tensors: Mapping[str, tuple[Shape, Callable[[], n
     (folder / INDEX).write_text(json.dumps({'metadata': {'total_size': total}, 'weight_map': places}, indent=1) + '\n')
 
 
-def _write_file(path: Path, tensors, code: str):
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
+def _write_file(path: Path, tensors: Mapping[str, tuple[Shape, Callable[[], np.ndarray]]], code: str):
+  end = 0
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   for name, (shape, _) in tensors.items():
     start, end = end, end + math.prod(shape) * np.dtype(DTYPES[code]).itemsize
     header[name] = {'dtype': code, 'shape': list(shape), 'data_offsets': [start, end]}

@@ -49,47 +49,47 @@ class ChatTokenizer(Tokenizer):
           raise ConfigError(f'{name} = {getattr(self, name)}: {i!r} is none of the ids 0 .. {self.vocab_size - 1}')
 
   @property
-  def vocab_size(self):
+  def vocab_size(self) -> int:
     return self.of.vocab_size
 
   @property
-  def eos(self):
+  def eos(self) -> int:
     return self.of.eos
 
   @property
-  def ends(self):
+  def ends(self) -> tuple[int, ...]:
     return tuple(dict.fromkeys((self.eos, *self.stops)))
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return self.of.encode(text)
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return self.of.encode_batch(texts)
 
-  def encode_special(self, text):
+  def encode_special(self, text: str) -> list[int]:
     return self.of.encode_special(text)
 
-  def specials(self):
+  def specials(self) -> dict[str, int]:
     return self.of.specials()
 
-  def decode(self, ids):
+  def decode(self, ids: Sequence[int]) -> str:
     return self.of.decode(ids)
 
-  def byte_lengths(self):
+  def byte_lengths(self) -> np.ndarray:
     return self.of.byte_lengths()
 
-  def first_byte_lengths(self):
+  def first_byte_lengths(self) -> np.ndarray:
     return self.of.first_byte_lengths()
 
-  def hugging_face(self):
+  def hugging_face(self) -> str | None:
     return self.of.hugging_face()
 
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     start = [] if self.start is None else [self.start]  # of which older folders know nothing
     about = json.dumps([self.of.fingerprint(), self.stops, self.template, self.names, *start])
     return hashlib.sha256(about.encode()).hexdigest()
 
-  def save(self, folder):
+  def save(self, folder: str | os.PathLike) -> None:
     self.of.save(storage.path(folder) / INNER)
     write_about(folder, {'kind': 'chat', 'stops': self.stops, 'template': self.template, 'names': dict(self.names),
                          'start': self.start, 'fingerprint': self.fingerprint()})
@@ -273,7 +273,8 @@ def _compiled(text: str) -> Any:
 
 def _common(a: Sequence, b: Sequence) -> int:
   """Length of the common beginning."""
-  return len(os.path.commonprefix([a, b]))
+  pair: Any = [a, b]  # of lists too, of which the stubs do not know
+  return len(os.path.commonprefix(pair))
 
 
 # Answers in streams of ids -------------------------------------------------------------------------------------------
@@ -294,18 +295,18 @@ class MarkedTokenizer(Tokenizer):
   of: ChatTokenizer
 
   @property
-  def vocab_size(self):
+  def vocab_size(self) -> int:
     return 2 * self.of.vocab_size + 1
 
   @property
-  def eos(self):
+  def eos(self) -> int:
     """What stands after a conversation: no id at all."""
     return 2 * self.of.vocab_size
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0]
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [self._encoded(index, text) for index, text in enumerate(texts)]
 
   def _encoded(self, index: int, text: str) -> list[int]:
@@ -315,16 +316,16 @@ class MarkedTokenizer(Tokenizer):
       raise Unreadable(str(error), index) from error
     return [2 * i + answers for i, answers in zip(ids, asked)]
 
-  def decode(self, ids):
+  def decode(self, ids: Sequence[int]) -> str:
     return self.of.decode([i // 2 for i in ids if i != self.eos])
 
-  def byte_lengths(self):
+  def byte_lengths(self) -> np.ndarray:
     return np.append(np.repeat(self.of.byte_lengths(), 2), np.int32(0))
 
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     return hashlib.sha256(f'marked {self.of.fingerprint()}'.encode()).hexdigest()
 
-  def save(self, folder):
+  def save(self, folder: str | os.PathLike) -> None:
     self.of.save(storage.path(folder) / INNER)
     write_about(folder, {'kind': 'marked', 'fingerprint': self.fingerprint()})
 
@@ -334,9 +335,12 @@ def around(saved: Mapping[str, Any], folder: Any) -> Tokenizer:
   damaged.
   """
   of = load_tokenizer(folder / INNER)
+  remedy = 'delete the folder and prepare the data again'
   if saved['kind'] == 'marked':
+    if not isinstance(of, ChatTokenizer):
+      raise ConfigError(f'{folder / FILE} is damaged: the tokenizer in {INNER}/ is none of chats; {remedy}')
     return MarkedTokenizer(of=of)
-  with reading.naming(folder / FILE, 'delete the folder and prepare the data again'):
+  with reading.naming(folder / FILE, remedy):
     return ChatTokenizer(of=of, stops=tuple(saved['stops']), template=saved['template'],
                          names=tuple(saved['names'].items()), start=saved.get('start'))
 
@@ -361,7 +365,7 @@ class SavedTokenizer:
     digest = self.build().fingerprint()
     return [storage.File('tokenizer', 0, digest, lambda: digest)]
 
-  def _found(self):
+  def _found(self) -> Any:
     folder = storage.path(self.path)
     for place in (folder / place for place in PLACES):
       if (place / FILE).exists() and 'kind' in reading.read_json(place / FILE, 'give another work folder'):
@@ -390,7 +394,7 @@ class Marked:
     found = self.of.build(texts)
     chat = found if isinstance(found, ChatTokenizer) else ChatTokenizer(of=found)
     if self.template is not None:
-      chat = dataclasses.replace(chat, template=self._read())
+      chat = dataclasses.replace(chat, template=_template(self.template))
     if chat.template is None:
       raise ConfigError('task.template = None, and the tokenizer has no chat template of its own; give the file of '
                         'one, such as chat_template.jinja of a chat model that has the same tokenizer')
@@ -401,11 +405,12 @@ class Marked:
     own = self.of.sources()
     if self.template is None:
       return own
-    data = self._read().encode()
+    data = _template(self.template).encode()
     digest = hashlib.sha256(data).hexdigest()
     return [*own, storage.File('template', len(data), digest, lambda: digest)]
 
-  def _read(self) -> str:
-    if not storage.path(self.template).exists():
-      raise FileNotFoundError(f'task.template = {self.template!r}: no such file; give the path of a chat template')
-    return reading.text(self.template, 'give the path of a chat template')
+
+def _template(path: str) -> str:
+  if not storage.path(path).exists():
+    raise FileNotFoundError(f'task.template = {path!r}: no such file; give the path of a chat template')
+  return reading.text(path, 'give the path of a chat template')

@@ -28,12 +28,14 @@ import secrets
 import shutil
 import struct
 import time
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from loopformer import reading, storage
 from loopformer.data import checked
 from loopformer.data.chat import Unreadable
+from loopformer.data.corpus import Document
 from loopformer.data.tokenizer import Tokenizer, begun, load_tokenizer, start_of
 from loopformer.types import ConfigError
 
@@ -47,6 +49,28 @@ ENTRY = struct.Struct('<8sBQQ')  # stands before a document's ids: hash of its n
 SPLITS = ('train', 'validation')
 DTYPES = ('uint16', 'uint32')
 MANIFEST = 'manifest.json'
+Log = Callable[[str], Any]
+Item = TypeVar('Item')
+
+
+class Corpus(Protocol):
+  """Where documents come from (corpus.py); its `repr` says what they are made from."""
+
+  def documents(self, left_out: collections.Counter | None = None) -> Iterator[Document]:
+    """All of them, the same every time; left_out: counts what is passed over, by why."""
+
+  def sources(self) -> list[storage.File]:
+    """The files that they are read from."""
+
+
+class TokenizerPart(Protocol):
+  """What makes a tokenizer (tokenizer.py, chat.py); its `repr` says from what."""
+
+  def build(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of these texts, or one that is given."""
+
+  def sources(self) -> list[storage.File]:
+    """The files that it is read from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +82,8 @@ class Prepared:
   tokenizer: Tokenizer
 
 
-def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: Callable = print) -> Prepared:
+def prepare(corpus: Corpus, tokenizer_part: TokenizerPart, folder: str | os.PathLike, *, shard_tokens: int = 2**27,
+            log: Log = print) -> Prepared:
   """Tokenises a corpus into a folder, or reuses the folder if it was made from the same corpus and part.
 
   Documents are put in the order of a hash of their names. Holds a few chunks of documents, or 1/BUCKETS of the tokens,
@@ -85,7 +110,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
     tokenizer = _tokenizer(corpus, tokenizer_part, os.path.join(work, f'tokenizer-{_hash(json.dumps(inputs))}'), log)
     dtype = DTYPES[tokenizer.vocab_size > 2**16]
     stored = np.dtype(dtype).newbyteorder('<')
-    left_out = collections.Counter()
+    left_out: collections.Counter[str] = collections.Counter()
     chunks = _tokenise(corpus, tokenizer, work, stored, left_out, log)
     tokenizer.save(os.path.join(mine, 'tokenizer'))
     manifest = {
@@ -114,7 +139,7 @@ def prepare(corpus, tokenizer_part, folder, *, shard_tokens: int = 2**27, log: C
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
-def _prepare_shared(corpus, tokenizer_part, shared, shard_tokens: int, log) -> Prepared:
+def _prepare_shared(corpus: Corpus, tokenizer_part: TokenizerPart, shared: Any, shard_tokens: int, log: Log) -> Prepared:
   """`prepare` of a folder in a bucket, which the first process makes and others copy."""
   if not (shared / MANIFEST).exists():
     making = storage.cache() / 'data' / f'making-{_hash(str(shared), repr(corpus), repr(tokenizer_part))}'
@@ -127,7 +152,7 @@ def _prepare_shared(corpus, tokenizer_part, shared, shard_tokens: int, log) -> P
   return _reuse(local(shared, log), corpus, tokenizer_part, log)
 
 
-def local(folder, log: Callable = lambda text: None) -> str:
+def local(folder: str | os.PathLike, log: Log = lambda text: None) -> str:
   """The folder on this machine: itself or, of a bucket, a copy in `storage.cache()`, made once."""
   if not storage.remote(folder):
     return os.fspath(folder)
@@ -139,16 +164,16 @@ def local(folder, log: Callable = lambda text: None) -> str:
     storage.downloaded({key: os.path.relpath(key, top) for key in storage.held(shared)}, shared, copy)
     manifest = load_manifest(copy)
     if checked.known(copy, manifest) is not None:
-      checked.note(copy, manifest, _shards(copy, manifest, *SPLITS))  # a copy has times of its own
+      checked.note(copy, manifest, _shards(str(copy), manifest, *SPLITS))  # a copy has times of its own
     log(f'data: copied from {shared} to {copy}')
   return str(copy)
 
 
-def _copy(shared) -> Path:
+def _copy(shared: Any) -> Path:
   return storage.cache() / 'data' / _hash(str(shared), (shared / MANIFEST).read_text(encoding='utf-8'))
 
 
-def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
+def verify(corpus: Corpus, tokenizer_part: TokenizerPart, folder: str | os.PathLike, log: Log = print) -> None:
   """Reads a prepared folder, and all that it was made from, and compares every hash with the manifest.
 
   FileNotFoundError or ValueError naming the first shard or source that is missing or differs.
@@ -159,7 +184,7 @@ def verify(corpus, tokenizer_part, folder, log: Callable = print) -> None:
   log(f'data: {folder} and its sources are as they were prepared; verified in {time.monotonic() - began:.1f} s')
 
 
-def load_manifest(folder) -> dict:
+def load_manifest(folder: str | os.PathLike) -> dict[str, Any]:
   """The manifest of a prepared folder; FileNotFoundError if it is none, ValueError if of another version."""
   path = storage.path(folder) / MANIFEST
   if not path.exists():
@@ -175,7 +200,7 @@ def load_manifest(folder) -> dict:
   return manifest
 
 
-def _wrong(manifest: dict) -> str | None:
+def _wrong(manifest: dict[str, Any]) -> str | None:
   """What of a manifest is not as `prepare` writes it; None where nothing is."""
   texts, sources, splits = ('corpus', 'tokenizer', 'fingerprint'), manifest.get('sources'), manifest.get('splits')
   if bad := [name for name in texts if not isinstance(manifest.get(name), str)]:
@@ -208,13 +233,13 @@ def _wrong(manifest: dict) -> str | None:
   return None
 
 
-def _is_source(row) -> bool:
+def _is_source(row: Any) -> bool:
   """Whether it is [name, size, hash or None]."""
   return isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and type(row[1]) is int and isinstance(
     row[2], str | None)
 
 
-def _counted(described, *names: str) -> bool:
+def _counted(described: Any, *names: str) -> bool:
   return isinstance(described, dict) and all(
     type(described.get(name)) is int and described[name] >= 0 for name in names
   )
@@ -226,7 +251,7 @@ def start_between(tokenizer: Tokenizer) -> int | None:
   return None if start == tokenizer.eos else start
 
 
-def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
+def _reuse(folder: str, corpus: Corpus, tokenizer_part: TokenizerPart, log: Log) -> Prepared:
   manifest = load_manifest(folder)
   shutil.rmtree(_work(folder), ignore_errors=True)  # whoever still works there comes here in the end
   _compare(folder, manifest, corpus, tokenizer_part, log)
@@ -240,11 +265,13 @@ def _reuse(folder: str, corpus, tokenizer_part, log) -> Prepared:
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
-def _compare(folder: str, manifest: dict, corpus, tokenizer_part, log, everything: bool = False) -> None:
+def _compare(folder: str, manifest: dict, corpus: Corpus, tokenizer_part: TokenizerPart, log: Log,
+             everything: bool = False) -> None:
   """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the files
   that are not known, by their times, to be right; these are noted. Sources that are not there are told, and not missed.
   """
-  for name, part in (('corpus', corpus), ('tokenizer', tokenizer_part)):
+  parts: tuple[tuple[str, Corpus | TokenizerPart], ...] = ('corpus', corpus), ('tokenizer', tokenizer_part)
+  for name, part in parts:
     if manifest[name] != repr(part):
       raise _changed(folder, f'{name}={part!r}, it was {manifest[name]}')
   try:
@@ -261,7 +288,7 @@ def _compare(folder: str, manifest: dict, corpus, tokenizer_part, log, everythin
   # Earlier versions noted nothing, and compared no more than names and sizes.
   unread = files if everything else [] if known is None else [file for file in files if file[:3] not in known]
   if manifest['sources']['files'] is None and not set(unread).isdisjoint(sources or ()):
-    unread = [*sources, *set(unread).intersection(shards)]  # which have but one hash together
+    unread = [*(sources or ()), *set(unread).intersection(shards)]  # which have but one hash together
   hashes = _hashes(unread, log)
   if sources is not None and (change := _first_change(manifest['sources'], _summary(sources, hashes))):
     raise _changed(folder, change)
@@ -276,7 +303,7 @@ def _changed(folder: str, change: str) -> ValueError:
   return ValueError(f'{folder} was prepared from something else: {change}. Delete the folder or choose another.')
 
 
-def _hashes(files: list[storage.File], log) -> dict[str, str]:
+def _hashes(files: list[storage.File], log: Log) -> dict[str, str]:
   """name -> sha256."""
   return {file.name: file.sha256() for file in _watched(files, lambda file: file.size, 'files hashed', log)}
 
@@ -305,7 +332,7 @@ def _summary(sources: list[storage.File], hashes: dict[str, str]) -> dict:
   }
 
 
-def _digest(value) -> str:
+def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -342,8 +369,8 @@ def _counts(manifest: dict) -> str:
   return f'{kept}; left out: {left_out}' if left_out else kept
 
 
-def _check_splits(corpus) -> None:
-  seen = set()
+def _check_splits(corpus: Corpus) -> None:
+  seen: set[str] = set()
   for document in corpus.documents():
     seen.add(document.split)
     if len(seen) == len(SPLITS):
@@ -354,7 +381,7 @@ def _check_splits(corpus) -> None:
   raise ValueError(f'{corpus!r} has no {missing} document: give two different documents, or files for validation')
 
 
-def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
+def _tokenizer(corpus: Corpus, part: TokenizerPart, saved: str, log: Log) -> Tokenizer:
   try:
     return load_tokenizer(saved)
   except (OSError, ValueError):  # absent or, the machine having stopped, damaged
@@ -367,10 +394,12 @@ def _tokenizer(corpus, part, saved: str, log) -> Tokenizer:
     return tokenizer
 
 
-def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_out: dict, log) -> list[str]:
+def _tokenise(corpus: Corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_out: collections.Counter,
+              log: Log) -> list[str]:
   """The files of all chunks, in order; only those are made that are not there. Counts what the corpus leaves out."""
   os.makedirs(work, exist_ok=True)
-  paths, found, fingerprint, start = [], 0, tokenizer.fingerprint(), start_between(tokenizer)
+  paths: list[str] = []
+  found, fingerprint, start = 0, tokenizer.fingerprint(), start_between(tokenizer)
   fingerprint = fingerprint if start is None else f'{fingerprint} after {start}'  # earlier versions made chunks without
   for batch in _batched(_watched(corpus.documents(left_out), _text_bytes, 'documents tokenised', log), CHUNK):
     contents = (part for d in batch for part in (d.name, d.split, d.text))
@@ -378,7 +407,7 @@ def _tokenise(corpus, tokenizer: Tokenizer, work: str, stored: np.dtype, left_ou
     if _read_chunk(paths[-1]) is not None:
       found += 1
       continue
-    entries = []
+    entries: list[bytes] = []
     try:
       encoded = tokenizer.encode_batch([d.text for d in batch])
     except Unreadable as error:
@@ -413,7 +442,7 @@ def _read_chunk(path: str) -> memoryview | None:
   return memoryview(data) if hashlib.blake2b(data).digest() == digest else None
 
 
-def _watched(items: Iterable, size: Callable, what: str, log) -> Iterator:
+def _watched(items: Iterable[Item], size: Callable[[Item], int], what: str, log: Log) -> Iterator[Item]:
   """The items, and every few seconds a line of how many have passed; size: bytes of an item."""
   count = total = before = 0
   last = time.monotonic()
@@ -425,12 +454,13 @@ def _watched(items: Iterable, size: Callable, what: str, log) -> Iterator:
       last, before = now, total
 
 
-def _text_bytes(document) -> int:
+def _text_bytes(document: Document) -> int:
   return len(document.text.encode('utf-8', 'replace'))
 
 
-def _batched(documents: Iterator, characters: int):
-  batch, size = [], 0
+def _batched(documents: Iterator[Document], characters: int) -> Iterator[list[Document]]:
+  batch: list[Document] = []
+  size = 0
   for document in documents:
     batch.append(document)
     size += len(document.text)
@@ -441,9 +471,9 @@ def _batched(documents: Iterator, characters: int):
     yield batch
 
 
-def _sort(chunks: list[str], folder: str, stored: np.dtype, shard_records: int, log) -> dict:
+def _sort(chunks: list[str], folder: str, stored: np.dtype, shard_records: int, log: Log) -> dict[str, dict[str, Any]]:
   """Writes the shards; what the manifest says of the splits."""
-  counts = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
+  counts: dict[str, dict[str, Any]] = {split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}
   with contextlib.ExitStack() as stack:
     spills = {split: _Spill(folder, split, stored, stack) for split in SPLITS}
     for path in _watched(chunks, os.path.getsize, 'chunks sorted', log):
@@ -462,7 +492,7 @@ def _sort(chunks: list[str], folder: str, stored: np.dtype, shard_records: int, 
   return counts
 
 
-def _entries(data) -> Iterator[tuple[bytes, int, int, int, int]]:
+def _entries(data: bytes | memoryview) -> Iterator[tuple[bytes, int, int, int, int]]:
   """Of each document: hash of its name, split, bytes of its text, and where its ids start and end."""
   at = 0
   while at < len(data):
@@ -494,7 +524,8 @@ class _Spill:
 def _write_shards(documents: Iterator[np.ndarray], work: str, split: str, shard_records: int) -> list[dict]:
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  shards, records = [], _records(documents)
+  shards: list[dict[str, Any]] = []
+  records = _records(documents)
   while (head := next(records, None)) is not None:
     path = os.path.join(work, f'{split}-{len(shards):05}')
     writer = ArrayRecordWriter(path, 'group_size:1')
@@ -512,7 +543,8 @@ def _write_shards(documents: Iterator[np.ndarray], work: str, split: str, shard_
 
 
 def _records(documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-  pending, size = [], 0
+  pending: list[np.ndarray] = []
+  size = 0
   for ids in documents:
     pending.append(ids)
     size += len(ids)
@@ -530,7 +562,7 @@ def _described(manifest: dict, *splits: str) -> list[dict]:
 
 def _shards(folder: str, manifest: dict, *splits: str) -> list[storage.File]:
   """The shards of some splits, which are there and have the sizes of the manifest."""
-  files = []
+  files: list[storage.File] = []
   for shard in _described(manifest, *splits):
     path = os.path.join(folder, shard['name'])
     if not os.path.isfile(path):
@@ -570,7 +602,7 @@ class _Shard:
       raise ValueError(f'shard {self.path} is damaged or stale ({held} records, not {self.records}): {self._remedy}')
 
   @functools.cached_property
-  def _reader(self):
+  def _reader(self) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     # No readahead: windows are read in random order.
@@ -581,7 +613,7 @@ class _Shard:
     return _remedy(os.path.dirname(self.path))
 
   @contextlib.contextmanager
-  def _naming(self):
+  def _naming(self) -> Iterator[None]:
     try:
       yield
     except Exception as e:
@@ -619,7 +651,7 @@ class TokenStream:
     return np.frombuffer(data, self.dtype, length, before * self.dtype.itemsize).astype(np.int32)
 
 
-def open_split(folder, split: str) -> TokenStream:
+def open_split(folder: str | os.PathLike, split: str) -> TokenStream:
   """Opens a split, of whose shards the sizes are compared with the manifest; records have checksums of their own.
 
   FileNotFoundError or ValueError naming the shard that is missing, cut off or not of this manifest.

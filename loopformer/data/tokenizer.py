@@ -4,7 +4,7 @@ sentencepiece and tokenizers are imported only where a tokenizer of theirs is us
 """
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,8 +37,13 @@ END = '<|endoftext|>'  # what the end of a document is called where it must have
 class Tokenizer(abc.ABC):
   """What the library asks of a tokenizer; ids are 0 .. vocab_size - 1 and `eos` ends a document."""
 
-  vocab_size: int
-  eos: int
+  if TYPE_CHECKING:  # to be read alone: some have them as constants, some as fields, some as properties
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos(self) -> int: ...
 
   @property
   def ends(self) -> tuple[int, ...]:
@@ -150,31 +155,31 @@ class ByteTokenizer(Tokenizer):
   vocab_size = 257
   eos = 256
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return list(text.encode('utf-8', 'replace'))
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
 
-  def decode(self, ids):
+  def decode(self, ids: Sequence[int]) -> str:
     ids = _checked(ids, self.vocab_size)
     return bytes(i for i in ids if i < 256).decode('utf-8', 'replace')
 
-  def byte_lengths(self):
+  def byte_lengths(self) -> np.ndarray:
     lengths = np.ones(self.vocab_size, np.int32)
     lengths[self.eos] = 0
     return lengths
 
-  def specials(self):
+  def specials(self) -> dict[str, int]:
     return {END: self.eos}
 
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     return hashlib.sha256(b'bytes 0..255, eos 256').hexdigest()
 
-  def save(self, folder):
+  def save(self, folder: str | os.PathLike) -> None:
     write_about(folder, {'kind': 'bytes', 'fingerprint': self.fingerprint()})
 
-  def hugging_face(self):
+  def hugging_face(self) -> str | None:
     """As it is, save that a text which spells `END` out has the end of the document there."""
     return _json(_byte_level(False), {byte: i for i, byte in enumerate(ALPHABET)}, [], [_added(self.eos, END, True)])
 
@@ -198,7 +203,7 @@ class PieceTokenizer(Tokenizer):
       )
 
   @functools.cached_property
-  def _processor(self):
+  def _processor(self) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_proto=self.model)
@@ -210,17 +215,17 @@ class PieceTokenizer(Tokenizer):
     return encode('a\n\n b') == encode('a\n') + encode('\n') + encode(' b')
 
   @property
-  def vocab_size(self):
+  def vocab_size(self) -> int:
     return self._processor.vocab_size()
 
   @property
-  def eos(self):
+  def eos(self) -> int:
     return self._processor.eos_id()
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0]
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
     texts = [text.encode('utf-8', 'replace').decode('utf-8') for text in texts]
     if max(map(len, texts), default=0) <= BLOCK or not self._cuttable:
       return self._processor.encode(texts)
@@ -229,7 +234,7 @@ class PieceTokenizer(Tokenizer):
     ids = iter(self._processor.encode([block for text in blocks for block in text]))
     return [[i for _ in text for i in next(ids)] for text in blocks]
 
-  def decode(self, ids):
+  def decode(self, ids: Sequence[int]) -> str:
     special = self._special
     return self._processor.decode([i for i in _checked(ids, self.vocab_size) if not special[i]])
 
@@ -238,14 +243,14 @@ class PieceTokenizer(Tokenizer):
     p = self._processor
     return np.array([p.is_control(i) or p.is_unknown(i) or p.is_unused(i) for i in range(self.vocab_size)])
 
-  def byte_lengths(self):
+  def byte_lengths(self) -> np.ndarray:
     p = self._processor
     lengths = np.zeros(self.vocab_size, np.int32)
     for i in np.flatnonzero(~self._special).tolist():
       lengths[i] = 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(META, ' ').encode())
     return lengths
 
-  def first_byte_lengths(self):
+  def first_byte_lengths(self) -> np.ndarray:
     spaced = [i for i in np.flatnonzero(~self._special).tolist() if self._processor.id_to_piece(i).startswith(META)]
     lengths = self.byte_lengths()
     if spaced and not self._processor.decode([spaced[-1], spaced[-1]]).startswith(' '):
@@ -256,18 +261,18 @@ class PieceTokenizer(Tokenizer):
     """What its ids are called."""
     return {self._processor.id_to_piece(i) for i in range(self.vocab_size)}
 
-  def specials(self):
+  def specials(self) -> dict[str, int]:
     p = self._processor
     return {p.id_to_piece(i): i for i in range(self.vocab_size) if p.is_control(i)}
 
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     return hashlib.sha256(b'sentencepiece' + self.model).hexdigest()
 
-  def save(self, folder):
+  def save(self, folder: str | os.PathLike) -> None:
     write_about(folder, {'kind': 'pieces', 'fingerprint': self.fingerprint()})
     storage.write(storage.path(folder) / MODEL, self.model)
 
-  def hugging_face(self):
+  def hugging_face(self) -> str | None:
     """As it is for BPE that leaves texts as they are, such as that of `TrainedPieces`; None for other models.
 
     Names of special ids are read as these ids. Of two ways to put one piece together that overlap, sentencepiece takes
@@ -314,7 +319,7 @@ class JsonTokenizer(Tokenizer):
       raise ValueError(f'JsonTokenizer.eos={self.eos!r} is none of the ids 0 .. {self.vocab_size - 1}')
 
   @functools.cached_property
-  def _tokenizer(self):
+  def _tokenizer(self) -> Any:
     try:
       from tokenizers import Tokenizer as HuggingFace
     except ImportError as e:
@@ -336,24 +341,24 @@ class JsonTokenizer(Tokenizer):
     return ids | {i: t['content'] for i, t in added.items()}, {i: t['special'] for i, t in added.items()}
 
   @property
-  def vocab_size(self):
+  def vocab_size(self) -> int:
     return max(self._table[0]) + 1
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0]
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
     texts = [text.encode('utf-8', 'replace').decode('utf-8') for text in texts]
     return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-  def encode_special(self, text):
+  def encode_special(self, text: str) -> list[int]:
     return self.encode(text)
 
-  def specials(self):
+  def specials(self) -> dict[str, int]:
     pieces, added = self._table
     return {pieces[i]: i for i in added}
 
-  def decode(self, ids):
+  def decode(self, ids: Sequence[int]) -> str:
     return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
   def known(self) -> set[str]:
@@ -371,10 +376,10 @@ class JsonTokenizer(Tokenizer):
         return step['special_tokens'][first['id']]['ids'][0]
     return None
 
-  def byte_lengths(self):
+  def byte_lengths(self) -> np.ndarray:
     return self._byte_lengths[0]
 
-  def first_byte_lengths(self):
+  def first_byte_lengths(self) -> np.ndarray:
     return self._byte_lengths[1]
 
   @functools.cached_property
@@ -396,14 +401,14 @@ class JsonTokenizer(Tokenizer):
       lengths[:, i] = 1 if _is_byte(pieces[i]) else (len(within.encode()), len(first.encode()))
     return lengths
 
-  def fingerprint(self):
+  def fingerprint(self) -> str:
     return hashlib.sha256(f'json, eos {self.eos}: {self.text}'.encode()).hexdigest()
 
-  def save(self, folder):
+  def save(self, folder: str | os.PathLike) -> None:
     write_about(folder, {'kind': 'json', 'eos': self.eos, 'fingerprint': self.fingerprint()})
     storage.write(storage.path(folder) / JSON, self.text)
 
-  def hugging_face(self):
+  def hugging_face(self) -> str | None:
     return self.text
 
 
@@ -411,7 +416,7 @@ class JsonTokenizer(Tokenizer):
 class Bytes:
   """Part: one token for each byte."""
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> ByteTokenizer:
     del texts
     return ByteTokenizer()
 
@@ -431,7 +436,7 @@ class TrainedPieces:
   vocab: int = 1024
   sample_bytes: int = 8_000_000
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> PieceTokenizer:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -479,7 +484,7 @@ class GivenPieces:
     """Fields that hold paths."""
     return () if storage.whole(self.path) else ('root',)
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> PieceTokenizer:
     del texts
     model = self._read()
     try:
@@ -514,7 +519,7 @@ class GivenJson:
     """Fields that hold paths."""
     return () if storage.whole(self.path) else ('root',)
 
-  def build(self, texts: Iterable[str]) -> Tokenizer:
+  def build(self, texts: Iterable[str]) -> JsonTokenizer:
     del texts
     text = self._read()
     return json_tokenizer(text, id_of(text, self.eos, f'GivenJson.path={self.path!r}'), self.path)
@@ -612,7 +617,7 @@ def write_about(folder: str | os.PathLike, saved: dict) -> None:
   storage.write(folder / FILE, json.dumps(saved, indent=1))
 
 
-def _checked(ids, size: int) -> list[int]:
+def _checked(ids: Sequence[int], size: int) -> list[int]:
   ids = [int(i) for i in ids]
   for i in ids:
     if not 0 <= i < size:
@@ -647,7 +652,7 @@ def _added(i: int, content: str, special: bool) -> dict:
           'special': special}
 
 
-def _json(steps: dict, vocab: dict[str, int], merges: list, added: list[dict], **model) -> str:
+def _json(steps: dict, vocab: dict[str, int], merges: list, added: list[dict], **model: Any) -> str:
   """A tokenizer.json of byte-pair encoding."""
   bpe = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
          'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
@@ -705,7 +710,8 @@ def bpe_pieces(vocab: Sequence[str], scores: Sequence[float], types: Sequence[in
 
 def _sample(texts: Iterable[str], limit: int) -> list[str]:
   """Whole documents of the smallest content hashes, until `limit` bytes: the order of `texts` does not matter."""
-  kept, size = [], 0
+  size = 0
+  kept: list[tuple[int, bytes]] = []
   for text in texts:
     data = text[:limit].encode('utf-8', 'replace')[:limit]
     key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
@@ -716,7 +722,7 @@ def _sample(texts: Iterable[str], limit: int) -> list[str]:
   return [data.decode('utf-8', 'ignore') for _, data in sorted(kept, reverse=True)]
 
 
-def _sentences(texts: Iterable[str]):
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
   """Lines of at most LINE characters: newlines are tokens of their own, so nothing is learnt across them."""
   for text in texts:
     for line in text.split('\n'):
@@ -724,7 +730,7 @@ def _sentences(texts: Iterable[str]):
         yield line[start : start + LINE]
 
 
-def _blocks(text: str):
+def _blocks(text: str) -> Iterator[str]:
   """A text cut after newlines into blocks of about BLOCK characters (more if it has no newline there)."""
   start = 0
   while start < len(text):

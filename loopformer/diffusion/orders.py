@@ -76,7 +76,7 @@ class Order(Protocol):
 # By chance -----------------------------------------------------------------------------------------------------------
 
 
-def masses(alpha_t: Array, alpha_s: Array, sigma: Array) -> tuple[Array, Array]:
+def masses(alpha_t: Array, alpha_s: Array, sigma: Array | float) -> tuple[Array, Array]:
   """(stays hidden, is written) of a hidden position from t to s, where a visible one is hidden with chance sigma: all
   of any shape, with sum one (ReMDM, 2503.00307, section 3). They are no probabilities where sigma is above
   `most_hidden`.

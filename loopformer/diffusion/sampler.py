@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 import time
-from typing import Any, Callable, Iterator, Protocol, Sequence
+from typing import Any, Callable, Iterable, Iterator, Protocol, Sequence
 
 from flax import struct
 import jax
@@ -137,13 +137,15 @@ class Network:
   guidance: float = 0.0
 
   def __call__(self, tokens: Array, carry: Any, moment: Moment) -> tuple[Array, Any]:
-    plan = self.plan.replace(active=self.plan.active & moment.active)
+    assert self.plan.active is not None
+    plan = dataclasses.replace(self.plan, active=self.plan.active & moment.active)
     if not self.guidance:
       return self._logits(tokens, plan, self.segments), carry
     blank = jnp.where(self.asked, tokens, self.mask)
     both = self._logits(jnp.concatenate([tokens, blank]), jax.tree.map(lambda leaf: jnp.tile(leaf, (1, 2)), plan),
                         jnp.tile(self.segments, (2, 1)))
-    return guided(*jnp.split(both, 2), self.guidance), carry
+    conditional, unconditional = jnp.split(both, 2)
+    return guided(conditional, unconditional, self.guidance), carry
 
   def _logits(self, tokens, plan, segments):
     variables = {'params': self.params}
@@ -294,7 +296,8 @@ class Denoiser:
     self._vocab, self._ends = min(tokenizer.vocab_size, self.mask), ends_of(tokenizer)
     silent = {*self._ends, *(tokenizer.specials().values() if isinstance(tokenizer, Tokenizer) else ())}
     self._silent = np.isin(np.arange(self.mask), list(silent))  # decoding drops them
-    self._waiting, self._requests, self._stats = [], 0, np.zeros(4, np.int64)
+    self._waiting: list[_Request] = []
+    self._requests, self._stats = 0, np.zeros(4, np.int64)
 
   @property
   def stats(self) -> dict[str, float]:
@@ -413,25 +416,27 @@ class Denoiser:
                     sum(request.steps * n for request, n in zip(batch, loops)), most * max(loops)]
     return [tokens[i, :len(request.ids)].tolist() for i, request in enumerate(batch)]
 
-  def _rows(self, batch) -> Rows:
+  def _rows(self, batch: Sequence[_Request]) -> Rows:
     """In NumPy's arrays, filled up by rows without steps."""
-    tokens = np.full((self._count, self.length), self.tokenizer.eos, np.int32)
+    tokens: Any = np.full((self._count, self.length), self.tokenizer.eos, np.int32)
     segments = np.zeros_like(tokens)
     for i, request in enumerate(batch):
       tokens[i, :len(request.ids)], segments[i, :len(request.ids)] = request.ids, 1
     filled = list(batch) + [batch[0]] * (self._count - len(batch))
     schedule = [plans.on_host(request.sizes, self.loops) for request in filled]
 
-    def column(values, dtype):
+    def column(values: Iterable[Any], dtype: Any) -> Any:
       return np.asarray(list(values), dtype)
+
+    def stacked(trees: Sequence[Plan]) -> Any:
+      return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
     control = {name: column((getattr(request.control, name) for request in filled), dtype)
                for name, dtype in (('temperature', np.float32), ('top_k', np.int32), ('top_p', np.float32),
                                    ('vocab', np.int32))}
-    return Rows(tokens=tokens, asked=(tokens == self.mask), segments=segments,
-                t=np.stack([plan.t for plan in schedule]), dt=np.stack([plan.dt for plan in schedule]),
-                active=np.stack([plan.active for plan in schedule]),
+    plan = stacked(schedule)
+    return Rows(tokens=tokens, asked=(tokens == self.mask), segments=segments, t=plan.t, dt=plan.dt, active=plan.active,
                 steps=column((r.steps if i < len(batch) else 0 for i, r in enumerate(filled)), np.int32),
-                barred=np.array([request.holes & self._silent for request in filled]),
+                barred=column((request.holes & self._silent for request in filled), bool),
                 seed=column((r.seed for r in filled), np.uint32),
                 number=column((r.draw_number for r in filled), np.uint32), **control)

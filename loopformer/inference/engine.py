@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import AbstractSet as Set, Any, Iterable, Iterator, Mapping, Sequence
+from typing import AbstractSet as Set, Any, Callable, Iterable, Iterator, Mapping, Sequence
 import warnings
 
 from flax import struct
@@ -30,11 +30,11 @@ from loopformer.data import chat
 from loopformer.data.tokenizer import anchor, continuation, ends_of, prompt_ids
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import SamplingParams, controls, sample, sampling_logits, stops, verify_draft
+from loopformer.inference.sampling import Contrast, SamplingParams, controls, sample, sampling_logits, stops, verify_draft
 from loopformer.memories import map_caches
 from loopformer.nn.layers import transposed
 from loopformer.training import processes
-from loopformer.types import KV, SEEDS, Array, ConfigError, Params, Plan, whole
+from loopformer.types import KV, SEEDS, Array, ConfigError, Params, Plan, Trace, whole
 
 ROUND = 64  # lengths are rounded up to multiples of this
 NEW_TOKENS = 64  # that `generate` writes after a prompt at most, where it is not told
@@ -71,7 +71,7 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
               active=jnp.zeros((loops, rows), bool))
   precomputed = jax.eval_shape(lambda: model.apply({'params': params}, plan, method='precompute'))
 
-  def numbers():
+  def numbers() -> Array:
     return jnp.zeros(rows, jnp.int32)
 
   return DecodeState(plan=plan, precomputed=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), precomputed),
@@ -84,22 +84,23 @@ def empty_rows(model: Any, params: Params, rows: int, length: int, loops: int, d
 
 def partitions(model: Any, params: Params, rows: DecodeState, sizes: Mapping[str, int]) -> DecodeState:
   """Partitions of the rows' arrays over a mesh of these sizes: rows over data and fsdp, heads of caches over tensor."""
-  def precomputed(count):
+  def precomputed(count: int) -> Any:
     plan = jax.tree.map(lambda leaf: jnp.zeros((len(leaf), count), leaf.dtype), rows.plan)
     return jax.eval_shape(lambda: model.apply({'params': params}, plan, method='precompute'))
 
-  def differing(one, two):  # the axis of rows is the one that grows with them
+  def differing(one: jax.ShapeDtypeStruct, two: jax.ShapeDtypeStruct) -> P:  # the axis of rows grows with them
     return P(*(None if a == b else sharding.BATCH for a, b in zip(one.shape, two.shape)))
 
-  each, caches = P(sharding.BATCH), (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree)
-                                     for tree in (rows.kv, rows.draft))
+  each: Any = P(sharding.BATCH)  # in the places of arrays
+  caches = (map_caches(lambda kv: sharding.of_cache(kv, sizes), tree) for tree in (rows.kv, rows.draft))
   return DecodeState(plan=jax.tree.map(lambda _: P(None, sharding.BATCH), rows.plan),
                      precomputed=jax.tree.map(differing, precomputed(1), precomputed(2)), kv=next(caches),
                      draft=next(caches), last=each, place=each,
                      left=each, drawn=each, keys=each, exits=each, control=jax.tree.map(lambda _: each, rows.control))
 
 
-def _by_rows(function, mesh, model, params, rows, others, other_specs, out_specs):
+def _by_rows(function: Callable[..., tuple], mesh: jax.sharding.Mesh | None, model: Any, params: Params,
+             rows: DecodeState, others: tuple, other_specs: tuple, out_specs: tuple) -> tuple:
   """`function` of (params, rows, *others) -> (rows, *outputs), on every device with its own rows."""
   if mesh is None:
     return function(params, rows, *others)
@@ -110,7 +111,7 @@ def _by_rows(function, mesh, model, params, rows, others, other_specs, out_specs
   return jax.lax.with_sharding_constraint(new, _on(whole, mesh)), *outputs
 
 
-def _on(specs, mesh):
+def _on(specs: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
@@ -137,12 +138,13 @@ class PrefillBatch:
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnames='rows')
 def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, draft_plan: Plan | None, ends: Array,
-            mesh: jax.sharding.Mesh | None = None, contrast: Any = None) -> tuple[DecodeState, Array]:
+            mesh: jax.sharding.Mesh | None = None, contrast: Contrast | None = None) -> tuple[DecodeState, Array]:
   """Reads prompts into their rows, and draws the first token of each, i32[R].
 
   ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one. contrast: as of `decode`.
   """
-  each, columns = P(sharding.BATCH), P(None, sharding.BATCH)
+  each: Any = P(sharding.BATCH)  # in the places of arrays
+  columns: Any = P(None, sharding.BATCH)
   arriving = PrefillBatch(row=each, tokens=each, lengths=each, source=each, shared=each, plan=columns, seed=each,
                           number=each,
                           control=each, left=each)
@@ -150,29 +152,32 @@ def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, dr
                   (arriving, P(), P()), (each,))
 
 
-def _prefill(model, contrast, params, rows, new, draft_plan, ends):
+def _prefill(model: Any, contrast: Contrast | None, params: Params, rows: DecodeState, new: PrefillBatch,
+             draft_plan: Plan | None, ends: Array) -> tuple[DecodeState, Array]:
   variables = {'params': params}
   index = jnp.arange(new.tokens.shape[1])
   pos = jnp.where(index < new.lengths[:, None], new.shared[:, None] + index, -1)
 
-  def read(caches, plan):
+  def read(caches: Any, plan: Plan) -> tuple[Trace, Any]:
     own = map_caches(lambda kv: _rows_of(kv, new.source, new.shared), caches)
     trace = model.apply(variables, new.tokens, plan, pos, kv=own)
     return trace, map_caches(lambda kv, read: _put(kv, new.row, read), caches, trace.kv)
 
-  def last(trace):
+  def last(trace: Trace) -> Array:
     z = jnp.take_along_axis(trace.z, (new.lengths - 1)[:, None, None], 1)[:, 0]
     return sharding.whole(model.apply(variables, z, method='logits'))
 
   trace, kv = read(rows.kv, new.plan)
-  shallow, draft = read(rows.draft, draft_plan) if rows.draft else (None, rows.draft)
+  logits, draft = last(trace), rows.draft
+  if draft_plan is not None:
+    shallow, draft = read(rows.draft, draft_plan)
+    logits = logits if contrast is None else contrast.logits(logits, last(shallow), new.control.vocab)
   seeds = jax.vmap(jax.random.key)(new.seed)
   keys = _fold(seeds, new.number)
-  logits = last(trace) if contrast is None else contrast.logits(last(trace), last(shallow), new.control.vocab)
   first = sample(sampling_logits(logits, new.control), _fold(keys, jnp.zeros_like(new.row)))
   before = jnp.take_along_axis(new.tokens, (new.lengths - 1)[:, None], 1)[:, 0]
 
-  def put(old, value):
+  def put(old: Array, value: Array) -> Array:
     return old.at[new.row].set(value, mode='drop')
 
   plan = jax.tree.map(lambda old, own: old.at[:, new.row].set(own, mode='drop'), rows.plan, new.plan)
@@ -184,28 +189,29 @@ def _prefill(model, contrast, params, rows, new, draft_plan, ends):
                      exits=put(rows.exits, seeds), control=jax.tree.map(put, rows.control, new.control)), first
 
 
-def _each(caches) -> list[KV]:
+def _each(caches: Any) -> list[KV]:
   """All of them, in one list."""
   return jax.tree.leaves(caches, is_leaf=lambda leaf: isinstance(leaf, KV))
 
 
-def _rows_of(kv, source, shared):
+def _rows_of(kv: KV, source: Array, shared: Array) -> KV:
   """The caches of rows `source`, of which the first `shared` positions count."""
   pos = jnp.take(kv.pos, source, 1, mode='clip')
-  return kv.replace(k=jnp.take(kv.k, source, 2, mode='clip'), v=jnp.take(kv.v, source, 2, mode='clip'),
-                    pos=jnp.where(pos < shared[:, None], pos, -1))
+  return dataclasses.replace(kv, k=jnp.take(kv.k, source, 2, mode='clip'), v=jnp.take(kv.v, source, 2, mode='clip'),
+                             pos=jnp.where(pos < shared[:, None], pos, -1))
 
 
-def _put(kv, row, new):
-  return kv.replace(k=kv.k.at[:, :, row].set(new.k, mode='drop'), v=kv.v.at[:, :, row].set(new.v, mode='drop'),
-                    pos=kv.pos.at[:, row].set(new.pos, mode='drop'))
+def _put(kv: KV, row: Array, new: KV) -> KV:
+  return dataclasses.replace(kv, k=kv.k.at[:, :, row].set(new.k, mode='drop'),
+                             v=kv.v.at[:, :, row].set(new.v, mode='drop'),
+                             pos=kv.pos.at[:, row].set(new.pos, mode='drop'))
 
 
-def _among(tokens, ends):
+def _among(tokens: Array, ends: Array) -> Array:
   return (tokens[..., None] == ends).any(-1)
 
 
-def _fold(keys, numbers):
+def _fold(keys: Array, numbers: Array) -> Array:
   return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
@@ -224,7 +230,7 @@ class Stats:
 def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params: Params, rows: DecodeState,
            draft_plan: Plan | None,
            threshold: Array | None, ends: Array, return_on_finish: Array, mesh: jax.sharding.Mesh | None = None,
-           contrast: Any = None) -> tuple[DecodeState, Array, Array, Stats]:
+           contrast: Contrast | None = None) -> tuple[DecodeState, Array, Array, Stats]:
   """Draws tokens for all rows that are not idle, until all are.
 
   Args:
@@ -240,10 +246,11 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
   """
   divided = () if mesh is None else tuple(name for name in sharding.BATCH if mesh.shape[name] > 1)
 
-  def own(*arguments):
+  def own(*arguments: Any) -> tuple[DecodeState, Array, Array, Stats]:
     rows, out, count, stats = _decode(model, max_steps, num_draft, exit_policy, contrast, *arguments)
     if divided:
-      stats = jax.lax.psum(stats.replace(ran=0), divided).replace(ran=jax.lax.pmax(stats.ran, divided))
+      tokens, passes, loops, kept = jax.lax.psum((stats.tokens, stats.passes, stats.loops, stats.kept), divided)
+      stats = Stats(tokens=tokens, passes=passes, loops=loops, ran=jax.lax.pmax(stats.ran, divided), kept=kept)
     return rows, out, count, stats
 
   each = P(sharding.BATCH)
@@ -251,53 +258,56 @@ def decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, params:
                   (each, each, P()))
 
 
-def _decode(model, max_steps, num_draft, exit_policy, contrast, params, rows, draft_plan, threshold, ends,
-            return_on_finish):
+def _decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, contrast: Contrast | None, params: Params,
+            rows: DecodeState, draft_plan: Plan | None, threshold: Array | None, ends: Array, return_on_finish: Array
+            ) -> tuple[DecodeState, Array, Array, Stats]:
   variables = {'params': params}
   batch, length = rows.place.shape[0], max(kv.length for kv in _each(rows.kv))
   at = jnp.arange(batch)
   draft_code = model.apply(variables, draft_plan, method='precompute') if draft_plan is not None else None
   started = rows.left > 0
 
-  def positions(rows, offset, count):
+  def positions(rows: DecodeState, offset: Array | int, count: int) -> Array:
     pos = rows.place[:, None] + offset + jnp.arange(count)
     return jnp.where((rows.left > 0)[:, None] & (pos < length), pos, -1)
 
   # Cast once, here: XLA would cast the whole table for every token.
   table = jax.lax.optimization_barrier(model.apply(variables, method='table').astype(model.dtype))
 
-  def logits_of(z):
+  def logits_of(z: Array) -> Array:
     return sharding.whole(transposed(z.astype(table.dtype), table))
 
-  def full(rows, tokens, pos):
-    plan = rows.plan.replace(active=rows.plan.active & (rows.left > 0))
+  def full(rows: DecodeState, tokens: Array, pos: Array) -> tuple[Trace, Array, Array]:
+    assert rows.plan.active is not None  # bool[K, B], of empty_rows
+    active = rows.plan.active & (rows.left > 0)
+    plan = dataclasses.replace(rows.plan, active=active)
     if exit_policy is None:
       trace = model.apply(variables, tokens, plan, pos, kv=rows.kv, precomputed=rows.precomputed)
-      return trace, plan.active.sum(), trace.steps
+      return trace, active.sum(), trace.steps
     trace = model.apply(variables, tokens, plan, exit_policy, threshold, pos, kv=rows.kv, precomputed=rows.precomputed,
                         keys=rows.exits,
                         method='adapt')
     return trace, trace.steps.sum(), trace.aux['ran']
 
-  def propose(rows, keys):
+  def propose(rows: DecodeState, keys: Array) -> tuple[DecodeState, Array, Array]:
     """The draft reads the last two tokens, for the first of them it may not have, and goes on from there."""
-    def once(kv, tokens, pos, i):
+    def once(kv: Any, tokens: Array, pos: Array, i: Array | int) -> tuple[Any, Array, Array]:
       trace = model.apply(variables, tokens, draft_plan, pos, kv=kv, precomputed=draft_code)
       guess = sampling_logits(logits_of(trace.z[:, -1]), rows.control)
       return trace.kv, guess, sample(guess, _fold(keys, jnp.full(batch, 1 + i)))
 
     kv, guess, token = once(rows.draft, rows.last, positions(rows, -1, 2), 0)
 
-    def more(carry, i):
+    def more(carry: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
       kv, token = carry
       kv, guess, new = once(kv, token[:, None], positions(rows, i, 1), i)
       return (kv, new), (guess, new)
 
     (kv, _), (guesses, tokens) = jax.lax.scan(more, (kv, token), jnp.arange(1, num_draft))
-    return (rows.replace(draft=kv), jnp.concatenate([guess[:, None], guesses.swapaxes(0, 1)], 1),
+    return (dataclasses.replace(rows, draft=kv), jnp.concatenate([guess[:, None], guesses.swapaxes(0, 1)], 1),
             jnp.concatenate([token[:, None], tokens.swapaxes(0, 1)], 1))
 
-  def round_(carry):
+  def round_(carry: Carry) -> Carry:
     index, rows, out, count, stats = carry
     active = rows.left > 0
     keys = _fold(rows.keys, rows.drawn)
@@ -318,7 +328,7 @@ def _decode(model, max_steps, num_draft, exit_policy, contrast, params, rows, dr
       if contrast is not None:
         shallow = model.apply(variables, current, draft_plan, positions(rows, 0, 1), kv=rows.draft, precomputed=draft_code)
         logits = contrast.logits(logits, logits_of(shallow.z[:, 0]), rows.control.vocab)
-        rows = rows.replace(draft=shallow.kv)
+        rows = dataclasses.replace(rows, draft=shallow.kv)
       tokens = sample(sampling_logits(logits, rows.control), keys)[:, None]
     new = jnp.minimum(kept + 1, rows.left)  # how many of `tokens` are drawn in this round
     ended = _among(tokens, ends) & (jnp.arange(num_draft + 1) < new[:, None])
@@ -329,13 +339,14 @@ def _decode(model, max_steps, num_draft, exit_policy, contrast, params, rows, dr
     new = jnp.where(active, new, 0)
     both = jnp.concatenate([current, tokens], 1)
     last = jnp.take_along_axis(both, jnp.maximum(new, 1)[:, None] - 1 + jnp.arange(2), 1)
-    rows = rows.replace(kv=trace.kv, last=jnp.where(active[:, None], last, rows.last), place=rows.place + new,
-                        left=jnp.where(ended.any(-1), 0, rows.left - new), drawn=rows.drawn + new)
+    rows = dataclasses.replace(rows, kv=trace.kv, last=jnp.where(active[:, None], last, rows.last),
+                               place=rows.place + new, left=jnp.where(ended.any(-1), 0, rows.left - new),
+                               drawn=rows.drawn + new)
     stats = Stats(tokens=stats.tokens + new.sum(), passes=stats.passes + active.sum(), loops=stats.loops + loops,
                   ran=stats.ran + ran, kept=stats.kept + jnp.where(active, jnp.minimum(kept, new), 0).sum())
     return index + 1, rows, out, count + new, stats
 
-  def going(carry):
+  def going(carry: Carry) -> Array:
     index, rows, *_ = carry
     idle = sharding.agreed((started & (rows.left == 0)).any())
     return (index < max_steps) & sharding.agreed((rows.left > 0).any()) & ~(return_on_finish & idle)
@@ -345,6 +356,9 @@ def _decode(model, max_steps, num_draft, exit_policy, contrast, params, rows, dr
   carry = (zero, rows, out, jnp.zeros(batch, jnp.int32), Stats(zero, zero, zero, zero, zero))
   _, rows, out, count, stats = jax.lax.while_loop(going, round_, carry)
   return rows, out, count, stats
+
+
+Carry = tuple[Array, DecodeState, Array, Array, Stats]  # of decoding: rounds, rows, what was drawn, how much, the stats
 
 
 # The host's side -----------------------------------------------------------------------------------------------------
@@ -407,7 +421,7 @@ class Engine:
 
   def __init__(self, model: Any, params: Params, tokenizer: Any, *, rows: int = 8, length: int | None = None,
                loops: int | None = None, exit: Any = None, draft: int | Sequence[float] | None = None,
-               num_draft: int = 4, max_steps: int = 16, contrast: Any = None):
+               num_draft: int = 4, max_steps: int = 16, contrast: Contrast | None = None):
     _check_text(model, tokenizer)
     limit = model.read_in.length
     for name, value in (('rows', rows), ('num_draft', num_draft), ('max_steps', max_steps), ('loops', loops),
@@ -437,16 +451,18 @@ class Engine:
     self.length, self.loops, self.max_steps = length or limit, loops or model.loops, max_steps
     self.exit, self.num_draft = exit, num_draft if draft is not None else 0
     self.contrast = contrast
-    steps = None if draft is None else plans.resolve(draft, 'draft')
-    self.draft_plan = None if draft is None else plans.schedule(steps)
+    self.draft_plan = None if draft is None else plans.schedule(plans.resolve(draft, 'draft'))
     if contrast is not None:
-      steps = plans.resolve(contrast.shallow or 1, 'contrast.shallow')
-      self.draft_plan = plans.schedule(steps) if contrast.shallow else plans.schedule(steps).replace(active=np.zeros(1, bool))
-    self._of = [None] * (self._per * parts)  # the request that a row serves, or served last
-    self._rows = self._empty(0 if steps is None else len(steps))
-    self._waiting, self._requests, self._stats = [], 0, np.zeros(5, np.int64)
+      self.draft_plan = plans.schedule(plans.resolve(contrast.shallow or 1, 'contrast.shallow'))
+      if not contrast.shallow:
+        self.draft_plan = dataclasses.replace(self.draft_plan, active=jnp.zeros(1, bool))
+    # The request that a row serves, or served last.
+    self._of: list[_Request | None] = [None] * (self._per * parts)
+    self._rows = self._empty(0 if self.draft_plan is None else self.draft_plan.steps)
+    self._waiting: list[_Request] = []
+    self._requests, self._stats = 0, np.zeros(5, np.int64)
 
-  def _empty(self, draft):
+  def _empty(self, draft: int) -> DecodeState:
     make = functools.partial(empty_rows, self.model, self.params, len(self._of), self.length, self.loops, draft)
     if self._mesh is None:
       return make()
@@ -511,12 +527,12 @@ class Engine:
 
   def run(self) -> list[str]:
     """The texts of all requests that were left, in the order of their numbers."""
-    texts = {}
+    texts: dict[int, str] = {}
     for piece in self.stream():
       texts[piece.request] = texts.get(piece.request, '') + piece.text
     return [texts[number] for number in sorted(texts)]
 
-  def _admit(self):
+  def _admit(self) -> Iterator[TextChunk]:
     """Fills idle rows with waiting requests; those of one width at a time."""
     idle = [row for row, request in enumerate(self._of) if request is None or request.done]
     idle.sort(key=lambda row: row % self._per)  # no device waits with idle rows while another has all to do
@@ -527,23 +543,23 @@ class Engine:
       groups = [[i for i, (row, _) in enumerate(batch) if row // self._per == device]
                 for device in range(len(self._of) // self._per)]
       size = 1 if max(map(len, groups)) == 1 else self._per
-      places = [i for group in groups for i in group + [None] * (size - len(group))]
+      places = [i for group in groups for i in (*group, *[None] * (size - len(group)))]
       columns = [i or 0 for i in places]  # what is missing repeats the first, for nobody
-      tokens = np.full((len(places), width), self.tokenizer.eos, np.int32)
+      tokens: Any = np.full((len(places), width), self.tokenizer.eos, np.int32)
       for line, i in zip(tokens, places):
         if i is not None:
           (_, request), (_, shared) = batch[i], origin[i]
           line[:len(request.prompt) - shared] = request.prompt[shared:]
 
-      def column(values, dtype=np.int32):
+      def column(values: Sequence[Any], dtype: Any = np.int32) -> Any:
         return np.asarray([values[i] for i in columns], dtype)
 
-      def columns_of(trees, axis):
+      def columns_of(trees: Sequence[Any], axis: int) -> Any:
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *[trees[i] for i in columns])
 
+      row: Any = np.asarray([self._per if i is None else batch[i][0] % self._per for i in places], np.int32)
       new = PrefillBatch(
-          row=np.asarray([self._per if i is None else batch[i][0] % self._per for i in places], np.int32),
-          tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
+          row=row, tokens=tokens, lengths=column([len(r.prompt) - n for (_, r), (_, n) in zip(batch, origin)]),
           source=column([row % self._per for row, _ in origin]), shared=column([n for _, n in origin]),
           plan=columns_of([plans.on_host(request.steps, self.loops) for _, request in batch], 1),
           seed=column([request.seed for _, request in batch], np.uint32),
@@ -559,7 +575,7 @@ class Engine:
         yield self._told(request, [token_of[i]])
       idle = [row for row, request in batch if request.done]
 
-  def _beginning(self, request, device: int = 0) -> tuple[int, int]:
+  def _beginning(self, request: _Request, device: int = 0) -> tuple[int, int]:
     """(row, n): a row of a device that has read the first n tokens of a prompt under the same schedule; its first row
     and 0 if none."""
     first = device * self._per
@@ -572,7 +588,7 @@ class Engine:
           best = max(best, (row, n) if n >= SHARED else (first, 0), key=lambda pair: pair[1])
     return best
 
-  def _advance(self):
+  def _advance(self) -> Iterator[TextChunk]:
     if not any(request and not request.done for request in self._of):
       return
     exit_policy, threshold = exits.compiled(self.exit)
@@ -581,7 +597,7 @@ class Engine:
         np.asarray(self._ends, np.int32), jnp.bool_(bool(self._waiting)), self._mesh, self.contrast)
     out, count, stats = processes.fetch((out, count, stats))
     self._stats += [stats.tokens, stats.passes, stats.loops, stats.ran, stats.kept]
-    stopped = []
+    stopped: list[int] = []
     for row, request in enumerate(self._of):
       if request is not None and not request.done:
         piece = self._told(request, out[row, :count[row]].tolist())
@@ -591,9 +607,10 @@ class Engine:
           yield piece
     if stopped:
       goes_on = np.isin(np.arange(len(self._of)), stopped, invert=True).astype(np.int32)
-      self._rows = self._rows.replace(left=jax.device_put(self._rows.left * goes_on, self._rows.left.sharding))
+      left = jax.device_put(self._rows.left * goes_on, self._rows.left.sharding)
+      self._rows = dataclasses.replace(self._rows, left=left)
 
-  def _told(self, request, tokens: list[int]) -> TextChunk:
+  def _told(self, request: _Request, tokens: list[int]) -> TextChunk:
     """Adds drawn tokens to a request; the text that is certain by now and was not told yet."""
     request.drawn += tokens
     new = list(itertools.takewhile(lambda token: token not in self._ends, request.drawn))
@@ -677,8 +694,8 @@ def generate(model: Any, params: Params, tokenizer: Any,
   warn_beyond(model, steps)
   if not prompts:
     return []
-  how = dict(budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-             stop=stops(stop))
+  how: dict[str, Any] = dict(budget=budget, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                             top_p=top_p, seed=seed, stop=stops(stop))
   if model.sampler.denoises:
     served = model.sampler.serve(model, params, tokenizer, rows=min(len(prompts), rows),
                                  loops=max(len(steps), model.loops), exit=exit, draft=draft)

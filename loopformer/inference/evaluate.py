@@ -12,7 +12,8 @@ from loopformer import loop, plans, sharding
 from loopformer.inference import exits, measures
 from loopformer.model import run_batch
 from loopformer.training import processes
-from loopformer.types import Array, Batch, ConfigError, Params, Plan, PlanContext, Planner, config_dataclass, whole
+from loopformer.types import (AnyBatch, Array, Batch, ConfigError, Params, Plan, PlanContext, Planner, config_dataclass,
+                              whole)
 
 
 @config_dataclass
@@ -51,8 +52,7 @@ class Named:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def score(model: Any, measure: Any, exit_policy: Any, params: Params, batch: Batch, plan: Plan,
-          byte_lengths: Array | None,
-          threshold: Array | None = None) -> Any:
+          byte_lengths: Array | np.ndarray | None, threshold: Array | None = None) -> Any:
   """Sums over the batch, f32[] each: of `measure`, of the length of its last states, of the steps that sequences took
   (a mean over their answers), and of those that ran until the last was ready. threshold: the exit's."""
   trace, readout = exit_policy.run(model, params, batch, plan, threshold)
@@ -70,13 +70,14 @@ def motion(model: Any, params: Params, batch: Batch, plan: Plan) -> dict[str, Ar
   """What the steps of a plan do to the state, means over tokens: its length f32[K], and how far each step but the first
   moves it, as a part of that, f32[K - 1]."""
   trace = run_batch(model, params, batch, plan, keep=loop.Every())
+  assert trace.xs is not None
   xs = trace.xs.astype(jnp.float32)
   norms, moves = (jnp.linalg.norm(x, axis=-1) for x in (xs, xs[1:] - xs[:-1]))
   return {'state norm': norms.mean((1, 2)), 'state change': (moves / jnp.maximum(norms[1:], 1e-9)).mean((1, 2))}
 
 
-def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Mapping[str, Any],
-             byte_lengths: np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
+def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules: Mapping[str, Any],
+             byte_lengths: Array | np.ndarray | None = None, measure: Any = measures.Tokens()) -> list[dict[str, Any]]:
   """One row a schedule: budget, schedule, what `measure` reports, `ran` (steps until the batch was done, a mean) and
   the mean length of the states at its end.
 
@@ -99,7 +100,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
   schedules = {name: steps if isinstance(steps, Run) else plans.resolve(steps, name=f'schedules[{name!r}]')
                for name, steps in schedules.items()}
   rows = max((len(steps) for steps in schedules.values() if not isinstance(steps, Run)), default=1)
-  totals = {name: {} for name in schedules}
+  totals: dict[str, dict[str, float]] = {name: {} for name in schedules}
   longest = max((steps.plan.longest if isinstance(steps, Run) else len(steps) for steps in schedules.values()),
                 default=1)
   if isinstance(batches, Mapping):
@@ -119,9 +120,10 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
     context = PlanContext(key=jax.random.key(0), step=jnp.int32(0), stage=jnp.int32(0), batch=batch)
     sums = {}
     for name, steps in schedules.items():
-      run = steps if isinstance(steps, Run) else Run(plan=None)
-      plan = measure.told(plans.schedule(steps, rows) if run.plan is None else run.plan(context), batch)
-      exit_policy, threshold = exits.compiled(run.exit)
+      chosen, exit_part = ((steps.plan(context), steps.exit) if isinstance(steps, Run) else
+                           (plans.schedule(steps, rows), exits.Final()))
+      plan = measure.told(chosen, batch)
+      exit_policy, threshold = exits.compiled(exit_part)
       with sharding.on(mesh):
         sums[name] = score(model, measure, exit_policy, params, batch, plan, byte_lengths, threshold)
     for name, value in processes.fetch(sums).items():
@@ -135,7 +137,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[Batch], schedules: Ma
            'state norm': total['state norm'] / total['sequences']} for name, total in totals.items()]
 
 
-def _check_ids(model, batch):
+def _check_ids(model: Any, batch: AnyBatch):
   """Raises ConfigError where a batch of arrays on the host has ids that the model does not."""
   for name, count in (('tokens', model.read_in.vocab), ('targets', model.outputs)):
     ids = np.asarray(batch[name])
@@ -144,7 +146,7 @@ def _check_ids(model, batch):
                         'and the weight 0 to what is not asked for')
 
 
-def _filled(batch, parts):
+def _filled(batch: AnyBatch, parts: int) -> AnyBatch:
   """The batch with copies of its first row at the end, of no weight and not counted, so that `parts` divides it."""
   count = len(batch['tokens'])
   missing = -count % parts

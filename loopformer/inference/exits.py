@@ -14,7 +14,7 @@ Transformers).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any
 import zlib
 
 import jax
@@ -34,7 +34,7 @@ class Final:
     """The trace, whose `steps` are i32[B] or i32[B, T], and whose z answers."""
     trace = run_batch(model, params, batch, plan)
     steps = jnp.broadcast_to((plan.steps if plan.active is None else plan.active.sum(0)) + plan.free, trace.z.shape[:1])
-    return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
+    return dataclasses.replace(trace, steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 
 @config_dataclass
@@ -57,10 +57,11 @@ class Confidence:
     trace = run_batch(model, params, batch, plan, keep=loop.Every())
     readout = make_readout(model, params, batch)
     z, steps = self.pick(readout, trace, batch)
-    return trace.replace(z=z, steps=steps, aux={'ran': trace.steps}), readout
+    return dataclasses.replace(trace, z=z, steps=steps, aux={'ran': trace.steps}), readout
 
   def pick(self, readout: Readout, trace: Trace, batch: Batch) -> tuple[Array, Array]:
-    """z [B, T, D] of the chosen steps, and these, i32[B]."""
+    """z [B, T, D] of the chosen steps, and these, i32[B]; of a trace that kept every state."""
+    assert trace.xs is not None and trace.plan is not None
     z_KBTD = readout.read(trace.xs)
     asked_BT = (batch['weights'] > 0).astype(jnp.float32)
 
@@ -153,14 +154,10 @@ def check(model: Any, exit_policy: Any, name: str):
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
-def within(low: float, high: float, what: str) -> Callable[[Any], None]:
-  """The check of a rule's threshold."""
-
-  def check(rule):
-    if not low <= rule.threshold <= high or rule.threshold == INF:
-      raise ConfigError(f'exit.rule.threshold = {rule.threshold}: {what}')
-
-  return check
+def check_threshold(threshold: float, low: float, high: float, what: str):
+  """Raises ConfigError where a rule's threshold is not from `low` to `high`, and finite."""
+  if not low <= threshold <= high or threshold == INF:
+    raise ConfigError(f'exit.rule.threshold = {threshold}: {what}')
 
 
 INF = float('inf')
@@ -175,7 +172,9 @@ class KL:
   Memory f32[B, T, V] between steps.
   """
   threshold: float = 5e-4
-  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
     return jnp.full((*x.shape[:2], answers(model)), -jnp.log(answers(model)))
@@ -189,7 +188,9 @@ class KL:
 class EntropyChange:
   """The entropy of the answer moves by less than threshold nats in a step; before the first it is that of chance."""
   threshold: float = 1e-3
-  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
     return jnp.full(x.shape[:2], jnp.log(answers(model)))
@@ -203,7 +204,9 @@ class EntropyChange:
 class Entropy:
   """The answer has less than threshold nats of entropy."""
   threshold: float = 0.5
-  __post_init__ = within(0, INF, 'nats, 0 (all steps) or more')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, INF, 'nats, 0 (all steps) or more')
 
   def init(self, model, x, ctx):
     answers(model)
@@ -217,7 +220,9 @@ class Entropy:
 class StateChange:
   """|x_k - x_(k-1)| < threshold * |x_k|. Needs neither coda nor head."""
   threshold: float = 0.03
-  __post_init__ = within(0, INF, "a share of the state's length, 0 (all steps) or more")
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, INF, "a share of the state's length, 0 (all steps) or more")
 
   def init(self, model, x, ctx):
     return ()
@@ -231,7 +236,9 @@ class StateChange:
 class Stable:
   """The likeliest answer has been the same after `threshold` steps in a row."""
   threshold: float = 5
-  __post_init__ = within(1, INF, 'a number of steps, 1 or more')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 1, INF, 'a number of steps, 1 or more')
 
   def init(self, model, x, ctx):
     answers(model)
@@ -251,7 +258,9 @@ class Cumulative:
   lambda that is 1. Compared as logarithms, where gates that are nearly 0 or 1 do not round to either.
   """
   threshold: float = 0.5
-  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, 1, 'a probability, 0 to 1')
 
   def init(self, model, x, ctx):
     return jnp.zeros(x.shape[:2])
@@ -292,7 +301,9 @@ class Sampled:
 class Confident:
   """The gate itself, sigmoid(aux['halt']), reaches threshold: a head that was trained to tell whether it is right."""
   threshold: float = 0.9
-  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, 1, 'a probability, 0 to 1')
 
   def init(self, model, x, ctx):
     return ()
@@ -309,7 +320,9 @@ class ACT:
   that weights sum to one also where the plan ends first.
   """
   threshold: float = 0.01
-  __post_init__ = within(0, 1, 'a probability, 0 to 1')
+
+  def __post_init__(self):
+    check_threshold(self.threshold, 0, 1, 'a probability, 0 to 1')
 
   def init(self, model, x, ctx):
     return jnp.zeros(x.shape[:2]), jnp.zeros_like(x)

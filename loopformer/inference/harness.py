@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 import re
 import time
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ EVERY = 5.0  # seconds between two lines of progress
 NEW = 256  # tokens that a request for text asks for where it does not say, the harness's own default
 LIMITS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')  # where it does; the first counts
 BOOTSTRAPS = 1000  # resamplings behind the standard errors that have no formula
+Told = TypeVar('Told')
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -94,7 +95,7 @@ def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targ
   length, column = tokens.shape[1], jnp.arange(COLUMNS)
   z_BTD, taken = states(model, exit_policy, params, tokens, plan, threshold)
 
-  def some(i, carry):
+  def some(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
     total, likeliest = carry
     at = i * COLUMNS + column
     z = jnp.take_along_axis(z_BTD, jnp.minimum(first[:, None] + at, length - 1)[..., None], 1)
@@ -112,7 +113,7 @@ def score_rows(model: Any, exit_policy: Any, params: Params, tokens: Array, targ
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last(model, params, tokens):
+def _last(model: Any, params: Params, tokens: Array) -> Array:
   """z f32[B, T, D] after all of the model's loops."""
   return model.apply({'params': params}, tokens, plans.schedule(plans.resolve(model.loops))).z.astype(jnp.float32)
 
@@ -213,7 +214,8 @@ class Scorer:
       if len(continuation) > most:
         raise ConfigError(f'continuation: {len(continuation)} tokens, more than the {most} positions of the model '
                           '(read_in.length); score it as a rolling text')
-    results, shapes = [(0.0, True)] * len(pairs), {}
+    results = [(0.0, True)] * len(pairs)
+    shapes: dict[int, list[tuple[int, list[int], int]]] = {}
     for index, (context, continuation) in enumerate(pairs):
       if continuation:
         row = (list(context) + list(continuation))[-most - self.unread:]
@@ -229,7 +231,7 @@ class Scorer:
         tell(done)
     return results
 
-  def _score_batch(self, rows, width):
+  def _score_batch(self, rows: Sequence[tuple[int, list[int], int]], width: int) -> list[tuple[float, bool]]:
     """The scores of up to `batch` rows (index, ids, length of the continuation) of one shape."""
     tokens = np.full((self.batch, width), self.tokenizer.eos, np.int32)
     targets = np.zeros((self.batch, -(-width // COLUMNS) * COLUMNS), np.int32)
@@ -238,7 +240,7 @@ class Scorer:
       tokens[i, :len(ids) - 1], targets[i, :count] = ids[:-1], ids[-count:]
       first[i], counts[i] = len(ids) - 1 - count, count
     exit_policy, threshold = compiled(self.exit)
-    asked = {'tokens': tokens, 'targets': targets, 'first': first, 'counts': counts}
+    asked: Any = {'tokens': tokens, 'targets': targets, 'first': first, 'counts': counts}
     if self._mesh is not None:
       asked = sharding.spread(asked, self._mesh)
     with sharding.on(self._mesh):
@@ -297,7 +299,7 @@ class Scorer:
 
 
 @functools.cache
-def _harness_class():
+def _harness_class() -> Any:
   """The subclass of LM, made when it is first asked for, because the harness is an optional package."""
   try:
     from lm_eval.api.model import LM
@@ -323,19 +325,19 @@ def _harness_class():
       return {'likelihood': self.scorer.likelihood, 'steps': list(self.scorer.steps), 'exit': self.scorer.exit and str(self.scorer.exit),
               'mean_loops': self.mean_loops}
 
-    def loglikelihood(self, requests):
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
       """Of every (context, continuation): (sum of log-probabilities, is greedy)."""
       return self._told('loglikelihood', requests, self.scorer.loglikelihood([r.args for r in requests]))
 
-    def loglikelihood_rolling(self, requests):
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
       """The log-likelihood of every text."""
       return self._told('loglikelihood_rolling', requests, self.scorer.rolling([r.args[0] for r in requests]))
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: list[Any]) -> list[str]:
       """The continuation of every (context, how)."""
       return self._told('generate_until', requests, self.scorer.generate([r.args for r in requests]))
 
-    def _told(self, kind, requests, answers):
+    def _told(self, kind: str, requests: list[Any], answers: list[Told]) -> list[Told]:
       for request, answer in zip(requests, answers):
         self.cache_hook.add_partial(kind, request.args, answer)
       return answers
@@ -344,7 +346,7 @@ def _harness_class():
   return Harness
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
   if name == 'Harness':
     return _harness_class()
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
@@ -354,7 +356,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
                 schedules: Sequence[Sequence[float]] = (), exits: Mapping[str, Any] | None = None, memory: Any = None,
                 include: str | Path | None = None, limit: int | None = None, step: int | None = None,
                 batch: int = 16, name: str | None = None, mesh: jax.sharding.Mesh | None = None
-                ) -> list[dict[str, Any]]:
+                ) -> list[Mapping[str, Any]]:
   """Evaluates a run's model on tasks at every depth and schedule, with all steps and with every exit.
 
   Prints the table and writes <workdir>/harness/<name>.json and .csv. `loops` is the mean number of steps of the tokens
@@ -397,7 +399,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
     check(model, exit_policy, f'exits = {called}')
   chosen = chosen or {str(model.loops): plans.resolve(model.loops)}
   runs = list(itertools.product(names, chosen.items(), {'': None, **(exits or {})}.items()))
-  rows, bound = [], model.sampler.denoises
+  rows: list[Mapping[str, Any]] = []
+  bound = model.sampler.denoises
   if bound:
     say('likelihoods are bounds: a denoiser has no others; texts that are compared by them have to be of like lengths')
   for number, (task, (label, steps), (called, exit_policy)) in enumerate(runs):
@@ -428,7 +431,7 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   return rows
 
 
-def _tasks(tasks, include):
+def _tasks(tasks: Sequence[str], include: str | Path | None) -> tuple[Any, list[str]]:
   """(task manager, names of the tasks that were asked for)."""
   from lm_eval.tasks import TaskManager
   include = None if include is None else storage.fetched(include)

@@ -43,7 +43,7 @@ def _nll(readout, z, batch):
 
 class AsGiven:
   """A measure that asks for a batch as it is."""
-  mask = None
+  mask: int | None = None
 
   def asked(self, batch: Batch) -> Batch:
     """The batch that the model reads: the same."""

@@ -58,8 +58,9 @@ def controls(vocab: int, temperature: float = 1.0, top_k: int | None = None,
   real('temperature', temperature, f'[0, {HOTTEST:g}]', '0 takes the likeliest token')
   top_k = vocab if top_k is None else whole('top_k', top_k, 1)
   top_p = 1.0 if top_p is None else real('top_p', top_p, '(0, 1]', 'None leaves all tokens')
-  return SamplingParams(temperature=np.float32(temperature), top_k=np.int32(min(top_k, vocab)),
-                        top_p=np.float32(top_p), vocab=np.int32(vocab))
+  scalars: dict[str, Any] = {'temperature': np.float32(temperature), 'top_k': np.int32(min(top_k, vocab)),
+                             'top_p': np.float32(top_p), 'vocab': np.int32(vocab)}  # on the host, where arrays will be
+  return SamplingParams(**scalars)
 
 
 def stops(texts: Any) -> tuple[str, ...]:
@@ -83,21 +84,21 @@ def sampling_logits(logits: Array, control: SamplingParams) -> Array:
   temperature = jnp.where(greedy, 1.0, jnp.maximum(control.temperature, COLDEST))
   branch = jnp.where(filtered.any(), 2, jnp.where(greedy.all(), 0, 1))
 
-  def hot(logits):
+  def hot(logits: Array) -> Array:
     likeliest = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
     return jnp.where(likeliest, 0.0, -jnp.inf)
 
-  def scaled(logits):
+  def scaled(logits: Array) -> Array:
     return jnp.where(greedy[:, None], hot(logits), logits / temperature[:, None])
 
-  def cut(logits):
+  def cut(logits: Array) -> Array:
     warm = scaled(logits)
     return jnp.where(~filtered[:, None] | (warm >= _threshold(warm, control)), warm, -jnp.inf)
 
   return jax.lax.switch(branch, [hot, scaled, cut], logits)
 
 
-def _threshold(scaled, control):
+def _threshold(scaled: Array, control: SamplingParams) -> Array:
   """f32[B, 1]: the least logit that top-k and top-p leave."""
   order = jnp.sort(scaled, -1, descending=True)
   within = jnp.arange(scaled.shape[-1]) < control.top_k[:, None]

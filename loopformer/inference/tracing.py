@@ -114,9 +114,8 @@ def trace(model: Any, params: Params, tokens: Any, *, steps: int | Sequence[floa
     unknown |= dict.fromkeys(('start', 'cosine', 'update'), f'{type(model.cell).__name__} runs its loops in a way of '
                              'its own, and does not tell the state before the first')
   layers, attention = _by_layer(told)
-  if attention is None:
-    unknown['attention'] = layers if isinstance(layers, str) else ''
-    layers = ()
+  if isinstance(layers, str):
+    unknown['attention'], layers = layers, ()
   return Insight(**found, attention=attention, layers=layers, plan=plan, unknown=unknown)
 
 

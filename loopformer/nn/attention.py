@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
     bias = roles.param(self, f'{name}_bias', nn.initializers.zeros, x.shape[2:], role)  # [heads, d]
     return x + bias.astype(x.dtype)
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
     return attention_flops(self, width, length)
 
@@ -147,7 +147,7 @@ def tell(attn: nn.Module, ctx: Context, layer: Array | int, weights: Callable[[]
     attn.sow(INTERMEDIATES, TOLD, (jnp.asarray(ctx.step.k), jnp.asarray(layer), entropy))
 
 
-def attention_flops(attn: nn.Module, width: int, length: int) -> float:
+def attention_flops(attn: nn.Module, width: int, length: float) -> float:
   """Floating-point operations a token, forward; causal attention reads on average half of `length` tokens."""
   groups, head = heads_of(attn, width)
   inner = attn.heads * head

@@ -23,7 +23,7 @@ def check_layer(layer: nn.Module, width: int, where: str):
     raise ConfigError(f'{where}block.dtype = {layer.dtype!r}; use one of {", ".join(DTYPES)}')
 
 
-def layer_flops(layer: nn.Module, width: int, length: int) -> float:
+def layer_flops(layer: nn.Module, width: int, length: float) -> float:
   """Floating-point operations a token, forward, of a layer of attention and MLP."""
   return layer.attn.flops(width, length) + layer.mlp.flops(width)
 
@@ -31,7 +31,12 @@ def layer_flops(layer: nn.Module, width: int, length: int) -> float:
 class Layer(nn.Module):
   """A layer with fields `attn`, `mlp` and `dtype`: what it answers whatever it makes of the two."""
   layers = 1
-  modulated, viewed = False, False
+  viewed = False
+
+  @property
+  def modulated(self) -> bool:
+    """Whether it takes gates and scales from the cell."""
+    return False
 
   def check(self, width: int, where: str):
     """Raises ConfigError where heads do not fit the width or the positions, or the dtype is none that we know."""
@@ -41,7 +46,7 @@ class Layer(nn.Module):
     """(G, d): heads of keys and values, and their width."""
     return heads_of(self.attn, width)
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
     return layer_flops(self, width, length)
 
@@ -148,7 +153,7 @@ class Chain(nn.Module):
   def dtype(self) -> str:
     return self.blocks[0].dtype
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward, of all its layers."""
     return sum(block.flops(width, length) for block in self.blocks)
 

@@ -100,7 +100,7 @@ class Modulation(nn.Module):
   N(0, 0.02^2): give `init=Normal(0.02)` for that.
   """
   layers: int
-  init: Normal = Normal(0.0)
+  init: Normal = Normal(0.0)  # type: ignore[assignment]  # in the place of Linen's method, as saved models have it
   most = None  # steps of a plan: as many as are asked for
 
   @nn.compact

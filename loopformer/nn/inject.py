@@ -96,5 +96,6 @@ def decay(log_a: Array, dt: Array) -> tuple[Array, Array]:
   return jnp.exp(-jnp.clip(delta * jnp.exp(jnp.clip(log_a, -60.0, 60.0)), 1e-7, 80.0)), delta
 
 
-def _identity(key, shape, dtype=jnp.float32):
-  return jnp.eye(*shape, dtype=dtype)
+def _identity(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+  rows, columns = shape
+  return jnp.eye(rows, columns, dtype=dtype)

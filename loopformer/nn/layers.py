@@ -249,7 +249,8 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return Dense(parent=self.scope)(x, self.features, self.init or Normal(self.std), bias=self.bias)
+    own: Any = self.scope  # Linen takes a scope for a parent too
+    return Dense(parent=own)(x, self.features, self.init or Normal(self.std), bias=self.bias)
 
 
 def unfused(qkv: Array, heads: int, groups: int) -> tuple[Array, Array, Array]:

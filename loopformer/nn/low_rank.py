@@ -4,7 +4,7 @@ loop, or a model that learns by few parameters. And models with such products: m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -17,6 +17,11 @@ from loopformer.nn.layers import Dense, Normal, by_heads
 from loopformer.nn.modules import fields
 from loopformer.roles import Role
 from loopformer.types import Array, ConfigError, Context, Params
+
+if TYPE_CHECKING:
+  from loopformer.model import Looped
+
+Module = TypeVar('Module', bound=nn.Module)
 
 
 class LowRank(nn.Module):
@@ -61,7 +66,7 @@ class LowRank(nn.Module):
 # Models with updates -------------------------------------------------------------------------------------------------
 
 
-def adapted(model: nn.Module, rank: int, each: bool = False) -> nn.Module:
+def adapted(model: Looped, rank: int, each: bool = False) -> Looped:
   """The model with an update of this rank in every product of its layers; each: one for every loop, in the loop.
 
   Raises:
@@ -73,14 +78,14 @@ def adapted(model: nn.Module, rank: int, each: bool = False) -> nn.Module:
   if _updates(model):
     raise ConfigError('model: its products have updates of low rank already; merge them first (nn.low_rank.merged)')
   around = {name: value for name, value in fields(model).items() if isinstance(value, nn.Module) and name != 'cell'}
-  new = model.clone(cell=_with(model.cell, updated(model.loops if each else None)),
-                    **{name: _with(value, updated(None)) for name, value in around.items()})
+  changed: dict[str, Any] = {name: _with(value, updated(None)) for name, value in around.items()}
+  new = model.clone(cell=_with(model.cell, updated(model.loops if each else None)), **changed)
   if not _updates(new):
     raise ConfigError('model: none of its layers has a product that could be updated (a part with a field `linear`)')
   return new
 
 
-def added(model: nn.Module, plain: nn.Module) -> tuple[str, ...]:
+def added(model: Looped, plain: Looped) -> tuple[str, ...]:
   """Paths of the parameters that a model has and another does not: of what `adapted` has added, for `frozen.Freeze`."""
   from loopformer.model import parameter_shapes  # whose parts may be these
   own, other = (flatten_dict(parameter_shapes(m), sep='/')
@@ -88,7 +93,7 @@ def added(model: nn.Module, plain: nn.Module) -> tuple[str, ...]:
   return tuple(path for path in own if path not in other)
 
 
-def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+def merged(model: Looped, params: Params) -> tuple[Looped, Params]:
   """The same function without the updates that all loops share: they are added to the weights.
 
   Raises:
@@ -111,12 +116,12 @@ def merged(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
           if shared else model), params
 
 
-def has_one_a_loop(model: nn.Module) -> bool:
+def has_one_a_loop(model: Looped) -> bool:
   """Whether a product has an update for every loop."""
   return any(update.loops is not None for update in _updates(model))
 
 
-def written_out(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+def written_out(model: Looped, params: Params) -> tuple[Looped, Params]:
   """A loop of layers alone, with an update a loop, as layers one after the other, each with weights of its own.
 
   It is the same function where a step is its stack and nothing else (cells.plain.Plain).
@@ -137,7 +142,7 @@ def written_out(model: nn.Module, params: Params) -> tuple[nn.Module, Params]:
           {**params, 'cell': {**params['cell'], 'core': {**params['cell']['core'], 'block': block}}})
 
 
-def _with(module: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _with(module: Module, change: Callable[[nn.Module], nn.Module]) -> Module:
   """The module with `change` of every `linear` in it."""
   def of(name, value):
     if name == 'linear' and isinstance(value, nn.Module):

@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 
 
-def fields(module: nn.Module) -> dict[str, Any]:
+def fields(module: Any) -> dict[str, Any]:
   """Name -> value of a module's own fields."""
   return {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
           if f.init and f.name not in ('parent', 'name')}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import backend, roles
-from loopformer.types import GIVEN, INTERMEDIATES, KV, Array, ConfigError, Context
+from loopformer.types import GIVEN, INTERMEDIATES, Array, ConfigError, Context
 
 
 def unrolls(layers: int) -> bool:
@@ -35,8 +35,10 @@ class Stack(nn.Module):
   norm: nn.Module | None = None
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Context, mods: Any, kv: KV | None) -> tuple[Array, KV | None]:
-    """x [B, T, D] -> (x, kv). mods: what each application is given, a tree of arrays [applications, ...] or None."""
+  def __call__(self, x: Array, ctx: Context, mods: Any, kv: Any) -> tuple[Array, Any]:
+    """x [B, T, D] -> (x, kv). mods: what each application is given, a tree of arrays [applications, ...] or None; kv: a
+    KV, None, or what a cell's own layers take in its place.
+    """
 
     def layer(block, carry, row):
       x, kv = carry
@@ -71,7 +73,7 @@ class Stack(nn.Module):
     """Layers that run, and so the slots of keys and values."""
     return self.block.layers * (self.depth if self.order is None else len(self.order))
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward, of one application."""
     return self.applications / self.block.layers * self.block.flops(width, length)
 

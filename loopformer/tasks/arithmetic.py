@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class _Expressions(Sized):
     """The last round, if it is a number alone."""
     last = rounds[-1] if rounds else ()
     return last[0] if len(last) == 1 and last[0].isdigit() else None
+
+  if TYPE_CHECKING:
+    def reduced(self, words: Sequence[str], operate: Callable[[int, str, int], int]) -> list[str]:
+      """What every kind says for itself: the words after a round."""
 
   def solved(self, expression: Sequence[str]) -> Problem:
     """The problem of an expression, without its `=`."""

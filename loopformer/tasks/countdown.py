@@ -60,9 +60,9 @@ class Countdown:
 
   def moves(self, numbers: Sequence[int]) -> list[tuple[int, int, str, int]]:
     """(place of a, place of b, operation, result) of every equation that is possible."""
-    found = ((i, j, operation, combined(a, operation, b)) for i, a in enumerate(numbers) for j, b in enumerate(numbers)
-             if i != j for operation in OPERATIONS)
-    return [move for move in found if move[-1] is not None and move[-1] <= self.most]
+    return [(i, j, operation, result) for i, a in enumerate(numbers) for j, b in enumerate(numbers) if i != j
+            for operation in OPERATIONS
+            if (result := combined(a, operation, b)) is not None and result <= self.most]
 
   def __call__(self, rng: np.random.Generator) -> Example:
     numbers = rng.integers(1, self.largest + 1, self.numbers).tolist()

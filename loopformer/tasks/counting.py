@@ -246,10 +246,12 @@ class Colouring(Sized):
   @property
   def proper(self) -> tuple[tuple[int, ...], ...]:
     """All proper colourings."""
+    assert self.colours is not None
     return colourings(self.edges, self.vertices, self.colours)
 
   @property
   def symbols(self) -> tuple[str, ...]:
+    assert self.colours is not None
     numbers = map(str, range(max(self.vertices, self.colours)))
     return (*numbers, '|', SEP, *(f'v{v}' for v in range(self.vertices)), *(f'c{c}' for c in range(self.colours)),
             ACCEPTED, REFUSED, *map(_joined, self.proper))
@@ -262,13 +264,15 @@ class Colouring(Sized):
   @property
   def first(self) -> tuple[int, ...]:
     """The greedy colouring: every vertex takes the least colour that none of those before it has across an edge."""
-    colours = []
+    assert self.colours is not None
+    colours: list[int] = []
     for vertex in range(self.vertices):
       taken = {colours[other] for edge in self.edges if vertex in edge for other in edge if other < vertex}
       colours.append(min(set(range(self.colours)) - taken))
     return tuple(colours)
 
   def draw(self, rng: np.random.Generator, size: int, task: str = '') -> Problem:
+    assert self.colours is not None
     state, rounds = self.first, []
     for _ in range(self.checked(size, task)):
       vertex, colour = int(rng.integers(self.vertices)), int(rng.integers(self.colours))

@@ -41,7 +41,7 @@ class Generator(Protocol):
     """Scores on `examples` of guesses that need no thought, by name; what a result has to be compared with."""
 
 
-def sequence(ids: Sequence[int], answers: Sequence[bool], length: int, pad: int) -> Example:
+def sequence(ids: Sequence[int], answers: Sequence[float] | np.ndarray, length: int, pad: int) -> Example:
   """The example in which the marked ids of a sequence are to be predicted from those before them.
 
   Args:

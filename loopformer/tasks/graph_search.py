@@ -125,7 +125,8 @@ def search(edges: Sequence[Edge], start: int, end: int) -> tuple[tuple[Round, ..
   for u, v in edges:
     neighbours[u].append(v)
     neighbours[v].append(u)
-  rounds, waiting, met = [(NEXT, str(start))], collections.deque([start]), {start}
+  rounds: list[Round] = [(NEXT, str(start))]
+  waiting, met = collections.deque([start]), {start}
   while waiting:
     vertex, told = waiting.popleft(), []
     for other in sorted(neighbours[vertex]):

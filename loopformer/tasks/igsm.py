@@ -59,7 +59,7 @@ class SymbolicGSM:
 
   def __call__(self, rng: np.random.Generator) -> Example:
     count = int(rng.integers(self.shortest, self.longest + 1))
-    places = []
+    places: list[int] = []
     while not places:
       names, values, depths, definitions = _drawn(rng, count)
       places = [i for i, depth in enumerate(depths) if self.shallowest <= depth <= self.deepest]

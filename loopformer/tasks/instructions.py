@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,8 @@ class Instructions:
 
   def tokenizer_of(self, workdir: str | os.PathLike) -> ChatTokenizer:
     """The tokenizer of the prepared data, with its template; the end of a turn is an end of what is generated."""
-    return load_tokenizer(storage.path(self._folder(workdir)) / 'tokenizer').of
+    marked: Any = load_tokenizer(storage.path(self._folder(workdir)) / 'tokenizer')
+    return marked.of
 
   def rows(self, workdir: str | os.PathLike, split: str) -> Rows:
     """The rows of a split, in one order."""

@@ -82,8 +82,8 @@ class Markov:
     """Information of the sentences that are kept, from the first (excluded) to the second (included)."""
     if self.difficulty is None:
       return -math.inf, math.inf
-    edges = _terciles(self.states, self.likely, self.spread, self.seed, self.letters)
-    return edges[self.difficulty.third:self.difficulty.third + 2]
+    edges, third = _terciles(self.states, self.likely, self.spread, self.seed, self.letters), self.difficulty.third
+    return edges[third], edges[third + 1]
 
   def __call__(self, rng: np.random.Generator) -> Example:
     low, high = self.bounds
@@ -125,7 +125,8 @@ def _terciles(states: int, likely: float, spread: float, seed: int, letters: int
   matrix, rows = _transitions(states, likely, spread, seed), _cumulative(states, likely, spread, seed)
   sentences = np.array([_sentence(rng, rows, letters) for _ in range(SAMPLES)])
   information = -np.log(matrix[sentences[:, :-1], sentences[:, 1:]]).sum(1)
-  return -math.inf, *map(float, np.quantile(information, (1 / 3, 2 / 3))), math.inf
+  low, high = map(float, np.quantile(information, (1 / 3, 2 / 3)))
+  return -math.inf, low, high, math.inf
 
 
 def _sentence(rng: np.random.Generator, rows: Sequence[np.ndarray], letters: int) -> list[int]:

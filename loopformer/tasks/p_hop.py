@@ -129,6 +129,7 @@ class Hops:
     return (*letters[:-1], *map(str, range(1, self.of.hops + 1)), letters[-1])
 
   def __call__(self, rng: np.random.Generator) -> Example:
+    assert self.most is not None
     hops = int(rng.integers(self.fewest, self.most + 1))
     letters = self.of.letters.draw(rng, self.of.length, self.of.alphabet)
     hopped = np.append(-1, hop(letters, hops))

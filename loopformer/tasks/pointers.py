@@ -43,6 +43,7 @@ class Pointers:
     return self.places
 
   def __call__(self, rng: np.random.Generator) -> Example:
+    assert self.most is not None
     pointers = rng.permutation(self.places)
     hops = rng.integers(self.fewest, self.most + 1, self.places)
     tokens = np.concatenate([np.eye(self.places)[pointers], np.eye(self.hops)[hops - 1]], 1)

@@ -13,10 +13,10 @@ After RELAY (Yu et al., 2502.08482, sections 3 and 4). The last symbol of all ex
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -116,8 +116,15 @@ class Sized:
   """
   shortest: int = 1
   longest: int
-  room: int | None = None
-  limit: int | None = None
+  if TYPE_CHECKING:
+    room: int = 0  # as it is once the part is made
+    limit: int = 0  # also
+
+    def draw(self, rng: np.random.Generator, size: int, task: str = '') -> Problem:
+      """What every source says for itself."""
+  else:
+    room: int | None = None
+    limit: int | None = None
   sizes: Even | Proportional = Proportional()
   least = 1  # the smallest size that there is
 
@@ -216,7 +223,9 @@ def _tag(name: str) -> str:
 
 
 class Shown:
-  """What all kinds of examples share; a field `of`, the source of problems."""
+  """What all kinds of examples share."""
+  of: Any  # a source of problems
+  example: Callable[[Problem], Example]
 
   @property
   def tasks(self) -> Mapping[str, Any]:
@@ -275,6 +284,7 @@ class Chain(Shown):
     """Of a problem. Raises ConfigError where its trace does not fit a row."""
     asked = [symbol for each in problem.rounds for symbol in each] + [problem.answer]
     ids, weight = [*self.ids([*problem.prompt, *asked]), self.pad], self.of.weight(problem.task)
+    assert self.length is not None
     if len(ids) > self.length + 1:
       raise ConfigError(f'Chain.length = {self.length}: a problem of size {problem.size} with its trace has '
                         f'{len(ids) - 1} tokens; raise Chain.length, or take smaller problems')

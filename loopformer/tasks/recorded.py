@@ -82,7 +82,7 @@ class Recorded:
   def splits(self) -> Mapping[str, int]:
     return self.of.splits
 
-  def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> SymbolTokenizer:
+  def prepare(self, workdir: str | os.PathLike, log: Callable = print) -> SymbolTokenizer | None:
     """As of `of`. Raises ConfigError where a problem has other symbols, is of no source here, or does not fit a row."""
     for number, problem in enumerate(recorded(self.file), 1):
       try:
@@ -97,7 +97,7 @@ class Recorded:
   def verify(self, workdir: str | os.PathLike, log: Callable = print):
     """Nothing: no data is stored."""
 
-  def tokenizer_of(self, workdir: str | os.PathLike) -> SymbolTokenizer:
+  def tokenizer_of(self, workdir: str | os.PathLike) -> SymbolTokenizer | None:
     """The symbols as a tokenizer."""
     return self.of.tokenizer_of(workdir)
 

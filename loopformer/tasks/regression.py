@@ -7,6 +7,7 @@ are in units of it, and so are measured errors where the task's measure is `Erro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,8 @@ class Regression:
     tokens, targets, weights = np.zeros((self.length, self._width), np.float32), *np.zeros((2, self.length), np.float32)
     tokens[used][::2, :self.inputs] = rng.standard_normal((self.points, self.inputs))
     x = tokens[used][::2].astype(np.float64)  # as the model sees it
-    y = self.function.apply(self.function.draw(rng, self._width), x)
+    function: Any = self.function  # of what it draws, it alone knows the type
+    y = function.apply(function.draw(rng, self._width), x)
     y = y + self.function.noise * rng.standard_normal(self.points)
     tokens[used][1::2, 0] = targets[used][::2] = y
     weights[used][::2] = 1

@@ -9,7 +9,7 @@ stepwise internalisation (Deng et al., 2405.14838).
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -24,8 +24,14 @@ SHORTEST = 8  # tokens of the trace in the last stage
 
 
 class _Told:
-  """What both have in common; a field `of`, the source of problems; `told`, what becomes of a problem; and `whole`,
-  whether that is all of every solution."""
+  """What both have in common."""
+  of: Any  # a source of problems
+  told: Callable[[Problem, np.random.Generator], Problem]  # what becomes of a problem
+
+  @property
+  def whole(self) -> bool:
+    """Whether that is all of every solution."""
+    raise NotImplementedError
 
   @property
   def symbols(self) -> tuple[str, ...]:
@@ -55,8 +61,8 @@ class _Told:
 
 @config_dataclass
 class Selected(_Told):
-  """Of T rounds those at i (T - 1) / (rounds - 1), rounded down: all where T is no more, the first where `rounds` is 1, none
-  where it is 0."""
+  """Of T rounds those at i (T - 1) / (rounds - 1), rounded down: all where T is no more, the first where `rounds` is 1,
+  none where it is 0."""
   of: Any
   rounds: int
 
@@ -114,6 +120,7 @@ class Internalised(_Told):
   def told(self, problem: Problem, rng: np.random.Generator) -> Problem:
     """The problem without the first tokens of its rounds; a round that has lost all is gone."""
     longest = self.of.extent.chain
+    assert self.stage is not None
     cut = longest - stages(longest)[self.stage - 1]
     if self.smoothing < np.inf:
       cut += int(rng.geometric(1 - np.exp(-self.smoothing))) - 1

@@ -161,7 +161,8 @@ class Regular(Sized):
     table = _ways(self.automaton, count)
     for left in range(count - 1, -1, -1):
       weights = [table[left][after] for after in self.automaton.next[state]]
-      shares = np.array(weights) / sum(weights) if walks and sum(weights) else None
+      total = sum(weights)
+      shares = np.array(weights) / total if walks and total else None
       letter = int(rng.choice(len(weights), p=shares))
       word.append(self.automaton.letters[letter])
       state = self.automaton.next[state][letter]

@@ -53,6 +53,7 @@ class Expected(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = whole(rolls, self.roll)
+    assert trace.xs is not None
     log_p_KBT = log_exit(trace.aux['halt'])
     p_KBT = jnp.exp(log_p_KBT)
     targets_KBT = jnp.broadcast_to(batch['targets'], p_KBT.shape)
@@ -66,7 +67,8 @@ def whole(rolls: Mapping[str, Trace], name: str) -> Trace:
   trace = rolls[name]
   if 'halt' not in trace.aux:
     raise ConfigError(f'objective: the rollout {name!r} has no gate to learn; use a cell with one (cells/halting.py)')
-  if trace.xs is None or trace.plan.active is not None or trace.plan.no_grad_steps is not None:
+  plan = trace.plan
+  if trace.xs is None or plan is None or plan.active is not None or plan.no_grad_steps is not None:
     raise ConfigError(f'objective: the rollout {name!r} must run and keep every step; use plans.Uniform and '
                       'keep=loop.Every()')
   return trace

@@ -94,6 +94,7 @@ class Averaged(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = whole(rolls, self.roll)
+    assert trace.xs is not None
     share_KBT, _ = shares(trace.aux['halt'], self.threshold)
     mean_BTD = jnp.einsum('KBT,KBTD->BTD', share_KBT, trace.xs.astype(jnp.float32)).astype(trace.xs.dtype)
     return nll_sum(readout.read(mean_BTD), readout.table, batch['targets'], batch['weights'], self.chunk,

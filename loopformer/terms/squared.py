@@ -29,6 +29,7 @@ class Window(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]
+    assert trace.xs is not None and trace.plan is not None
     error_KBT = squared_error(readout, readout.read(trace.xs), batch)
     active = trace.plan.active
     active = jnp.ones(error_KBT.shape[:2]) if active is None else active.reshape(len(error_KBT), -1)

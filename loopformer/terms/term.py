@@ -8,6 +8,7 @@ from loopformer.types import Array, Batch
 
 class Term:
   """A term over the rollout `roll`, a field: a mean over tokens by their weights."""
+  roll: str
 
   @property
   def reads(self) -> tuple[str, ...]:
@@ -24,6 +25,7 @@ class Term:
 
 class Taught(Term):
   """A term over two rollouts, `roll` and its `teacher`."""
+  teacher: str
 
   @property
   def reads(self) -> tuple[str, ...]:

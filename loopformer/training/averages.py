@@ -14,7 +14,7 @@ from loopformer.types import Array, ConfigError, Params, config_dataclass
 
 class AveragedState(NamedTuple):
   """count: i32[], updates so far; average: as the parameters; inner: the state of the optimiser."""
-  count: Array
+  count: Array  # type: ignore[assignment]  # saved under this name, which tuple has for a method
   average: Params
   inner: Any
 

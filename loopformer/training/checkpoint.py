@@ -50,7 +50,7 @@ class Checkpoints:
     policy = ocp.checkpoint_managers
     kept, filed = [policy.LatestN(keep)], {}
     if best is not None:
-      def rank(values):
+      def rank(values: Any) -> float:
         known = isinstance(values, dict) and best.name in values  # a run may have kept the best of another number
         return values[best.name] * best.sign if known else -math.inf
 
@@ -61,7 +61,8 @@ class Checkpoints:
       filed['temporary_path_class'] = ocp.path.atomicity.CommitFileTemporaryPath
     self._ocp, self._best = ocp, best
     self._folder = (workdir if storage.remote(workdir) else workdir.resolve()) / FOLDER
-    self._good = self._begun = None  # the last step that is known to be complete, and the one that is being saved
+    self._good: int | None = None  # the last step that is known to be complete
+    self._begun: int | None = None  # the one that is being saved
     self._stack = contextlib.ExitStack()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(kept), create=True, **filed)
@@ -72,7 +73,7 @@ class Checkpoints:
         reading.read_json(numbers, 'delete the folder that it lies in: the step stays, but cannot be the best')
       raise
 
-  def __enter__(self):
+  def __enter__(self) -> Checkpoints:
     self._stack.enter_context(_quiet())
     return self
 
@@ -81,7 +82,7 @@ class Checkpoints:
       self._manager.close()
 
   @contextlib.contextmanager
-  def _saving(self):
+  def _saving(self) -> Iterator[None]:
     """Names the last good step where a save fails, of this step or of the one before, which it waits for."""
     try:
       yield
@@ -151,7 +152,7 @@ class Checkpoints:
     Raises:
       ConfigError: no step can be read, or the last was written by another layout.
     """
-    damaged = []
+    damaged: list[tuple[int, str]] = []
     for step in reversed(self.steps()):
       restored = None
       try:
@@ -174,7 +175,7 @@ class Checkpoints:
 
   def _put_aside(self, steps: list[int]):
     if steps:
-      def move():
+      def move() -> None:
         if processes.is_leader():
           for step in steps:
             storage.move(self._folder / str(step), self._folder / f'damaged-{step}')
@@ -188,12 +189,12 @@ class Checkpoints:
     Raises:
       ConfigError: the step is not there, or was written by another layout.
     """
-    restored = self._restore(step, params=self._read(params), optimizer=self._read(optimizer))
+    restored = self._restore(self._there(step), params=self._read(params), optimizer=self._read(optimizer))
     return restored['params'], restored['optimizer'], restored['meta']['data'], restored['meta']['control']
 
   def restore_params(self, step: int | None, params: Any) -> tuple[int, Any]:
     """(step, params), of the latest step if none is named. Raises ConfigError where it is not there, or damaged."""
-    step = self.latest() if step is None else step
+    step = self._there(self.latest() if step is None else step)
     with self._naming(step):
       return step, self._restore(step, params=self._read(params))['params']
 
@@ -204,7 +205,7 @@ class Checkpoints:
       return reader.metadata(self._folder / str(step) / 'params').item_metadata.tree
 
   @contextlib.contextmanager
-  def _naming(self, step: int | None):
+  def _naming(self, step: int | None) -> Iterator[None]:
     try:
       yield
     except ConfigError:
@@ -223,8 +224,7 @@ class Checkpoints:
                         'Train first, or name a step that is there')
     return step
 
-  def _restore(self, step: int | None, **items):
-    step = self._there(step)
+  def _restore(self, step: int, **items: Any) -> Any:
     with _quiet():
       restored = self._manager.restore(
           step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore(), **items))
@@ -273,9 +273,10 @@ def _quiet() -> Iterator[None]:
   def told(record: logging.LogRecord) -> bool:
     return not (record.exc_info and ('orbax' in record.pathname or 'asyncio' in record.pathname))
 
-  hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ('absl', 'asyncio')]
+  hook: Callable[[Any], None] = sys.unraisablehook
+  loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
 
-  def shown(unraisable):
+  def shown(unraisable: sys.UnraisableHookArgs) -> None:
     if str(unraisable.exc_value) != 'Event loop is closed':  # what TensorStore would tell a loop that has failed
       hook(unraisable)
 
@@ -319,7 +320,7 @@ def _serve_buckets():
   if describe.__module__ == __name__:
     return
 
-  def described(directory, *rest, **more):
+  def described(directory: str, *rest: Any, **more: Any) -> Any:
     kind = storage.scheme(directory)
     if kind not in storage.WORKDIRS:
       return describe(directory, *rest, **more)

@@ -23,14 +23,15 @@ GRACE = 3.0  # seconds in which the main thread may end by itself, and clean up
 _ending = threading.Lock()
 
 
+def _early() -> str:
+  return 'before it had ended'
+
+
 class _Command:
   """What the watching thread goes by."""
   importing = True
   caught: Caught | None = None  # while a run trains
-
-  @staticmethod
-  def words() -> str:
-    return 'before it had ended'
+  words: Callable[[], str] = staticmethod(_early)
 
 
 def watch():
@@ -45,7 +46,7 @@ def watch():
   threading.Thread(target=_listen, args=(hears,), name='interrupts', daemon=True).start()
 
 
-def unwind(words: Callable[[], str] = _Command.words):
+def unwind(words: Callable[[], str] = _early):
   """From here on Ctrl-C raises KeyboardInterrupt, with which files are closed and removed; and ends the process, saying
   these words, where that takes longer than GRACE."""
   _Command.importing, _Command.words = False, staticmethod(words)
@@ -128,10 +129,10 @@ class Caught:
     self.words = words
     self.told = threading.Event()
     self.stepping = False  # whether there is something to save
-    self.reached = None  # the last step that was begun
+    self.reached: int | None = None  # the last step that was begun
     self.heard = 0  # interrupts that the watching thread has heard of since
     self._interrupts = 0
-    self._old = {}
+    self._old: dict[signal.Signals, Callable | int | None] = {}
 
   def __enter__(self) -> Caught:
     if threading.current_thread() is threading.main_thread():

@@ -14,7 +14,7 @@ from pathlib import Path
 import re
 import sys
 import time
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 import warnings
 
 import jax
@@ -98,10 +98,11 @@ def measured_bandwidth(megabytes: int | None = None) -> float:
   return 2.0 * x[0].nbytes / _least_seconds(once)
 
 
-def _least_seconds(program, *operands, seconds=0.5):
+def _least_seconds(program: Callable, *operands: Any, seconds: float = 0.5) -> float:
   """Of the calls within so many seconds, and of five at least: a machine that others use is slow for moments."""
   jax.block_until_ready(program(*operands))
-  times, begun = [], time.perf_counter()
+  begun = time.perf_counter()
+  times: list[float] = []
   while len(times) < 5 or time.perf_counter() - begun < seconds:
     start = time.perf_counter()
     jax.block_until_ready(program(*operands))

@@ -36,9 +36,10 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
   if missing and len(missing) < len(given):
     raise ConfigError(f'--{missing[0]} is missing: give --coordinator=HOST:PORT, --processes and --process together, '
                       'or --distributed alone where the cluster tells')
-  if processes is not None and not 0 <= process < processes:
+  if process is not None and processes is not None and not 0 <= process < processes:
     raise ConfigError(f'--process={process}: must be 0 to {processes - 1} with --processes={processes}')
-  if jax.config.jax_platforms == 'cpu':
+  config: Any = jax.config  # whose options are attributes that its class does not declare
+  if config.jax_platforms == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # It would take SIGTERM for itself, and what comes before training catches the signal would be lost.
   jax.config.update('jax_enable_preemption_service', False)
@@ -103,7 +104,7 @@ def by_leader(action: Callable[[], Any]) -> Any:
   Raises:
     ConfigError, OSError: what `action` raises; in the others, that the leader has said why.
   """
-  result = failed = None
+  result, failed = None, None
   if is_leader():
     try:
       result = action()

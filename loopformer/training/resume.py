@@ -60,10 +60,11 @@ def check(config: Any, workdir: Any):
     moved = any(path.endswith('.root') for path, *_ in others)
     raise ConfigError(f'{told}Give another --workdir, or the configuration that the run was started with'
                       + (' (none at all, to go on from another current folder)' if moved else ''))
+  assert done is not None  # else data alone differ, which are among the others
   old, new = saved.train, config.train
   if new.extended != old.extended:
-    if new.extended != (*old.extended, old.steps):
-      past = ','.join(map(str, (*old.extended, *([old.steps] if new.steps > old.steps else []))))
+    if new.extended != (*old.earlier, old.steps):
+      past = ','.join(map(str, (*old.earlier, *([old.steps] if new.steps > old.steps else []))))
       raise ConfigError(f'{told}Give --set train.extended={past or "()"}, the numbers of steps that the run had before')
     return
   if done > new.steps:
@@ -75,7 +76,7 @@ def check(config: Any, workdir: Any):
   if new.steps < old.steps:
     raise ConfigError(f'{told}{path} goes by the number of steps, and its {done} steps were trained as those of a '
                       f'longer run; keep train.steps={old.steps}, or {start}')
-  past = ','.join(map(str, (*old.extended, old.steps)))
+  past = ','.join(map(str, (*old.earlier, old.steps)))
   raise ConfigError(f'{told}{path} goes by the number of steps, and its {done} steps were trained as those of a '
                     f'shorter run. To go on after step {old.steps} as a run of {new.steps} steps does there, add --set '
                     f'train.extended={past}; or {start}')

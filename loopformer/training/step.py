@@ -108,9 +108,11 @@ def make_step(model: Any, objective: Any, optimizer: optax.GradientTransformatio
     by_rows, frozen_by_rows = (
         jax.tree.map(lambda partition: sharding.only(partition, sharding.BATCH), tree)
         for tree in (specs, frozen_specs))
+    every: Any = P()  # in the places of arrays
+    divided_rows: Any = P(sharding.BATCH)
     mapped = jax.shard_map(
         functools.partial(gradient, specs, frozen_specs), mesh=mesh,
-        in_specs=(by_rows, frozen_by_rows, PlanContext(P(), P(), P(), P(sharding.BATCH))),
+        in_specs=(by_rows, frozen_by_rows, PlanContext(every, every, every, divided_rows)),
         out_specs=(P(), by_rows), axis_names=set(sharding.BATCH), check_vma=False)
     values, grads = mapped(state.params, frozen, context)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params, stage=context.stage)

@@ -1,14 +1,13 @@
 """Training: one step for every objective, and the loop around it."""
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import math
 from pathlib import Path
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +54,21 @@ class Train:
   paths = ('start',)
 
   def __post_init__(self):
-    if isinstance(self.extended, int):
-      object.__setattr__(self, 'extended', (self.extended,))
+    object.__setattr__(self, 'extended', self.earlier)
     for field in dataclasses.fields(self):
       if field.name == 'seed':
         whole('train.seed', self.seed, 0, SEEDS - 1)
       elif field.name not in ('best', 'start', 'extended'):
         whole(f'train.{field.name}', getattr(self, field.name), 1)
-    ends = (0, *(whole('train.extended', end, 1) for end in self.extended), self.steps)
+    ends = (0, *(whole('train.extended', end, 1) for end in self.earlier), self.steps)
     if list(ends) != sorted(set(ends)):
       raise ConfigError(f'train.extended = {self.extended}: give the numbers of steps that the run had before, '
                         f'ascending and below train.steps = {self.steps}')
+
+  @property
+  def earlier(self) -> tuple[int, ...]:
+    """The numbers of steps in `extended`, which may be given as one."""
+    return (self.extended,) if isinstance(self.extended, int) else self.extended
 
 
 def best_of(config: Any) -> Best | None:
@@ -110,7 +113,7 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   config, workdir = configs.absolute(config), storage.path(workdir)
   log = log if processes.is_leader() else lambda text: None
   with contextlib.ExitStack() as stack:
-    def begin():
+    def begin() -> Callable[[], None]:
       lock = stack.enter_context(Lock(workdir, log))
       resume.check(config, workdir)
       configs.save(resume.with_its_paths(config, workdir), workdir)
@@ -130,7 +133,8 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   return state
 
 
-def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, State]:
+def _train(config: Any, workdir: Any, log: Callable[[str], None], profile: tuple[int, int] | None, verify: bool,
+           params: Params | None, held: Callable[[], None]) -> tuple[int, State]:
   """`train` up to the next number of steps at which schedules change, and that."""
   from loopformer.data import batches as data  # reading text needs grain; a model alone does not
   options, best = config.train, best_of(config)
@@ -148,7 +152,7 @@ def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, St
                       f'{tokenizer.vocab_size} entries; raise it to that or more')
   rows = np.arange(options.batch // readers, dtype=np.int32) * readers + reader  # in the global batch
 
-  def batches(split, seed):
+  def batches(split: str, seed: int) -> Any:
     return data.batches(config.task.examples(workdir, split, seed), batch=options.batch, process=reader,
                         processes=readers)
 
@@ -177,7 +181,7 @@ def _train(config, workdir, log, profile, verify, params, held) -> tuple[int, St
     if end < options.steps:
       config = dataclasses.replace(config, train=dataclasses.replace(options, steps=end, extended=()))
       optimizer = config.optim.make(end, roles)
-    if first:
+    if first and restored is not None:
       params, optimizer_state, position, control = restored
       params, optimizer_state = averages.exchanged(params, optimizer_state)
       stream.set_state(position)
@@ -227,7 +231,7 @@ def _words(workdir: Any, reached: int | None) -> str:
 def _begun(state: State, params: Params, optimizer: Any, shardings: State) -> State:
   """The state of a run that starts from these parameters, of which an optimiser may keep averages."""
   own = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
-  return state.replace(params=masters.shortened(params, own), optimizer=own)
+  return dataclasses.replace(state, params=masters.shortened(params, own), optimizer=own)
 
 
 def _like(given: Params, own: Params, name: str) -> Params:
@@ -251,7 +255,7 @@ def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable,
     shapes = checkpoints.shapes()  # what is not ours is divided too, by its shapes alone
     cut = sections.moved(*({path: leaf.shape for path, leaf in tree.items()} for tree in (_by_path(shapes), own)))
 
-    def placed(path, leaf, elsewhere):
+    def placed(path: Any, leaf: Any, elsewhere: Any) -> jax.ShapeDtypeStruct:
       path = _name(path)
       mine = own.get(path)
       if (section := sections.section_of(path)) is not None and path.removeprefix(section) in cut:
@@ -302,7 +306,7 @@ class _Run:
   def __call__(self, state: State, stream: Any, first: int) -> State:
     options = self.config.train
     self.clock = clock = _Clock(self.config, first)
-    pending = None
+    pending: tuple[int, Any] | None = None
     for number in range(first + 1, options.steps + 1):
       self.profile.at(number)
       with clock.timed('data'):
@@ -334,7 +338,7 @@ class _Run:
         raise SystemExit(0)
     return state
 
-  def _report(self, pending):
+  def _report(self, pending: tuple[int, Any] | None):
     if pending is None:
       return
     number, values = pending
@@ -358,7 +362,7 @@ class _Run:
           f'  {metrics.duration(self.clock.left(number))} left')
       self.log(f'step {number}/{options.steps}  loss {values["loss"]:.3f}  {terms}{left}')
 
-  def _evaluate(self, number, params) -> dict[str, float]:
+  def _evaluate(self, number: int, params: Params) -> dict[str, float]:
     config = self.config
     rows = evaluate(config.model, params, self.held_out, config.evals.schedules(), self.byte_lengths,
                     config.task.measure)
@@ -380,7 +384,7 @@ class _Run:
     self._watch(number, values)
     return values
 
-  def _watch(self, number, values):
+  def _watch(self, number: int, values: Mapping[str, float]):
     control = self.config.control
     before = control.stage(self.control_state)
     self.control_state = control.watch(self.control_state, number, values)
@@ -401,11 +405,11 @@ class _Clock:
     self._peak = metrics.peak_flops()[0] * jax.device_count()
     self._steps = config.train.steps
     self._seconds = 0.0
-    self._number, self._spent, self._start = first, collections.Counter(), time.perf_counter()
+    self._number, self._spent, self._start = first, dict.fromkeys(_SPENT, 0.0), time.perf_counter()
     self.fresh = True
 
   @contextlib.contextmanager
-  def timed(self, what: str):
+  def timed(self, what: str) -> Iterator[None]:
     """Counts the time inside as that of data, step, eval or save."""
     start = time.perf_counter()
     yield
@@ -416,7 +420,7 @@ class _Clock:
     now = time.perf_counter()
     steps, all_, spent = number - self._number, now - self._start, self._spent
     was_fresh, self.fresh = self.fresh, False
-    self._number, self._start, self._spent = number, now, collections.Counter()
+    self._number, self._start, self._spent = number, now, dict.fromkeys(_SPENT, 0.0)
     if was_fresh or not steps:
       return {}
     self._seconds = (all_ - spent['eval'] - spent['save']) / steps

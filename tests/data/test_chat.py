@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceTrainer
 import loopformer
 from loopformer.convert import export
 from loopformer.convert.pretrained import read_tokenizer
-from loopformer.data.chat import ChatTokenizer
+from loopformer.data.chat import ChatTokenizer, MarkedTokenizer
 from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, before_text, load_tokenizer,
                                        prompt_ids, start_of)
 from loopformer.inference.engine import Engine
@@ -126,6 +126,14 @@ def test_it_is_saved_and_read_again(tmp_path):
     load_tokenizer(tmp_path)
   (tmp_path / 'tokenizer.json').write_text(json.dumps({**about, 'stops': []}))
   with pytest.raises(ValueError, match='the fingerprint is not that'):
+    load_tokenizer(tmp_path)
+
+
+def test_answers_that_are_marked_are_those_of_a_chat(tmp_path):
+  MarkedTokenizer(of=chat()).save(tmp_path)
+  assert load_tokenizer(tmp_path) == MarkedTokenizer(of=chat())
+  ByteTokenizer().save(tmp_path / 'of')
+  with pytest.raises(ConfigError, match=r'tokenizer\.json is damaged: the tokenizer in of/ is none of chats; delete'):
     load_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What tools say of the source: lint of all, types of the public modules, ends of lines. Skipped where a tool is not
+"""What tools say of the source: lint of all, types of the library, ends of lines. Skipped where a tool is not
 installed (extra `dev`).
 """
 import re
@@ -22,7 +22,7 @@ def mypy(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_public_modules_have_the_types_that_they_say():
+def test_the_library_has_the_types_that_it_says():
   done = mypy()
   assert done.returncode == 0, done.stdout + done.stderr
 

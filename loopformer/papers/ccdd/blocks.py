@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ class CrossAttention(nn.Module):
                for name, of in (('q', x), ('k', other), ('v', other)))
     return Linear(x.shape[-1], self.out_std, name='out')(self.kernel(q, k, v, seg).reshape(x.shape))
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
     return 8.0 * width ** 2 + 4.0 * width * length
 
@@ -66,7 +68,7 @@ class TwoStreams(nn.Module):
     """(G, d) of the tokens' layer."""
     return self.tokens.heads_of(width)
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token of either half, forward, of sequences of both halves together."""
     half = length / 2
     both = self.tokens.flops(width, half) + self.latents.flops(width, half)
@@ -78,7 +80,7 @@ class TwoStreams(nn.Module):
     """x [B, 2 T, D] -> (x, kv)."""
     g_a, g_m, s_a, s_m = (None,) * 4 if mod is None else mod
     half = x.shape[1] // 2
-    within = ctx.replace(pos=ctx.pos[:, :half], seg=None if ctx.seg is None else ctx.seg[:, :half])
+    within = dataclasses.replace(ctx, pos=ctx.pos[:, :half], seg=None if ctx.seg is None else ctx.seg[:, :half])
     states, parts = jnp.split(x, 2, 1), (self.tokens, self.latents)
     named = list(zip(('tokens', 'latents'), states, parts, (self.to_latents, self.to_tokens)))
     normed = [_scaled(part.norm.copy(name=f'{name}_norm_attn')(state), s_a, part.dtype)

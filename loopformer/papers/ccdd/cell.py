@@ -8,6 +8,7 @@ All steps of one denoising step are given the same latents, and the times of the
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -78,10 +79,12 @@ class WithLatents(Around):
 
   def stepped(self, x: Array, e: Array, ctx: Context) -> tuple[Array, Array, Array, Context]:
     """(embedded latents, the same in the first step and else 0, the embedded time, the context of the inner cell)."""
+    assert ctx.step is not None
     inner, latents, c = ctx.step.precomputed
     embedded = jnp.broadcast_to(self.into(latents, c), e.shape).astype(e.dtype)
     first = (ctx.step.k == 0).reshape(-1, 1, 1)
-    return embedded, jnp.where(first, embedded, 0), c, ctx.replace(step=ctx.step.replace(precomputed=inner))
+    within = dataclasses.replace(ctx, step=dataclasses.replace(ctx.step, precomputed=inner))
+    return embedded, jnp.where(first, embedded, 0), c, within
 
 
 class Summed(WithLatents):
@@ -116,8 +119,8 @@ class Doubled(WithLatents):
       raise ConfigError('model.cell = Doubled: tokens and latents are one sequence, which is no cache\'s; '
                         'run it without one')
     embedded, first, c, within = self.stepped(x, e, ctx)
-    twice = {name: jnp.concatenate([value] * 2, 1)
+    twice: Any = {name: jnp.concatenate([value] * 2, 1)
              for name, value in (('pos', ctx.pos), ('seg', ctx.seg)) if value is not None}
     x = x + jnp.concatenate([jnp.zeros_like(first), first], 1)
-    x, _, aux = self.inner(x, jnp.concatenate([e, embedded], 1), within.replace(**twice), None)
+    x, _, aux = self.inner(x, jnp.concatenate([e, embedded], 1), dataclasses.replace(within, **twice), None)
     return x, None, {**aux, GUESS: self.guess(x[:, x.shape[1] // 2:], c)}

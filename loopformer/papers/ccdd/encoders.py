@@ -101,4 +101,5 @@ class Hidden:
     if segments is not None:
       batch['segments'] = segments
     plan = plans.schedule(plans.resolve(self.loops or model.loops))
+    assert weights is not None  # those of its `teacher`
     return standardised(run_batch(model, weights, batch, plan).z[..., :self.width])

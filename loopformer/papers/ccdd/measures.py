@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from loopformer import sharding, storage
-from loopformer.diffusion.measures import Bound, key_of
+from loopformer.diffusion.measures import BETTER, Bound, key_of
 from loopformer.inference.measures import LESS, MORE
 from loopformer.nn.condition import TIME
 from loopformer.papers.ccdd.encoders import Hidden, RandomContext, RandomTokens
@@ -47,7 +47,7 @@ class JointBound(Bound):
   @property
   def better(self) -> dict[str, int]:
     """As of Bound, under the number's name."""
-    return dict(Bound.better) if self.source.bounds else {'conditional': LESS, 'accuracy': MORE}
+    return BETTER if self.source.bounds else {'conditional': LESS, 'accuracy': MORE}
 
   def asked(self, batch: Batch) -> Batch:
     """The batch in which tokens are hidden, with latents."""

@@ -16,8 +16,8 @@ def with_latents(plan: Plan, latents: Array, time: Array, latent_time: Array) ->
   """The plan with rows of latents [B, T, d] and the times of tokens and latents, f32[B], the same in every step."""
   rows = {LATENTS: latents, TIME: time, LATENT_TIME: latent_time}
   steps = plan.dt.shape[0]
-  return plan.replace(rows={**plan.rows, **{name: jnp.broadcast_to(row, (steps, *row.shape))
-                                            for name, row in rows.items()}})
+  every = {name: jnp.broadcast_to(row, (steps, *row.shape)) for name, row in rows.items()}
+  return dataclasses.replace(plan, rows={**plan.rows, **every})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Both:
 
   def _answers(self, tokens, latents, times, moment):
     """(logits, guessed latents)."""
-    plan = self.plan.replace(active=self.plan.active & moment.active)
+    assert self.plan.active is not None
+    plan = dataclasses.replace(self.plan, active=self.plan.active & moment.active)
     variables = {'params': self.params}
     trace = self.model.apply(variables, tokens, with_latents(plan, latents, *times), seg=self.segments)
     logits = self.model.apply(variables, trace.z, method='logits')

@@ -28,6 +28,8 @@ class LatentError(Term):
     if GUESS not in rolls[self.roll].aux:
       raise ConfigError(f'objective.rolls.{self.roll}: its cell guesses no latents; use papers.ccdd.cell.Summed or '
                         'Doubled')
-    guess = last_guess(rolls[self.roll].aux, rolls[self.roll].plan.active)
+    trace = rolls[self.roll]
+    assert trace.plan is not None
+    guess = last_guess(trace.aux, trace.plan.active)
     error = jnp.minimum(jnp.square(guess - batch['latent_targets']), MOST).mean(-1)
     return (error * batch['latent_weights']).sum()

@@ -69,6 +69,7 @@ class Thinking(Cell):
     if kv is not None:
       raise ConfigError('model.cell = Thinking: its thoughts are made within one pass over a row; ask for answers with '
                         '`run_batch`, or generate with a model of another cell')
+    assert ctx.step is not None
     inputs, _ = x
     outputs, kv = self.core(inputs, ctx, None, kv)
     given = ctx.ids('model.cell = Thinking') != self.filler

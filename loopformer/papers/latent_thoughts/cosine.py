@@ -66,7 +66,7 @@ class Cosine:
         raise ConfigError(f'stack = {self.stack!r}: no {".".join(names[:i + 1])!r} among the parameters; there are '
                           f'{", ".join(params)}')
       params = params[name]
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       name = '.'.join(entry.key for entry in path).removesuffix('.kernel')
       tensors |= self._split(name, leaf) if name.split('.')[-1] == 'qkv' else {name: leaf}

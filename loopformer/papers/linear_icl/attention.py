@@ -64,7 +64,7 @@ class LinearAttention(nn.Module):
     """Raises ConfigError: there is nothing to cache."""
     raise ConfigError('LinearAttention is not causal: there is no cache for it')
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
     return 4.0 * width * width + 4.0 * width ** 3 / length
 

@@ -95,7 +95,9 @@ def profile(model: Looped, params: Params, batch: Batch) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(single: Looped, params: Params, x: Array, ctx: Context) -> Array:
-  return single.apply({'params': params}, x, ctx, method=lambda model, x, ctx: model.cell.core(x, ctx, None, None)[0])
+  new: Any = single.apply({'params': params}, x, ctx,
+                          method=lambda model, x, ctx: model.cell.core(x, ctx, None, None)[0])
+  return new
 
 
 @jax.jit

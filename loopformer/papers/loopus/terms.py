@@ -34,7 +34,7 @@ class Supervision(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace, weights_BT = rolls[self.roll], batch['weights']
-    if trace.xs is None or trace.xs.ndim != 5:
+    if trace.xs is None or trace.plan is None or trace.xs.ndim != 5:
       raise ConfigError(f'objective: the rollout {self.roll!r} must keep the states before and after its steps; use '
                         'keep=loop.Pairs()')
     z_KBTD, old_KBTD = readout.read(trace.xs[:, 1]), readout.read(jax.lax.stop_gradient(trace.xs[:, 0]))

@@ -163,19 +163,20 @@ class LatentAttention(nn.Module):
       return self._rotated(k, ctx.pos), v
 
     q, own = self._rotated(dense(x, queries).reshape(batch, length, self.heads, head), ctx.pos), rows(h)
-    kv = kv.replace(h=_put(kv.h, h, layer))
+    kv = dataclasses.replace(kv, h=_put(kv.h, h, layer))
     if kv.kv is not None:
-      out, cache = attended(self, q, *own, ctx, kv.kv, layer)
-      kv = kv.replace(kv=cache)
+      out, cache = attended(self, q, own[0], own[1], ctx, kv.kv, layer)
+      kv = dataclasses.replace(kv, kv=cache)
     else:
-      kv = kv.replace(rows=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.rows, own))
+      kv = dataclasses.replace(kv, rows=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.rows, own))
       if kv.base is not None:
-        base = rows(x)
-        kv = kv.replace(base=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.base, base))
-        own = jax.tree.map(lambda own, base: blended(ctx.step.precomputed, own, base), own, base)
-      out = self._read(q, *own, ctx, layer)
+        assert ctx.step is not None
+        share, base = ctx.step.precomputed, rows(x)
+        kv = dataclasses.replace(kv, base=jax.tree.map(lambda buffer, new: _put(buffer, new, layer), kv.base, base))
+        own = jax.tree.map(lambda own, base: blended(share, own, base), own, base)
+      out = self._read(q, own[0], own[1], ctx, layer)
     out = Dense(name='out')(out, width, Normal(self.out_std), ctx, gain=gate, divided=-2)
-    return out, kv if kv.given is None else kv.replace(given=_put(kv.given, out, layer))
+    return out, kv if kv.given is None else dataclasses.replace(kv, given=_put(kv.given, out, layer))
 
   def _rotated(self, x, pos):
     return x if self.position is None else self.position.rotate(x, pos)
@@ -193,7 +194,7 @@ class LatentAttention(nn.Module):
     out = kernels.attend(q, k, v, past.mask)
     return out[..., :shape[-1]].reshape(*shape[:2], -1)
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward."""
     return attention_flops(self, width, length) + self.latent.flops(width)
 

@@ -14,6 +14,7 @@ loop reads rows of its own as before, to 1.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -110,9 +111,9 @@ class Gated(Cell):
     size = min(chunk, length)
     count = -(-length // size)
     pieces = _padded(x, count * size).reshape(len(x), count, size, -1).swapaxes(0, 1), jnp.arange(count) * size
-    ctx = ctx.replace(pos=_padded(ctx.pos, count * size, -1),
-                      **{name: None if (leaf := getattr(ctx, name)) is None else _padded(leaf, count * size)
-                         for name in ('seg', 'tokens')})
+    ctx = dataclasses.replace(ctx, pos=_padded(ctx.pos, count * size, -1),
+                              **{name: None if (leaf := getattr(ctx, name)) is None else _padded(leaf, count * size)
+                                 for name in ('seg', 'tokens')})
 
     def joined(chunks, axis):
       """Chunks [count, ...] put together along an axis of theirs."""
@@ -125,14 +126,14 @@ class Gated(Cell):
                      split_rngs={'params': False}, check_constancy_invariants=self.is_initializing())
       kv, x = over(self, kv, pieces)
       return joined(x, 1), kv, None, {}, steps
-    options = dict(keep=keep, remat=remat)
+    options: dict[str, Any] = dict(keep=keep, remat=remat)
     if count == 1:
       out, _ = self._parallel(rows, ctx, None, (pieces[0][0], 0), **options)
       out = jax.tree.map(lambda leaf: leaf[None], out)
     else:
       module, variables = self.unbind()
       empty = self._rows(x, count * size, 1 if precomputed is None else plan.steps)
-      one = functools.partial(module.apply, **options, method='_parallel')
+      one: Any = functools.partial(module.apply, **options, method='_parallel')
       out = _through(lambda variables, fixed, *others: one(variables, *fixed, *others), variables, (rows, ctx), pieces,
                      (empty, empty))
     x, xs, given = out
@@ -158,10 +159,10 @@ class Gated(Cell):
     x, start = piece
     own = _chunk_of(ctx, start, x.shape[1])
     if past is not None:
-      own = own.replace(own=_past(ctx, own, past, start))
+      own = dataclasses.replace(own, own=_past(ctx, own, past, start))
     empty = self._rows(x, x.shape[1])
     flight = self._flight(x, rows=(empty, empty), base=None if rows.precomputed is None else (empty, empty))
-    flight = flight.replace(given=jnp.zeros_like(flight.h))
+    flight = dataclasses.replace(flight, given=jnp.zeros_like(flight.h))
     keep = loop.Last() if keep == loop.Last() else loop.Every()  # others see whole states, when the chunks are joined
     x, flight, xs, aux = loop.scan(self, x, None, rows, own, flight, keep, remat)
     new = jax.tree.map(lambda leaf: leaf[None], flight.rows)
@@ -173,15 +174,16 @@ class Gated(Cell):
     if not isinstance(kv, Flight):
       raise ConfigError('model.cell = Gated: its loops need the latents of those before, and are run as whole plans; '
                         'single steps and exits by token are not defined')
+    assert ctx.step is not None
     active = ctx.step.active
     new, flight = self.core(x, ctx, None, kv)
-    flight = flight.replace(taken=flight.taken + 1)
+    flight = dataclasses.replace(flight, taken=flight.taken + 1)
     if active is not None and active.ndim:  # of each sequence; what is not active does not write to a cache in any case
       def of_live(new, old, axis):
         return jnp.where(active.reshape(-1, *(1,) * (new.ndim - axis - 1)), new, old)
 
-      flight = flight.replace(
-          h=of_live(flight.h, kv.h, 1), taken=of_live(flight.taken, kv.taken, 0),
+      flight = dataclasses.replace(
+          flight, h=of_live(flight.h, kv.h, 1), taken=of_live(flight.taken, kv.taken, 0),
           rows=jax.tree.map(lambda new, old: of_live(new, old, 1), flight.rows, kv.rows))
     aux = {'attention': flight.given, 'base': flight.base}
     return self.norm(new), flight, {name: leaf for name, leaf in aux.items() if leaf is not None}
@@ -194,8 +196,9 @@ def _padded(array, length, fill=0):
 
 def _chunk_of(ctx, start, size):
   """The context of `size` tokens from `start` on."""
-  return ctx.replace(**{name: None if (leaf := getattr(ctx, name)) is None else
-                        jax.lax.dynamic_slice_in_dim(leaf, start, size, 1) for name in ('pos', 'seg', 'tokens')})
+  return dataclasses.replace(ctx, **{name: None if (leaf := getattr(ctx, name)) is None else
+                                     jax.lax.dynamic_slice_in_dim(leaf, start, size, 1)
+                                     for name in ('pos', 'seg', 'tokens')})
 
 
 def _past(ctx, own, rows, start):
@@ -205,7 +208,8 @@ def _past(ctx, own, rows, start):
   mask = jnp.concatenate([before, jnp.tri(size, dtype=bool)], 1)[None]
   if ctx.seg is not None:
     mask = mask & (own.seg[:, :, None] == jnp.concatenate([ctx.seg, own.seg], 1)[:, None])
-  return Past(*rows, mask=mask, pos=jnp.concatenate([ctx.pos, own.pos], 1))
+  k, v = rows
+  return Past(k=k, v=v, mask=mask, pos=jnp.concatenate([ctx.pos, own.pos], 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

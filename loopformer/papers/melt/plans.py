@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+import dataclasses
+
 from loopformer.plans import Around
 from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass
 
@@ -34,4 +36,4 @@ class Apart(Around):
 
 
 def _blending(plan, share):
-  return plan.replace(rows={**plan.rows, BLEND: jnp.full(plan.steps, share, jnp.float32)})
+  return dataclasses.replace(plan, rows={**plan.rows, BLEND: jnp.full(plan.steps, share, jnp.float32)})

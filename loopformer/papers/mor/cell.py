@@ -9,6 +9,7 @@ cached or not, asks the causal part `answer`, token by token; without a cache it
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -146,10 +147,14 @@ class Threshold:
 class Auxiliary:
   """The auxiliary router says so: it reads the same states, which learn nothing from it."""
   at: float = 0.5
-  ranks, causal, asks, __post_init__ = False, True, True, Threshold.__post_init__
+  ranks, causal, asks = False, True, True
+
+  def __post_init__(self):
+    Threshold(at=self.at)  # which checks it
 
   def takes(self, score: Array, other: Array | None, ctx: Context, r: int, share: float) -> Array:
     """As Threshold.takes."""
+    assert other is not None  # where a part `asks`, there is one
     return jax.nn.sigmoid(other) > self.at
 
 
@@ -248,7 +253,7 @@ class ExpertChoice(nn.Module):
     other = self.others[r](jax.lax.stop_gradient(states), 1)[..., 0] if self.others else None
     gate = self.gate.alpha * self.gate(score)
     share = self.capacities[r] / (self.capacities[r - 1] if r else 1.0)
-    here = ctx if rows is None else ctx.replace(pos=_at(ctx.pos, rows))
+    here = ctx if rows is None else dataclasses.replace(ctx, pos=_at(ctx.pos, rows))
     would = among.taken  # what an answer takes
     if self.capacities[r] < 1:
       would &= self.answer.takes(score, other, here, r, share)
@@ -263,7 +268,7 @@ class ExpertChoice(nn.Module):
       chosen = _at(among.taken, best) & (jnp.arange(counts[-1]) < jnp.asarray(counts)[among.own][:, None])
       best, chosen = jax.lax.sort((best, chosen), num_keys=1)
       pick = Pick(index=best if rows is None else _at(rows, best), taken=chosen, gate=_at(gate, best))
-    pick = pick.replace(own=among.own)
+    pick = dataclasses.replace(pick, own=among.own)
     aux = {'score': _spread(score, rows, length), 'candidate': _spread(among.taken, rows, length),
            'causal': _spread(would, rows, length), 'taken': _spread(pick.taken, pick.index, length)}
     if other is not None:
@@ -272,6 +277,7 @@ class ExpertChoice(nn.Module):
 
   def blend(self, x: Array, y: Array, pick: Pick, among: Pick, r: int) -> Array:
     """The states of tokens that are taken: x before, y after the layers, [B, k, D]."""
+    assert pick.gate is not None
     return self.combine(x, y, pick.gate[..., None].astype(x.dtype))
 
   def flops(self, width: int, r: int) -> float:
@@ -352,13 +358,14 @@ class TokenChoice(nn.Module):
   def choose(self, x: Array, fate: Fate, r: int, ctx: Context, has_capacity: Any) -> tuple[Pick, Fate, dict]:
     """As ExpertChoice.choose."""
     taken = has_capacity(fate.depth >= r)
-    fate = fate.replace(depth=jnp.where(taken, fate.depth, jnp.minimum(fate.depth, r - 1)))
+    fate = dataclasses.replace(fate, depth=jnp.where(taken, fate.depth, jnp.minimum(fate.depth, r - 1)))
     pick = Pick(index=None, taken=taken, gate=self.gate.alpha * fate.share[..., r])
     return pick, fate, {'score': fate.score[..., r], 'share': fate.share[..., r], 'candidate': tokens_of(ctx),
                         'causal': taken, 'taken': taken}
 
   def blend(self, x: Array, y: Array, pick: Pick, fate: Fate, r: int) -> Array:
     """As ExpertChoice.blend."""
+    assert pick.gate is not None
     return self.combine(y, pick.gate[..., None].astype(x.dtype), (fate.depth == r)[..., None], fate.first)
 
   def flops(self, width: int, r: int) -> float:
@@ -372,10 +379,11 @@ class TokenChoice(nn.Module):
 @struct.dataclass
 class Segmented(KV):
   """A cache of whole sequences in which several documents lie: seg i32[B, S], that of each position."""
-  seg: Array = None
+  seg: Array | None = None
 
   def visible(self, pos: Array, ctx: Context) -> Array:
     """As of KV, within a document."""
+    assert self.seg is not None and ctx.seg is not None
     return super().visible(pos, ctx) & (self.seg[:, None] == ctx.seg[..., None])
 
 
@@ -424,19 +432,21 @@ class Routed(Cell):
       raise ConfigError('plan.no_grad_steps: these have no row in the plan, and a router has nothing to choose for '
                         'them; use a plan without them')
     if cached:
-      ctx, kv = ctx.replace(noise=None), self._cut(kv, plan, ctx, keep)
+      ctx, kv = dataclasses.replace(ctx, noise=None), self._cut(kv, plan, ctx, keep)
     begun = self.router.begin(x, plan, ctx)
     if not cached and ctx.memory is not None and ctx.memory.slots(plan.steps) < plan.steps:
       batch, length, width = x.shape
       kv = ctx.memory.make(plan.steps, self.core.applications, batch, length, *self.core.block.heads_of(width),
                            self.core.block.dtype, width=width)
-      ctx = ctx.replace(pos=jnp.broadcast_to(jnp.arange(length), (batch, length)))
+      ctx = dataclasses.replace(ctx, pos=jnp.broadcast_to(jnp.arange(length), (batch, length)))
       if ctx.seg is not None:
         kv = map_caches(lambda one: Segmented(one.k, one.v, one.pos, one.layout, seg=ctx.seg), kv)
-    route, kept, auxes = begun, [], []
+    route: Any = begun  # of the router's own type
+    kept, auxes = [], []
     for r in range(plan.steps):
       active = None if plan.active is None or self.is_initializing() else plan.active[r]
-      own = ctx.replace(step=Step(t=plan.t[r], dt=plan.dt[r], active=active, k=np.int32(r)))
+      number: Any = np.int32(r)  # a constant of the program, by which caches of several shapes are told apart
+      own = dataclasses.replace(ctx, step=Step(t=plan.t[r], dt=plan.dt[r], active=active, k=number))
 
       def has_capacity(taken, own=own, kv=kv):
         return taken if kv is None else own.memory.has_capacity(kv, own, taken)
@@ -469,7 +479,7 @@ class Routed(Cell):
       raise ConfigError(f'plan: {plan.steps} steps, but the cache has slots for {slots}; make it with '
                         'cache(..., loops=...) of all steps')
     start = jnp.where(ctx.pos >= 0, ctx.pos, jnp.iinfo(jnp.int32).max).min(-1)[:, None]
-    return map_caches(lambda one: one.replace(pos=jnp.where(one.pos < start, one.pos, -1)), kv)
+    return map_caches(lambda one: dataclasses.replace(one, pos=jnp.where(one.pos < start, one.pos, -1)), kv)
 
 
 def _step(r, cell, x, kv, pick, route, ctx):
@@ -490,13 +500,13 @@ class _Step:
     rows = x
     if pick.index is not None:
       rows = _at(x, pick.index)
-      ctx = ctx.replace(pos=_at(ctx.pos, pick.index), tokens=_at(ctx.tokens, pick.index),
-                        seg=None if ctx.seg is None else _at(ctx.seg, pick.index))
+      ctx = dataclasses.replace(ctx, pos=_at(ctx.pos, pick.index), tokens=_at(ctx.tokens, pick.index),
+                                seg=None if ctx.seg is None else _at(ctx.seg, pick.index))
     if kv is None:  # tokens that are not taken keep to themselves
       seg = 0 if ctx.seg is None else ctx.seg
-      ctx = ctx.replace(seg=2 * seg + (~taken).astype(jnp.int32))
+      ctx = dataclasses.replace(ctx, seg=2 * seg + (~taken).astype(jnp.int32))
     else:  # they write nothing
-      ctx = ctx.replace(pos=jnp.where(taken, ctx.pos, -1))
+      ctx = dataclasses.replace(ctx, pos=jnp.where(taken, ctx.pos, -1))
     y, kv = cell.core(rows, ctx, None, kv)
     new = cell.router.blend(rows, y, pick, self.route, self.r).astype(x.dtype)
     new = jnp.where(taken[..., None], new, rows)

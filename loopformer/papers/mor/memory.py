@@ -48,9 +48,9 @@ class Compact:
     used = (own.pos[0] >= 0).sum(-1, keepdims=True)
     return taken & (used + jnp.cumsum(taken, -1) <= own.length)
 
-  def update(self, kv: tuple[KV, ...], ctx: Context, layer: Array, k: Array, v: Array):
+  def update(self, kv: KV | tuple[KV, ...], ctx: Context, layer: Array, k: Array, v: Array) -> Any:
     """As PerLoop.update, which serves outside the loop; tokens without a place have a position of -1 by now."""
-    if ctx.step is None:
+    if isinstance(kv, KV):
       return memories.PerLoop().update(kv, ctx, layer, k, v)
     step = _step(ctx)
     own, stored = kv[step], ctx.pos >= 0

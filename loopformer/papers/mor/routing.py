@@ -7,6 +7,7 @@ as a run of the configuration, that of the pass which training makes:
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Iterable
 
@@ -32,7 +33,7 @@ class AsTrained:
     """As exits.Final.run."""
     trace = learning(model, params, batch, plan, self.seed)
     steps = jnp.broadcast_to(plan.steps if plan.active is None else plan.active.sum(0), trace.z.shape[:1])
-    return trace.replace(steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
+    return dataclasses.replace(trace, steps=steps, aux={'ran': steps.max()}), make_readout(model, params, batch)
 
 
 def learning(model: Any, params: Params, batch: Batch, plan: Plan, seed: int = 0) -> Trace:
@@ -62,7 +63,7 @@ def routing(model: Any, params: Params, batches: Iterable[Batch], plan: Plan) ->
     entropy: a number, nats, of where in a sequence the last recursion's tokens lie; log T if anywhere alike.
     load: the part of tokens whose last recursion it is, in answers; MaxVio: a number, (most - mean) / mean of these.
   """
-  total = {}
+  total: dict[str, Any] = {}
   for batch in batches:
     for name, value in jax.device_get(_sums(model, params, batch, plan)).items():
       total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)

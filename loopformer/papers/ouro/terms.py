@@ -63,7 +63,9 @@ class Improvement(Term):
                         "the term the cell's gate")
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
-    xs_KBTD = jax.lax.stop_gradient(whole(rolls, self.roll).xs)
+    trace = whole(rolls, self.roll)
+    assert trace.xs is not None
+    xs_KBTD = jax.lax.stop_gradient(trace.xs)
     targets_KBT = jnp.broadcast_to(batch['targets'], xs_KBTD.shape[:-1])
     ce_KBT = token_nll(readout.read(xs_KBTD), readout.table, targets_KBT, self.chunk, readout.dtype)
     goes_on = jax.nn.sigmoid(self.slope * (jnp.maximum(ce_KBT[:-1] - ce_KBT[1:], 0) - self.least))

@@ -15,6 +15,8 @@ reads all tokens; there are no norms.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,8 @@ class _State:
 def model(vertices: int) -> Looped:
   """The model for graphs of so many vertices; ConfigError where it is no whole number, 1 or more."""
   n = whole('vertices', vertices, 1, 64, why='there are n^3 fillers')
-  attn = SelfAttention(heads=HEADS, head=2 * n + 1, kernel=AveragingHard(masked=False))
+  kernel: Any = AveragingHard(masked=False)  # none of those that SelfAttention can be trained with
+  attn = SelfAttention(heads=HEADS, head=2 * n + 1, kernel=kernel)
   block = Block(attn=attn, mlp=MLP(hidden=UNITS, activation=jax.nn.relu), norm=Identity())
   width = _State(n).width
   return Looped(read_in=TokenEmbed(vocab=3, width=width, length=n ** 2 + n ** 3), cell=Plain(Stack(block, 2)),

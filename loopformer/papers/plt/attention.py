@@ -98,7 +98,7 @@ class GatedAttention(nn.Module):
     the axis `heads`."""
     return (q, k, v) if self.position is None else self.position.augment_qk(q, k, v, pos, heads)
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: float) -> float:
     """Floating-point operations a token, forward, of a first loop."""
     return attention_flops(self, width, length)
 

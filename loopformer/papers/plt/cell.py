@@ -9,6 +9,7 @@ token do not depend on each other, so that it is decoded by one pass of the laye
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -135,14 +136,15 @@ class Shifted(Cell):
     if kv is not None:
       raise ConfigError('exit: the loops of a shifted cell decode together, so that leaving early would save nothing; '
                         'decode without an exit, or with a smaller budget')
+    assert ctx.step is not None
     first, shared = self._first(e, ctx)
     return jnp.where(ctx.step.k == 0, first, self._later(x, e, shared, ctx)), None, {}
 
   # Without a cache
 
   def _first(self, e, ctx):
-    h, kept = _layers(self.core, e, ctx, streams.Opening())
-    return self.norm(h), streams.Later(*kept, self.window_left)
+    h, (k, v) = _layers(self.core, e, ctx, streams.Opening())
+    return self.norm(h), streams.Later(k, v, self.window_left)
 
   def _later(self, x, e, shared, ctx):
     before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -200,15 +202,15 @@ class Shifted(Cell):
     carried, later = cache.carried, steps - 1
     before = _carried(carried.k[:later, 0, :, 0, 0].swapaxes(0, 1), carried.pos[:later, :, 0].T, pos_BR[:, 1:])
     inputs = jnp.concatenate([e, self.mix(before, e)], 1).astype(e.dtype)
-    h, view = self.core(inputs, ctx.replace(pos=pos_BR), None, streams.Together(cache, self.window_left))
+    h, view = self.core(inputs, dataclasses.replace(ctx, pos=pos_BR), None, streams.Together(cache, self.window_left))
     states = self.norm(h)
     write = (pos_BR[:, :later] >= 0).T  # [R - 1, B]
     k = jnp.where(write[..., None], states[:, :later].swapaxes(0, 1), carried.k[:later, 0, :, 0, 0])
-    carried = carried.replace(k=carried.k.at[:later, 0, :, 0, 0].set(k.astype(carried.k.dtype)),
-                              pos=carried.pos.at[:later, :, 0].set(
-                                  jnp.where(write, ctx.pos[:, 0], carried.pos[:later, :, 0])))
+    carried = dataclasses.replace(carried, k=carried.k.at[:later, 0, :, 0, 0].set(k.astype(carried.k.dtype)),
+                                  pos=carried.pos.at[:later, :, 0].set(
+                                      jnp.where(write, ctx.pos[:, 0], carried.pos[:later, :, 0])))
     last = jnp.take_along_axis(states, jnp.maximum(depth_B - 1, 0)[:, None, None], 1)
-    return _chosen(depth_B > 0, last, x), view.cache.replace(carried=carried)
+    return _chosen(depth_B > 0, last, x), dataclasses.replace(view.cache, carried=carried)
 
   def _chunk(self, x, e, steps, depth_B, ctx, cache):
     """x, e [B, T, D]: loop after loop over several tokens, that follow those in the cache."""
@@ -217,11 +219,11 @@ class Shifted(Cell):
     def of_loop(k):
       runs = k < depth_B
       row = Step(t=jnp.float32(0), dt=jnp.float32(0), active=None, k=k)
-      return runs, ctx.replace(step=row, pos=jnp.where(runs[:, None], ctx.pos, -1))
+      return runs, dataclasses.replace(ctx, step=row, pos=jnp.where(runs[:, None], ctx.pos, -1))
 
     def finish(cell, h, x, runs, own, cache, k):
       new = _chosen(runs, cell.norm(h), x)
-      return new, cache.replace(carried=_carry(cache.carried, new, own.pos, k)), k + 1
+      return new, dataclasses.replace(cache, carried=_carry(cache.carried, new, own.pos, k)), k + 1
 
     def body(cell, carry):
       x, cache, k = carry
@@ -288,5 +290,5 @@ def _carry(carried, x, pos, k):
   last = jnp.take_along_axis(pos, at[:, None], 1)[:, 0]
   row = jnp.where(last >= 0, jnp.arange(batch), batch)  # out of range, and dropped
   state = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
-  return carried.replace(k=carried.k.at[k, 0, row, 0, 0].set(state.astype(carried.k.dtype), mode='drop'),
-                         pos=carried.pos.at[k, row, 0].set(last, mode='drop'))
+  return dataclasses.replace(carried, k=carried.k.at[k, 0, row, 0, 0].set(state.astype(carried.k.dtype), mode='drop'),
+                             pos=carried.pos.at[k, row, 0].set(last, mode='drop'))

@@ -11,7 +11,8 @@ and `LaterPrompt` for a chunk of tokens, `Together` for all loops of one token. 
 """
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NoReturn
 
 from flax import struct
 import jax
@@ -56,25 +57,26 @@ class Streams(memories.Slotted):
   def __post_init__(self):
     check_window(self.window_left, 'memory.')
 
-  def fill_skipped(self, kv: Cache, pos: Array, last: Array) -> Cache:
+  def fill_skipped(self, kv: Cache, pos: Array, last: Array) -> NoReturn:
     """As slots: the loops of a token run together, and none is left out."""
     self.slots(0)
 
-  def slots(self, loops: int) -> int:
+  def slots(self, loops: int) -> NoReturn:
     """Raises ConfigError: `loop.run` asks, and its steps are no streams."""
     raise ConfigError(f'model.memory = {self}: keeps windows of the later loops and states between tokens, which the '
                       'shifted cell alone can use (cells/cell.py); use PerLoop()')
 
   def make(self, loops: int, layers: int, batch: int, length: int, groups: int, head: int, dtype: Any,
-           width: int) -> Cache:
-    """An empty cache for plans of up to `loops` steps."""
+           width: int | None = None) -> Cache:
+    """An empty cache for plans of up to `loops` steps. width: that of the states, which it keeps."""
+    assert width is not None
     if loops < 1:
       raise ConfigError(f'loops = {loops}: a cache serves 1 loop or more')
     places = min(self.window_left + 1, length)
     carried = memories.empty(loops - 1, 1, batch, 1, 1, width, jnp.float32, layouts.HeadsFirst())
     return Cache(first=memories.empty(1, layers, batch, length, groups, head, dtype),
                  rings=memories.empty(loops - 1, layers, batch, places, groups, head, dtype),
-                 carried=carried.replace(v=carried.v[..., :0]))
+                 carried=dataclasses.replace(carried, v=carried.v[..., :0]))
 
   def update(self, kv: KV, ctx: Context, layer: Array, k: Array, v: Array) -> memories.Exchanged:
     """Of prelude, coda and the first loop: a place for every position."""
@@ -108,7 +110,8 @@ class Later:
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
     check_causal(attn.kernel.causal, 'model.cell = Shifted')
-    own = banded(*attn.extended(q, k, v, ctx.pos), ctx.seg, self.window_left)[..., :q.shape[-1]]
+    wide_q, wide_k, wide_v = attn.extended(q, k, v, ctx.pos)
+    own = banded(wide_q, wide_k, wide_v, ctx.seg, self.window_left)[..., :q.shape[-1]]
     return mixed(gate(q), _causal(attn, q, self.k, self.v, ctx), own), None
 
 
@@ -171,7 +174,8 @@ class Prompt:
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
     first, k, v, pos_BS = memories.First().update(self.cache.first, ctx, layer, k, v)
-    return _placed(attn, q, k, v, ctx.pos, pos_BS, None), self.replace(cache=self.cache.replace(first=first))
+    cache = dataclasses.replace(self.cache, first=first)
+    return _placed(attn, q, k, v, ctx.pos, pos_BS, None), dataclasses.replace(self, cache=cache)
 
 
 @struct.dataclass
@@ -197,7 +201,7 @@ class LaterPrompt:
     last = ctx.pos.max(-1, keepdims=True)
     pos = jnp.where(ctx.pos > last - rings.length, ctx.pos, -1)
     rings = _put(rings, slot, layer, jnp.arange(len(pos))[:, None], pos, k, v)
-    return mixed(gate(q), shared, own), self.replace(cache=self.cache.replace(rings=rings))
+    return mixed(gate(q), shared, own), dataclasses.replace(self, cache=dataclasses.replace(self.cache, rings=rings))
 
 
 @struct.dataclass
@@ -207,21 +211,23 @@ class Together:
   window_left: int = struct.field(pytree_node=False)
 
   def attend(self, attn, q, k, v, ctx, layer, gate):
-    first, k1, v1, pos_BS = memories.First().update(self.cache.first, ctx.replace(pos=ctx.pos[:, :1]), layer, k[:, :1],
-                                                    v[:, :1])
+    token = dataclasses.replace(ctx, pos=ctx.pos[:, :1])
+    first, k1, v1, pos_BS = memories.First().update(self.cache.first, token, layer, k[:, :1], v[:, :1])
     shared = _placed(attn, q, k1, v1, ctx.pos, pos_BS, None)
-    cache, later = self.cache.replace(first=first), q.shape[1] - 1
+    cache, later = dataclasses.replace(self.cache, first=first), q.shape[1] - 1
     if not later:
-      return shared, self.replace(cache=cache)
+      return shared, dataclasses.replace(self, cache=cache)
     q_RBHd, k_RBGd, v_RBGd, pos_RB = (x[:, 1:].swapaxes(0, 1) for x in (q, k, v, ctx.pos))
     rings = _put(cache.rings, jnp.arange(later)[:, None], layer, jnp.arange(len(q))[None], pos_RB, k_RBGd, v_RBGd)
     keys, values = (rings.layout.of_heads(jax.lax.dynamic_index_in_dim(entries[:later], layer, 1, keepdims=False))
                     for entries in (rings.k, rings.v))  # [R - 1, B, G, w + 1, d]
-    own = _placed(attn, *(_merged(x) for x in (q_RBHd[:, :, None], keys, values, pos_RB[..., None],
-                                               rings.pos[:later])), self.window_left)
+    queries, keys, values, pos, places = (_merged(x) for x in (q_RBHd[:, :, None], keys, values, pos_RB[..., None],
+                                                               rings.pos[:later]))
+    own = _placed(attn, queries, keys, values, pos, places, self.window_left)
     own = own.reshape(q_RBHd.shape).swapaxes(0, 1)
     out = mixed(gate(q)[:, 1:], shared[:, 1:], own)
-    return jnp.concatenate([shared[:, :1], out], 1), self.replace(cache=cache.replace(rings=rings))
+    cache = dataclasses.replace(cache, rings=rings)
+    return jnp.concatenate([shared[:, :1], out], 1), dataclasses.replace(self, cache=cache)
 
 
 def _placed(attn, q, k, v, pos_BT, pos_BS, left):
@@ -232,7 +238,8 @@ def _placed(attn, q, k, v, pos_BT, pos_BS, left):
   mask_BTS = (pos_BS[:, None] >= 0) & (pos_BS[:, None] <= pos_BT[..., None])
   if left is not None:
     mask_BTS &= pos_BT[..., None] - pos_BS[:, None] <= left
-  return read(*attn.extended(q, k, v, pos_BS, heads=1), mask_BTS)[..., :head]
+  q, k, v = attn.extended(q, k, v, pos_BS, heads=1)
+  return read(q, k, v, mask_BTS)[..., :head]
 
 
 def _put(rings, slot, layer, row, pos, k, v):
@@ -240,7 +247,7 @@ def _put(rings, slot, layer, row, pos, k, v):
   place = jnp.where(pos < 0, rings.length, pos % rings.length)
   k, v = (rings.layout.put(cache, (slot, layer, row, place), new, mode='drop')
           for cache, new in ((rings.k, k), (rings.v, v)))
-  return rings.replace(k=k, v=v, pos=rings.pos.at[slot, row, place].set(pos, mode='drop'))
+  return dataclasses.replace(rings, k=k, v=v, pos=rings.pos.at[slot, row, place].set(pos, mode='drop'))
 
 
 def _layer(entries, index):

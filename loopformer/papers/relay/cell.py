@@ -1,6 +1,7 @@
 """The cell of RELAY: a second head, that shows a round of the solution after every step."""
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -46,8 +47,9 @@ class Showing(Around):
     return self.inner.flops(width, length, steps) + steps * 2.0 * width * self.head.outputs
 
   def __call__(self, x: Any, e: Array, ctx: Context, kv: Any) -> tuple[Any, Any, dict]:
+    assert ctx.step is not None
     inner, rounds = (None, {}) if ctx.step.precomputed is None else ctx.step.precomputed
-    x, kv, aux = self.inner(x, e, ctx.replace(step=ctx.step.replace(precomputed=inner)), kv)
+    x, kv, aux = self.inner(x, e, dataclasses.replace(ctx, step=dataclasses.replace(ctx.step, precomputed=inner)), kv)
     logits = self.head(self.output(x))
     if not rounds:
       return x, kv, {**aux, SHOWN: logits.argmax(-1).astype(jnp.int32)}

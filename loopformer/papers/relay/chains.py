@@ -53,7 +53,8 @@ def by_loop(model: Any, params: Params, form: Rounds, problems: Sequence[Problem
     rounds, answers = jax.device_get(shown(model, params, batch, form.most))
     for place, problem in enumerate(some):
       steps = len(problem.rounds) if rounds is not None else 0
-      written.append(form.read(problem, rounds[:steps, place] if steps else (), int(answers[place])))
+      own = rounds[:steps, place] if steps else np.zeros((0, 0), np.int32)
+      written.append(form.read(problem, own, int(answers[place])))
   return written
 
 
@@ -113,7 +114,8 @@ def filled(table: Table, of: Any, stream: Any, write: Writer, keep: Callable[[Pr
   for task, counts in table.items():
     for size, count in counts.items():
       whole(f'table[{task!r}][{size}]', count, 1)
-      source, kept, tried = draws(of, stream, size, task), [], 0
+      source, tried = draws(of, stream, size, task), 0
+      kept: list[Any] = []
       while len(kept) < count and tried < tries * count:
         some = [next(source) for _ in range(min(rows, tries * count - tried))]
         kept += [written for problem, written in zip(some, write(some))

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+import dataclasses
+
 from loopformer import plans
 from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass
 
@@ -34,4 +36,4 @@ class RoundByRound(Planner):
       raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rounds} rounds; a plan has a row '
                         f'for each, set RoundByRound.most to {rounds}')
     plan = plans.Given(most=self.most)(context)
-    return plan.replace(rows={name: jnp.swapaxes(context.batch[name], 0, 1) for name in (ROUNDS, WEIGHTS)})
+    return dataclasses.replace(plan, rows={name: jnp.swapaxes(context.batch[name], 0, 1) for name in (ROUNDS, WEIGHTS)})
