@@ -186,7 +186,8 @@ def params(model: Looped):
 
 
 def roles_of(tree) -> Roles:
-  """Roles in a tree that no model has made: what is called a kernel is a projection, what lies in a block has layers."""
+  """Roles in a tree that no model has made: what is called a kernel is a projection, what lies in a block has layers.
+  """
   paths = [tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   return Roles({path: Role(dtype='float32' if path[-1] == 'kernel' else None, layered='block' in path)
                 for path in paths})

@@ -1,10 +1,10 @@
 """What an earlier version wrote is read: work folders with their checkpoints, and an export.
 
 tests/fixtures/before_the_second_foundation.tar.gz was written on 2026-11-29 by the version before cells stood around
-cells and projections were parts: the rows `loopformer` and `ouro` of tests/parts.py as it was then, with the logits that
-they gave. before_the_layout.tar.gz was written on the same day by commit 7d41941, the last before modules moved into
-folders: one run of each of five configurations, two of which define parts in the configuration file itself, a copy of
-which lies in the folder; with some columns of the states that their heads read.
+cells and projections were parts: the rows `loopformer` and `ouro` of tests/parts.py as it was then, with the logits
+that they gave. before_the_layout.tar.gz was written on the same day by commit 7d41941, the last before modules moved
+into folders: one run of each of five configurations, two of which define parts in the configuration file itself, a copy
+of which lies in the folder; with some columns of the states that their heads read.
 """
 import importlib
 import json

@@ -18,7 +18,8 @@ from tests import parts
 
 
 class Odd(nn.Module):
-  """A layer of somebody else's, whose parameters have the names that meant something else before roles were declared."""
+  """A layer of somebody else's, whose parameters have the names that meant something else before roles were declared.
+  """
   dtype = 'bfloat16'
   layers = 1
   modulated, viewed = False, False

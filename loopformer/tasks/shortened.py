@@ -55,8 +55,8 @@ class _Told:
 
 @config_dataclass
 class Selected(_Told):
-  """Of T rounds those at i (T - 1) / (rounds - 1), rounded down: all where T is no more, the first where `rounds` is 1, none
-  where it is 0."""
+  """Of T rounds those at i (T - 1) / (rounds - 1), rounded down: all where T is no more, the first where `rounds` is 1,
+  none where it is 0."""
   of: Any
   rounds: int
 

@@ -300,7 +300,7 @@ def test_longest_plan_and_arithmetic():
   np.testing.assert_allclose(objective.flops(model, T), 3 * (2 * one + (8 - 1 + 4 - 1) * (two - one)))
 
 
-# In somebody's own loop ------------------------------------------------------------------------------------------------
+# In somebody's own loop -----------------------------------------------------------------------------------------------
 
 CROSS = {'lm': Weighted(1.0, CE(roll='all'))}
 OWN = {
