@@ -39,8 +39,7 @@ WHOLE = ('loopformer:pointers', 'masked_diffusion:cpu', 'masked_diffusion:cpu,lo
 def train(folder: Path, mesh: str, steps: int, names: list[str]):
   """Trains every configuration in a folder of its own; what was logged, or the error, goes to told.json."""
   from loopformer import config as configs
-  from loopformer.training import metrics
-  from loopformer.training import train as training
+  from loopformer.training import metrics, train as training
   told = {}
   sizes = [f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh.split('x'))]
   short = [f'train.steps={steps}', 'train.log_every=1', 'train.eval_batches=1',

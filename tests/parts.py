@@ -26,8 +26,19 @@ from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import Head, TokenEmbed, Tokens
 from loopformer.nn.inject import Add, Concat, Diagonal, NoInjection
 from loopformer.nn.kernels import Blockwise, Fused
-from loopformer.nn.layers import (MLP, AcrossHeads, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm,
-                                  gelu_tanh, squared_relu)
+from loopformer.nn.layers import (
+  MLP,
+  AcrossHeads,
+  GatedMLP,
+  Identity,
+  LayerNorm,
+  Linear,
+  Normal,
+  RMSNorm,
+  UnitNorm,
+  gelu_tanh,
+  squared_relu,
+)
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.papers.loopus.cell import ConfidenceHead, Selective

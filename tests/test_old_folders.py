@@ -17,12 +17,12 @@ import pytest
 
 import loopformer
 from loopformer import config as configs, moved, plans, types
+from loopformer.convert import from_pretrained
+from loopformer.model import parameter_roles, run_batch
 from loopformer.nn.blocks import PeriNorm, SandwichNorm
 from loopformer.nn.layers import MLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.training.checkpoint import Checkpoints, abstract
-from loopformer.convert import from_pretrained
-from loopformer.model import parameter_roles, run_batch
 from loopformer.training.step import init_state
 from tests import parts
 

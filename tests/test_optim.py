@@ -10,7 +10,18 @@ import pytest
 from loopformer import config as configs, optim, sharding
 from loopformer.model import parameter_roles
 from loopformer.nn.layers import ByProjection, Orthogonal, unfused_kernel
-from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, WSD, WarmupCosine, routes, scale_by_atan
+from loopformer.optim import (
+  WSD,
+  AdamW,
+  AtanAdam,
+  CountState,
+  Muon,
+  Reset,
+  Switched,
+  WarmupCosine,
+  routes,
+  scale_by_atan,
+)
 from loopformer.roles import Role, Roles
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError

@@ -12,7 +12,7 @@ from loopformer.inference.flat import flattened
 from loopformer.model import parameter_roles
 from loopformer.nn.layers import Dense, Linear, Normal, RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.optim import AdamW, AtanAdam, Muon, WSD
+from loopformer.optim import WSD, AdamW, AtanAdam, Muon
 from loopformer.roles import Role
 from tests import parts
 

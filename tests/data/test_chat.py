@@ -11,8 +11,17 @@ import loopformer
 from loopformer.convert import export
 from loopformer.convert.pretrained import read_tokenizer
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, before_text, load_tokenizer,
-                                       prompt_ids, start_of)
+from loopformer.data.tokenizer import (
+  END,
+  ByteTokenizer,
+  JsonTokenizer,
+  PieceTokenizer,
+  TrainedPieces,
+  before_text,
+  load_tokenizer,
+  prompt_ids,
+  start_of,
+)
 from loopformer.inference.engine import Engine
 from loopformer.types import ConfigError
 from tests import chats, parts

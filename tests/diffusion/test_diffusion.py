@@ -11,8 +11,22 @@ import pytest
 
 from loopformer.diffusion import noise, orders
 from loopformer.diffusion.measures import Bound
-from loopformer.diffusion.orders import (Ancestral, ByChance, Cap, Doubtful, Kept, LeastEntropy, LeftToRight, Likeliest, Looping,
-                                         Margin, OfDrawn, Ranked, Rescale, Resampling)
+from loopformer.diffusion.orders import (
+  Ancestral,
+  ByChance,
+  Cap,
+  Doubtful,
+  Kept,
+  LeastEntropy,
+  LeftToRight,
+  Likeliest,
+  Looping,
+  Margin,
+  OfDrawn,
+  Ranked,
+  Resampling,
+  Rescale,
+)
 from loopformer.diffusion.sampler import begun, denoise, guided
 from loopformer.inference.sampling import controls
 from loopformer.tasks.sudoku import START, Sudoku, all_grids, valid

@@ -15,7 +15,6 @@ from experiments.studies import denoising as study, denoising_words
 from experiments.tools import ahead
 import loopformer
 from loopformer import config as configs, memories, plans
-from loopformer.loop import Last
 from loopformer.api import Loaded
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
@@ -30,6 +29,7 @@ from loopformer.diffusion.terms import NELBO
 from loopformer.inference import harness
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import Answers
+from loopformer.loop import Last
 from loopformer.model import Looped, init_params, parameter_shapes
 from loopformer.nn.embed import Head, TokenEmbed, Vectors
 from loopformer.nn.inject import Add

@@ -7,8 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from loopformer.data.tokenizer import (BROKEN, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, anchor,
-                                       continuation)
+from loopformer.data.tokenizer import (
+  BROKEN,
+  ByteTokenizer,
+  JsonTokenizer,
+  PieceTokenizer,
+  TrainedPieces,
+  anchor,
+  continuation,
+)
 from loopformer.inference.engine import Engine
 from loopformer.inference.harness import Scorer
 from loopformer.inference.measures import text_bytes

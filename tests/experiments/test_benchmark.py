@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as benchmark, compile, decode, floor, growth, imported, memory, plain, sizes, train
+from experiments.benchmark import (
+  __main__ as benchmark,
+  compile,
+  decode,
+  floor,
+  growth,
+  imported,
+  memory,
+  plain,
+  sizes,
+  train,
+)
 from experiments.configs import loopformer as configuration
 from loopformer import loop, plans
 from loopformer.model import init_params, parameter_shapes

@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from experiments.configs import loopformer as paper
-from loopformer import config as configs
-from loopformer import sharding
+from loopformer import config as configs, sharding
 from loopformer.model import parameter_count
 from loopformer.roles import Role
 from tests import parts

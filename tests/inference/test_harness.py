@@ -24,8 +24,7 @@ from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import ByteTokenizer, TrainedPieces
 from loopformer.inference import exits, harness
 from loopformer.inference.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
-from loopformer.nn.kernels import Bidirectional
-from loopformer.nn.kernels import Fused
+from loopformer.nn.kernels import Bidirectional, Fused
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import parts

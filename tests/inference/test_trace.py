@@ -11,24 +11,24 @@ import pytest
 
 import loopformer
 from loopformer import plans
-from loopformer.inference import tracing
-from loopformer.inference.tracing import Insight
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.diffusion.sampler import Denoising
+from loopformer.inference import tracing
+from loopformer.inference.tracing import Insight
 from loopformer.model import Looped
 from loopformer.nn import kernels
 from loopformer.nn.embed import Head, TokenEmbed
 from loopformer.nn.stack import Stack
-from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.padded.attention import AveragingHard
 from loopformer.tasks.imported import Imported
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
 from tests.experiments.test_cli import run_here
-from tests.parts import D, ROWS, T, V, batch, close, looped, over, params, plain, tokens
+from tests.parts import ROWS, D, T, V, batch, close, looped, over, params, plain, tokens
 
 LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(),
                 loops=2)

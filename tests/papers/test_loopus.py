@@ -34,7 +34,7 @@ from loopformer.training.train import train
 from loopformer.types import ConfigError, PlanContext
 from tests import parts
 from tests.data.test_data import write_corpus
-from tests.parts import D, ROWS, T, V, close, forward, params, tokens
+from tests.parts import ROWS, D, T, V, close, forward, params, tokens
 
 MODEL = parts.looped(ROWS['loopus'].model.cell.clone(of=Selective(parts.plain(1))), prelude=parts.stack(1),
                      coda=parts.stack(1), read_out=Head(outputs=V), read_in=parts.nowhere())

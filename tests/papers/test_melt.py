@@ -21,13 +21,13 @@ from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
 from loopformer.model import init_params, make_readout, parameter_count, parameter_roles, run_batch
 from loopformer.nn import stack as stacks
-from loopformer.nn.embed import Head
 from loopformer.nn.blocks import Chain
+from loopformer.nn.embed import Head
 from loopformer.nn.layers import Identity, RMSNorm
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Own, Rollout, Weighted
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.melt import cell as cells
 from loopformer.papers.melt.attention import Constant, Elementwise, Flight, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest

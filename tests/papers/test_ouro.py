@@ -26,7 +26,7 @@ from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import Linear, RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh

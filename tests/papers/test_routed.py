@@ -17,10 +17,25 @@ from loopformer.loop import Every
 from loopformer.model import make_readout, parameter_count
 from loopformer.nn.layers import Normal
 from loopformer.nn.positions import Rotary
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.mor import routing
-from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
-                                        Moved, Open, Routed, Sigmoid, Softmax, Threshold, TokenChoice, TopK)
+from loopformer.papers.mor.cell import (
+  AtExit,
+  Auxiliary,
+  Chance,
+  EveryStep,
+  ExpertChoice,
+  LinearScore,
+  MLPScore,
+  Moved,
+  Open,
+  Routed,
+  Sigmoid,
+  Softmax,
+  Threshold,
+  TokenChoice,
+  TopK,
+)
 from loopformer.papers.mor.memory import Compact
 from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.roles import Roles

@@ -15,7 +15,7 @@ from loopformer.diffusion.noise import Masking
 from loopformer.diffusion.sampler import Denoising
 from loopformer.diffusion.terms import NELBO
 from loopformer.inference import evaluate, exits, measures, sampler
-from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
+from loopformer.nn import attention, blocks, embed, inject, kernels, layers, low_rank, positions
 from loopformer.papers.ccdd.blocks import TwoStreams
 from loopformer.papers.ccdd.cell import Doubled, Summed
 from loopformer.papers.ccdd.measures import JointBound

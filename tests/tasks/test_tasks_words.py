@@ -12,8 +12,19 @@ from loopformer import config as configs, plans
 from loopformer.tasks.arithmetic import LeftToRight
 from loopformer.tasks.generated import Double, Generated, Grow
 from loopformer.tasks.reasoning import Chain, Slots
-from loopformer.tasks.words import (AB, NO_AA_BB, PARITY, Alternating, Automaton, Cyclic, Prefixes, Regular, Symmetric,
-                                    Word, products)
+from loopformer.tasks.words import (
+  AB,
+  NO_AA_BB,
+  PARITY,
+  Alternating,
+  Automaton,
+  Cyclic,
+  Prefixes,
+  Regular,
+  Symmetric,
+  Word,
+  products,
+)
 from loopformer.types import ConfigError
 from tests import parts
 

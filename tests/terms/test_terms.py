@@ -20,7 +20,7 @@ from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import ShortcutConsistency
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
-from loopformer.types import ConfigError, PlanContext, Plan, Readout, Trace
+from loopformer.types import ConfigError, Plan, PlanContext, Readout, Trace
 from tests import parts
 from tests.parts import ROWS, D, L, T, V, close, over, params
 

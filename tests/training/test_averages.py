@@ -11,7 +11,7 @@ import pytest
 import loopformer
 from loopformer import config as configs
 from loopformer.model import parameter_roles
-from loopformer.optim import AdamW, WSD, WarmupCosine
+from loopformer.optim import WSD, AdamW, WarmupCosine
 from loopformer.training import averages
 from loopformer.training.averages import Averaged, AveragedState
 from loopformer.training.frozen import Freeze

@@ -15,7 +15,6 @@ from loopformer.papers.ccdd.prepare import Apart, Slower, Together
 from loopformer.papers.ccdd.process import DDIM, DDPM, VP, Flow, Quadratic
 from loopformer.types import Array, ConfigError, Params, Plan, config_dataclass, whole
 
-
 LEAST = 1e-3  # time of tokens and latents but for their end; training has none before it
 
 
