@@ -9,8 +9,19 @@ import jax.numpy as jnp
 
 from loopformer import loop
 from loopformer.model import Looped, make_readout, run_batch
-from loopformer.types import (Array, Batch, ConfigError, Params, PlanContext, Planner, Preparation, Teacher, Term, Trace,
-                              config_dataclass)
+from loopformer.types import (
+  Array,
+  Batch,
+  ConfigError,
+  Params,
+  PlanContext,
+  Planner,
+  Preparation,
+  Teacher,
+  Term,
+  Trace,
+  config_dataclass,
+)
 
 
 @config_dataclass

@@ -6,8 +6,10 @@ from loopformer.data.tokenizer import ALPHABET, END, byte_level_bpe
 IDS = {END: 256, '<|im_start|>': 257, '<|im_end|>': 258}
 VOCAB = 259
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + "
-          "'<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-MARKED = CHATML.replace("message['content'] | trim + '<|im_end|>' + '\\n' }}", "'' }}{% if message['role'] == 'assistant' %}"
+          "'<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|im_start|>assistant\\n' }}{% endif %}")
+MARKED = CHATML.replace("message['content'] | trim + '<|im_end|>' + '\\n' }}",
+                        "'' }}{% if message['role'] == 'assistant' %}"
                         "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}{% else %}"
                         "{{ message['content'] | trim + '<|im_end|>' }}{% endif %}{{ '\\n' }}")
 # As Qwen3's: what was thought stands before the last answer alone.

@@ -48,7 +48,8 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'coll
 
 def optimizer(model):
   # A large clip, so that the update shows the gradient's size, and a large eps, so that it is smooth in it.
-  return AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=2), clip=1e3, eps=1e-2).make(10, parameter_roles(model))
+  return AdamW(schedule=WarmupCosine(peak=1e-2, end=1e-3, warmup=2), clip=1e3, eps=1e-2).make(
+      10, parameter_roles(model))
 
 
 def alone(setup: str, accumulate: int) -> str:
@@ -159,8 +160,10 @@ def compare(ours, theirs) -> float:
 
 
 def kernels(devices) -> dict[str, dict]:
-  """What a kernel that no partitioner divides sees of rows and heads on a device, and how far its results are from those
-  of one device. What runs in the place of cuDNN's and of splash attention is plain attention, with their arguments."""
+  """What a kernel that no partitioner divides sees of rows and heads on a device, and how far its results are from
+  those of one device. What runs in the place of cuDNN's and of splash attention is plain attention, with their
+  arguments.
+  """
   mesh = Mesh(data=2, fsdp=2, tensor=2).make(devices)
   found, seen = {}, []
 
@@ -278,7 +281,8 @@ def main():
     state, rows = state_on(mesh, SETUPS[setup][0]), sharding.put_batch(batch, mesh)
     text = step_on(mesh, accumulate, MANY, setup).lower(state, rows).compile().as_text()
     divided = sum('fsdp' in tuple(partition) for partition in jax.tree.leaves(
-        sharding.specs(state.params, mesh, parameter_roles(SETUPS[setup][0])), is_leaf=lambda leaf: isinstance(leaf, P)))
+        sharding.specs(state.params, mesh, parameter_roles(SETUPS[setup][0])),
+        is_leaf=lambda leaf: isinstance(leaf, P)))
     report['collectives'][f'{setup} {data}x{fsdp}x{tensor}/{accumulate} {MANY}'] = {
         **collectives(text, mesh), 'divided': divided}
   report['kernels'], report['staged'] = kernels(devices), staged(devices)

@@ -43,8 +43,8 @@ DENOISER = parts.looped(parts.recur(Add(), Stack(parts.block(RMSNorm(), kernel=B
                         read_in=TokenEmbed(vocab=parts.V + 1, width=parts.D, length=32), read_out=Head(outputs=parts.V),
                         sampler=Denoising())
 LOOPS = 4
-PROMPTS = ([1, 2, 3], [7], list(range(4, 20)), [9, 9], [], [3, 1, 2], [5] * 7, [11], [1, 2, 3, 4], list(range(4, 20)) + [8],
-           [2, 7])  # more than rows, of unlike lengths, one of them the beginning of another
+PROMPTS = ([1, 2, 3], [7], list(range(4, 20)), [9, 9], [], [3, 1, 2], [5] * 7, [11], [1, 2, 3, 4],
+           list(range(4, 20)) + [8], [2, 7])  # more than rows, of unlike lengths, one of them the beginning of another
 MESHES = {'rows': dict(data=4, fsdp=2), 'all': dict(data=2, fsdp=2, tensor=2)}
 
 

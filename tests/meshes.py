@@ -2,10 +2,10 @@
 
     python -m tests.meshes [--mesh=2x2x2] [--steps=2] [CONFIG:ARGUMENTS ...]
 
-Eight CPU devices are simulated. Of every configuration (all of WHOLE by default) the whole of training runs: data, steps,
-evaluation, saving. Prints a row a configuration, and exits with 1 where a number differs by more than sums in another
-order do, or a run fails. The balance of Mixture-of-Recursions is a product of means over a device's tokens, as in the
-released code, and differs by construction: its token choice is compared without.
+Eight CPU devices are simulated. Of every configuration (all of WHOLE by default) the whole of training runs: data,
+steps, evaluation, saving. Prints a row a configuration, and exits with 1 where a number differs by more than sums in
+another order do, or a run fails. The balance of Mixture-of-Recursions is a product of means over a device's tokens, as
+in the released code, and differs by construction: its token choice is compared without.
 """
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ROOT = Path(__file__).parents[1]
 DEVICES = 8
 TOLERANCE = 2e-3  # relative: the first steps of Adam have the size of the rate, whatever that of the gradient
 TIMED = ('tokens_per_s', 'mfu', 'seconds', 'memory')
-WHOLE = ('loopformer:pointers', 'masked_diffusion:cpu', 'masked_diffusion:cpu,loops=2,consistency=0.1,time=1', 'ccdd:cpu',
-         'ccdd:cpu,kind=moe,source=corrupted,times=apart', 'ccdd:cpu,kind=mmdit', 'padded:cpu,task=connectivity,fillers=n^2',
-         'padded:cpu,loops=log,lengths=doubling', 'cot_or_loop:cpu', 'cot_or_loop:cpu,kind=thought,steps=3',
-         'cot_or_loop:cpu,kind=timed', 'relay:cpu', 'loopus:cpu', 'leaderboard:cpu,system=shift', 'mor:tiny',
-         'mor:tiny,kind=token,balance=free', 'plt:tiny', 'melt:cpu', 'ouro:pointers', 'pondernet', 'act', 'parcae:cpu',
-         'huginn:cpu', 'algoformer:cpu', 'looped_icl:cpu', 'timestep:cpu', 'latent_thoughts:p_hop')
+WHOLE = ('loopformer:pointers', 'masked_diffusion:cpu', 'masked_diffusion:cpu,loops=2,consistency=0.1,time=1',
+         'ccdd:cpu', 'ccdd:cpu,kind=moe,source=corrupted,times=apart', 'ccdd:cpu,kind=mmdit',
+         'padded:cpu,task=connectivity,fillers=n^2', 'padded:cpu,loops=log,lengths=doubling', 'cot_or_loop:cpu',
+         'cot_or_loop:cpu,kind=thought,steps=3', 'cot_or_loop:cpu,kind=timed', 'relay:cpu', 'loopus:cpu',
+         'leaderboard:cpu,system=shift', 'mor:tiny', 'mor:tiny,kind=token,balance=free', 'plt:tiny', 'melt:cpu',
+         'ouro:pointers', 'pondernet', 'act', 'parcae:cpu', 'huginn:cpu', 'algoformer:cpu', 'looped_icl:cpu',
+         'timestep:cpu', 'latent_thoughts:p_hop')
 
 
 def train(folder: Path, mesh: str, steps: int, names: list[str]):
   """Trains every configuration in a folder of its own; what was logged, or the error, goes to told.json."""
   from loopformer import config as configs
-  from loopformer.training import metrics
-  from loopformer.training import train as training
+  from loopformer.training import metrics, train as training
   told = {}
   sizes = [f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh.split('x'))]
   short = [f'train.steps={steps}', 'train.log_every=1', 'train.eval_batches=1',
@@ -52,7 +52,8 @@ def train(folder: Path, mesh: str, steps: int, names: list[str]):
       for change in (*warmups, *short):
         config = configs.override(config, change)
       training.train(config, folder / str(index), log=lambda text: None)
-      rows = [row for row in metrics.read_rows(folder / str(index) / 'metrics.jsonl') if row['kind'] in ('train', 'eval')]
+      rows = [row for row in metrics.read_rows(folder / str(index) / 'metrics.jsonl')
+              if row['kind'] in ('train', 'eval')]
       told[name] = [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
     except Exception as error:  # told in the table, and the others go on
       told[name] = f'{type(error).__name__}: {error}'
@@ -68,10 +69,12 @@ def numbers(value, path: str = '') -> dict[str, float]:
 
 
 def apart(one: dict[str, float], other: dict[str, float]) -> tuple[float, str]:
-  """The largest difference, relative to the larger of the number and 0.1, and where it is; NaNs in one place are equal."""
+  """The largest difference, relative to the larger of the number and 0.1, and where it is; NaNs in one place are equal.
+  """
   assert one and one.keys() == other.keys(), one.keys() ^ other.keys()
   found = {name: abs(value - other[name]) / max(abs(value), 0.1) for name, value in one.items()}
-  found = {name: 0.0 if np.isnan(one[name]) and np.isnan(other[name]) else math.inf if math.isnan(difference) else difference
+  found = {name: (0.0 if np.isnan(one[name]) and np.isnan(other[name])
+                  else math.inf if math.isnan(difference) else difference)
            for name, difference in found.items()}
   where = max(found, key=found.get)
   return found[where], where

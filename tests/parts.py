@@ -26,8 +26,19 @@ from loopformer.nn.condition import LoopIndex, Modulation, Trajectory
 from loopformer.nn.embed import Head, TokenEmbed, Tokens
 from loopformer.nn.inject import Add, Concat, Diagonal, NoInjection
 from loopformer.nn.kernels import Blockwise, Fused
-from loopformer.nn.layers import (MLP, AcrossHeads, GatedMLP, Identity, LayerNorm, Linear, Normal, RMSNorm, UnitNorm,
-                                  gelu_tanh, squared_relu)
+from loopformer.nn.layers import (
+  MLP,
+  AcrossHeads,
+  GatedMLP,
+  Identity,
+  LayerNorm,
+  Linear,
+  Normal,
+  RMSNorm,
+  UnitNorm,
+  gelu_tanh,
+  squared_relu,
+)
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.papers.loopus.cell import ConfidenceHead, Selective
@@ -186,7 +197,8 @@ def params(model: Looped):
 
 
 def roles_of(tree) -> Roles:
-  """Roles in a tree that no model has made: what is called a kernel is a projection, what lies in a block has layers."""
+  """Roles in a tree that no model has made: what is called a kernel is a projection, what lies in a block has layers.
+  """
   paths = [tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   return Roles({path: Role(dtype='float32' if path[-1] == 'kernel' else None, layered='block' in path)
                 for path in paths})

@@ -316,7 +316,8 @@ def test_a_run_in_a_bucket(bucket):
   processes = 2 if bucket.startswith('s3') else 1
   workdir = storage.path(f'{bucket}/whole')
   arguments = [f'--workdir={workdir}', f'--config={Path("texts/mine.py").absolute()}:{bucket}/texts',
-               '--set=train.save_every=3', '--set=train.steps=12', '--set=train.eval_every=12', '--set=evals.budgets=(1,)']
+               '--set=train.save_every=3', '--set=train.steps=12', '--set=train.eval_every=12',
+               '--set=evals.budgets=(1,)']
   profile = ['--profile=2:2'] if processes == 1 else []
   environment = {'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3'}
   with mock.patch.dict(os.environ, environment):

@@ -207,9 +207,9 @@ def test_arguments():
 
 
 @pytest.mark.parametrize('argument', [
-    'ouro:tiny,loops=0', 'ouro:tiny,layers=-1', 'act:pointers,loops=0', 'pondernet:pointers,loops=0', 'leaderboard:cpu,loops=0',
-    'leaderboard:cpu,width=0', 'leaderboard:cpu,steps=0', 'loopus:cpu,start=there,loops=0', 'loopus:cpu,start=there,graded=0',
-    'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0'])
+    'ouro:tiny,loops=0', 'ouro:tiny,layers=-1', 'act:pointers,loops=0', 'pondernet:pointers,loops=0',
+    'leaderboard:cpu,loops=0', 'leaderboard:cpu,width=0', 'leaderboard:cpu,steps=0', 'loopus:cpu,start=there,loops=0',
+    'loopus:cpu,start=there,graded=0', 'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0'])
 def test_a_number_that_is_given_is_not_taken_for_one_that_is_left_out(argument):
   name, _, value = argument.rpartition(',')[2].partition('=')
   with pytest.raises(ConfigError, match=f'config argument {name} = {value}: must be 1 or more'):
@@ -372,7 +372,9 @@ def test_check_refuses(assignments, message):
 
 
 def test_check_refuses_what_would_end_a_run_at_its_first_evaluation():
-  """More steps than a router's recursions, or a table's rows, also within another cell; exits that the cell cannot answer."""
+  """More steps than a router's recursions, or a table's rows, also within another cell; exits that the cell cannot
+  answer.
+  """
   def evaluated(steps, exit_policy=exits.Final()):
     return Named(budgets=(1,), runs={'own': Run(plan=plans.Uniform(steps), exit=exit_policy)})
 

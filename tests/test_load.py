@@ -78,7 +78,8 @@ def test_a_model_of_symbols_is_saved_and_loaded(tmp_path):
   assert again.model == model and again.tokenizer == tokenizer
   same(again.params, weights)
   file = tmp_path / 'run/tokenizer/symbols.json'
-  for text, message in (('{}', 'it holds dict'), ('["a", 3]', 'it is no list of texts'), ('[]', 'it is no list of texts')):
+  for text, message in (('{}', 'it holds dict'), ('["a", 3]', 'it is no list of texts'),
+                        ('[]', 'it is no list of texts')):
     file.write_text(text)
     with pytest.raises(ConfigError, match=rf'symbols\.json is damaged: {message}.*; save the model again'):
       loopformer.load(tmp_path / 'run')
@@ -147,7 +148,8 @@ def test_a_saved_model_is_divided_over_a_mesh_when_it_is_loaded(sources, tmp_pat
 def test_a_rollout_runs_the_model_of_another_folder(tmp_path):
   """A teacher of another make, wider and with other layers: what is learned from it by hand, and in a run."""
   student, teacher = parts.looped(parts.plain(1)), parts.looped(
-      Normed(Stack(parts.block(RMSNorm(), heads=3), 2), RMSNorm()), read_in=TokenEmbed(vocab=parts.V, width=24, length=32))
+      Normed(Stack(parts.block(RMSNorm(), heads=3), 2), RMSNorm()),
+      read_in=TokenEmbed(vocab=parts.V, width=24, length=32))
   weights, theirs = parts.params(student), parts.params(teacher)
   folder = str(tmp_path / 'teacher')
   loopformer.Loaded(teacher, theirs, None, dataclasses.replace(CONFIG, model=teacher)).save(folder)

@@ -582,7 +582,8 @@ def test_cache_bytes_of_the_published_size():
 FAR = 33  # tokens; models of `parts` have 32 positions
 
 
-@pytest.mark.parametrize('row, refused', [('loopformer', True), ('prelude_coda', True), ('rotary', False), ('alibi', False)])
+@pytest.mark.parametrize('row, refused',
+                         [('loopformer', True), ('prelude_coda', True), ('rotary', False), ('alibi', False)])
 def test_sequences_without_positions_are_refused(row, refused):
   """In every pass; where positions are attention's, any length is read."""
   model, text = ROWS[row].model, jnp.zeros((1, FAR), jnp.int32)

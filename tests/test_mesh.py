@@ -131,12 +131,13 @@ def test_a_mesh_that_is_asked_for_must_fit(config):
     machines.mesh_of(config, ['mesh.tensor=2'], jax.devices()[:1])
 
 
-@pytest.mark.parametrize('mode', [['--mode=eval'], ['--mode=generate'], ['--mode=harness', '--tasks=x']], ids=lambda m: m[0])
+@pytest.mark.parametrize('mode', [['--mode=eval'], ['--mode=generate'], ['--mode=harness', '--tasks=x']],
+                         ids=lambda m: m[0])
 def test_only_the_mesh_may_be_set_for_a_trained_model(tmp_path, mode):
   status, out, err = test_cli.run_here(tmp_path, *mode, '--set', 'train.batch=2')
   assert status == 1 and not out
-  assert err.splitlines()[-1] == (f'error: --set train.batch=2: {mode[0]} takes the run as it was trained; only mesh.data, '
-                                  'mesh.fsdp and mesh.tensor may be set')
+  assert err.splitlines()[-1] == (f'error: --set train.batch=2: {mode[0]} takes the run as it was trained; only '
+                                  'mesh.data, mesh.fsdp and mesh.tensor may be set')
 
 
 @pytest.mark.slow

@@ -72,7 +72,8 @@ def test_what_a_class_gives_to_all_by_default_is_shared_by_none():
     layers = [Block(attn=LatentAttention(heads=2, **gate), mlp=GatedMLP(hidden=24)) for gate in gates]
     return plain(cell=Gated(stack(Chain(tuple(layers)))), memory=Latest(chunk=4))
 
-  found, expected = parts.shapes(model({}, {})), parts.shapes(model({'latent': Elementwise()}, {'latent': Elementwise()}))
+  found, expected = (parts.shapes(model({}, {})),
+                     parts.shapes(model({'latent': Elementwise()}, {'latent': Elementwise()})))
   assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 

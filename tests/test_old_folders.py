@@ -1,10 +1,10 @@
 """What an earlier version wrote is read: work folders with their checkpoints, and an export.
 
 tests/fixtures/before_the_second_foundation.tar.gz was written on 2026-11-29 by the version before cells stood around
-cells and projections were parts: the rows `loopformer` and `ouro` of tests/parts.py as it was then, with the logits that
-they gave. before_the_layout.tar.gz was written on the same day by commit 7d41941, the last before modules moved into
-folders: one run of each of five configurations, two of which define parts in the configuration file itself, a copy of
-which lies in the folder; with some columns of the states that their heads read.
+cells and projections were parts: the rows `loopformer` and `ouro` of tests/parts.py as it was then, with the logits
+that they gave. before_the_layout.tar.gz was written on the same day by commit 7d41941, the last before modules moved
+into folders: one run of each of five configurations, two of which define parts in the configuration file itself, a copy
+of which lies in the folder; with some columns of the states that their heads read.
 """
 import importlib
 import json
@@ -17,12 +17,12 @@ import pytest
 
 import loopformer
 from loopformer import config as configs, moved, plans, types
+from loopformer.convert import from_pretrained
+from loopformer.model import parameter_roles, run_batch
 from loopformer.nn.blocks import PeriNorm, SandwichNorm
 from loopformer.nn.layers import MLP, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.training.checkpoint import Checkpoints, abstract
-from loopformer.convert import from_pretrained
-from loopformer.model import parameter_roles, run_batch
 from loopformer.training.step import init_state
 from tests import parts
 

@@ -10,7 +10,18 @@ import pytest
 from loopformer import config as configs, optim, sharding
 from loopformer.model import parameter_roles
 from loopformer.nn.layers import ByProjection, Orthogonal, unfused_kernel
-from loopformer.optim import AdamW, AtanAdam, CountState, Muon, Reset, Switched, WSD, WarmupCosine, routes, scale_by_atan
+from loopformer.optim import (
+  WSD,
+  AdamW,
+  AtanAdam,
+  CountState,
+  Muon,
+  Reset,
+  Switched,
+  WarmupCosine,
+  routes,
+  scale_by_atan,
+)
 from loopformer.roles import Role, Roles
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
@@ -180,7 +191,8 @@ def test_atan_adam_is_the_table():
 
 
 def test_the_first_atan_update_is_2_2_rates_long_unless_the_gradient_is_next_to_nothing():
-  """The second moment is floored in place, as in the paper's code: lengths there for normal gradients of these sizes."""
+  """The second moment is floored in place, as in the paper's code: lengths there for normal gradients of these sizes.
+  """
   optimizer = AtanAdam(schedule=WSD(peak=0.1), clip=1e9).make(10, Roles())
   normal = jax.random.normal(jax.random.key(0), (4096,))
   for size, expected in ((1e4, 2.20), (1.0, 2.20), (1e-4, 2.19), (1e-6, 1.60), (1e-7, 0.22), (1e-8, 0.022)):

@@ -126,7 +126,8 @@ def test_too_few_loops_name_the_field(part, loops):
 @pytest.mark.parametrize('planner, name', [
     (plans.Given(most=3), 'loops'), (plans.LogDepth(size=parts.T), 'size'), (RoundByRound(most=3), 'rounds')])
 def test_a_plan_of_what_a_batch_does_not_say(planner, name):
-  with pytest.raises(ConfigError, match=f'{type(planner).__name__}.* = .: it reads {name!r} of a batch, which has .*tokens'):
+  with pytest.raises(ConfigError,
+                     match=f'{type(planner).__name__}.* = .: it reads {name!r} of a batch, which has .*tokens'):
     planner(parts.plan_context(jax.random.key(0), parts.batch(2)))
 
 
@@ -172,7 +173,8 @@ def test_resolve(steps, expected):
 
 
 @pytest.mark.parametrize('steps, message', [
-    (0, 'budget = 0'), (-3, 'budget = -3'), (10_001, 'budget = 10001: .*1 to 10000'), ((0.5, 0.4), 'budget = .*0.9')], ids=str)
+    (0, 'budget = 0'), (-3, 'budget = -3'), (10_001, 'budget = 10001: .*1 to 10000'), ((0.5, 0.4), 'budget = .*0.9')],
+                         ids=str)
 def test_resolve_refuses(steps, message):
   with pytest.raises(ConfigError, match=message):
     plans.resolve(steps, 'budget')

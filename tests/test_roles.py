@@ -12,13 +12,14 @@ from loopformer.inference.flat import flattened
 from loopformer.model import parameter_roles
 from loopformer.nn.layers import Dense, Linear, Normal, RMSNorm
 from loopformer.nn.stack import Stack
-from loopformer.optim import AdamW, AtanAdam, Muon, WSD
+from loopformer.optim import WSD, AdamW, AtanAdam, Muon
 from loopformer.roles import Role
 from tests import parts
 
 
 class Odd(nn.Module):
-  """A layer of somebody else's, whose parameters have the names that meant something else before roles were declared."""
+  """A layer of somebody else's, whose parameters have the names that meant something else before roles were declared.
+  """
   dtype = 'bfloat16'
   layers = 1
   modulated, viewed = False, False

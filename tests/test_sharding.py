@@ -98,8 +98,9 @@ def test_what_fsdp_does_not_divide_is_held_in_parts(report):
 
 
 @pytest.mark.parametrize('shape, partition, size, expected', [
-    ((4, 5280, 15840), P(), 64, (32, P(None, 'inner', 'outer'))), ((4, 5280, 5280), P(), 64, (32, P(None, 'outer', 'inner'))),
-    ((1001, 1002), P(), 8, (2, P(None, 'outer'))), ((1001, 1003), P(), 8, None), ((12, 12), P(), 8, None),
+    ((4, 5280, 15840), P(), 64, (32, P(None, 'inner', 'outer'))),
+    ((4, 5280, 5280), P(), 64, (32, P(None, 'outer', 'inner'))), ((1001, 1002), P(), 8, (2, P(None, 'outer'))),
+    ((1001, 1003), P(), 8, None), ((12, 12), P(), 8, None),
     ((4, 5280, 15840), P(None, None, 'tensor'), 64, (32, P('inner', 'outer', 'tensor')))], ids=str)
 def test_two_ways_to_divide(shape, partition, size, expected):
   """The most parts; the larger number of devices along the larger axis that they divide."""

@@ -15,8 +15,8 @@ from tests import parts
 CONFIG = f'{parts.ROOT}/experiments/configs/loopformer.py:tiny,dtype=bfloat16'
 LENGTH, ROWS = 256, 16
 SMALL = [f'task.length={LENGTH}', f'model.read_in.length={LENGTH}', f'train.batch={ROWS}']
-SLICES = ('v5e:1x1', 'v5e:2x2', 'v5e:2x4', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v6e:2x4', 'v6e:4x4', 'v6e:8x16', 'v5p:2x2x1',
-          'v5p:2x4x4', 'v5p:4x4x4', 'v5p:4x4x8', 'v5p:8x8x8', 'tpu7x:2x2x1', 'tpu7x:4x4x4')
+SLICES = ('v5e:1x1', 'v5e:2x2', 'v5e:2x4', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16', 'v6e:2x4', 'v6e:4x4', 'v6e:8x16',
+          'v5p:2x2x1', 'v5p:2x4x4', 'v5p:4x4x4', 'v5p:4x4x8', 'v5p:8x8x8', 'tpu7x:2x2x1', 'tpu7x:4x4x4')
 
 
 def meshes(name: str) -> dict[str, int]:

@@ -9,8 +9,17 @@ from typing import Any, Iterable
 import jax
 
 from experiments.benchmark.plain import PlainStep
-from experiments.benchmark.sizes import (MEGA, REMATS, Ours, Size, long_alone, make_model, make_plain, short_of,
-                                         with_short)
+from experiments.benchmark.sizes import (
+  MEGA,
+  REMATS,
+  Ours,
+  Size,
+  long_alone,
+  make_model,
+  make_plain,
+  short_of,
+  with_short,
+)
 from loopformer import loop
 from loopformer.objective import Objective
 

@@ -11,8 +11,21 @@ from typing import Any, Callable, Iterable
 import jax
 
 from experiments.benchmark.plain import PlainStep
-from experiments.benchmark.sizes import (MEGA, OPTIM, REMATS, Ours, Size, long_alone, make_batch, make_model,
-                                         make_plain, short_of, spread, take_turns, with_short)
+from experiments.benchmark.sizes import (
+  MEGA,
+  OPTIM,
+  REMATS,
+  Ours,
+  Size,
+  long_alone,
+  make_batch,
+  make_model,
+  make_plain,
+  short_of,
+  spread,
+  take_turns,
+  with_short,
+)
 from loopformer.model import Looped, init_params
 from loopformer.nn.kernels import Blockwise, Fused
 from loopformer.training import metrics

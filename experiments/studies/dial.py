@@ -11,6 +11,7 @@ with early exit. What is trained stands in the work folder, and is not trained a
 from __future__ import annotations
 
 from absl import flags, logging
+
 from experiments.main import check_command, held_out
 from experiments.tools import command, costs, plots, records
 import loopformer

@@ -142,7 +142,8 @@ def self_taught(folder: Path, seed: int, verifier: str, plain: Path, decoder: Pa
   weights = [f'task.of.of.of.weights.{name}=1.0' for name in beyond() if name]
   kept_of = {name: tuple(zip(sizes, tables()[name].kept)) for name, sizes in beyond().items()}
   for phase in range(max(map(len, kept_of.values()))):
-    table = {name: dict(rows[phase:phase + 1]) for name, rows in kept_of.items()}  # empty where a task has no more sizes
+    # empty where a task has no more sizes
+    table = {name: dict(rows[phase:phase + 1]) for name, rows in kept_of.items()}
 
     def make():
       model, params, _, _ = loopformer.load(start)

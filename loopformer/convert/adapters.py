@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 import math
 from pathlib import Path
-from typing import Any
 import re
+from typing import Any
 
 import numpy as np
 

@@ -29,7 +29,7 @@ from loopformer.convert.parcae import SECTIONS, counted
 from loopformer.convert.table import EMBEDDING, Entry, Span, row
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
-from loopformer.nn.blocks import Block
+from loopformer.nn.blocks import Block, SandwichNorm
 from loopformer.nn.embed import Tokens, TwiceNormedHead
 from loopformer.nn.inject import Concat
 from loopformer.nn.layers import GatedMLP, RMSNorm
@@ -37,7 +37,6 @@ from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.starts import Noise
 from loopformer.types import ConfigError, config_dataclass
-from loopformer.nn.blocks import SandwichNorm
 
 LENGTH = 4096
 # Letters: b query and key bias, i one, m gate and up, s state and input.

@@ -36,11 +36,11 @@ from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
 from loopformer.nn.blocks import Block, PostNorm, PreNorm
 from loopformer.nn.embed import Head, TiedHead, Tokens
+from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
 from loopformer.nn.layers import AcrossHeads, GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary, StretchedRotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, config_dataclass
-from loopformer.nn.kernels import Blockwise, Cudnn, Fused, Splash
 
 
 @config_dataclass

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache, DynamicCache, GenerationMixin, initialization as init, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, initialization as init
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast

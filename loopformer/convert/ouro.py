@@ -34,12 +34,12 @@ from loopformer.convert import table
 from loopformer.convert.table import HEAD, Entry, Span, row
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention, check_heads
+from loopformer.nn.blocks import Block, PeriNorm
 from loopformer.nn.embed import Head, Tokens
 from loopformer.nn.layers import GatedMLP, Identity, RMSNorm
 from loopformer.nn.positions import Rotary
 from loopformer.nn.stack import Stack
 from loopformer.types import ConfigError, config_dataclass
-from loopformer.nn.blocks import Block, PeriNorm
 
 LENGTH, BASE, EPSILON = 65_536, 1e6, 1e-6
 EMBEDDING = 'embed_tokens.weight'

@@ -18,8 +18,16 @@ from loopformer.convert.retrofit import adapter as new_adapter, recurrent
 from loopformer.convert.table import HEAD, Entry
 from loopformer.convert.tensors import Tensors
 from loopformer.data.chat import ChatTokenizer
-from loopformer.data.tokenizer import (MODEL, ByteTokenizer, GivenPieces, JsonTokenizer, Tokenizer, id_of, json_text,
-                                       json_tokenizer)
+from loopformer.data.tokenizer import (
+  MODEL,
+  ByteTokenizer,
+  GivenPieces,
+  JsonTokenizer,
+  Tokenizer,
+  id_of,
+  json_text,
+  json_tokenizer,
+)
 from loopformer.model import Looped, parameter_roles, parameter_shapes
 from loopformer.nn.layers import DTYPES
 from loopformer.types import Array, ConfigError, Params, config_dataclass, real, whole

@@ -20,11 +20,11 @@ import numpy as np
 
 from loopformer.cells.recur import Recur
 from loopformer.model import Looped, parameter_shapes
+from loopformer.nn.blocks import PostNorm, PreNorm
 from loopformer.nn.inject import Concat
 from loopformer.nn.layers import UniformWithin
 from loopformer.starts import Noise
 from loopformer.types import Array, ConfigError, Params
-from loopformer.nn.blocks import PostNorm, PreNorm
 
 SOURCE = 'cell/core/block/'
 STD = math.sqrt(2 / (5 * 5280))  # of the first state, 0.0087

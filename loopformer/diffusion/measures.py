@@ -13,7 +13,6 @@ from loopformer.inference.measures import LESS, MORE, AsGiven, Sums, counted
 from loopformer.terms.cross_entropy import token_answers
 from loopformer.types import Array, Batch, Readout, config_dataclass, whole
 
-
 BETTER = {'loss': LESS, 'error': LESS, 'perplexity': LESS, 'bits_per_byte': LESS, 'accuracy': MORE}
 
 

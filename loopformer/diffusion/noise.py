@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from loopformer.nn import modules
 from loopformer.types import Array, Batch, ConfigError, Params, PlanContext, config_dataclass, real, whole
 
-
 # Schedules -----------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,15 @@ from loopformer.data import chat
 from loopformer.data.tokenizer import anchor, continuation, ends_of, prompt_ids
 from loopformer.inference import exits
 from loopformer.inference.flat import flattened
-from loopformer.inference.sampling import Contrast, SamplingParams, controls, sample, sampling_logits, stops, verify_draft
+from loopformer.inference.sampling import (
+  Contrast,
+  SamplingParams,
+  controls,
+  sample,
+  sampling_logits,
+  stops,
+  verify_draft,
+)
 from loopformer.memories import map_caches
 from loopformer.nn.layers import transposed
 from loopformer.training import processes

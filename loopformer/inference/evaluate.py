@@ -12,8 +12,18 @@ from loopformer import loop, plans, sharding
 from loopformer.inference import exits, measures
 from loopformer.model import run_batch
 from loopformer.training import processes
-from loopformer.types import (AnyBatch, Array, Batch, ConfigError, Params, Plan, PlanContext, Planner, config_dataclass,
-                              whole)
+from loopformer.types import (
+  AnyBatch,
+  Array,
+  Batch,
+  ConfigError,
+  Params,
+  Plan,
+  PlanContext,
+  Planner,
+  config_dataclass,
+  whole,
+)
 
 
 @config_dataclass

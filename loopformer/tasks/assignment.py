@@ -5,8 +5,8 @@ After Reasoning with latent thoughts (Saunshi et al., 2502.17416; section 5). At
 """
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
+import string
 
 import numpy as np
 

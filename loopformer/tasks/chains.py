@@ -4,8 +4,8 @@ Inputs and answers are vectors: `symbols` is None. Scales and baselines are as i
 """
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np

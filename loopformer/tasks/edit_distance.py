@@ -9,8 +9,8 @@ end symbol of the library, which no row holds, comes last. Rows have 2 * letters
 """
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
+import string
 
 import numpy as np
 

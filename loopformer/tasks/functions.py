@@ -7,9 +7,9 @@ are not zero; informed(...): guesses beside `simple`.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 

@@ -10,9 +10,9 @@ Numbers of parameters, depths of queries and the mixture of definitions are infe
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import itertools
 import re
-from collections.abc import Callable, Sequence
 
 import numpy as np
 

@@ -6,9 +6,9 @@ x_1 .. x_n is - sum_t log P(x_{t+1} | x_t), in nats. A table of pairs solves the
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 

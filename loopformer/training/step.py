@@ -14,7 +14,7 @@ from loopformer import sharding
 from loopformer.model import init_params, parameter_roles
 from loopformer.roles import Roles
 from loopformer.training import masters
-from loopformer.types import Array, PlanContext, Params
+from loopformer.types import Array, Params, PlanContext
 
 
 @struct.dataclass

@@ -24,7 +24,8 @@ from loopformer.types import ConfigError
 from tests import parts
 from tests.parts import ROWS, D, L, close, forward, params, tokens
 
-INNER = {'timed': parts.timed(), 'recur': parts.recur(Diagonal(), norm=RMSNorm()), 'normed': Normed(parts.stack(2), RMSNorm())}
+INNER = {'timed': parts.timed(), 'recur': parts.recur(Diagonal(), norm=RMSNorm()),
+         'normed': Normed(parts.stack(2), RMSNorm())}
 
 
 def around(name, wrap=Halting):
@@ -103,7 +104,8 @@ def test_a_cell_whose_loops_run_together_takes_none_around_it(row):
     cell.check(D)
 
 
-@pytest.mark.parametrize('wrap, name', [(Halting, 'gate'), (Selective, 'share'), (lambda cell: ToldHidden(cell, D), 'told')])
+@pytest.mark.parametrize('wrap, name',
+                         [(Halting, 'gate'), (Selective, 'share'), (lambda cell: ToldHidden(cell, D), 'told')])
 def test_a_cell_with_parameters_takes_none_of_its_own_kind(wrap, name):
   """However many cells stand between the two; one without parameters, such as Damped, does."""
   for cell in (wrap(wrap(parts.plain(1))), wrap(Damped(wrap(parts.plain(1))))):
@@ -147,7 +149,8 @@ def by_hand(weights, batch, steps):
   """The same without the loop."""
   plain = parts.looped(Plain(parts.stack(2)), start=PAIR.start)
   own = {**weights, 'cell': {'core': weights['cell']['core']}}
-  e = plain.apply({'params': own}, batch, method=lambda m, t: m.read_in(t, jnp.broadcast_to(jnp.arange(t.shape[1]), t.shape)))
+  e = plain.apply({'params': own}, batch,
+                  method=lambda m, t: m.read_in(t, jnp.broadcast_to(jnp.arange(t.shape[1]), t.shape)))
   fast, slow, kept = e, jnp.zeros_like(e), []
   for _ in range(steps):
     fast = plain.apply({'params': own}, fast + slow @ weights['cell']['mix']['kernel'],
@@ -173,14 +176,15 @@ def test_steps_that_are_skipped_or_not_taken_keep_the_whole_tree():
   close(forward(PAIR, weights, tokens(3), skipped).x, kept[2], 1e-5)
   each = some.replace(active=jnp.arange(L)[:, None] < jnp.array([1, 4, 2]))
   close(forward(PAIR, weights, tokens(3), each).x, jnp.stack([kept[0, 0], kept[3, 1], kept[1, 2]]), 1e-5)
-  trace = PAIR.apply({'params': weights}, tokens(3), some, exits.Adaptive(rule=exits.KL(threshold=0.5)), jnp.float32(0.5),
-                     method='adapt')
+  trace = PAIR.apply({'params': weights}, tokens(3), some, exits.Adaptive(rule=exits.KL(threshold=0.5)),
+                     jnp.float32(0.5), method='adapt')
   assert trace.z.shape == (3, parts.T, D)
 
 
 @pytest.mark.parametrize('wrap, name', [(Selective, 'Selective'), (lambda cell: ToldHidden(cell, D), 'ToldHidden')])
 def test_a_tree_is_refused_where_one_array_is_needed(wrap, name):
-  with pytest.raises(ConfigError, match=rf'model\.cell = {name}: the state of Pair is a tree of several arrays; put {name} around'):
+  with pytest.raises(ConfigError,
+                     match=rf'model\.cell = {name}: the state of Pair is a tree of several arrays; put {name} around'):
     parts.shapes(PAIR.clone(cell=wrap(PAIR.cell)))
   assert parts.shapes(PAIR.clone(cell=Damped(PAIR.cell))) and parts.shapes(PAIR.clone(cell=wrap(parts.plain(1))))
 

@@ -259,7 +259,8 @@ def test_a_lookup_by_the_number_of_the_loop_is_that_of_each_sequence():
         2e-5)
   same = forward(model, params(model), tokens(4), plan.replace(no_grad_steps=jnp.int32(3), active=None))
   close(same.z, forward(model, params(model), tokens(4), Plan(t=jnp.zeros(5), dt=jnp.ones(5))).z, 2e-5)
-  with pytest.raises(ConfigError, match='plan.no_grad_steps: of each sequence or step, but a cache has one slot a step for all'):
+  with pytest.raises(ConfigError,
+                     match='plan.no_grad_steps: of each sequence or step, but a cache has one slot a step for all'):
     jax.eval_shape(lambda: model.apply({'params': params(model)}, tokens(4), plan, kv=model.cache(4, T, 9)).z)
 
 

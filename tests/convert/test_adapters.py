@@ -22,9 +22,11 @@ def written(folder, targets=TARGETS, rank=RANK, **fields):
   folder.mkdir()
   rng = np.random.default_rng(0)
   halves = {f'base_model.model.{name}.lora_{half}.weight': rng.standard_normal(shape).astype(np.float32)
-            for name, (rows, columns) in targets.items() for half, shape in (('A', (rank, columns)), ('B', (rows, rank)))}
+            for name, (rows, columns) in targets.items()
+            for half, shape in (('A', (rank, columns)), ('B', (rows, rank)))}
   save_file(halves, folder / adapters.NAME)
-  about = {'peft_type': 'LORA', 'r': rank, 'lora_alpha': 6, 'base_model_name_or_path': 'some/llama', 'bias': 'none'} | fields
+  about = {'peft_type': 'LORA', 'r': rank, 'lora_alpha': 6, 'base_model_name_or_path': 'some/llama',
+           'bias': 'none'} | fields
   (folder / adapters.CONFIG).write_text(json.dumps(about))
   return halves
 
@@ -63,10 +65,13 @@ def test_peft_computes_the_same(base, tmp_path):
 @pytest.mark.parametrize('options, message', [
     ({'targets': {'model.layers.9.mlp.down_proj': (D, F)}},
      r"it is for another model: .* for 'model\.layers\.9\.mlp\.down_proj\.weight', which is not there .*some/llama"),
-    ({'targets': {'model.layers.1.self_attn.q_proj': (D, 2 * D)}}, r'it is for another model: .*which is \(32, 32\) here'),
-    ({'r': 5}, r'it is for another model: .* of rank 5'), ({'r': 'x'}, "r = 'x'"), ({'lora_alpha': None}, 'lora_alpha = None'),
+    ({'targets': {'model.layers.1.self_attn.q_proj': (D, 2 * D)}},
+     r'it is for another model: .*which is \(32, 32\) here'),
+    ({'r': 5}, r'it is for another model: .* of rank 5'), ({'r': 'x'}, "r = 'x'"),
+    ({'lora_alpha': None}, 'lora_alpha = None'),
     ({'use_dora': True}, r'use_dora = True: it is read as False alone; merge the adapter with PEFT'),
-    ({'init_lora_weights': 'pissa_niter_4'}, "init_lora_weights = 'pissa_niter_4': the adapter is of weights that were changed"),
+    ({'init_lora_weights': 'pissa_niter_4'},
+     "init_lora_weights = 'pissa_niter_4': the adapter is of weights that were changed"),
     ({'init_lora_weights': 'olora'}, "'olora'"), ({'layer_replication': [[0, 2], [1, 2]]}, 'layer_replication'),
     ({'alora_invocation_tokens': [3, 4]}, r'alora_invocation_tokens = \[3, 4\]: it is read as None alone'),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'), ({'peft_type': 'IA3'}, "peft_type = 'IA3'")])
@@ -79,7 +84,8 @@ def test_an_adapter_that_does_not_fit(options, message, base, tmp_path):
 
 def test_an_adapter_that_is_none(base, tmp_path):
   written(tmp_path / 'lora')
-  save_file({'base_model.model.model.embed_tokens.weight': np.zeros((2, 2), np.float32)}, tmp_path / 'lora' / adapters.NAME)
+  save_file({'base_model.model.model.embed_tokens.weight': np.zeros((2, 2), np.float32)},
+            tmp_path / 'lora' / adapters.NAME)
   for folder, message in ((base, 'adapter_config.json: there is no such file; give the folder of a LoRA adapter'),
                           (tmp_path / 'lora', 'is none of a plain LoRA')):
     with pytest.raises(ConfigError, match=message):
@@ -93,12 +99,15 @@ def test_an_adapter_that_is_none(base, tmp_path):
 
 def test_a_folder_of_an_adapter_says_so(base, tmp_path):
   written(tmp_path / 'lora')
-  with pytest.raises(ConfigError, match='lora: it holds an adapter and no model; give the folder of the model .* adapter='):
+  with pytest.raises(ConfigError,
+                     match='lora: it holds an adapter and no model; give the folder of the model .* adapter='):
     loopformer.load(tmp_path / 'lora')
   written(tmp_path / 'both')
   for path in base.iterdir():
     (tmp_path / 'both' / path.name).write_bytes(path.read_bytes())
-  with pytest.raises(ConfigError, match='both: it holds an adapter beside the model .* or take adapter_config.json away'):
+  with pytest.raises(ConfigError,
+                     match='both: it holds an adapter beside the model .* or take adapter_config.json away'):
     from_pretrained(tmp_path / 'both')
-  same = (from_pretrained(tmp_path / 'both', adapter=tmp_path / 'both')[1], from_pretrained(base, adapter=tmp_path / 'lora')[1])
+  same = (from_pretrained(tmp_path / 'both', adapter=tmp_path / 'both')[1],
+          from_pretrained(base, adapter=tmp_path / 'lora')[1])
   jax.tree.map(np.testing.assert_array_equal, *same)

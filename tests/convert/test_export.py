@@ -161,7 +161,8 @@ REFUSED = {'mor': 'Routed', 'mor_token': 'Routed', 'plt': 'Shifted', 'plt_hidden
 SAME = ('fused', 'blocks_of_3', 'keep_all', 'per_layer', 'base_loop')
 MODELS = {name: row.model for name, row in parts.ROWS.items() if name not in (*REFUSED, *SAME)}
 MODELS['from_zeros'] = parts.ROWS['huginn'].model.clone(start=parts.Zeros())
-MODELS['each'] = adapted(parts.looped(parts.timed(), loops=2), 3, each=True).clone(loops=parts.L)  # more loops than updates
+# more loops than updates
+MODELS['each'] = adapted(parts.looped(parts.timed(), loops=2), 3, each=True).clone(loops=parts.L)
 MODELS['damped selective'] = parts.ROWS['loopus'].model.clone(cell=Damped(parts.ROWS['loopus'].model.cell, 0.25))
 MODELS['gated'] = parts.looped(Damped(Halting(parts.timed()), 0.25))
 MODELS['diagonal'] = parts.looped(parts.recur(parts.Diagonal()), bridge=parts.Linear(parts.D), start=parts.Zeros())
@@ -181,7 +182,8 @@ def test_every_model_comes_back_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_the_modeling_code_does_not_compute_is_refused_by_name(name, tmp_path):
   model = parts.ROWS[name].model
-  with pytest.raises(ConfigError, match=f'= {REFUSED[name]}: it cannot be exported.*--mode=harness.* or train one with Plain or '):
+  with pytest.raises(ConfigError,
+                     match=f'= {REFUSED[name]}: it cannot be exported.*--mode=harness.* or train one with Plain or '):
     export(model, parts.params(model), None, tmp_path / 'out')
   assert not list(tmp_path.iterdir())
 
@@ -278,7 +280,8 @@ def test_transformers_computes_every_model_at_every_budget(name, tmp_path, monke
 @needs_transformers
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_slopes_know_distances_alone(dtype, tmp_path, monkeypatch):
-  """Places are kept in two channels of a key, multiples of 256 and the rest: a text that begins late is the same text."""
+  """Places are kept in two channels of a key, multiples of 256 and the rest: a text that begins late is the same text.
+  """
   import torch
   model = MODELS['alibi']
   export(model, parts.params(model), None, tmp_path / 'out', dtype=dtype)

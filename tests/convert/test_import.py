@@ -1,4 +1,5 @@
-"""Models from elsewhere as work folders, by command: files as they are published, and every mode on what they become."""
+"""Models from elsewhere as work folders, by command: files as they are published, and every mode on what they become.
+"""
 import json
 import os
 
@@ -53,7 +54,8 @@ def published(folder, state, how):
     files = {f'pytorch_model-0000{i + 1}-of-00002.bin': names[i::2] for i in range(2)}
     for file, own in files.items():
       torch.save({name: held[name] for name in own}, folder / file)
-    (folder / tensors.BIN_INDEX).write_text(json.dumps({'weight_map': {name: file for file, own in files.items() for name in own}}))
+    (folder / tensors.BIN_INDEX).write_text(json.dumps(
+        {'weight_map': {name: file for file, own in files.items() for name in own}}))
   else:
     torch.save(held, folder / tensors.BIN, _use_new_zipfile_serialization='old' not in how)
   return folder
@@ -85,7 +87,8 @@ def test_every_mode_reads_what_was_imported(state, tmp_path):
     status, _, err = run_here(workdir, '--mode=generate', f'--contrast={contrast}')
     assert status == 1 and f'--contrast={contrast}' in err and 'Traceback' not in err
   (tmp_path / 'validation.txt').write_text('a text of some length, which is read in windows')
-  status, out, err = run_here(workdir, '--mode=eval', f'--text={tmp_path / "validation.txt"}', '--window=16', '--stride=5')
+  status, out, err = run_here(workdir, '--mode=eval', f'--text={tmp_path / "validation.txt"}', '--window=16',
+                              '--stride=5')
   rows = {row['budget']: row for row in json.loads((workdir / 'eval/depths-text-validation.json').read_text())}
   assert status == 0 and list(rows) == [1, 2], err
   ids = [256, *tokenizer.encode((tmp_path / 'validation.txt').read_text())]
@@ -118,7 +121,8 @@ def test_a_prompt_begins_as_the_models_own_do(state, tmp_path):
 def test_a_decoder_is_retrofitted_as_it_is_read(state, tmp_path):
   """The same as of its parameters: layers between prelude and core are dropped, and the adapter is new."""
   source = published(tmp_path / 'llama', state, 'safetensors')
-  status, out, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--retrofit=1', '--loops=3')
+  status, out, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--retrofit=1',
+                              '--loops=3')
   assert status == 0, err
   model, params, _, _ = loopformer.load(tmp_path / 'run')
   assert (model.prelude.depth, model.cell.core.depth, model.coda, model.loops) == (1, reference.N - 2, None, 3)
@@ -132,7 +136,8 @@ def test_a_decoder_is_retrofitted_as_it_is_read(state, tmp_path):
 
 def test_a_damped_import_goes_a_share_of_every_step(state, tmp_path):
   source = published(tmp_path / 'llama', state, 'safetensors')
-  status, _, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--damped=0.25', '--loops=2')
+  status, _, err = run_here(tmp_path / 'run', '--mode=import', f'--from={source}', '--prelude=1', '--damped=0.25',
+                            '--loops=2')
   assert status == 0, err
   model, params, tokenizer, _ = loopformer.load(tmp_path / 'run')
   plain, weights, _ = from_pretrained(source, prelude=1, loops=2)
@@ -179,13 +184,15 @@ def test_a_checkpoint_of_the_papers_code(tmp_path):
     ([], '--from is missing'), (['--from=SOURCE', '--heads=2'], '--heads: is read with --kind alone'),
     (['--from=SOURCE', '--kind=loopformer', '--prelude=1'], '--prelude: is read without --kind alone'),
     (['--from=SOURCE', '--kind=llama'], "kind = 'llama': choose one of"), (['--from=nowhere'], 'nowhere'),
-    (['--from=SOURCE', '--dtype=int8'], "dtype = 'int8'"), (['--from=SOURCE', '--set=train.steps=3'], '--set train.steps=3'),
+    (['--from=SOURCE', '--dtype=int8'], "dtype = 'int8'"),
+    (['--from=SOURCE', '--set=train.steps=3'], '--set train.steps=3'),
     (['--from=SOURCE', '--damped=0'], 'damped = 0.0'),
     (['--from=SOURCE', '--retrofit=9', '--loops=2'], 'prelude = 9, coda = 0: the model has'),
     (['--from=SOURCE', '--damped=0.5', '--retrofit=0'], 'two ways'),
     (['--from=SOURCE', '--damped=1', '--loops=2'], '--damped=1: a whole step'),
     (['--from=SOURCE', '--retrofit=1'], '--retrofit=1: layers are'),
-    (['--from=SOURCE', '--damped=0.5'], '--damped=0.5: a loop of one step'), (['--from=FOLDER'], 'it has no config.json; give'),
+    (['--from=SOURCE', '--damped=0.5'], '--damped=0.5: a loop of one step'),
+    (['--from=FOLDER'], 'it has no config.json; give'),
     (['--from=FOLDER/lora'], 'lora: it holds an adapter and no model; give the folder of the model'),
     (['--from=SOURCE', '--damped=0.5', '--loops=2', '--relaxed=2'], 'damped = 0.5, relaxed = 2: two ways'),
     (['--from=SOURCE', '--loops=0'], '--loops=0: must be'),
@@ -205,8 +212,8 @@ def test_what_cannot_be_imported(flags, message, state, tmp_path):
 
 @pytest.mark.parametrize('name', ['llama3', 'narrow', 'qwen3_wide', 'olmo2'])
 def test_what_comes_in_goes_out_and_comes_back(name, tmp_path):
-  """Transformers' own class computes what was exported as we do and as the equations say, and we read what it writes: scaled
-  positions, heads of a width of their own, norms of each head and of all, before branches and after them."""
+  """Transformers' own class computes what was exported as we do and as the equations say, and we read what it writes:
+  scaled positions, heads of a width of their own, norms of each head and of all, before branches and after them."""
   torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
   config = CONFIGS[name]
   reference.save(tmp_path / 'given', config, reference.weights(config))
@@ -248,11 +255,13 @@ print((megabytes('VmHWM') - before) / (sum(leaf.nbytes for leaf in jax.tree.leav
 
 @pytest.mark.parametrize('form', ['llama', 'ouro', 'ouro.npz'])
 def test_weights_are_never_held_twice(form, tmp_path):
-  """Peak of a process that reads 160 MB of weights, by the size of what it gives: stacks are filled tensor by tensor."""
+  """Peak of a process that reads 160 MB of weights, by the size of what it gives: stacks are filled tensor by tensor.
+  """
   if not os.access('/proc/self/clear_refs', os.W_OK):
     pytest.skip('no peak of memory is told here')
   width, hidden, layers, vocab = 512, 2048, 9, 2000
-  shapes = {'model.embed_tokens.weight': (vocab, width), 'model.norm.weight': (width,), 'lm_head.weight': (vocab, width)}
+  shapes = {'model.embed_tokens.weight': (vocab, width), 'model.norm.weight': (width,),
+            'lm_head.weight': (vocab, width)}
   norms = ['input_layernorm', 'post_attention_layernorm']
   if form != 'llama':
     norms += ['input_layernorm_2', 'post_attention_layernorm_2']

@@ -136,7 +136,8 @@ def test_a_plain_import_can_be_retrofitted(name, tmp_path):
 def test_heads_of_a_width_of_their_own_are_counted(name, tmp_path):
   model, _, _ = imported(tmp_path, name)
   d, loops = CONFIGS[name].get('head_dim', D // H), model.loops
-  layer = 2 * (D * (H + 2 * G) * d + H * d * D + 3 * D * F) + 4 * H * d * (T + 1) / 2  # products, and half of all scores
+  # products, and half of all scores
+  layer = 2 * (D * (H + 2 * G) * d + H * d * D + 3 * D * F) + 4 * H * d * (T + 1) / 2
   assert model.flops(T, loops) == loops * N * layer + 2 * D * V
   assert model.cache(2, T)['loop'].k.size == loops * N * 2 * T * G * d
 
@@ -242,7 +243,8 @@ def test_what_an_index_does_not_list_is_there_all_the_same(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path)[1], whole)
   other = next(file for file in index['weight_map'].values() if file != of)
   written.save_file({**written.load_file(tmp_path / other), name: weights('llama')[name]}, tmp_path / other)
-  with pytest.raises(ConfigError, match=f"tensor '{name}' is in .* too, and model.safetensors.index.json does not say which"):
+  with pytest.raises(ConfigError,
+                     match=f"tensor '{name}' is in .* too, and model.safetensors.index.json does not say which"):
     from_pretrained(tmp_path)
 
 
@@ -257,8 +259,8 @@ def test_nothing_is_read_before_all_shapes_fit(tmp_path, monkeypatch):
 def test_null_is_as_if_it_were_left_out(family):
   config = {'model_type': family, 'vocab_size': 40, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2,
             'num_attention_heads': 4}
-  names = ('max_position_embeddings', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads', 'head_dim', 'rope_theta',
-           'rope_scaling', 'attention_bias', 'bos_token_id', 'layer_types', 'use_sliding_window')
+  names = ('max_position_embeddings', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads', 'head_dim',
+           'rope_theta', 'rope_scaling', 'attention_bias', 'bos_token_id', 'layer_types', 'use_sliding_window')
   assert llama.read_config(config | dict.fromkeys(names), 'here') == llama.read_config(config, 'here')
 
 
@@ -278,31 +280,37 @@ CONFIG_ERRORS = {
     'shared keys': ({'model_type': 'nanbeige', 'num_loops': 2, 'loop_share_kv': True}, ['loop_share_kv = True']),
     'heads': ({'num_attention_heads': 5}, ['heads = 5']),
     'groups': ({'num_key_value_heads': 3}, ['groups = 3']),
-    'scaling': ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, ['rope_scaling = llama3', 'low_freq_factor is']),
+    'scaling': ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+                ['rope_scaling = llama3', 'low_freq_factor is']),
     'no scaling': ({'rope_scaling': CONFIGS['llama3']['rope_scaling'] | {'factor': 0.5}}, ['position.factor = 0.5']),
-    'unordered': ({'rope_scaling': CONFIGS['llama3']['rope_scaling'] | {'low_freq_factor': 2.0}}, ['position.high = 1.3']),
+    'unordered': ({'rope_scaling': CONFIGS['llama3']['rope_scaling'] | {'low_freq_factor': 2.0}},
+                  ['position.high = 1.3']),
     'old scaling': ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, ['rope_scaling = linear']),
     'new scaling': ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 50.0}}, ['rope_scaling = yarn']),
     'of every kind of layer': ({'rope_parameters': {'full_attention': {'rope_type': 'default', 'rope_theta': 5.0}}}, [
         'rope_parameters.full_attention = ', 'the same in all layers']),
     'two scalings': ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, [
         'rope_parameters: rope_type = default, but elsewhere it is linear']),
-    'two types': ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, ['rope_type = yarn, but elsewhere it is default']),
+    'two types': ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}},
+                  ['rope_type = yarn, but elsewhere it is default']),
     'two bases': ({'rope_parameters': {'rope_theta': 60.0}}, ['rope_theta = 60.0, but elsewhere it is 50.0']),
     'no type': ({'rope_scaling': {'factor': 2.0}}, ['rope_scaling = a factor without rope_type']),
     'truth in quotes': ({'tie_word_embeddings': 'false'}, ["tie_word_embeddings = 'false': it is to be true or false"]),
     'bias in quotes': ({'attention_bias': 'false'}, ["attention_bias = 'false'"]),
     'truth as a number': ({'use_sliding_window': 1}, ['use_sliding_window = 1: it is to be true or false']),
     'number in quotes': ({'rms_norm_eps': '1e-5'}, ["rms_norm_eps = '1e-5': it is to be a number"]),
-    'base in quotes': ({'rope_parameters': {'rope_theta': '50'}}, ["rope_parameters.rope_theta = '50': it is to be a number"]),
+    'base in quotes': ({'rope_parameters': {'rope_theta': '50'}},
+                       ["rope_parameters.rope_theta = '50': it is to be a number"]),
     'number as truth': ({'rope_theta': True}, ['rope_theta = True: it is to be a number']),
-    'length in quotes': ({'max_position_embeddings': '16'}, ["max_position_embeddings = '16': it is to be a whole number"]),
+    'length in quotes': ({'max_position_embeddings': '16'},
+                         ["max_position_embeddings = '16': it is to be a whole number"]),
     'window in quotes': ({'model_type': 'mistral', 'sliding_window': '4'}, ["sliding_window = '4'"]),
     'text as a list': ({'model_type': ['llama']}, ['model_type = ', 'it is to be text']),
     'list as text': ({'layer_types': 'full_attention'}, ["layer_types = 'full_attention': it is to be a list"]),
     'scaling as text': ({'rope_scaling': 'llama3'}, ["rope_scaling = 'llama3': it is to be an object"]),
     'both ways': ({'is_causal': False}, ['is_causal = False']),
-    'code of its own': ({'auto_map': {'AutoModelForCausalLM': 'modeling_x.X'}}, ['auto_map = modeling_x.X', 'remove auto_map']),
+    'code of its own': ({'auto_map': {'AutoModelForCausalLM': 'modeling_x.X'}},
+                        ['auto_map = modeling_x.X', 'remove auto_map']),
     'window of Mistral': ({'model_type': 'mistral', 'max_position_embeddings': 8192}, [
         'sliding_window = 4096', 'max_position_embeddings = 4096 (it is 8192)']),
     'linear': ({'layer_types': ['linear_attention'], 'sliding_window': T}, ["layer_types = ['linear_attention']"]),
@@ -536,7 +544,8 @@ def test_quantised_tensors_are_those_of_the_package(tmp_path):
 GGUF_ERRORS = {
     'architecture': (dict(metadata={'general.architecture': 'gemma'}), ["general.architecture = 'gemma'"]),
     'no width': (dict(metadata={'llama.embedding_length': None}), ['llama.embedding_length is missing']),
-    'width of heads': (dict(metadata={'llama.attention.key_length': 16}), ['attn_q.weight', f'expected [{16 * H}, {D}]']),
+    'width of heads': (dict(metadata={'llama.attention.key_length': 16}),
+                       ['attn_q.weight', f'expected [{16 * H}, {D}]']),
     'width of values': (dict(metadata={'llama.attention.value_length': 16}), ['llama.attention.value_length = 16']),
     'scaling': (dict(metadata={'llama.rope.scaling.type': 'yarn'}), ['rope.scaling = yarn']),
     'a factor alone': (dict(metadata={'llama.rope.scaling.factor': 4.0}), ['rope.scaling = linear by 4']),
@@ -547,7 +556,8 @@ GGUF_ERRORS = {
     'scaled logits': (dict(metadata={'llama.logit_scale': 0.5}), ['llama.logit_scale = 0.5']),
     'part': (dict(metadata={'split.count': 2}), ['a part of a model in 2 files']),
     'groups': (dict(metadata={'llama.attention.head_count_kv': 3}), ['groups = 3']),
-    'factors': (dict(more={gguf.FACTORS: np.float32([1, 2, 3, 5])}), ["'rope_freqs.weight': the factors are not those of Llama"]),
+    'factors': (dict(more={gguf.FACTORS: np.float32([1, 2, 3, 5])}),
+                ["'rope_freqs.weight': the factors are not those of Llama"]),
     'missing': (dict(drop=['blk.2.ffn_up.weight']), ["'blk.2.ffn_up.weight'", f'[{F}, {D}]']),
     'no embedding': (dict(drop=['token_embd.weight']), ["'token_embd.weight' is missing"]),
     'layers': (dict(metadata={'llama.block_count': N - 1}), ["'blk.2.", 'no place']),
@@ -574,7 +584,8 @@ def test_parts_of_a_gguf_file_are_one_model(tmp_path):
     (tmp_path / f'model-0000{part}-of-00002.gguf').write_bytes(data)
   model, params, _ = from_pretrained(tmp_path / 'model-00001-of-00002.gguf')
   (tmp_path / 'model.gguf').write_bytes(gguf_of('llama')[0])
-  assert from_pretrained(tmp_path / 'model-00002-of-00002.gguf')[0] == model == from_pretrained(tmp_path / 'model.gguf')[0]
+  assert (from_pretrained(tmp_path / 'model-00002-of-00002.gguf')[0] == model
+          == from_pretrained(tmp_path / 'model.gguf')[0])
   same(params, from_pretrained(tmp_path / 'model.gguf')[1])
   (tmp_path / 'model-00002-of-00002.gguf').unlink()
   with pytest.raises(ConfigError, match='one of 2 parts, and model-00002-of-00002.gguf is not beside it'):
@@ -606,7 +617,8 @@ def test_a_gguf_file_that_was_cut_off_is_named(size, words, tmp_path):
 
 def test_a_gguf_file_says_what_begins_a_text_and_what_ends_one(tmp_path):
   pytest.importorskip('tokenizers')
-  about = {'tokenizer.ggml.bos_token_id': 35, 'tokenizer.ggml.eot_token_id': 34, 'tokenizer.chat_template': '{{ bos_token }}a'}
+  about = {'tokenizer.ggml.bos_token_id': 35, 'tokenizer.ggml.eot_token_id': 34,
+           'tokenizer.chat_template': '{{ bos_token }}a'}
   for add in (1, 0):
     (tmp_path / 'model.gguf').write_bytes(gguf_of('llama', metadata=about | {'tokenizer.ggml.add_bos_token': add})[0])
     tokenizer = from_pretrained(tmp_path / 'model.gguf')[2]
@@ -615,7 +627,8 @@ def test_a_gguf_file_says_what_begins_a_text_and_what_ends_one(tmp_path):
 
 
 @pytest.mark.parametrize('pre, text, pieces', [
-    ('gpt-2', 'ab 1212abc', ['ab', 'Ġ', '12', '12', 'abc']), ('smollm', 'ab 1212abc', ['ab', 'Ġ', '1', '2', '1', '2', 'abc']),
+    ('gpt-2', 'ab 1212abc', ['ab', 'Ġ', '12', '12', 'abc']),
+    ('smollm', 'ab 1212abc', ['ab', 'Ġ', '1', '2', '1', '2', 'abc']),
     ('llama-bpe', 'ab 1212abc', ['ab', 'Ġ', '12', '1', '2', 'abc']), ('qwen2', 'ab 12', ['ab', 'Ġ', '1', '2']),
     ('dbrx', 'ab 1212', ['ab', 'Ġ', '12', '1', '2']), ('llama-bpe', 'xyz a  b', ['xyz', 'Ġa', 'Ġ', 'Ġ', 'b']),
     ('dbrx', 'xyz', ['x', 'y', 'z'])])
@@ -631,13 +644,14 @@ def test_texts_are_cut_as_the_model_of_a_gguf_file_cuts_them(pre, text, pieces, 
 def test_pieces_of_a_gguf_file_are_those_of_sentencepiece(tmp_path):
   from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
   made = io.BytesIO()
-  SentencePieceTrainer.train(sentence_iterator=iter(['some text, and again some text'] * 9), model_writer=made, model_type='bpe',
-                             vocab_size=285, byte_fallback=True, normalization_rule_name='identity', minloglevel=2,
-                             remove_extra_whitespaces=False, hard_vocab_limit=False)
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, and again some text'] * 9), model_writer=made,
+                             model_type='bpe', vocab_size=285, byte_fallback=True, normalization_rule_name='identity',
+                             minloglevel=2, remove_extra_whitespaces=False, hard_vocab_limit=False)
   theirs = SentencePieceProcessor(model_proto=made.getvalue())
   ids = range(theirs.vocab_size())
   about = TOKENIZER | {
-      'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default', 'tokenizer.ggml.tokens': [theirs.id_to_piece(i) for i in ids],
+      'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default',
+      'tokenizer.ggml.tokens': [theirs.id_to_piece(i) for i in ids],
       'tokenizer.ggml.scores': [theirs.get_score(i) for i in ids], 'tokenizer.ggml.bos_token_id': 1,
       'tokenizer.ggml.eos_token_id': 2, 'tokenizer.ggml.token_type': [
           2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]}

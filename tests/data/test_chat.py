@@ -11,8 +11,17 @@ import loopformer
 from loopformer.convert import export
 from loopformer.convert.pretrained import read_tokenizer
 from loopformer.data.chat import ChatTokenizer, MarkedTokenizer
-from loopformer.data.tokenizer import (END, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, before_text, load_tokenizer,
-                                       prompt_ids, start_of)
+from loopformer.data.tokenizer import (
+  END,
+  ByteTokenizer,
+  JsonTokenizer,
+  PieceTokenizer,
+  TrainedPieces,
+  before_text,
+  load_tokenizer,
+  prompt_ids,
+  start_of,
+)
 from loopformer.inference.engine import Engine
 from loopformer.types import ConfigError
 from tests import chats, parts
@@ -48,7 +57,8 @@ def test_an_answer_is_what_the_model_says_itself_and_what_ends_it(template, expe
 
 
 @pytest.mark.parametrize('template, first', [
-    (CHATML, 'Yes.<|im_end|>'), (PLAIN, 'Yes.'), ("{{ messages[0].role }}, " + PLAIN, 'Yes.')], ids=['chatml', 'plain', 'needs one'])
+    (CHATML, 'Yes.<|im_end|>'), (PLAIN, 'Yes.'), ("{{ messages[0].role }}, " + PLAIN, 'Yes.')],
+                         ids=['chatml', 'plain', 'needs one'])
 def test_an_answer_that_nobody_asked_for_is_learned_without_what_is_written_before_it(template, first):
   assert asked(chat(template), TALK[1:])[0] == first
 
@@ -74,8 +84,9 @@ def test_ids_are_those_of_transformers(template, tmp_path):
 
 
 def test_templates_are_given_what_transformers_gives():
-  text = ("{%- for m in messages -%}\n  {% if m.role == 'system' %}{% continue %}{% endif %}\n{{ {'a': '<é>'} | tojson }}"
-          "{{ strftime_now('%Y') | length }}{{ bos_token }}{%- endfor -%}{{ tools is none }}")
+  text = ("{%- for m in messages -%}\n  {% if m.role == 'system' %}{% continue %}{% endif %}\n"
+          "{{ {'a': '<é>'} | tojson }}{{ strftime_now('%Y') | length }}{{ bos_token }}{%- endfor -%}"
+          "{{ tools is none }}")
   tokenizer = chat(text, names=(('bos_token', '<|im_start|>'),))
   assert tokenizer.decode(tokenizer.chat(TALK[:1])) == '{"a": "<é>"}4True'
   assert 257 in tokenizer.chat(TALK[:1])
@@ -168,8 +179,10 @@ ADDS = {'type': 'Sequence', 'processors': [
 
 
 @pytest.mark.parametrize('post, about, start', [
-    (None, {}, None), (ADDS, {}, 257), (ADDS, {'add_bos_token': False}, None), (None, {'add_bos_token': True, 'bos_token': BOS}, 257),
-    (None, {'tokenizer_class': 'LlamaTokenizer', 'bos_token': {'content': BOS}}, 257), (None, {'add_bos_token': True}, None)])
+    (None, {}, None), (ADDS, {}, 257), (ADDS, {'add_bos_token': False}, None),
+    (None, {'add_bos_token': True, 'bos_token': BOS}, 257),
+    (None, {'tokenizer_class': 'LlamaTokenizer', 'bos_token': {'content': BOS}}, 257),
+    (None, {'add_bos_token': True}, None)])
 def test_files_say_what_begins_a_text(post, about, start, tmp_path):
   chats.save(tmp_path, where=None, ends=(256,))
   (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(chats.text()) | {'post_processor': post}))
@@ -189,7 +202,8 @@ def test_what_two_files_say_of_special_tokens(whole, tmp_path):
   chats.save(tmp_path)
   about = {'eos_token': END, 'bos_token': None} | ({'added_tokens_decoder': {}} if whole else {})
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
-  (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'eos_token': {'content': '<|im_end|>'}, 'pad_token': END}))
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps({'eos_token': {'content': '<|im_end|>'},
+                                                                'pad_token': END}))
   tokenizer = read_tokenizer(tmp_path, {'bos_token_id': 257})
   assert tokenizer.ends == ((256, 258) if whole else (258, 256))
   assert dict(tokenizer.names) == {'eos_token': END if whole else '<|im_end|>', 'pad_token': END}
@@ -197,8 +211,9 @@ def test_what_two_files_say_of_special_tokens(whole, tmp_path):
 
 def test_of_several_templates_one_is_called_default(tmp_path):
   chats.save(tmp_path, where=None)
-  for templates, found in (([{'name': 'tools', 'template': PLAIN}], PLAIN), ([], None), ([
-      {'name': 'tools', 'template': PLAIN}, {'name': 'rag', 'template': CHATML}], "'tools', 'rag', and none is called default")):
+  for templates, found in (([{'name': 'tools', 'template': PLAIN}], PLAIN), ([], None), (
+      [{'name': 'tools', 'template': PLAIN}, {'name': 'rag', 'template': CHATML}],
+      "'tools', 'rag', and none is called default")):
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': END, 'chat_template': templates}))
     if found in (PLAIN, None):
       assert read_tokenizer(tmp_path, {}).template == found
@@ -213,13 +228,15 @@ def test_tokens_that_other_files_add(where, name, tmp_path):
   pieces = TrainedPieces(vocab=300).build(['some text, which is read again and again'])
   first = '<unk>' if name == 'tokenizer.model' else END
   (tmp_path / name).write_bytes(pieces.model if name == 'tokenizer.model' else chats.text().encode())
-  (tmp_path / 'added_tokens.json').write_text(json.dumps({'[PAD]': 300, first: 0}))  # one that no text has, one that is known
+  # one that no text has, one that is known
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'[PAD]': 300, first: 0}))
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'pad_token': '[PAD]'}))
   assert read_tokenizer(tmp_path, {'eos_token_id': 256}).encode('text')
   told = {'added_tokens.json': {'<call>': 300}, 'tokenizer_config.json': {
       'pad_token': '[PAD]', 'added_tokens_decoder': {'0': {'content': first}, '301': {'content': '<call>'}}}}[where]
   (tmp_path / where).write_text(json.dumps(told))
-  with pytest.raises(ConfigError, match=f"other files add '<call>' to the tokens of {name}; put a tokenizer.json there"):
+  with pytest.raises(ConfigError,
+                     match=f"other files add '<call>' to the tokens of {name}; put a tokenizer.json there"):
     read_tokenizer(tmp_path, {'eos_token_id': 256})
 
 
@@ -282,9 +299,11 @@ def test_messages_are_a_prompt(weights):
 
 def test_an_export_of_pieces_says_what_begins_a_text(tmp_path):
   made = io.BytesIO()
-  SentencePieceTrainer.train(sentence_iterator=iter(['some text, which is read'] * 9), model_writer=made, model_type='bpe',
-                             vocab_size=280, byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
-  tokenizer = ChatTokenizer(of=PieceTokenizer(model=made.getvalue()), start=1, names=(('bos_token', '<s>'), ('eos_token', '</s>')))
+  SentencePieceTrainer.train(sentence_iterator=iter(['some text, which is read'] * 9), model_writer=made,
+                             model_type='bpe', vocab_size=280, byte_fallback=True, minloglevel=2,
+                             hard_vocab_limit=False)
+  tokenizer = ChatTokenizer(of=PieceTokenizer(model=made.getvalue()), start=1,
+                            names=(('bos_token', '<s>'), ('eos_token', '</s>')))
   model = MODEL.clone(read_in=MODEL.read_in.clone(vocab=tokenizer.vocab_size))
   export(model, parts.params(model), tokenizer, tmp_path / 'out')
   assert tokenizer.hugging_face() is None
@@ -292,7 +311,8 @@ def test_an_export_of_pieces_says_what_begins_a_text(tmp_path):
 
 
 def test_an_export_has_template_and_ends(weights, tmp_path):
-  tokenizer = chat(stops=(258,), start=257, names=(('bos_token', '<|im_start|>'), ('eos_token', END), ('pad_token', END)))
+  tokenizer = chat(stops=(258,), start=257,
+                   names=(('bos_token', '<|im_start|>'), ('eos_token', END), ('pad_token', END)))
   export(MODEL, weights, tokenizer, tmp_path / 'out')
   assert read_tokenizer(tmp_path / 'out', json.loads((tmp_path / 'out/config.json').read_text())) == tokenizer
   assert json.loads((tmp_path / 'out/generation_config.json').read_text())['eos_token_id'] == [256, 258]

@@ -91,11 +91,13 @@ def test_texts_begin_with_the_token_that_begins_one(corpus, tmp_path):
   stream = prepared.open_split(folder, 'train')
   ids = stream.window(0, stream.tokens)
   ends = np.flatnonzero(ids == done.tokenizer.eos)
-  assert ids[0] == 7 and (ids[ends[:-1] + 1] == 7).all() and (ids == 7).sum() == done.manifest['splits']['train']['documents']
+  assert (ids[0] == 7 and (ids[ends[:-1] + 1] == 7).all()
+          and (ids == 7).sum() == done.manifest['splits']['train']['documents'])
   prepared.prepare(corpus, Begun(), folder, log=told.append)
   assert not any('do not begin' in line for line in told)
   manifest = json.loads((folder / 'manifest.json').read_text())
-  (folder / 'manifest.json').write_text(json.dumps({name: value for name, value in manifest.items() if name != 'start'}))
+  (folder / 'manifest.json').write_text(json.dumps(
+      {name: value for name, value in manifest.items() if name != 'start'}))
   prepared.prepare(corpus, Begun(), folder, log=told.append)
   assert any('do not begin with the token that begins a text' in line for line in told)
   (folder / 'manifest.json').write_text(json.dumps(manifest | {'start': 'x'}))

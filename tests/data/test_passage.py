@@ -25,10 +25,12 @@ def counted(text: str, **options):
   found, ids = [], [TOKENIZER.eos, *TOKENIZER.encode(text)]
   for batch in passage.batches(text, TOKENIZER, **options):
     assert not batch['weights'][batch['counted'] == 0].any()
-    for tokens, targets, positions, weights in zip(*(batch[name] for name in ('tokens', 'targets', 'positions', 'weights'))):
+    for tokens, targets, positions, weights in zip(*(
+        batch[name] for name in ('tokens', 'targets', 'positions', 'weights'))):
       np.testing.assert_array_equal(positions, np.arange(len(tokens)))
       for at in np.flatnonzero(weights):
-        starts = [i for i in range(len(ids)) if ids[i:i + at + 1] == tokens[:at + 1].tolist() and ids[i + at + 1] == targets[at]]
+        starts = [i for i in range(len(ids))
+                  if ids[i:i + at + 1] == tokens[:at + 1].tolist() and ids[i + at + 1] == targets[at]]
         found.append((starts[0] + at, at + 1))  # texts here hold no window twice
   return found
 

@@ -11,8 +11,22 @@ import pytest
 
 from loopformer.diffusion import noise, orders
 from loopformer.diffusion.measures import Bound
-from loopformer.diffusion.orders import (Ancestral, ByChance, Cap, Doubtful, Kept, LeastEntropy, LeftToRight, Likeliest, Looping,
-                                         Margin, OfDrawn, Ranked, Rescale, Resampling)
+from loopformer.diffusion.orders import (
+  Ancestral,
+  ByChance,
+  Cap,
+  Doubtful,
+  Kept,
+  LeastEntropy,
+  LeftToRight,
+  Likeliest,
+  Looping,
+  Margin,
+  OfDrawn,
+  Ranked,
+  Resampling,
+  Rescale,
+)
 from loopformer.diffusion.sampler import begun, denoise, guided
 from loopformer.inference.sampling import controls
 from loopformer.tasks.sudoku import START, Sudoku, all_grids, valid
@@ -21,9 +35,9 @@ from loopformer.types import ConfigError, PlanContext
 GRIDS = jnp.asarray(all_grids())
 FLOOR = math.log(288) / 16
 MASK = 4
-ORDERS = [Ranked(), Ranked(score=Margin()), Ranked(score=LeftToRight(), blocks=2), Ranked(score=ByChance()), Ancestral(),
-          Ancestral(noise=noise.Cosine()), Resampling(sigma=Cap(eta=0.1)), Resampling(sigma=Rescale(eta=0.5)),
-          Resampling(sigma=Doubtful()), Looping(), Kept()]
+ORDERS = [Ranked(), Ranked(score=Margin()), Ranked(score=LeftToRight(), blocks=2), Ranked(score=ByChance()),
+          Ancestral(), Ancestral(noise=noise.Cosine()), Resampling(sigma=Cap(eta=0.1)),
+          Resampling(sigma=Rescale(eta=0.5)), Resampling(sigma=Doubtful()), Looping(), Kept()]
 
 
 def exact(tokens, carry=None, moment=None):
@@ -88,7 +102,8 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_by_any_schedule(schedule
 @pytest.mark.parametrize('draws', [1, 4])
 def test_the_bound_by_exact_counts_is_the_entropy_too(draws):
   grids = GRIDS[jax.random.randint(jax.random.key(5), (4096 // draws,), 0, 288)]
-  batch = {'tokens': jnp.zeros_like(grids), 'targets': grids, 'weights': jnp.ones(grids.shape), 'row': jnp.arange(len(grids))}
+  batch = {'tokens': jnp.zeros_like(grids), 'targets': grids, 'weights': jnp.ones(grids.shape),
+           'row': jnp.arange(len(grids))}
   mean, error = bound_of(Bound(mask=MASK, draws=draws).asked(batch))
   assert abs(mean - FLOOR) < 3 * error and error < 0.015
 
@@ -145,7 +160,8 @@ def test_with_an_exact_denoiser_every_order_gives_the_uniform_law(score):
 
 
 def test_an_order_by_drawn_tokens_gives_valid_grids_by_another_law():
-  """Where a position is written because of what was drawn for it, likely tokens are drawn more often than they should."""
+  """Where a position is written because of what was drawn for it, likely tokens are drawn more often than they should.
+  """
   grids = np.asarray(run(Ranked(score=OfDrawn()), 16, keys(576), hidden(576), exact).tokens)
   assert valid(grids, 2).all() and chi(grids) > 400
 
@@ -223,11 +239,14 @@ def test_a_plateau_hides_and_writes_as_much():
 
 @pytest.mark.parametrize('begins, ends', [(0.4, 0.8), (0.1, 0.7), (0.3, 0.9), (0.0625, 1 - 1e-4)])
 def test_a_plateau_has_the_steps_that_its_shares_say(monkeypatch, begins, ends):
-  """Of every number of steps, those that begin at `begins` or later and end at `ends` or earlier, in exact fractions."""
-  monkeypatch.setattr(orders, '_resampled', lambda seen, alpha_t, alpha_s, sigma: (sigma(jnp.ones(len(seen.step)), seen), alpha_t))
+  """Of every number of steps, those that begin at `begins` or later and end at `ends` or earlier, in exact fractions.
+  """
+  monkeypatch.setattr(orders, '_resampled',
+                      lambda seen, alpha_t, alpha_s, sigma: (sigma(jnp.ones(len(seen.step)), seen), alpha_t))
   steps, step = (jnp.array(column) for column in zip(*[(n, i) for n in (5, 10, 20, 48, 10_000) for i in range(n)]))
   none = jnp.zeros((len(step), 1), bool)
-  seen = orders.Round(step=step, steps=steps, asked=none, hidden=none, tokens=none, drawn=none, log_p=none, held=none, keys=None)
+  seen = orders.Round(step=step, steps=steps, asked=none, hidden=none, tokens=none, drawn=none, log_p=none, held=none,
+                      keys=None)
   hides, _ = Looping(begins=begins, ends=ends)(seen)
   first, last = Fraction(str(begins)), Fraction(str(ends))
   right = [first <= Fraction(i, n) and Fraction(i + 1, n) <= last for i, n in zip(step.tolist(), steps.tolist())]
@@ -242,14 +261,15 @@ def test_kept_hides_the_least_probable_again():
   assert ((first != MASK) & (second == MASK)).any()  # what was written may be hidden again
 
 
-@pytest.mark.parametrize('score, first', [(Likeliest(), 1), (OfDrawn(), 1), (Margin(), 2), (LeastEntropy(), 3), (LeftToRight(), 0)],
+@pytest.mark.parametrize('score, first',
+                         [(Likeliest(), 1), (OfDrawn(), 1), (Margin(), 2), (LeastEntropy(), 3), (LeftToRight(), 0)],
                          ids=lambda value: str(value))
 def test_scores_choose_what_they_are_named_after(score, first):
   law = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.55, 0.449, 0.0005, 0.0005], [0.5, 0.17, 0.17, 0.16],
                    [0.51, 0.4899, 0.00005, 0.00005]])
-  seen = orders.Round(step=jnp.zeros(1, int), steps=jnp.full(1, 4), asked=jnp.ones((1, 4), bool), hidden=jnp.ones((1, 4), bool),
-                      tokens=jnp.full((1, 4), MASK), drawn=jnp.zeros((1, 4), int), log_p=jnp.log(law)[None],
-                      held=jnp.ones((1, 4)), keys=keys(1))
+  seen = orders.Round(step=jnp.zeros(1, int), steps=jnp.full(1, 4), asked=jnp.ones((1, 4), bool),
+                      hidden=jnp.ones((1, 4), bool), tokens=jnp.full((1, 4), MASK), drawn=jnp.zeros((1, 4), int),
+                      log_p=jnp.log(law)[None], held=jnp.ones((1, 4)), keys=keys(1))
   write, hide = jax.jit(Ranked(score=score))(seen)
   assert np.flatnonzero(write[0]).tolist() == [first] and not hide.any()
 
@@ -269,7 +289,8 @@ def test_what_is_drawn_does_not_depend_on_neighbours_or_on_their_steps(order):
 def test_looking_in_between_changes_nothing():
   order = Resampling(sigma=Doubtful())  # which reads what is kept from step to step
   half = run(order, 6, keys(8), hidden(8), until=3)
-  np.testing.assert_array_equal(run(order, 6, keys(8), hidden(8), held=half).tokens, run(order, 6, keys(8), hidden(8)).tokens)
+  np.testing.assert_array_equal(run(order, 6, keys(8), hidden(8), held=half).tokens,
+                                run(order, 6, keys(8), hidden(8)).tokens)
 
 
 def test_one_program_serves_every_number_of_steps():
@@ -321,7 +342,7 @@ def test_a_solution_keeps_the_clues():
   assert Sudoku().baselines([]) == {'a cell by itself': math.log(4), 'entropy of grids': Sudoku().entropy}
 
 
-# Input that cannot be used ---------------------------------------------------------------------------------------------
+# Input that cannot be used --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('make, names', [
@@ -337,8 +358,8 @@ def test_a_solution_keeps_the_clues():
     (lambda: orders.check_sigma('sigma', 0.5, 0.5, 0.8), 'sigma = 0.5'),
     (lambda: Sudoku(box=4), 'Sudoku.box = 4'),
     (lambda: Sudoku(box=2, holes=(0, 3)), 'Sudoku.holes = 0'),
-    (lambda: Sudoku(box=2, holes=5), 'Sudoku.holes = 5: give the least and the most'), (lambda: Kept(noise=-1.0), 'Kept.noise = -1.0'),
-    (lambda: all_grids(3), 'box = 3')])
+    (lambda: Sudoku(box=2, holes=5), 'Sudoku.holes = 5: give the least and the most'),
+    (lambda: Kept(noise=-1.0), 'Kept.noise = -1.0'), (lambda: all_grids(3), 'box = 3')])
 def test_bad_values_are_named(make, names):
   with pytest.raises(ConfigError, match=names):
     make()

@@ -15,7 +15,6 @@ from experiments.studies import denoising as study, denoising_words
 from experiments.tools import ahead
 import loopformer
 from loopformer import config as configs, memories, plans
-from loopformer.loop import Last
 from loopformer.api import Loaded
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
@@ -30,6 +29,7 @@ from loopformer.diffusion.terms import NELBO
 from loopformer.inference import harness
 from loopformer.inference.evaluate import evaluate
 from loopformer.inference.measures import Answers
+from loopformer.loop import Last
 from loopformer.model import Looped, init_params, parameter_shapes
 from loopformer.nn.embed import Head, TokenEmbed, Vectors
 from loopformer.nn.inject import Add
@@ -52,17 +52,19 @@ TASK = Generated(of=Sudoku(), held_out=24, measure=Bound(mask=5, draws=2))
 TOKENIZER = SymbolTokenizer(Sudoku().symbols)
 V = MASK = 5
 BLOCK = parts.block(RMSNorm(), kernel=Bidirectional())
-OPTIONS = dict(read_in=TokenEmbed(vocab=V + 1, width=parts.D, length=16, std=1.0), read_out=Head(outputs=V, std=1.0), loops=4,
-               sampler=Denoising(steps=4))
+OPTIONS = dict(read_in=TokenEmbed(vocab=V + 1, width=parts.D, length=16, std=1.0), read_out=Head(outputs=V, std=1.0),
+               loops=4, sampler=Denoising(steps=4))
 MODEL = Looped(cell=Recur(Stack(BLOCK, 1), Add()), **OPTIONS)
 PARAMS = init_params(MODEL, jax.random.key(0))
-AR = Looped(cell=Plain(Stack(parts.block(RMSNorm()), 1)), read_in=TokenEmbed(vocab=V, width=parts.D, length=17), loops=1)
+AR = Looped(cell=Plain(Stack(parts.block(RMSNorm()), 1)), read_in=TokenEmbed(vocab=V, width=parts.D, length=17),
+            loops=1)
 
 
 def batches(count=1, rows=8):
   source = TASK.source('validation', 0)
   examples = [source[i] for i in range(count * rows)]
-  return [{name: np.stack([e[name] for e in examples[i * rows:(i + 1) * rows]]) for name in examples[0]} for i in range(count)]
+  return [{name: np.stack([e[name] for e in examples[i * rows:(i + 1) * rows]]) for name in examples[0]}
+          for i in range(count)]
 
 
 def ids_of(served):
@@ -78,7 +80,8 @@ def denoiser(model=MODEL, params=PARAMS, **options):
 
 def uniform(model):
   """Parameters of a head that answers all alike."""
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * ('read_out' not in jax.tree_util.keystr(path)), PARAMS)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * ('read_out' not in jax.tree_util.keystr(path)),
+                                          PARAMS)
 
 
 def test_the_term_is_the_weighted_loss_of_hidden_tokens_over_all():
@@ -173,9 +176,11 @@ def test_seeds_tell_requests_apart_and_repeat_them():
 
 
 def test_the_public_function_serves_denoisers():
-  texts = loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2', '<mask:3>'], max_new_tokens=3, temperature=0.0, budget=2)
+  texts = loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2', '<mask:3>'], max_new_tokens=3, temperature=0.0,
+                              budget=2)
   assert len(texts) == 2 and len(texts[1].split()) <= 3
-  assert loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2'], max_new_tokens=3, temperature=0.0, budget=2) == texts[:1]
+  assert loopformer.generate(MODEL, PARAMS, TOKENIZER, ['1 2'], max_new_tokens=3, temperature=0.0,
+                             budget=2) == texts[:1]
 
 
 def test_the_public_function_writes_as_many_tokens_as_fit():
@@ -197,7 +202,9 @@ def test_text_ends_before_an_end_and_at_a_stop():
 
 
 def test_holes_never_become_what_a_text_does_not_show():
-  """Ends are for continuations, and other special tokens too. Of answers that are all alike one in five would be an end."""
+  """Ends are for continuations, and other special tokens too. Of answers that are all alike one in five would be an
+  end.
+  """
   class Special(SymbolTokenizer):
     def specials(self):
       return {'bos_token': 2}
@@ -219,7 +226,8 @@ def test_holes_never_become_what_a_text_does_not_show():
     (' <mask>', [32, None]), ('<mask><mask>', [None, None]), (' ', [32])])
 def test_white_space_beside_holes_is_text(prompt, known):
   """Of a tokenizer that has it; one of symbols reads none."""
-  model = dataclasses.replace(MODEL, read_in=TokenEmbed(vocab=258, width=parts.D, length=16), read_out=Head(outputs=257))
+  model = dataclasses.replace(MODEL, read_in=TokenEmbed(vocab=258, width=parts.D, length=16),
+                              read_out=Head(outputs=257))
   served = Denoiser(model, PARAMS, ByteTokenizer())
   assert served.encode(prompt) == [257 if id_ is None else id_ for id_ in known]
   assert denoiser().encode('<mask> 1\n<mask>\t') == [MASK, 0, MASK]
@@ -335,7 +343,8 @@ def test_a_configuration_is_checked_before_anything_runs():
   wrong = dataclasses.replace(config, objective=dataclasses.replace(config.objective, prepare=Masking(mask=3)))
   with pytest.raises(ConfigError, match='mask = 3'):
     configs.check(wrong)
-  for measure, names in ((Answers(), 'Answers: it hides no tokens'), (Bound(mask=4), 'Bound: it hides tokens by the id 4')):
+  for measure, names in ((Answers(), 'Answers: it hides no tokens'),
+                         (Bound(mask=4), 'Bound: it hides tokens by the id 4')):
     with pytest.raises(ConfigError, match=f'task.measure = {names}'):
       configs.check(dataclasses.replace(config, task=dataclasses.replace(config.task, measure=measure)))
   unprepared = Objective(rolls={'all': Rollout(plans.Uniform(1))}, terms={'b': Weighted(1.0, NELBO(roll='all'))})
@@ -348,7 +357,8 @@ def test_a_configuration_is_checked_before_anything_runs():
       configs.load(f'masked_diffusion:{argument}')
 
 
-@pytest.mark.parametrize('options, names', [({'memory': memories.Ring(size=1)}, 'memory = Ring'), ({'exits': {'kl': 1}}, 'exits = ')],
+@pytest.mark.parametrize('options, names',
+                         [({'memory': memories.Ring(size=1)}, 'memory = Ring'), ({'exits': {'kl': 1}}, 'exits = ')],
                          ids=['memory', 'exits'])
 def test_the_harness_refuses_what_denoisers_have_not_before_any_task(monkeypatch, tmp_path, options, names):
   monkeypatch.setitem(sys.modules, 'lm_eval', SimpleNamespace())
@@ -370,10 +380,12 @@ def test_a_planned_evaluation_hides_tokens(name):
   assert built.trace(mesh).jaxpr
 
 
-@pytest.mark.parametrize('there, here', [(AR, MODEL), (MODEL, AR)], ids=['into a denoiser', 'into one that writes token by token'])
+@pytest.mark.parametrize('there, here', [(AR, MODEL), (MODEL, AR)],
+                         ids=['into a denoiser', 'into one that writes token by token'])
 def test_a_run_does_not_start_from_one_that_reads_other_ids(tmp_path, there, here):
   """MASK is a row of the embedding, which the other does not have."""
-  there, here = (model.clone(read_in=TokenEmbed(vocab=model.read_in.vocab, width=parts.D, length=16)) for model in (there, here))
+  there, here = (model.clone(read_in=TokenEmbed(vocab=model.read_in.vocab, width=parts.D, length=16))
+                 for model in (there, here))
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(0, parts.params(there), None, {}, {})
   with pytest.raises(ConfigError, match=r'train\.start = .*: read_in/embedding has the shape .* there, .* here'):
@@ -381,13 +393,14 @@ def test_a_run_does_not_start_from_one_that_reads_other_ids(tmp_path, there, her
 
 
 @pytest.mark.parametrize('submit, names', [
-    ({'steps': 0}, 'steps = 0'), ({'steps': 10_001}, 'steps = 10001'), ({'prompt': '1 <mask> 2', 'stop': ['3']}, 'stop = '),
-    ({'budget': 9}, 'budget = 9'), ({'prompt': '1 ' * 16}, '17 tokens'),
-    ({'prompt': [7]}, 'the id = 7'), ({'prompt': jnp.ones((1, 3), int)}, r'the id = \[1 1 1\]: must be a whole number'),
+    ({'steps': 0}, 'steps = 0'), ({'steps': 10_001}, 'steps = 10001'),
+    ({'prompt': '1 <mask> 2', 'stop': ['3']}, 'stop = '), ({'budget': 9}, 'budget = 9'),
+    ({'prompt': '1 ' * 16}, '17 tokens'), ({'prompt': [7]}, 'the id = 7'),
+    ({'prompt': jnp.ones((1, 3), int)}, r'the id = \[1 1 1\]: must be a whole number'),
     ({'stop': '3'}, "stop = '3': give a list"), ({'stop': ['']}, r"stop = \[''\]"), ({'stop': None}, 'stop = None'),
-    ({'prompt': 5}, 'prompt 0 = 5'), ({'prompt': b'1'}, 'give a text'),
-    ({'max_new_tokens': 17}, '17 tokens'), ({'prompt': '<mask:40>'}, '40'),
-    ({'seed': -1}, 'seed = -1'), ({'temperature': -1.0}, 'temperature = -1.0'), ({'max_new_tokens': 0}, 'max_new_tokens = 0')])
+    ({'prompt': 5}, 'prompt 0 = 5'), ({'prompt': b'1'}, 'give a text'), ({'max_new_tokens': 17}, '17 tokens'),
+    ({'prompt': '<mask:40>'}, '40'), ({'seed': -1}, 'seed = -1'), ({'temperature': -1.0}, 'temperature = -1.0'),
+    ({'max_new_tokens': 0}, 'max_new_tokens = 0')])
 def test_requests_that_cannot_be_served_are_refused(submit, names):
   with pytest.raises(ConfigError, match=names):
     denoiser().submit(submit.pop('prompt', ''), **submit)
@@ -400,10 +413,11 @@ def test_blocks_must_divide_the_answer():
 
 
 @pytest.mark.parametrize('make, names', [
-    (lambda: denoiser(exit=1), 'exit = 1'), (lambda: denoiser(draft=1), 'draft = 1'), (lambda: denoiser(length=17), 'length = 17'),
-    (lambda: Denoiser(MODEL, PARAMS, None), 'tokenizer = None'), (lambda: denoiser(AR), 'MASK, the id 5'),
-    (lambda: Denoising(steps=0), 'sampler.steps = 0'), (lambda: Denoising(guidance=-1.0), 'sampler.guidance = -1.0'),
-    (lambda: Bound(mask=0), 'measure.mask = 0'), (lambda: Bounds(MODEL, PARAMS, TOKENIZER, exit=1), 'exit = 1'),
+    (lambda: denoiser(exit=1), 'exit = 1'), (lambda: denoiser(draft=1), 'draft = 1'),
+    (lambda: denoiser(length=17), 'length = 17'), (lambda: Denoiser(MODEL, PARAMS, None), 'tokenizer = None'),
+    (lambda: denoiser(AR), 'MASK, the id 5'), (lambda: Denoising(steps=0), 'sampler.steps = 0'),
+    (lambda: Denoising(guidance=-1.0), 'sampler.guidance = -1.0'), (lambda: Bound(mask=0), 'measure.mask = 0'),
+    (lambda: Bounds(MODEL, PARAMS, TOKENIZER, exit=1), 'exit = 1'),
     (lambda: Bounds(MODEL, PARAMS, TOKENIZER, draws=0), 'draws = 0')])
 def test_wrong_options_are_refused(make, names):
   with pytest.raises(ConfigError, match=names):
@@ -425,18 +439,21 @@ def generate(monkeypatch, model, capsys, tmp_path, *words):
 
 
 def test_steps_loops_and_orders_are_flags(monkeypatch, capsys, tmp_path):
-  out = generate(monkeypatch, MODEL, capsys, tmp_path, '--denoise=3', '--budget=2', '--prompt=1 <mask:2> 4', '--order=margin')
+  out = generate(monkeypatch, MODEL, capsys, tmp_path, '--denoise=3', '--budget=2', '--prompt=1 <mask:2> 4',
+                 '--order=margin')
   assert out.startswith('--- 3 denoising steps of 2 loops\n1 ') and out.rstrip().endswith(' 4')
-  out = generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 2', '--max_new_tokens=2', '--order=left', '--blocks=2')
+  out = generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 2', '--max_new_tokens=2', '--order=left',
+                 '--blocks=2')
   assert out.startswith('--- 4 denoising steps of 4 loops\n1 2')
 
 
 @pytest.mark.parametrize('model, word, names', [
     (MODEL, '--draft=1', '--draft: a masked'), (MODEL, '--exit=kl:0.1', '--exit: a masked'),
     (MODEL, '--memory=first', '--memory: a masked'), (MODEL, '--contrast=1', '--contrast: a masked'),
-    (MODEL, '--order=up', '--order=up'), (MODEL, '--order=cap', '--order=cap'), (MODEL, '--order=cap:7', '--order=cap:7: Cap.eta = 7'),
-    (MODEL, '--order=margin:1', '--order=margin:1'), (AR, '--denoise=4', '--denoise: the model of'),
-    (AR, '--order=left', '--order: the model of')], ids=lambda value: value if isinstance(value, str) else '')
+    (MODEL, '--order=up', '--order=up'), (MODEL, '--order=cap', '--order=cap'),
+    (MODEL, '--order=cap:7', '--order=cap:7: Cap.eta = 7'), (MODEL, '--order=margin:1', '--order=margin:1'),
+    (AR, '--denoise=4', '--denoise: the model of'), (AR, '--order=left', '--order: the model of')],
+                         ids=lambda value: value if isinstance(value, str) else '')
 def test_flags_of_the_other_kind_of_model_are_refused(monkeypatch, capsys, tmp_path, model, word, names):
   with pytest.raises(ConfigError, match=names):
     generate(monkeypatch, model, capsys, tmp_path, word)
@@ -445,7 +462,8 @@ def test_flags_of_the_other_kind_of_model_are_refused(monkeypatch, capsys, tmp_p
 def test_holes_are_filled_and_nothing_is_added(monkeypatch, capsys, tmp_path):
   with pytest.raises(ConfigError, match='--max_new_tokens=2: holes of a prompt are filled'):
     generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 <mask>', '--max_new_tokens=2')
-  assert generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 <mask>', '--prompt=1', '--max_new_tokens=2').count('---') == 2
+  assert generate(monkeypatch, MODEL, capsys, tmp_path, '--prompt=1 <mask>', '--prompt=1',
+                  '--max_new_tokens=2').count('---') == 2
 
 
 def test_blocks_go_with_ranks(monkeypatch, capsys, tmp_path):
@@ -473,7 +491,8 @@ def test_the_study_measures_grids_and_tables_them_by_seed(monkeypatch):
   made = np.array(ids_of(served))
   assert right == valid(made, 2).mean()
   row = {'trained with': '2', 'loops': 2, 'order': 'random', 'steps': 4, 'MFLOP': 1.0}
-  results = {seed: {'bounds': {'trained with 2': {'1': {'loss': 0.5 + i, 'error': 0.1}}}, 'solved': [{**row, 'solved': 0.25 * i}]}
+  results = {seed: {'bounds': {'trained with 2': {'1': {'loss': 0.5 + i, 'error': 0.1}}},
+                    'solved': [{**row, 'solved': 0.25 * i}]}
              for i, seed in enumerate('01')}
   first, second = study.tables(results)
   assert first == [{'model': 'trained with 2', 'loops': '1', 'seed 0': 0.5, 'seed 1': 1.5}]
@@ -487,7 +506,8 @@ def test_the_study_has_whole_grids_written_cell_by_cell(monkeypatch):
   assert 0 <= study.written(loaded) <= 1  # it has a place for each of 16 cells, and for what it begins with
   grids = study.puzzles(config, 4)['targets']
   grids[0, 0] = grids[0, 1]
-  monkeypatch.setattr(study.loopformer, 'generate', lambda *given, **options: [loaded.tokenizer.decode(grid) for grid in grids])
+  monkeypatch.setattr(study.loopformer, 'generate',
+                      lambda *given, **options: [loaded.tokenizer.decode(grid) for grid in grids])
   assert study.written(loaded) == 0.75
 
 
@@ -502,8 +522,11 @@ def test_the_study_of_words_judges_slots(monkeypatch):
     served.submit(' '.join(words) + ' <mask:8>', steps=3, budget=2, number=number)
   right = np.array([ids == source[number]['targets'] for number, ids in enumerate(np.array(ids_of(served)))])
   assert right[:, :8].all() and 0 < right[:, 8:].mean() < 1
-  assert row['last'] == right[:, -1].mean() and row['all'] == right.all(-1).mean() and row['a slot'] == right[:, 8:].mean()
+  assert (row['last'] == right[:, -1].mean() and row['all'] == right.all(-1).mean()
+          and row['a slot'] == right[:, 8:].mean())
   assert (row['order'], row['steps'], row['loops'], row['steps x loops']) == ('confidence', 3, 2, 6)
   assert row['MFLOP'] == pytest.approx(MODEL.flops(16, 2) * 16 * 3 / 1e6)
-  shown = denoising_words.table({'0': [row, {'order': 'padded', 'steps': 1, 'loops': 2, 'MFLOP': 1, 'last': 1, 'a slot': 1}]})
-  assert [line['all'] for line in shown] == [round(row['all'], 3), ''] and [line['seed'] for line in shown] == ['0', '0']
+  shown = denoising_words.table(
+      {'0': [row, {'order': 'padded', 'steps': 1, 'loops': 2, 'MFLOP': 1, 'last': 1, 'a slot': 1}]})
+  assert ([line['all'] for line in shown] == [round(row['all'], 3), '']
+          and [line['seed'] for line in shown] == ['0', '0'])

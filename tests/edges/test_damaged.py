@@ -584,7 +584,9 @@ def test_a_configuration_of_plain_values_where_parts_belong(tmp_path):
 
 
 def test_a_configuration_of_parts_where_others_belong(tmp_path):
-  """A part that was moved by hand into another's place, everywhere: the file is named, or it is one that can stand there."""
+  """A part that was moved by hand into another's place, everywhere: the file is named, or it is one that can stand
+  there.
+  """
   configs.save(test_config.TINY, tmp_path)
   whole = json.loads((tmp_path / configs.FILE).read_text())
   held = {}

@@ -127,7 +127,8 @@ def test_equal_texts_are_on_one_side(tmp_path, monkeypatch):
 # What lies in the folder, the globs, words of the message.
 REFUSED = {
     'UTF-16, as a shell of Windows writes it': ({'a.txt': 'one'.encode('utf-16')}, '*', 'a.txt is not UTF-8.*UTF-16'),
-    'UTF-16 with letters of more bytes': ({'a.txt': 'ab\u2014cd, ef'.encode('utf-16-le')}, '*', 'a.txt is not UTF-8.*UTF-16'),
+    'UTF-16 with letters of more bytes': ({'a.txt': 'ab\u2014cd, ef'.encode('utf-16-le')}, '*',
+                                          'a.txt is not UTF-8.*UTF-16'),
     'UTF-16 without a mark': ({'a.txt': 'one two'.encode('utf-16-le')}, '*', 'a.txt is not UTF-8.*UTF-16'),
     'the other order': ({'a.md': b'\xfe\xff' + 'one'.encode('utf-16-be')}, '*', 'a.md is not UTF-8.*UTF-16'),
     'UTF-32': ({'a.txt': 'one'.encode('utf-32')}, '*', 'a.txt is not UTF-8.*UTF-32'),
@@ -201,7 +202,8 @@ def test_globs_match_what_they_do_elsewhere(tree, parts, absolute):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(tree)
     pattern = os.path.join(*([str(tree)] if absolute else []), *parts)
-    assert set(_matches(pattern, '', collections.defaultdict(set))) == set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    assert (set(_matches(pattern, '', collections.defaultdict(set)))
+            == set(filter(os.path.isfile, glob.glob(pattern, recursive=True))))
 
 
 @hypothesis.given(st.lists(st.one_of(

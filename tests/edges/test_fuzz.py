@@ -13,17 +13,22 @@ from loopformer.model import init_params
 from tests import test_config
 from tests.experiments.test_cli import run_here
 
-NUMBERS = st.sampled_from(['0', '1', '2', '-1', '2.7', 'nan', 'inf', '', ' 2', '1e9', '9' * 20, 'True', '0x2', '\u0663', '1,2', 'x'])
-WORDS = st.sampled_from(['kl:1e-3', 'kl', 'state:0.1', 'stable:2', 'gate:0.5', 'kl:nan', ':', 'first', 'last', 'ring:2', 'ring:0',
-                         'ring:', 'mean', '0.5,0.5', '0.5,0.4', '2', '\x00', '~', 'a=b', '--', '\u00e9', 'sampled'])
-TEXTS = st.text(max_size=12) | st.sampled_from(['the cat', '', ' ', '\n', '\udc80', '\ufeff', '\U0001f600', '<|endoftext|>', 'x' * 300])
-GENERATE = {'prompt': TEXTS, 'budget': NUMBERS | WORDS, 'temperature': NUMBERS, 'top_k': NUMBERS, 'top_p': NUMBERS, 'seed': NUMBERS,
-            'step': NUMBERS, 'exit': WORDS, 'fill': WORDS, 'memory': WORDS, 'draft': NUMBERS | WORDS, 'set': WORDS,
-            'depths': NUMBERS, 'config': WORDS, 'mode': WORDS}
-PLAN = {'config': st.sampled_from(['loopformer:tiny', 'loopformer:', 'loopformer:tiny,loops=0', 'loopformer:tiny,kind=', 'ouro:x',
-                                   '', '/', '.', ':', 'nothing.py', 'loopformer:tiny,loops=2.5', 'loopformer:=']) ,
+NUMBERS = st.sampled_from(['0', '1', '2', '-1', '2.7', 'nan', 'inf', '', ' 2', '1e9', '9' * 20, 'True', '0x2', '\u0663',
+                           '1,2', 'x'])
+WORDS = st.sampled_from(['kl:1e-3', 'kl', 'state:0.1', 'stable:2', 'gate:0.5', 'kl:nan', ':', 'first', 'last', 'ring:2',
+                         'ring:0', 'ring:', 'mean', '0.5,0.5', '0.5,0.4', '2', '\x00', '~', 'a=b', '--', '\u00e9',
+                         'sampled'])
+TEXTS = st.text(max_size=12) | st.sampled_from([
+    'the cat', '', ' ', '\n', '\udc80', '\ufeff', '\U0001f600', '<|endoftext|>', 'x' * 300])
+GENERATE = {'prompt': TEXTS, 'budget': NUMBERS | WORDS, 'temperature': NUMBERS, 'top_k': NUMBERS, 'top_p': NUMBERS,
+            'seed': NUMBERS, 'step': NUMBERS, 'exit': WORDS, 'fill': WORDS, 'memory': WORDS, 'draft': NUMBERS | WORDS,
+            'set': WORDS, 'depths': NUMBERS, 'config': WORDS, 'mode': WORDS}
+PLAN = {'config': st.sampled_from(['loopformer:tiny', 'loopformer:', 'loopformer:tiny,loops=0', 'loopformer:tiny,kind=',
+                                   'ouro:x', '', '/', '.', ':', 'nothing.py', 'loopformer:tiny,loops=2.5',
+                                   'loopformer:=']) ,
         'devices': NUMBERS, 'accelerators': WORDS, 'rows': NUMBERS, 'program': WORDS,
-        'set': NUMBERS.map(lambda text: f'train.batch={text}') | NUMBERS.map(lambda text: f'model.loops={text}') | WORDS}
+        'set': (NUMBERS.map(lambda text: f'train.batch={text}') | NUMBERS.map(lambda text: f'model.loops={text}')
+                | WORDS)}
 
 
 def flags(table):

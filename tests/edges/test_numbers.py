@@ -1,4 +1,6 @@
-"""Numbers, from flags, arguments and configurations: whole where they are counts, finite, in range, and never converted."""
+"""Numbers, from flags, arguments and configurations: whole where they are counts, finite, in range, and never
+converted.
+"""
 import math
 import re
 
@@ -29,8 +31,9 @@ NAN, INF = float('nan'), float('inf')
     ('--top_p=1.01', 'a finite number in the range [0, 1]'), ('--top_p=nan', 'in the range [0, 1]'),
     ('--top_k=0', 'a positive integer'), ('--top_k=2.0', 'a positive integer'),
     ('--max_new_tokens=0', 'a positive integer'), ('--step=-1', 'a non-negative integer'),
-    ('--sweep=0', 'a positive integer'), ('--limit=0', 'a positive integer'), ('--eval_batches=-3', 'a positive integer'),
-    ('--devices=0', 'a positive integer'), ('--process=-1', 'a non-negative integer'), ('--heartbeat=0', 'positive'),
+    ('--sweep=0', 'a positive integer'), ('--limit=0', 'a positive integer'),
+    ('--eval_batches=-3', 'a positive integer'), ('--devices=0', 'a positive integer'),
+    ('--process=-1', 'a non-negative integer'), ('--heartbeat=0', 'positive'),
 ])
 def test_flags(word, expected):
   try:
@@ -62,7 +65,8 @@ def test_flags_that_are_missing():
 @pytest.mark.parametrize('words, expected', [
     (['--bogus=1'], '--bogus: there is no such flag here; --help lists'), (['--depth=1'], 'did you mean --depths'),
     (['word'], 'word: not a flag'),
-    (['--mode=evil'], '--mode=evil'), (['--prompt'], '--prompt'), (['--noseed'], 'noseed'), ([], '--workdir is missing'),
+    (['--mode=evil'], '--mode=evil'), (['--prompt'], '--prompt'), (['--noseed'], 'noseed'),
+    ([], '--workdir is missing'),
 ])
 def test_flags_that_there_are_not(words, expected):
   workdir = ['--workdir=x'] if words else []
@@ -75,14 +79,16 @@ def test_flags_that_there_are_not(words, expected):
   assert end.value.code.startswith('error: ') and expected in end.value.code and '\n' not in end.value.code
 
 
-@pytest.mark.parametrize('text', ['2.7', 'nan', 'inf', '-1', '0', '', 'two', '0.5,0.4', '1e999', '1e30', '0.5,nan', '2,3', '1.5,-0.5'])
+@pytest.mark.parametrize('text', ['2.7', 'nan', 'inf', '-1', '0', '', 'two', '0.5,0.4', '1e999', '1e30', '0.5,nan',
+                                  '2,3', '1.5,-0.5'])
 def test_budgets_of_the_command_line(text):
   with pytest.raises(ConfigError, match=r'--budget|budget') as error:
     plans.resolve(main.loops_or_sizes(text, '--budget'), '--budget')
   assert '--budget' in str(error.value)
 
 
-@pytest.mark.parametrize('text', ['kl:nan', 'kl:inf', 'kl:-1', 'kl:', 'kl', 'kl:1e999', 'gate:1.5', 'stable:0.5', ':', 'kl:1,x'])
+@pytest.mark.parametrize('text', ['kl:nan', 'kl:inf', 'kl:-1', 'kl:', 'kl', 'kl:1e999', 'gate:1.5', 'stable:0.5', ':',
+                                  'kl:1,x'])
 def test_exits_of_the_command_line(text):
   with pytest.raises(ConfigError, match='--exit'):
     main.leaves(text, '--exit')
@@ -106,10 +112,11 @@ def test_what_is_a_whole_number(value):
 
 
 @pytest.mark.parametrize('value, allowed, message', [
-    (NAN, '[0, inf)', 'a finite number, 0 or more'), (INF, '[0, inf)', 'a finite number, 0 or more'), (-1, '[0, inf)', '0 or more'),
-    (0, '(0, 1]', 'above 0 and at most 1'), (1.5, '(0, 1]', 'at most 1'), (1, '[0, 1)', 'below 1'), (True, '[0, 1]', 'number'),
-    ('0.5', '[0, 1]', 'number'), (None, '[0, 1]', 'number'), (1j, '[0, 1]', 'number'), (10 ** 400, '[0, inf)', 'finite'),
-    (np.array([0.5, 0.5]), '[0, 1]', 'number'), (-INF, '(-inf, inf)', 'a finite number'),
+    (NAN, '[0, inf)', 'a finite number, 0 or more'), (INF, '[0, inf)', 'a finite number, 0 or more'),
+    (-1, '[0, inf)', '0 or more'), (0, '(0, 1]', 'above 0 and at most 1'), (1.5, '(0, 1]', 'at most 1'),
+    (1, '[0, 1)', 'below 1'), (True, '[0, 1]', 'number'), ('0.5', '[0, 1]', 'number'), (None, '[0, 1]', 'number'),
+    (1j, '[0, 1]', 'number'), (10 ** 400, '[0, inf)', 'finite'), (np.array([0.5, 0.5]), '[0, 1]', 'number'),
+    (-INF, '(-inf, inf)', 'a finite number'),
 ], ids=str)
 def test_what_is_out_of_range(value, allowed, message):
   with pytest.raises(ConfigError, match=message) as error:
@@ -122,12 +129,12 @@ def test_what_is_in_range(value):
   assert real('x', value, '[0, 1]') == float(value)
 
 
-GENERATION = [dict(temperature=NAN), dict(temperature=INF), dict(temperature='warm'), dict(temperature=None), dict(top_p=NAN),
-              dict(top_p=True), dict(top_k=True), dict(top_k=2.0), dict(seed=2 ** 32), dict(seed=True), dict(seed=NAN),
-              dict(max_new_tokens=INF), dict(max_new_tokens=True), dict(budget=True), dict(budget=NAN), dict(budget='2'),
-              dict(budget=[]), dict(budget=[0.5, NAN]), dict(budget=[0.5, INF]), dict(budget=10 ** 9), dict(stop=['']),
-              dict(stop='x'), dict(stop=[3]), dict(stop=[None]), dict(stop=None), dict(rows=2.5), dict(rows=0),
-              dict(exit='kl:1e-3')]
+GENERATION = [dict(temperature=NAN), dict(temperature=INF), dict(temperature='warm'), dict(temperature=None),
+              dict(top_p=NAN), dict(top_p=True), dict(top_k=True), dict(top_k=2.0), dict(seed=2 ** 32), dict(seed=True),
+              dict(seed=NAN), dict(max_new_tokens=INF), dict(max_new_tokens=True), dict(budget=True), dict(budget=NAN),
+              dict(budget='2'), dict(budget=[]), dict(budget=[0.5, NAN]), dict(budget=[0.5, INF]), dict(budget=10 ** 9),
+              dict(stop=['']), dict(stop='x'), dict(stop=[3]), dict(stop=[None]), dict(stop=None), dict(rows=2.5),
+              dict(rows=0), dict(exit='kl:1e-3')]
 
 
 @pytest.mark.parametrize('options', GENERATION, ids=str)
@@ -137,9 +144,10 @@ def test_generation(options):
     loopformer.generate(test_generate.MODEL, test_generate.PARAMS, test_generate.TOKENIZER, ['abc'], **options)
 
 
-@pytest.mark.parametrize('prompts, message', [('abc', "prompts = 'abc'"), (None, 'prompts = None'), (b'abc', 'prompts = b'),
-                                              ([['a']], "prompt 0: the id = 'a'"), (['a', 3], 'prompt 1 = 3'),
-                                              ([[10 ** 6]], 'prompt 0: the id = 1000000')], ids=str)
+@pytest.mark.parametrize('prompts, message', [
+    ('abc', "prompts = 'abc'"), (None, 'prompts = None'), (b'abc', 'prompts = b'),
+    ([['a']], "prompt 0: the id = 'a'"), (['a', 3], 'prompt 1 = 3'), ([[10 ** 6]], 'prompt 0: the id = 1000000'),
+], ids=str)
 def test_prompts(prompts, message):
   with pytest.raises(ConfigError, match=message):
     loopformer.generate(test_generate.MODEL, test_generate.PARAMS, test_generate.TOKENIZER, prompts)
@@ -162,8 +170,8 @@ def test_what_is_loaded(source):
     loopformer.load(source)
 
 
-@pytest.mark.parametrize('rule', [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable, exits.Cumulative,
-                                  exits.Confident, exits.ACT])
+@pytest.mark.parametrize('rule', [exits.KL, exits.Entropy, exits.EntropyChange, exits.StateChange, exits.Stable,
+                                  exits.Cumulative, exits.Confident, exits.ACT])
 @pytest.mark.parametrize('threshold', [NAN, INF, -INF, -1])
 def test_thresholds(rule, threshold):
   with pytest.raises(ConfigError, match=rf'threshold = {threshold}'):
@@ -173,7 +181,8 @@ def test_thresholds(rule, threshold):
 # Configurations ------------------------------------------------------------------------------------------------------
 
 
-FILES = [name for name in configs.published() if name != 'finetune']  # which needs a folder (tests/experiments/test_finetune.py)
+# which needs a folder (tests/experiments/test_finetune.py)
+FILES = [name for name in configs.published() if name != 'finetune']
 
 
 def numbers_of(value, path=''):

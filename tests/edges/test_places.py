@@ -1,4 +1,6 @@
-"""Where things lie: home folders, other current folders, places that cannot be written, consoles, names of configurations."""
+"""Where things lie: home folders, other current folders, places that cannot be written, consoles, names of
+configurations.
+"""
 import ast
 import dataclasses
 import os
@@ -98,7 +100,8 @@ def test_paths_are_stored_whole(home, tmp_path, monkeypatch):
   assert dict(configs.paths(configs.read(here / 'run'))) == dict(configs.paths(config))
   older = configs.with_paths(config, {'task.folder': 'here/data', 'model.nothing': 'x'})
   assert older.task.folder == 'here/data' and not list(configs.difference(older, config))
-  assert configs.with_paths(configs.absolute(configs.load(str(here / 'c.py'))), dict(configs.paths(older))).task.folder == 'here/data'
+  assert configs.with_paths(configs.absolute(configs.load(str(here / 'c.py'))),
+                            dict(configs.paths(older))).task.folder == 'here/data'
 
 
 def test_buckets_stay_as_they_are():
@@ -185,7 +188,8 @@ def test_a_folder_that_cannot_be_written(mode, tmp_path):
 
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, '-c', code], capture_output=True, env={**os.environ, **environment}, cwd=parts.ROOT)
+  return subprocess.run([sys.executable, '-c', code], capture_output=True, env={**os.environ, **environment},
+                        cwd=parts.ROOT)
 
 
 def test_a_console_of_few_letters():
@@ -197,8 +201,8 @@ def test_a_console_of_few_letters():
 
 def test_consoles_that_are_closed():
   """As daemons and cron have them."""
-  done = subprocess.run(f'{sys.executable} -c "from experiments.tools import command; command.run(lambda argv: print(1))" '
-                        '>&- 2>&-', shell=True, cwd=parts.ROOT)
+  done = subprocess.run(f'{sys.executable} -c "from experiments.tools import command; '
+                        'command.run(lambda argv: print(1))" >&- 2>&-', shell=True, cwd=parts.ROOT)
   assert done.returncode == 0
 
 
@@ -227,8 +231,9 @@ def test_a_file_of_the_same_name_is_meant_first(home):
 @pytest.mark.parametrize('name, message', [
     ('loopfromer:tiny', r'--config=loopfromer: no such file.*did you mean --config=loopformer\? --mode=configs'),
     ('runs/loopfromer.py', 'did you mean --config=loopformer'), ('zzz', 'no such file.*--mode=configs lists'),
-    ('loopformer:tyni', "size = 'tyni': did you mean 'tiny'"), ('loopformer:tiny,lops=3', "no 'lops' here; did you mean 'loops'"),
-    ('.', 'no such file'), ('experiments', 'no such file'),
+    ('loopformer:tyni', "size = 'tyni': did you mean 'tiny'"),
+    ('loopformer:tiny,lops=3', "no 'lops' here; did you mean 'loops'"), ('.', 'no such file'),
+    ('experiments', 'no such file'),
 ])
 def test_names_that_are_nearly_right(name, message, home):
   with pytest.raises(ConfigError, match=message):
@@ -289,7 +294,8 @@ def test_a_run_is_found_from_another_folder(home, tmp_path, monkeypatch):
   read = configs.read(here / 'run')
   read.task.prepare(here / 'run', said.append)
   assert 'reused from' in said[-1]
-  with pytest.raises(FileNotFoundError, match=rf"no file matches 'texts \[1\]/\*\.txt' in {tmp_path}; correct the glob"):
+  with pytest.raises(FileNotFoundError,
+                     match=rf"no file matches 'texts \[1\]/\*\.txt' in {tmp_path}; correct the glob"):
     config.task.corpus.sources()
   shutil.rmtree(here / 'texts [1]')
   (here / 'pieces.model').unlink()

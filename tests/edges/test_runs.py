@@ -396,14 +396,16 @@ def test_every_command_hears_while_it_imports(module):
 
 def test_a_study_ends_with_one_line_where_its_input_cannot_be_used(tmp_path):
   done = subprocess.run([sys.executable, '-m', 'experiments.studies.loopus_stages', f'--workdir={tmp_path / "runs"}',
-                         f'--out={tmp_path / "out"}', '--budgets=1,two'], cwd=test_cli.ROOT, capture_output=True, text=True)
+                         f'--out={tmp_path / "out"}', '--budgets=1,two'],
+                        cwd=test_cli.ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: --budgets=1,two: give whole numbers')
   assert 'Traceback' not in done.stderr
 
 
 def test_a_run_that_fails_in_a_study_is_told_by_its_last_line(tmp_path):
-  with pytest.raises(SystemExit, match=f'error: the run of loopformer:none in {tmp_path} ended with status 1, and log.txt '
-                                       "with: error: config argument size = 'none'"):
+  with pytest.raises(SystemExit,
+                     match=f'error: the run of loopformer:none in {tmp_path} ended with status 1, and log.txt '
+                           "with: error: config argument size = 'none'"):
     command.train('loopformer:none', tmp_path)
 
 
@@ -446,7 +448,8 @@ def test_a_run_is_refused_killed_resumed_and_interrupted(tmp_path):
 @pytest.mark.parametrize('error, told', [
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore\nlines'),
      '(RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.)'),
-    (jax.errors.JaxRuntimeError('INTERNAL: Error dispatching computation: Out of memory allocating 7 bytes.'), '(INTERNAL: '),
+    (jax.errors.JaxRuntimeError('INTERNAL: Error dispatching computation: Out of memory allocating 7 bytes.'),
+     '(INTERNAL: '),
     (MemoryError(), '(no more to be had)')])
 def test_too_large_a_model_or_batch(error, told, tmp_path, monkeypatch):
   """A million layers, or a batch for a larger machine: one line that says what helps."""
@@ -644,8 +647,8 @@ def test_an_extended_run_is_what_its_configuration_says(tmp_path, stub):
 
 
 @pytest.mark.parametrize('given, told', [(6, r'\(6,\): .*below train.steps = 6'), ((3, 2), 'ascending'),
-                                         ((2, 2), 'ascending'), (0, '1 or more'), (-1, '1 or more'), (True, '1 or more'),
-                                         ((2.5,), 'a whole number')])
+                                         ((2, 2), 'ascending'), (0, '1 or more'), (-1, '1 or more'),
+                                         (True, '1 or more'), ((2.5,), 'a whole number')])
 def test_numbers_of_steps_before(given, told):
   with pytest.raises(ConfigError, match=rf'train.extended = .*{told}'):
     training.Train(steps=6, extended=given)

@@ -7,8 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from loopformer.data.tokenizer import (BROKEN, ByteTokenizer, JsonTokenizer, PieceTokenizer, TrainedPieces, anchor,
-                                       continuation)
+from loopformer.data.tokenizer import (
+  BROKEN,
+  ByteTokenizer,
+  JsonTokenizer,
+  PieceTokenizer,
+  TrainedPieces,
+  anchor,
+  continuation,
+)
 from loopformer.inference.engine import Engine
 from loopformer.inference.harness import Scorer
 from loopformer.inference.measures import text_bytes
@@ -19,8 +26,10 @@ from loopformer.tasks.generated import SymbolTokenizer
 from loopformer.types import ConfigError
 from tests import parts
 
-CORPUS = ['the cat sat on the mat and sang to the dog that sat there too\n' * 20, 'words: reading, writing, looping.\n' * 20]
-MODEL = parts.looped(parts.plain(1), read_in=TokenEmbed(vocab=512, width=parts.D, length=128))  # more than a tokenizer has
+CORPUS = ['the cat sat on the mat and sang to the dog that sat there too\n' * 20,
+          'words: reading, writing, looping.\n' * 20]
+# more than a tokenizer has
+MODEL = parts.looped(parts.plain(1), read_in=TokenEmbed(vocab=512, width=parts.D, length=128))
 
 
 def given_pieces(kind: str, **options) -> PieceTokenizer:
@@ -138,8 +147,9 @@ def test_the_harness_continues_with_the_space(model):
   assert scorer.generate([('the cat', {'max_gen_toks': 8})]) == texts and texts[0].startswith(' ')
 
 
-@pytest.mark.parametrize('how', [{'temperature': float('nan')}, {'temperature': -1}, {'temperature': 'warm'}, {'max_gen_toks': 2.5},
-                                 {'max_gen_toks': 0}, {'top_p': 2, 'do_sample': True}, {'top_k': 1.5}], ids=str)
+@pytest.mark.parametrize('how', [{'temperature': float('nan')}, {'temperature': -1}, {'temperature': 'warm'},
+                                 {'max_gen_toks': 2.5}, {'max_gen_toks': 0}, {'top_p': 2, 'do_sample': True},
+                                 {'top_k': 1.5}], ids=str)
 def test_what_the_harness_cannot_ask_for(how, model):
   with pytest.raises(ConfigError, match=f'^{next(iter(how))} = '):
     Scorer(*model, ByteTokenizer(), steps=2, batch=2).generate([('the cat', how)])
@@ -163,8 +173,8 @@ def test_next_to_no_probability_leaves_the_likeliest(top_p):
 @pytest.mark.parametrize('prompt, message', [
     ([1000000], 'prompt 0: the id = 1000000: must be 0 to 256'), ([257], 'the id = 257'), ([-1], 'the id = -1'),
     ([1.5], r'the id = 1\.5: must be a whole number'), ([True], 'the id = True: must be a whole number'),
-    (['a'], "the id = 'a'"), (b'abc', "prompt 0 = b'abc': give a text, a list of ids, or"), (7, 'prompt 0 = 7: give a text'),
-    ([[1, 2]], r'the id = \[1, 2\]'), (None, 'prompt 0 = None'),
+    (['a'], "the id = 'a'"), (b'abc', "prompt 0 = b'abc': give a text, a list of ids, or"),
+    (7, 'prompt 0 = 7: give a text'), ([[1, 2]], r'the id = \[1, 2\]'), (None, 'prompt 0 = None'),
 ], ids=str)
 def test_prompts_that_are_none(prompt, message, model):
   engine = Engine(*model, ByteTokenizer(), rows=2)

@@ -11,9 +11,9 @@ from loopformer.config import Experiment, arguments
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
 from loopformer.nn.attention import SelfAttention
-from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.blocks import Block
 from loopformer.nn.embed import TokenEmbed
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import MLP
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted

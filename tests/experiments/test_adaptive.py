@@ -19,7 +19,8 @@ def test_rules_are_held_against_the_line_of_fixed_budgets(tmp_path):
   folder.mkdir(parents=True)
   (folder / 'exits.json').write_text(json.dumps([{'schedule': name, 'budget': budget, 'accuracy': accuracy}
                                                  for name, budget, accuracy in POINTS]))
-  code = 'import sys; from absl import app; from experiments.studies import adaptive; adaptive.define_flags(); app.run(adaptive.main)'
+  code = ('import sys; from absl import app; from experiments.studies import adaptive; adaptive.define_flags(); '
+          'app.run(adaptive.main)')
   out = parts.python(code, f'--workdir={tmp_path / "runs"}', '--models=a', f'--out={tmp_path / "out"}')
   rows = json.loads((tmp_path / 'out/results.json').read_text())['a']
   assert [row['fixed'] for row in rows] == pytest.approx([0.4, 0.8, 1.0, 0.6, 0.9, 0.8])

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as benchmark, compile, decode, floor, growth, imported, memory, plain, sizes, train
+from experiments.benchmark import (
+  __main__ as benchmark,
+  compile,
+  decode,
+  floor,
+  growth,
+  imported,
+  memory,
+  plain,
+  sizes,
+  train,
+)
 from experiments.configs import loopformer as configuration
 from loopformer import loop, plans
 from loopformer.model import init_params, parameter_shapes
@@ -251,8 +262,9 @@ def test_bare_products_are_those_of_every_kernel():
   core, table, rows = params['cell']['core'], params['read_in']['embedding'], 64
   layers = floor.layers_of(core, table.dtype)
   x = jnp.ones((rows, TINY.width))
-  own, without = (jax.jit(functools.partial(floor.products, loops=1)).lower(x, layers, own).compile().cost_analysis()['flops']
-                  for own in (table, None))
+  own, without = (
+      jax.jit(functools.partial(floor.products, loops=1)).lower(x, layers, own).compile().cost_analysis()['flops']
+      for own in (table, None))
   kernels = sum(leaf.size for layer in layers for leaf in layer.values())
   assert kernels == sum(leaf.size for leaf in jax.tree.leaves(core) if leaf.ndim == 3) and len(layers) == TINY.layers
   assert 1 <= without / (2 * rows * kernels) < 1.1 and own - without == pytest.approx(2 * rows * table.size, rel=0.02)

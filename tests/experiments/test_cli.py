@@ -292,7 +292,8 @@ def test_flags_that_the_mode_reads_are_taken():
   for mode, given in (('train', {'config': 'x.py', 'verify': True, 'coordinator': 'x:1'}),
                       ('eval', {'depths': ['1'], 'step': 3, 'processes': 2}),
                       ('harness', {'tasks': ['x'], 'memory': 'first', 'step': 3}),
-                      ('generate', {'prompt': [''], 'budget': '2', 'seed': 0}), ('plan', {'config': 'x.py', 'rows': 2})):
+                      ('generate', {'prompt': [''], 'budget': '2', 'seed': 0}),
+                      ('plan', {'config': 'x.py', 'rows': 2})):
     main.check_flags(mode, given)
 
 
@@ -360,7 +361,8 @@ REFUSED_LATE = {
     'no gate': (['--mode=generate', '--exit=sampled', '--fill=recompute'],
                 ['--exit=sampled: exit.rule: the cell has no gate']),
     'fill': (['--mode=generate', '--fill=copy'], ['--fill=copy: is read with --exit alone']),
-    'chats': (['--mode=generate', '--messages=nowhere'], ['nowhere: there is no such file; name a file of chats by --messages']),
+    'chats': (['--mode=generate', '--messages=nowhere'],
+              ['nowhere: there is no such file; name a file of chats by --messages']),
     'no exits': (['--mode=eval', '--exits= ;'], ['--exits= ;: names none; give a rule']),
     'no schedules': (['--mode=eval', '--schedules=;'], ['--schedules=;: names none; give step sizes']),
     'draft': (['--mode=generate', '--exit=kl:1e-3', '--draft=1'], ['exit and draft', 'give one of the two']),

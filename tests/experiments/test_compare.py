@@ -27,7 +27,8 @@ def compare(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
     (['--show=last', '--run=hop=CONFIGS/latent_thoughts.py', '--run=text=CONFIGS/intra_layer.py'],
      'error: --show = last: the run text does not report it; choose one of loss, perplexity, bits_per_byte'),
     (['--budgets=1,x', '--run=hop=CONFIGS/latent_thoughts.py'], 'error: --budgets=1,x'),
-    (['--depths=1', '--run=hop=CONFIGS/latent_thoughts.py'], 'error: --depths: this command does not read it; leave it out'),
+    (['--depths=1', '--run=hop=CONFIGS/latent_thoughts.py'],
+     'error: --depths: this command does not read it; leave it out'),
 ], ids=['no run', 'one run', 'budgets', 'unread'])
 def test_what_no_plot_could_show_is_refused_before_training(arguments, message, tmp_path):
   done = compare(tmp_path, *(argument.replace('CONFIGS', RUN) for argument in arguments))
@@ -49,7 +50,8 @@ runs, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 compare.draw(out, runs, 'conditional')
 print(json.dumps(compare.summary(runs) + compare.summary({'a': runs['a'][:1]})))
 """
-  row, alone, *_ = json.loads(parts.python(code, json.dumps({'a': [seed(0.25), seed(0.75)]}), str(tmp_path)).splitlines()[-1])[::2]
+  row, alone, *_ = json.loads(parts.python(code, json.dumps({'a': [seed(0.25), seed(0.75)]}),
+                                           str(tmp_path)).splitlines()[-1])[::2]
   assert (row['conditional'], row['+-'], 'loss' in row) == (0.5, 0.25, False)
   assert (alone['conditional'], alone['+-']) == (0.25, '')  # one seed has no range
 
@@ -64,7 +66,8 @@ def test_plots_show_what_the_rows_have(tmp_path):
 
 def test_the_best_schedule_is_the_first():
   rows = [{'loss': loss} for loss in (2.0, 1.0, 3.0)]
-  assert main.ranked(rows, 'loss', LESS) == [{'rank': 1, 'loss': 1.0}, {'rank': 2, 'loss': 2.0}, {'rank': 3, 'loss': 3.0}]
+  assert main.ranked(rows, 'loss', LESS) == [
+      {'rank': 1, 'loss': 1.0}, {'rank': 2, 'loss': 2.0}, {'rank': 3, 'loss': 3.0}]
   assert [row['loss'] for row in main.ranked(rows, 'loss', MORE)] == [3.0, 2.0, 1.0]
 
 
@@ -97,9 +100,11 @@ def test_studies_write_results_and_tables_and_check_their_words(tmp_path):
   for check, names in ((lambda: command.check_chosen('kinds', ['a', 'x'], ('a', 'b')),
                         "--kinds=a,x: there is no 'x' here; choose from a, b"),
                        (lambda: command.check_chosen('size', 'x', ('a', 'b')), "--size=x: there is no 'x' here"),
-                       *((lambda text=text: command.check_whole(seeds=[text]), f'--seeds={text}: give whole numbers .* 0 to 42949')
+                       *((lambda text=text: command.check_whole(seeds=[text]),
+                          f'--seeds={text}: give whole numbers .* 0 to 42949')
                          for text in ('-1', 'a', '', str(2 ** 32))),
-                       (lambda: command.check_once('rates', [0.001, 1e-3]), '--rates=0.001,0.001: 0.001 stands there more'),
+                       (lambda: command.check_once('rates', [0.001, 1e-3]),
+                        '--rates=0.001,0.001: 0.001 stands there more'),
                        (lambda: command.check_whole(steps=['2', '0']), '--steps=2,0: .* 1 or more')):
     with pytest.raises(SystemExit, match=names):
       check()
@@ -124,6 +129,7 @@ def test_logarithmic_axes_are_told_in_plain_numbers():
     plots.doubling(axes, at)
   figure.canvas.draw()
   told = [[label.get_text() for label in axes.get_xticklabels(which='both')] for axes in (wide, given)]
-  assert {'2', '4', '8', '16'} <= set(told[0]) and told[1] == ['1', '3'] and not any('10' in text or '^' in text for text in told[0])
+  assert ({'2', '4', '8', '16'} <= set(told[0]) and told[1] == ['1', '3']
+          and not any('10' in text or '^' in text for text in told[0]))
   assert [axes.get_xscale() for axes in (wide, given, short)] == ['log', 'log', 'linear']
   pyplot.close(figure)

@@ -1,5 +1,5 @@
-"""A decoder from elsewhere, by command and whole: imported, fine-tuned on chats by updates of low rank, merged, exported,
-and scored by the harness's scorer."""
+"""A decoder from elsewhere, by command and whole: imported, fine-tuned on chats by updates of low rank, merged,
+exported, and scored by the harness's scorer."""
 import json
 
 from flax.traverse_util import flatten_dict
@@ -27,7 +27,8 @@ pytest.importorskip('jinja2')
 pytest.importorskip('tokenizers')
 CONFIG = CONFIGS['llama'] | {'vocab_size': chats.VOCAB, 'num_hidden_layers': 2, 'eos_token_id': 256,
                              'max_position_embeddings': 64}
-CHATS = [{'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': 'yes!'}]} for i in range(24)]
+CHATS = [{'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': 'yes!'}]}
+         for i in range(24)]
 
 
 @pytest.fixture(scope='module')
@@ -49,13 +50,15 @@ def base(tmp_path_factory):
 
 
 def spec(base, more=''):
-  return f'finetune:from={base / "run"},data={base / "chats.jsonl"},validation={base / "held.jsonl"},length=32,rank=2{more}'
+  return (f'finetune:from={base / "run"},data={base / "chats.jsonl"},validation={base / "held.jsonl"},'
+          f'length=32,rank=2{more}')
 
 
 def test_from_an_import_to_an_export(base, tmp_path):
   workdir = tmp_path / 'tuned'
-  status, out, err = run_here(workdir, f'--config={spec(base, ",steps=30,batch=4,peak=0.02")}', '--set', 'train.log_every=1',
-                              '--set', 'train.eval_every=30', '--set', 'train.eval_batches=1', '--set', 'optim.of.clip=100.0')
+  status, out, err = run_here(workdir, f'--config={spec(base, ",steps=30,batch=4,peak=0.02")}', '--set',
+                              'train.log_every=1', '--set', 'train.eval_every=30', '--set', 'train.eval_batches=1',
+                              '--set', 'optim.of.clip=100.0')
   assert status == 0, err
   assert 'were cut' in out and '8 of 16 parameters start from step 0' in out
   losses = [row['loss'] for row in metrics.read_rows(workdir / 'metrics.jsonl') if row['kind'] == 'train']
@@ -66,7 +69,8 @@ def test_from_an_import_to_an_export(base, tmp_path):
     np.testing.assert_array_equal(after[path], leaf)
   assert tuned.tokenizer.ends == (256, 258) and len(after) == len(before) + 8
 
-  status, out, err = run_here(workdir, '--mode=generate', '--chat', '--prompt=3?', '--max_new_tokens=8', '--temperature=0')
+  status, out, err = run_here(workdir, '--mode=generate', '--chat', '--prompt=3?', '--max_new_tokens=8',
+                              '--temperature=0')
   assert status == 0 and 'user: 3?\nassistant: ' in out, err
 
   export(tuned.model, tuned.params, tuned.tokenizer, tmp_path / 'out')
@@ -78,7 +82,8 @@ def test_from_an_import_to_an_export(base, tmp_path):
   assert np.abs(both[0] - loopformer.logits(*old[:2], tokens)).max() > 0.1
 
   asked = [('<|im_start|>user\n7?<|im_end|>\n<|im_start|>assistant\n', answer) for answer in ('yes!', 'noo?')]
-  scores = [Scorer(*loaded, batch=2).loglikelihood(asked) for loaded in ((model, params, tokenizer), tuned[:3], old[:3])]
+  scores = [Scorer(*loaded, batch=2).loglikelihood(asked)
+            for loaded in ((model, params, tokenizer), tuned[:3], old[:3])]
   np.testing.assert_allclose([score for score, _ in scores[0]], [score for score, _ in scores[1]], atol=1e-3)
   assert scores[0][0][0] > scores[2][0][0] + 1 and scores[0][0][0] > scores[0][1][0]
 
@@ -86,7 +91,8 @@ def test_from_an_import_to_an_export(base, tmp_path):
 def test_arguments_of_the_configuration(base, tmp_path):
   config = configs.load(spec(base))
   configs.check(config)
-  assert isinstance(config.task, Instructions) and isinstance(config.optim, Freeze) and config.train.start == str(base / 'run')
+  assert (isinstance(config.task, Instructions) and isinstance(config.optim, Freeze)
+          and config.train.start == str(base / 'run'))
   assert config.objective == configs.read(base / 'run').objective
   configs.save(config, tmp_path)
   assert configs.describe(configs.read(tmp_path)) == configs.describe(config)
@@ -111,7 +117,8 @@ def test_numbers_of_the_configuration(base):
 
 
 def test_a_decoder_is_tied_by_command(base, tmp_path):
-  status, out, err = run_here(tmp_path / 'tied', '--mode=import', f'--from={base / "llama"}', '--loops=2', '--relaxed=4')
+  status, out, err = run_here(tmp_path / 'tied', '--mode=import', f'--from={base / "llama"}', '--loops=2',
+                              '--relaxed=4')
   assert status == 0, err
   model, params, _, config = loopformer.load(tmp_path / 'tied')
   assert (model.loops, model.cell.core.depth, config.objective.longest) == (2, 1, 2)
@@ -129,18 +136,21 @@ def test_a_decoder_is_tied_by_command(base, tmp_path):
 def test_chats_that_cannot_be_answered(flags, message, base, tmp_path):
   (tmp_path / 'empty.jsonl').write_text('\n')
   files = {'FILE': str(base / 'chats.jsonl'), 'EMPTY': str(tmp_path / 'empty.jsonl')}
-  given = [flag if '=' not in flag else flag.replace(flag.split('=')[1], files.get(flag.split('=')[1], flag.split('=')[1]))
+  given = [flag if '=' not in flag
+           else flag.replace(flag.split('=')[1], files.get(flag.split('=')[1], flag.split('=')[1]))
            for flag in flags]
   status, _, err = run_here(base / 'run', '--mode=generate', *given)
   assert status == 1 and message in err and err.strip().count('\n') == 0
 
 
 @pytest.mark.parametrize('more, told', [
-    ('data=x,rank=0,each=1', 'each: is read with rank alone'), ('text=x,validation=y', 'validation: is read with data alone'),
-    ('text=x,template=y', 'template: is read with data alone'), ('text=x,share=0.25', 'share: is read with both data and text'),
+    ('data=x,rank=0,each=1', 'each: is read with rank alone'),
+    ('text=x,validation=y', 'validation: is read with data alone'),
+    ('text=x,template=y', 'template: is read with data alone'),
+    ('text=x,share=0.25', 'share: is read with both data and text'),
     ('text=x,share=0.5', 'share: is read with both data and text'),
-    ('data=x,peak=0', 'peak = 0.0: must be a finite number, above 0'), ('data=x,length=0', 'length = 0: must be 1 or more'),
-    ('data=x,bf16=2', "bf16 = '2': choose one of 0, 1")])
+    ('data=x,peak=0', 'peak = 0.0: must be a finite number, above 0'),
+    ('data=x,length=0', 'length = 0: must be 1 or more'), ('data=x,bf16=2', "bf16 = '2': choose one of 0, 1")])
 def test_an_argument_that_nothing_reads_is_refused(more, told):
   with pytest.raises(ConfigError, match=f'config argument {told}'):
     configs.load(f'finetune:from=there,{more}')

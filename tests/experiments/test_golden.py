@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from experiments.configs import loopformer as paper
-from loopformer import config as configs
-from loopformer import sharding
+from loopformer import config as configs, sharding
 from loopformer.model import parameter_count
 from loopformer.roles import Role
 from tests import parts
@@ -20,7 +19,8 @@ FSDP = 4
 CONFIGS = Path(__file__).parents[2] / 'experiments/configs'
 ARGUMENTS = {
     'act': ['', 'mano,tau=0.001'],
-    'ccdd': ['cpu', 'cpu,kind=moe,source=corrupted,times=apart', 'gpu,kind=mmdit,encoder=tokens,noise=flow', 'paper,drop=0.1'],
+    'ccdd': ['cpu', 'cpu,kind=moe,source=corrupted,times=apart', 'gpu,kind=mmdit,encoder=tokens,noise=flow',
+             'paper,drop=0.1'],
     'loopformer': [f'{size},kind={kind}' + (',ee=1' if ee else '') for size in ('tiny', 'small', 'paper')
                    for kind in paper.KINDS for ee in (0, 1) if not ee or kind in ('base_loop', 'tmlt')]
                   + ['p_hop', 'pointers,kind=tmlt,ee=1'],
@@ -38,9 +38,10 @@ ARGUMENTS = {
     'length_generalization': ['cpu', 'cpu,task=copy', 'paper,task=multiplication', 'cpu,loops=fixed', 'cpu,inject=0'],
     'linear_icl': ['', 'predict=weights'],
     'looped_icl': ['cpu', 'cpu,grow=1', 'paper,function=sparse', 'paper,function=tree', 'cpu,kind=stacked,layers=4'],
-    'loopus': ['cpu', 'cpu,start=runs/pretrained', 'cpu,arm=ungated,start=runs/pretrained', 'cpu,arm=base,start=runs/pretrained'],
-    'masked_diffusion': ['cpu', 'cpu,loops=4,consistency=0.1,time=1,noise=cosine', 'cpu,kind=ar', 'cpu,task=text', 'gpu', 'paper',
-                         'cpu,task=parity', 'cpu,task=ab,kind=ar', 'gpu,task=s5', 'gpu,task=countdown'],
+    'loopus': ['cpu', 'cpu,start=runs/pretrained', 'cpu,arm=ungated,start=runs/pretrained',
+               'cpu,arm=base,start=runs/pretrained'],
+    'masked_diffusion': ['cpu', 'cpu,loops=4,consistency=0.1,time=1,noise=cosine', 'cpu,kind=ar', 'cpu,task=text',
+                         'gpu', 'paper', 'cpu,task=parity', 'cpu,task=ab,kind=ar', 'gpu,task=s5', 'gpu,task=countdown'],
     'mor': ['tiny', 'tiny,kind=token', 'tiny,kind=token,balance=free,form=paper', 'tiny,kind=random',
             'tiny,kind=recursive', 'tiny,kind=recursive,sharing=sequence,layers=6', 'tiny,kind=vanilla',
             'tiny,memory=shared', 'tiny,auxiliary=1,router=mlp', 'tiny,z=0.001,gate=open', 'tiny,kind=token,z=0.001',

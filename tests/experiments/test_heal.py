@@ -39,7 +39,8 @@ def test_the_command_trains_both_and_tells_before_and_after(tmp_path):
       ('looped', 'no', 1), ('looped', 'no', 2), ('looped', '3 steps', 1), ('looped', '3 steps', 2), ('plain', 'no', 1),
       ('plain', '3 steps', 1)]
   loss = {(row['model'], row['trained'], row['budget']): row['loss'] for row in found}
-  assert loss['looped', 'no', 1] != loss['looped', '3 steps', 1] and loss['plain', 'no', 1] != loss['plain', '3 steps', 1]
+  assert (loss['looped', 'no', 1] != loss['looped', '3 steps', 1]
+          and loss['plain', 'no', 1] != loss['plain', '3 steps', 1])
   assert all(np.isfinite(value) for value in loss.values()) and len({row['tokens'] for row in found}) == 1
   assert (tmp_path / 'out/table.md').is_file()
 
@@ -57,10 +58,12 @@ def flags(tmp_path, monkeypatch):
   save(tmp_path / 'llama')
   for i in range(40):
     (tmp_path / f'{i}.txt').write_text(f'a text of number {i}. ' * 4)
-  given = Flags(**{'from': str(tmp_path / 'llama')}, corpus=[f'{tmp_path}/*.txt'], steps=0, batch=2, window=None, depths=None)
+  given = Flags(**{'from': str(tmp_path / 'llama')}, corpus=[f'{tmp_path}/*.txt'], steps=0, batch=2, window=None,
+                depths=None)
   monkeypatch.setattr(heal, 'FLAGS', given)
   monkeypatch.setattr(heal, 'evaluate', lambda model, params, batches, schedules, lengths: [
-      {'budget': len(sizes), 'loss': 1.0, 'bits_per_byte': 1.0, 'tokens': len(batches)} for sizes in schedules.values()])
+      {'budget': len(sizes), 'loss': 1.0, 'bits_per_byte': 1.0, 'tokens': len(batches)}
+      for sizes in schedules.values()])
   return given
 
 
@@ -69,15 +72,17 @@ def test_what_other_flags_imported_or_trained_is_not_taken(flags, tmp_path):
   rows = heal.arm('looped', options, heal.budgets(2), tmp_path)
   assert [row['budget'] for row in rows] == [1, 2] and heal.arm('looped', options, heal.budgets(2), tmp_path) == rows
   for other in (options | {'loops': 3}, options | {'coda': 1}, {'prelude': 1, 'damped': 0.5, 'loops': 2}):
-    with pytest.raises(ConfigError, match='looped-imported: it was made with (loops = 2, not with 3|coda = none|damped = none)'):
+    with pytest.raises(ConfigError,
+                       match='looped-imported: it was made with (loops = 2, not with 3|coda = none|damped = none)'):
       heal.arm('looped', other, heal.budgets(2), tmp_path)
   with pytest.raises(ConfigError, match='prelude = 10'):  # of which nothing is left
     heal.arm('other', options | {'prelude': 9}, heal.budgets(2), tmp_path)
   heal.arm('other', options, heal.budgets(2), tmp_path)
   flags.steps = 3
   loaded = heal.imported(tmp_path / 'looped-imported', options)
-  task = heal.Text(corpus=heal.Files(train=tuple(flags.corpus)), tokenizer=heal.SavedTokenizer(path=str(tmp_path / 'looped-imported')),
-                   length=reference.T, folder=str(tmp_path / 'data'))
+  task = heal.Text(corpus=heal.Files(train=tuple(flags.corpus)),
+                   tokenizer=heal.SavedTokenizer(path=str(tmp_path / 'looped-imported')), length=reference.T,
+                   folder=str(tmp_path / 'data'))
   configs.save(heal.healing(loaded, tmp_path / 'looped-imported', 4, 2, task, 2), tmp_path / 'looped')
   with pytest.raises(ValueError, match='data was prepared from something else: corpus='):
     flags.corpus = [f'{tmp_path}/1*.txt']
@@ -87,12 +92,14 @@ def test_what_other_flags_imported_or_trained_is_not_taken(flags, tmp_path):
 def test_the_corpus_is_read_once_and_has_to_be_large_enough(flags, tmp_path, monkeypatch):
   """By both models, in the words of this command."""
   made = []
-  monkeypatch.setattr(heal.prepared, '_tokenise', lambda *given, own=heal.prepared._tokenise: made.append(own(*given)) or made[-1])
+  monkeypatch.setattr(heal.prepared, '_tokenise',
+                      lambda *given, own=heal.prepared._tokenise: made.append(own(*given)) or made[-1])
   for name, options in (('looped', {'prelude': 1, 'damped': 0.5, 'loops': 2}), ('plain', {})):
     heal.arm(name, options, {'1': (1.0,)}, tmp_path)
   assert len(made) == 1 and (tmp_path / 'data/manifest.json').is_file()
   flags.batch = 1000
-  with pytest.raises(ConfigError, match=r'--corpus=.*: \d+ windows of \d+ tokens in its train split, fewer than --batch=1000; give more'):
+  with pytest.raises(ConfigError, match=r'--corpus=.*: \d+ windows of \d+ tokens in its train split, fewer than '
+                                        r'--batch=1000; give more'):
     heal.arm('plain', {}, {'1': (1.0,)}, tmp_path)
 
 

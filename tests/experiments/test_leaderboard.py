@@ -145,7 +145,8 @@ def test_a_run_of_another_configuration_is_not_taken_for_the_one_that_is_asked_f
 
 
 @pytest.mark.parametrize('check', [
-    lambda: command.check_whole(seeds=['0', '1', '00']), lambda: command.check_chosen('systems', ['base', 'base'], SYSTEMS)])
+    lambda: command.check_whole(seeds=['0', '1', '00']),
+    lambda: command.check_chosen('systems', ['base', 'base'], SYSTEMS)])
 def test_what_is_given_twice_does_not_count_twice(check):
   with pytest.raises(SystemExit, match='error: --(seeds|systems)=.*: (0|base) stands there more than once'):
     check()
@@ -165,7 +166,8 @@ def test_tables_say_what_was_measured(tmp_path):
   rows = study.table(results(), {'looped': 1.234, 'base': None}, 'loss')
   assert [row['system'] for row in rows] == ['looped', 'base', 'noisy']
   looped = rows[0]
-  assert looped['loss'] == 2.3 and looped['+-'] == 0.2 and looped['best'] == '2.200 at 2' and looped['ms a token'] == 1.23
+  assert (looped['loss'] == 2.3 and looped['+-'] == 0.2 and looped['best'] == '2.200 at 2'
+          and looped['ms a token'] == 1.23)
   assert rows[1]['+-'] == '' and rows[1]['ms a token'] == '' and rows[2]['cache bytes a token'] == ''
   assert study.budget_table(results(), 'loss')[0] == {'system': 'base', '1': 3.0, '2': '', '3': ''}
   accuracies = {name: [{**run, 'rows': [{**row, 'accuracy': 1 / row['loss']} for row in run['rows']]} for run in runs]

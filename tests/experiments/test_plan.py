@@ -281,9 +281,11 @@ def test_steps_of_plans(planner, free, live):
 
 
 def test_a_curriculum_counts_over_the_run():
-  """2, 4 and 6 loops, a third of the steps each, of which 2 are graded: 2 without gradient in the mean, 4 at the end."""
+  """2, 4 and 6 loops, a third of the steps each, of which 2 are graded: 2 without gradient in the mean, 4 at the end.
+  """
   each = plans.Truncated(depth=plans.Stairs(first=2, last=6, add=2, every=50), graded=2)
-  whole, last = (estimate.expected(Objective(rolls={'r': Rollout(each)}, terms={}), {}, 2, steps).free for steps in (range(150), 150))
+  whole, last = (estimate.expected(Objective(rolls={'r': Rollout(each)}, terms={}), {}, 2, steps).free
+                 for steps in (range(150), 150))
   assert last == 4 and whole == pytest.approx(2, abs=0.02)
 
 

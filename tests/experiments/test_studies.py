@@ -1,5 +1,5 @@
-"""What studies refuse before they train anything: lists that are empty or say something twice, and a folder of results that
-other flags made."""
+"""What studies refuse before they train anything: lists that are empty or say something twice, and a folder of results
+that other flags made."""
 import json
 
 from tests import parts
@@ -70,7 +70,8 @@ def test_lists_that_name_nothing_or_one_thing_twice(tmp_path):
       ('studies.leaderboard', '--systems='): '--systems: no value; give one, or leave it out',
       ('studies.cot_or_loop', '--seeds=1,01'): '--seeds=1,1: 1 stands there more than once',
       ('studies.dial', '--set=train.seed=3'): '--set=train.seed=3: this command takes seeds by --seeds; leave it out',
-      ('studies.cot_sampling', '--set=train.seed=3'): '--set=train.seed=3: this command takes seeds by --seed; leave it out',
+      ('studies.cot_sampling', '--set=train.seed=3'):
+          '--set=train.seed=3: this command takes seeds by --seed; leave it out',
       ('studies.cot_or_loop', '--arms=chain-4,chain-04'): '--arms=chain-4,chain-4: chain-4 stands there more than once',
       ('studies.leaderboard', '--rates=1e-3,0.001'): '--rates=0.001,0.001: 0.001 stands there more than once',
       ('studies.ouro_stages', '--seeds=x'): '--seeds=x: give whole numbers apart by commas, 0 to 4294967295',

@@ -19,7 +19,8 @@ def test_the_law():
   rng = np.random.default_rng(0)
   deep, shallow = rng.standard_normal((2, 3, V)).astype(np.float32) * 3
   vocab = np.array([V, V - 5, 1], np.int32)
-  found = np.asarray(Contrast(plausible=0.2, weight=0.5).logits(jnp.asarray(deep), jnp.asarray(shallow), jnp.asarray(vocab)))
+  found = np.asarray(Contrast(plausible=0.2, weight=0.5).logits(
+      jnp.asarray(deep), jnp.asarray(shallow), jnp.asarray(vocab)))
   for row, count in enumerate(vocab):
     p, q = (np.exp(logits[row, :count].astype(np.float64)) for logits in (deep, shallow))
     p, q = p / p.sum(), q / q.sum()
@@ -65,8 +66,8 @@ def test_greedy_texts_are_those_of_parallel_passes(shallow, weight):
 def test_without_weight_greedy_texts_are_the_deep_ones():
   model = MODEL.clone(sampler=Contrasted(contrast=Contrast(weight=0.0)))
   options = dict(max_new_tokens=6, temperature=0.0)
-  assert generate(model, PARAMS, TOKENIZER, list(PROMPTS), **options) == generate(MODEL, PARAMS, TOKENIZER, list(PROMPTS),
-                                                                                 **options)
+  assert (generate(model, PARAMS, TOKENIZER, list(PROMPTS), **options)
+          == generate(MODEL, PARAMS, TOKENIZER, list(PROMPTS), **options))
 
 
 def test_what_is_no_contrast():

@@ -12,8 +12,8 @@ from loopformer.cells.plain import Plain
 from loopformer.inference import exits
 from loopformer.inference.engine import Engine, decode, generate, prefill
 from loopformer.inference.sampling import verify_draft
-from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.blocks import Chain
+from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.stack import Stack
 from loopformer.papers.melt.attention import LatentAttention
 from loopformer.papers.melt.cell import Gated, Latest

@@ -42,7 +42,8 @@ def test_answers_count_tokens_sequences_and_last_answers():
 def test_tokens_that_are_no_text_have_no_bytes():
   z, table = jax.random.normal(jax.random.key(0), (5, T, 4)), jax.random.normal(jax.random.key(1), (parts.V, 4))
   measure = measures.Tokens()
-  without, of_one = (measure.sums(Readout(table=table, read=None), z, batch(), lengths) for lengths in (None, np.ones(parts.V, np.int32)))
+  without, of_one = (measure.sums(Readout(table=table, read=None), z, batch(), lengths)
+                     for lengths in (None, np.ones(parts.V, np.int32)))
   rows = [measure.row({name: float(value) for name, value in sums.items()}) for sums in (without, of_one)]
   assert np.isnan(rows[0]['bits_per_byte']) and rows[1]['bits_per_byte'] == pytest.approx(rows[1]['loss'] / np.log(2))
   assert all(rows[0][name] == rows[1][name] for name in ('loss', 'perplexity', 'tokens'))
@@ -150,7 +151,8 @@ def on_host(**changed):
 @pytest.mark.parametrize('batches, message', [
     ([], 'batches: there are none'), (on_host(), 'one batch alone; give a list'),
     *(([make(name)], f'and no {name}') for name in ('tokens', 'targets', 'weights') for make in (
-        lambda name: on_host(**{name: None}), lambda name: {key: rows for key, rows in batch(2).items() if key != name})),
+        lambda name: on_host(**{name: None}),
+        lambda name: {key: rows for key, rows in batch(2).items() if key != name})),
     ([{}], 'a batch has nothing, and no tokens'),
     ([on_host(weights=np.zeros((2, T), np.float32))], 'nothing is asked for'),
     ([on_host(tokens=np.full((2, T), parts.V))], 'tokens: ids from 40 to 40, but the model has 0 to 39'),
@@ -162,4 +164,5 @@ def test_batches_that_say_nothing_are_refused(batches, message):
 
 def test_without_the_bytes_of_tokens_there_are_no_bits_of_a_byte():
   row, = evaluate(MODEL, params(MODEL), [on_host()], {'4': 4})
-  assert np.isnan(row['bits_per_byte']) and row['perplexity'] == pytest.approx(np.exp(row['loss'])) and row['budget'] == 4
+  assert (np.isnan(row['bits_per_byte']) and row['perplexity'] == pytest.approx(np.exp(row['loss']))
+          and row['budget'] == 4)

@@ -156,7 +156,9 @@ def test_sampled_leaves_with_the_probability_of_the_gate():
 
 
 def test_recompute_takes_no_rule_that_reads_answers_through_a_coda():
-  """The coda's cache has what earlier tokens gave when they left: steps differed from those of the pass without a cache."""
+  """The coda's cache has what earlier tokens gave when they left: steps differed from those of the pass without a
+  cache.
+  """
   model, pos = ROWS['prelude_coda'].model, jnp.zeros((2, 1), jnp.int32)
 
   def decode(rule, model=model, **options):
@@ -164,7 +166,8 @@ def test_recompute_takes_no_rule_that_reads_answers_through_a_coda():
     return jax.eval_shape(lambda: extend(model, params(model), tokens(2, 1), exit_policy.static, jnp.float32(1.0),
                                          plans.Uniform(L)(None), pos, model.cache(2, T)).steps)
 
-  with pytest.raises(ConfigError, match=r'exit\.fill = Recompute\(\): its rule reads answers through a coda.*fill=Copy\(\)'):
+  with pytest.raises(ConfigError,
+                     match=r'exit\.fill = Recompute\(\): its rule reads answers through a coda.*fill=Copy\(\)'):
     decode(exits.KL(), fill=exits.Recompute())
   for rule, options in ((exits.StateChange(), {'fill': exits.Recompute()}), (exits.KL(), {})):
     assert decode(rule, **options).shape == (2, 1)
@@ -283,7 +286,8 @@ def test_exits_of_whole_plans_do_not_decide_token_by_token(exit_policy):
     (lambda: exits.Stable(threshold=0), 'threshold = 0.*1 or more'),
     (lambda: exits.StateChange(threshold=-0.1), '-0.1'),
     (lambda: exits.Adaptive(rule=exits.KL(), least=0), 'exit.least = 0'),
-    (lambda: exits.Confidence().run(PLAIN, None, None, plans.Uniform(L)(None).replace(no_grad_steps=jnp.int32(0)), None),
+    (lambda: exits.Confidence().run(
+        PLAIN, None, None, plans.Uniform(L)(None).replace(no_grad_steps=jnp.int32(0)), None),
      r'exit = Confidence\(least=1\): the plan has steps without gradient.*exit = Final\(\)'),
     (lambda: adapt(PLAIN, params(PLAIN), tokens(), exits.Adaptive(rule=exits.Cumulative()), jnp.float32(0.5),
                    plans.Uniform(L)(None)), 'no gate'),

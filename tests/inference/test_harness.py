@@ -24,8 +24,7 @@ from loopformer.data.chat import ChatTokenizer
 from loopformer.data.tokenizer import ByteTokenizer, TrainedPieces
 from loopformer.inference import exits, harness
 from loopformer.inference.harness import COLUMNS, SHORTEST, Scorer, encode_pair, score_rows, windows
-from loopformer.nn.kernels import Bidirectional
-from loopformer.nn.kernels import Fused
+from loopformer.nn.kernels import Bidirectional, Fused
 from loopformer.training.checkpoint import Checkpoints
 from loopformer.types import ConfigError
 from tests import parts
@@ -340,8 +339,9 @@ def test_mean_loops_of_texts():
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(tokenizer=None), 'tokenizer = None: no text can be scored'), (dict(tokenizer=BYTES), f'257 ids, but the model has {V}'),
-    (dict(batch=0), 'batch = 0'), (dict(steps=0), 'steps = 0'), (dict(steps=(0.5, 0.4)), 'sum to 0.9'),
+    (dict(tokenizer=None), 'tokenizer = None: no text can be scored'),
+    (dict(tokenizer=BYTES), f'257 ids, but the model has {V}'), (dict(batch=0), 'batch = 0'),
+    (dict(steps=0), 'steps = 0'), (dict(steps=(0.5, 0.4)), 'sum to 0.9'),
     (dict(exit=exits.Final()), r'exit = Final\(\): .*use exits\.Adaptive'),
     (dict(exit=exits.Confidence()), r'exit = Confidence\(least=1\): .*use exits\.Adaptive'),
     (dict(exit=exits.Adaptive(rule=exits.Cumulative())), r'exit: exit\.rule: the cell has no gate.*take a rule'),

@@ -11,24 +11,24 @@ import pytest
 
 import loopformer
 from loopformer import plans
-from loopformer.inference import tracing
-from loopformer.inference.tracing import Insight
 from loopformer.cells.plain import Plain
 from loopformer.config import Experiment
 from loopformer.data.tokenizer import ByteTokenizer
 from loopformer.diffusion.sampler import Denoising
+from loopformer.inference import tracing
+from loopformer.inference.tracing import Insight
 from loopformer.model import Looped
 from loopformer.nn import kernels
 from loopformer.nn.embed import Head, TokenEmbed
 from loopformer.nn.stack import Stack
-from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.papers.linear_icl.attention import LabelHead, LinearAttention, Prompt
 from loopformer.papers.padded.attention import AveragingHard
 from loopformer.tasks.imported import Imported
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
 from tests.experiments.test_cli import run_here
-from tests.parts import D, ROWS, T, V, batch, close, looped, over, params, plain, tokens
+from tests.parts import ROWS, D, T, V, batch, close, looped, over, params, plain, tokens
 
 LINEAR = Looped(read_in=Prompt(width=3, length=5), cell=Plain(Stack(LinearAttention(), 1)), read_out=LabelHead(),
                 loops=2)
@@ -200,10 +200,12 @@ def test_when_the_answer_settled():
 @pytest.mark.parametrize('given, message', [
     ({'steps': 0}, 'steps = 0'), ({'steps': (0.5, 0.4)}, 'sum'), ({'tokens': [[V]]}, 'vocabulary'),
     ({'tokens': [1, 2]}, r'shape \[B, T\]'), ({'segments': [[0]]}, r'segments: int64, shape \[1, 1\]'),
-    ({'positions': [[0], [1, 2]]}, 'positions: no array'), ({'positions': np.full((2, T), 0.5)}, 'positions: float64, shape'),
+    ({'positions': [[0], [1, 2]]}, 'positions: no array'),
+    ({'positions': np.full((2, T), 0.5)}, 'positions: float64, shape'),
     ({'positions': np.full((2, T), 32)}, 'positions: from 32 to 32, but'),
     ({'positions': np.full((2, T), -1)}, 'positions: from -1 to -1, but'),
-    ({'positions': np.zeros((2, T, 1), int)}, r'positions: int64, shape \[2, '), ({'steps': plans.schedule((1.0,), 4)}, 'skipped steps')])
+    ({'positions': np.zeros((2, T, 1), int)}, r'positions: int64, shape \[2, '),
+    ({'steps': plans.schedule((1.0,), 4)}, 'skipped steps')])
 def test_what_cannot_be_traced_is_refused_in_a_line(given, message):
   model = ROWS['base_loop'].model
   with pytest.raises(ConfigError, match=message) as error:

@@ -53,7 +53,8 @@ def test_what_is_merged_is_the_same_function(name):
   model = adapted(plain, 2)
   params = drawn(model)
   (again, weights), tokens = merged(model, params), parts.batch(2)['tokens']
-  assert again == plain and jax.tree.map(jnp.shape, weights) == jax.tree.map(lambda leaf: leaf.shape, parts.shapes(plain))
+  assert (again == plain
+          and jax.tree.map(jnp.shape, weights) == jax.tree.map(lambda leaf: leaf.shape, parts.shapes(plain)))
   both = [loopformer.logits(m, p, tokens) for m, p in ((model, params), (again, weights))]
   close(*both)
   without = {path: leaf for path, leaf in flatten_dict(params, sep='/').items() if path not in added(model, plain)}
@@ -96,7 +97,8 @@ def test_an_update_beside_the_gates_is_not_merged():
 
 @pytest.mark.parametrize('each', [False, True])
 def test_an_export_is_merged(each, decoder, tmp_path):
-  """Those of all loops into the weights; those of each into layers that are written out: a plain Llama in both cases."""
+  """Those of all loops into the weights; those of each into layers that are written out: a plain Llama in both cases.
+  """
   model = adapted(decoder[0].clone(loops=2), 3, each)
   params = drawn(model)
   if each:
@@ -146,7 +148,8 @@ def test_with_the_full_rank_it_is_the_decoder(decoder):
 
 def test_each_update_is_the_nearest_of_its_rank_to_what_tying_loses(decoder):
   model, params = relaxed(*decoder, loops=2, rank=3)
-  before, after = ({path: np.asarray(leaf) for path, leaf in flatten_dict(tree['cell']['core']['block'], sep='/').items()}
+  before, after = ({path: np.asarray(leaf)
+                    for path, leaf in flatten_dict(tree['cell']['core']['block'], sep='/').items()}
                    for tree in (decoder[1], params))
   for product, norm in (('attn/qkv', 'norm_attn'), ('attn/out', None), ('mlp/up', 'norm_mlp'), ('mlp/down', None)):
     scale = 1 if norm is None else before[f'{norm}/scale'][..., None]

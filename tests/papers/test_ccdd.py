@@ -1,4 +1,6 @@
-"""CCDD: noise of latents and the ways back, cells with latents, what a batch and its number may know, and what is drawn."""
+"""CCDD: noise of latents and the ways back, cells with latents, what a batch and its number may know, and what is
+drawn.
+"""
 import dataclasses
 import functools
 import shutil
@@ -64,8 +66,9 @@ def model(cell, **options) -> Looped:
 
 
 ENDS = dict(into=AdaFinal(D), guess=AdaFinal(C))
-CELLS = {'sum': Summed(parts.recur(Add(), Stack(block(norm=RMSNorm()), 1)), **ENDS), 'mdit': Summed(timed(block()), **ENDS),
-         'moe': Doubled(timed(block(Experts(MLP(hidden=24), top=1))), **ENDS), 'mmdit': Doubled(timed(two()), **ENDS)}
+CELLS = {'sum': Summed(parts.recur(Add(), Stack(block(norm=RMSNorm()), 1)), **ENDS),
+         'mdit': Summed(timed(block()), **ENDS), 'moe': Doubled(timed(block(Experts(MLP(hidden=24), top=1))), **ENDS),
+         'mmdit': Doubled(timed(two()), **ENDS)}
 CONTEXT = RandomContext(vocab=V - 2, length=T, context=C - V + 2)
 MASKING = Masking(mask=V)
 
@@ -153,7 +156,8 @@ def test_with_unlearned_latents_it_is_the_cell_within(name):
   first = parts.shapes(own)['cell']['into']['out']['kernel']
   assert first.shape == (C, D)
   closed = {**params, 'cell': {**params['cell'], 'into': jax.tree.map(jnp.zeros_like, params['cell']['into'])}}
-  alone = {**params, 'cell': {key: value for key, value in params['cell'].items() if key not in ('into', 'guess', 'clock')}}
+  alone = {**params,
+           'cell': {key: value for key, value in params['cell'].items() if key not in ('into', 'guess', 'clock')}}
   plan = plan_of(latents())
   expected = inner.apply({'params': alone}, batch()['tokens'], plan).z
   close(own.apply({'params': closed}, batch()['tokens'], plan).z, expected, 1e-6)
@@ -181,7 +185,8 @@ def test_gradients_are_those_of_the_loss_where_every_sequence_has_its_time(name)
     trace = own.apply({'params': params}, one['tokens'], plan, seg=one['segments'])
     return jnp.square(own.apply({'params': params}, trace.z, method='logits')).mean()
 
-  direction = jax.tree.map(lambda leaf: jnp.asarray(np.random.default_rng(1).standard_normal(leaf.shape), leaf.dtype), params)
+  direction = jax.tree.map(lambda leaf: jnp.asarray(np.random.default_rng(1).standard_normal(leaf.shape), leaf.dtype),
+                           params)
   value = jax.jit(lambda size: loss(jax.tree.map(lambda leaf, way: leaf + size * way, params, direction)))
   slope = (float(value(1e-3)) - float(value(-1e-3))) / 2e-3
   gradient = jax.jit(jax.grad(loss))(params)
@@ -193,7 +198,8 @@ def test_doubled_operations_are_those_of_the_program(name):
   own = model(CELLS[name])
   params = parts.params(own)
   plan = plan_of(latents(1), loops=1)
-  program = jax.jit(lambda p: jax.tree.leaves(own.apply({'params': p}, batch(1)['tokens'], plan)))  # all, so that nothing is cut
+  # all, so that nothing is cut
+  program = jax.jit(lambda p: jax.tree.leaves(own.apply({'params': p}, batch(1)['tokens'], plan)))
   counted = program.lower(params).compile().cost_analysis()
   counted = (counted[0] if isinstance(counted, list) else counted)['flops']
   assert 0.85 < own.flops(T, 1) * T / counted < 1.25  # of so few tokens XLA turns some products into sums
@@ -277,10 +283,12 @@ def test_a_share_of_hidden_tokens_shows_no_latents():
 
 def test_times_and_weights():
   made = {name: prepared(joint(**options), rows=64) for name, options in {
-      'bound': {}, 'dynamic': {'weights': Dynamic()}, 'apart': {'times': Apart()}, 'slower': {'times': Slower(power=2.0)}}.items()}
+      'bound': {}, 'dynamic': {'weights': Dynamic()}, 'apart': {'times': Apart()},
+      'slower': {'times': Slower(power=2.0)}}.items()}
   time, hidden = made['bound']['time'], made['bound']['tokens'] == V
   np.testing.assert_allclose(made['bound']['weights'], jnp.where(hidden, 1 / time[:, None], 0), rtol=1e-5)
-  np.testing.assert_allclose(made['dynamic']['weights'], jnp.where(hidden, 2 * (1 - time[:, None]), 0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(made['dynamic']['weights'], jnp.where(hidden, 2 * (1 - time[:, None]), 0), rtol=1e-4,
+                             atol=1e-6)
   np.testing.assert_array_equal(made['bound']['latent_time'], time)
   np.testing.assert_allclose(made['slower']['latent_time'], jnp.maximum(time ** 2, MASKING.least), rtol=1e-5)
   assert abs(np.corrcoef(made['apart']['latent_time'], made['apart']['time'])[0, 1]) < 0.5
@@ -289,10 +297,12 @@ def test_times_and_weights():
 
 
 OBJECTIVE = Objective(rolls={'all': Rollout(WithLatents(plans.Uniform(2)))}, prepare=joint(),
-                      terms={'tokens': Weighted(1.0, NELBO(roll='all')), 'latents': Weighted(1.0, LatentError(roll='all'))})
+                      terms={'tokens': Weighted(1.0, NELBO(roll='all')),
+                             'latents': Weighted(1.0, LatentError(roll='all'))})
 
 
-OBJECTIVES = {'context': OBJECTIVE, 'tokens': dataclasses.replace(OBJECTIVE, prepare=joint(encoder=RandomTokens(vocab=V, width=C)))}
+OBJECTIVES = {'context': OBJECTIVE,
+              'tokens': dataclasses.replace(OBJECTIVE, prepare=joint(encoder=RandomTokens(vocab=V, width=C)))}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -399,10 +409,12 @@ def texts(own, requests, **options):
   return denoiser.run()
 
 
-@pytest.mark.parametrize('options', [{}, {'update': DDPM(), 'process': Flow(), 'guidance': 0.5}], ids=['ddim', 'ddpm, guided'])
+@pytest.mark.parametrize('options', [{}, {'update': DDPM(), 'process': Flow(), 'guidance': 0.5}],
+                         ids=['ddim', 'ddpm, guided'])
 def test_what_is_written_depends_on_the_request_alone(options):
   own = model(CELLS['sum'], **options)
-  requests = [{'steps': 4, 'seed': 1, 'number': 0}, {'steps': 7, 'seed': 2, 'number': 5}, {'steps': 1, 'seed': 3, 'number': 9}]
+  requests = [{'steps': 4, 'seed': 1, 'number': 0}, {'steps': 7, 'seed': 2, 'number': 5},
+              {'steps': 1, 'seed': 3, 'number': 9}]
   together = texts(own, requests)
   assert together == texts(own, requests)
   assert [text for request in reversed(requests) for text in texts(own, [request])] == together[::-1]
@@ -457,10 +469,12 @@ def test_noise_of_a_position_is_its_own():
     (lambda: Experts(MLP(hidden=4), top=3).init(jax.random.key(0), jnp.zeros((1, 1, 4))), r'Experts\.top = 3'),
     (lambda: WithLatents(plans.Uniform(2))(parts.plan_context(jax.random.key(0), batch())), 'the batch has no latents'),
     (lambda: LatentError(roll='all').weight(batch()), 'makes no latents'),
-    (lambda: TwoStreams(tokens=Block(attn=SelfAttention(heads=2), mlp=MLP(hidden=4), placement=PeriNorm()), latents=block(),
-                        to_latents=CrossAttention(2), to_tokens=CrossAttention(2)).check(D, ''), 'PeriNorm'),
+    (lambda: TwoStreams(tokens=Block(attn=SelfAttention(heads=2), mlp=MLP(hidden=4), placement=PeriNorm()),
+                        latents=block(), to_latents=CrossAttention(2), to_tokens=CrossAttention(2)).check(D, ''),
+     'PeriNorm'),
     (lambda: configs.check(dataclasses.replace(configuration.get_config(), model=configuration.get_config().model.clone(
-        cell=Summed(configuration.get_config().model.cell.of, into=AdaFinal(31), guess=AdaFinal(8))))), r'into\.features = 31'),
+        cell=Summed(configuration.get_config().model.cell.of, into=AdaFinal(31), guess=AdaFinal(8))))),
+     r'into\.features = 31'),
 ])
 def test_bad_values_are_named(make, message):
   with pytest.raises(ConfigError, match=message):

@@ -118,7 +118,8 @@ def test_gradients_reach_the_problem_through_thoughts_alone():
 def test_no_place_of_a_thought_is_let_go_before_it_comes(cell):
   """A filler that an exit had let go kept its state, and took no thought."""
   exit_policy = exits.Adaptive(rule=exits.StateChange())
-  with pytest.raises(ConfigError, match=r"model\.cell = \w+: its steps write to other tokens' states.*leave the exit out"):
+  with pytest.raises(ConfigError,
+                     match=r"model\.cell = \w+: its steps write to other tokens' states.*leave the exit out"):
     exits.check(THINKER.clone(cell=cell), exit_policy, 'exit')
 
 
@@ -153,8 +154,8 @@ def test_thoughts_need_places():
   logits = loopformer.trace(THINKER, weights, [full]).logits[:, 0]
   assert all(np.abs(logits[k + 1, len(ids) + k] - logits[k, len(ids) + k]).max() > 1e-4 for k in range(T))
   batch = study.batch_of(THOUGHTS, problems(2, 4, 3))
-  for tokens, steps in (([ids], None), ([full[:-1]], None), ([full], T + 2), ([[THOUGHTS.pad] * 4], 2), ([full[::-1]], 2),
-                        ([full, full[1:] + full[:1]], 2)):
+  for tokens, steps in (([ids], None), ([full[:-1]], None), ([full], T + 2), ([[THOUGHTS.pad] * 4], 2),
+                        ([full[::-1]], 2), ([full, full[1:] + full[:1]], 2)):
     for ask in (loopformer.trace, loopformer.logits):
       with pytest.raises(ConfigError, match=r'tokens: row \d has \d tokens of a problem and \d fillers'):
         ask(THINKER, weights, tokens, steps=steps)
@@ -166,7 +167,8 @@ def test_thoughts_need_places():
     loopformer.trace(around, weights, [ids])
 
 
-@pytest.mark.parametrize('changed, names', [({'kernel': Bidirectional()}, 'not causal'), ({'position': None}, 'no positions')],
+@pytest.mark.parametrize('changed, names',
+                         [({'kernel': Bidirectional()}, 'not causal'), ({'position': None}, 'no positions')],
                          ids=['both ways', 'no positions'])
 def test_layers_that_cannot_think_are_refused(changed, names):
   THINKER.cell.check(D)

@@ -34,10 +34,10 @@ from loopformer.training.train import train
 from loopformer.types import ConfigError, PlanContext
 from tests import parts
 from tests.data.test_data import write_corpus
-from tests.parts import D, ROWS, T, V, close, forward, params, tokens
+from tests.parts import ROWS, D, T, V, close, forward, params, tokens
 
-MODEL = parts.looped(ROWS['loopus'].model.cell.clone(of=Selective(parts.plain(1))), prelude=parts.stack(1), coda=parts.stack(1),
-                     read_out=Head(outputs=V), read_in=parts.nowhere())
+MODEL = parts.looped(ROWS['loopus'].model.cell.clone(of=Selective(parts.plain(1))), prelude=parts.stack(1),
+                     coda=parts.stack(1), read_out=Head(outputs=V), read_in=parts.nowhere())
 BATCH = parts.batch()
 REAL = st.floats(-1e3, 1e3, width=32)
 
@@ -125,7 +125,8 @@ def test_an_open_gate_gives_the_decoder_bit_for_bit():
 
 
 def test_texts_that_stop_early_are_decoded_as_they_are_scored():
-  """Token by token with caches, some of whose loops are never reached, against one pass: where the released code fails."""
+  """Token by token with caches, some of whose loops are never reached, against one pass: where the released code fails.
+  """
   text, plan, weights = tokens(3), plans.Uniform(4)(None), params(MODEL)
   own = jnp.float32(jax.nn.sigmoid(jnp.median(forward(MODEL, weights, text, plan).aux['halt'])))
   policy = exits.Adaptive(rule=exits.Confident(threshold=float(own)), fill=exits.Recompute())
@@ -143,11 +144,12 @@ def test_texts_that_stop_early_are_decoded_as_they_are_scored():
   np.testing.assert_array_equal(jnp.concatenate([piece.steps for piece in pieces], 1), whole.steps)
   close(jnp.concatenate([piece.z for piece in pieces], 1), whole.z, 1e-5)
   for threshold, steps in ((0.0, 1), (1.0, 4)):
-    ran = exits.Adaptive(rule=exits.Confident(threshold=threshold)).run(MODEL, weights, {'tokens': text}, plan, threshold)[0]
+    ran = exits.Adaptive(rule=exits.Confident(threshold=threshold)).run(
+        MODEL, weights, {'tokens': text}, plan, threshold)[0]
     np.testing.assert_array_equal(ran.steps, steps)
 
 
-# Random supervision ----------------------------------------------------------------------------------------------------
+# Random supervision ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('loops, graded', [(1, 1), (6, 2), (7, 7), (20, 5)])
@@ -203,13 +205,14 @@ def test_what_cannot_run_so_is_refused_by_name():
     parts.extend(MODEL, params(MODEL), tokens(2), plan, jnp.broadcast_to(jnp.arange(T), (2, T)), kv)
   plain = parts.looped(parts.plain(1))
   for term, roll, message in ((Supervision(roll='a'), Rollout(plans.Uniform(2)), 'keep=loop.Pairs'),
-                              (Supervision(roll='a'), Rollout(plans.Uniform(2), keep=loop.Pairs()), 'no gate to teach')):
+                              (Supervision(roll='a'), Rollout(plans.Uniform(2), keep=loop.Pairs()),
+                               'no gate to teach')):
     of = Objective(rolls={'a': roll}, terms={'a': Weighted(1.0, term)})
     with pytest.raises(ConfigError, match=message):
       jax.eval_shape(lambda w, of=of: of(plain, w, context(), of.denominators(BATCH)), params(plain))
 
 
-# The term --------------------------------------------------------------------------------------------------------------
+# The term -------------------------------------------------------------------------------------------------------------
 
 
 def texts_of(batch):
@@ -255,7 +258,8 @@ def test_the_term_is_its_definition(beta, confidence):
   np.testing.assert_allclose(found, definition(trace, batch, readout, beta, confidence), rtol=1e-5)
 
 
-@pytest.mark.parametrize('active', [[[True] * 4, [False] * 4], [[True] * 4, [True, False, True, False]]], ids=['all', 'some'])
+@pytest.mark.parametrize('active', [[[True] * 4, [False] * 4], [[True] * 4, [True, False, True, False]]],
+                         ids=['all', 'some'])
 def test_a_mean_over_the_steps_that_ran(active):
   """Of every sequence: one that skips the second learns from the first alone."""
   batch, weights, active = parts.batch(), params(MODEL), np.array(active)
@@ -273,7 +277,8 @@ def test_a_mean_over_the_steps_that_ran(active):
 
 def test_the_monotone_part_weighs_the_gradient_of_the_cross_entropy():
   """One text: grad(LM + L_mono) = (1 + SiLU'(LM - LM before)) grad LM, between 0.90 and 2.10 of it."""
-  batch = {**{name: leaf[:1] for name, leaf in BATCH.items()}, 'weights': jnp.ones((1, T)), 'segments': jnp.zeros((1, T), int)}
+  batch = {**{name: leaf[:1] for name, leaf in BATCH.items()}, 'weights': jnp.ones((1, T)),
+           'segments': jnp.zeros((1, T), int)}
   weights = params(MODEL)
   trace = rollout(weights, context(batch))
   readout = objective.make_readout(MODEL, weights, batch)
@@ -293,7 +298,8 @@ def test_the_monotone_part_weighs_the_gradient_of_the_cross_entropy():
   assert 0.90 < factor < 2.10 and abs(factor - 1.5) > 1e-3
   both, lm = gradient(1.0), gradient(0.0)
   assert np.abs(lm['coda']['block']['mlp']['up']['kernel']).max() > 1e-3
-  jax.tree.map(lambda both, lm: np.testing.assert_allclose(both, factor * np.asarray(lm), rtol=1e-4, atol=1e-6), both, lm)
+  jax.tree.map(lambda both, lm: np.testing.assert_allclose(both, factor * np.asarray(lm), rtol=1e-4, atol=1e-6), both,
+               lm)
 
 
 def test_what_learns():
@@ -327,7 +333,7 @@ def test_memory_does_not_grow_with_the_loops():
   assert used[0] == used[1]
 
 
-# Cutting ---------------------------------------------------------------------------------------------------------------
+# Cutting --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('text, found', [('0..1', range(2)), ('27..27', range(27, 28)), ('27', range(27, 28)),
@@ -336,7 +342,8 @@ def test_layers_by_name(text, found):
   assert layers('encoder', text, 28) == found
 
 
-@pytest.mark.parametrize('text', ['', '..', '1..0', '28', '0..28', '-1', 'a', '1.5', '0...2', '0..2,4', '99999999999999'])
+@pytest.mark.parametrize('text',
+                         ['', '..', '1..0', '28', '0..28', '-1', 'a', '1.5', '0...2', '0..2,4', '99999999999999'])
 def test_layers_that_are_not_there(text):
   with pytest.raises(ConfigError, match=re.escape(f'encoder = {text!r}')):
     layers('encoder', text, 28)
@@ -364,7 +371,8 @@ DECODER = parts.looped(parts.plain(5), loops=1)
 
 
 def test_a_decoder_that_is_cut_is_the_same_decoder():
-  """By the description and the parameters, whichever way it was cut before; a head of its own begins as the embedding."""
+  """By the description and the parameters, whichever way it was cut before; a head of its own begins as the embedding.
+  """
   whole = params(DECODER)
   expected = forward(DECODER, whole, tokens(), plans.schedule((1.0,))).z
   answers = parts.logits(DECODER, whole, expected)
@@ -433,7 +441,7 @@ def test_the_rule_leaves_a_loop(turned):
   assert prelude >= 1 and coda >= 1 and prelude + coda < len(turned)
 
 
-# The configuration -----------------------------------------------------------------------------------------------------
+# The configuration ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('argument, message', [
@@ -465,8 +473,8 @@ print(json.dumps(study.tables({'0': {'loopus': {'rows': rows, 'exits': left}}}))
 
 
 def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
-  """From a folder as an import leaves it, with a tied head: two steps; the encoder stays, gate and head learn, and a second
-  start of the same command goes on."""
+  """From a folder as an import leaves it, with a tied head: two steps; the encoder stays, gate and head learn, and a
+  second start of the same command goes on."""
   model = DECODER.clone(read_in=DECODER.read_in.clone(vocab=257))
   weights = params(model)
   config = configs.Experiment(name='decoder', model=model, task=Imported(length=32), objective=Objective(
@@ -497,7 +505,8 @@ def test_a_decoder_of_a_folder_is_made_to_loop(tmp_path):
   loaded = loopformer.load(tmp_path / 'run')
   assert isinstance(loaded.model.cell, Halting) and isinstance(loaded.model.cell.of, Selective)
   assert loopformer.generate(*loaded[:3], ['abc'], budget=2, max_new_tokens=2, temperature=0)
-  found = json.loads(parts.python(STUDY, f'--out={tmp_path}', '--eval_rows=2', f'--workdir={tmp_path / "run"}').splitlines()[-1])
+  found = json.loads(parts.python(STUDY, f'--out={tmp_path}', '--eval_rows=2',
+                                  f'--workdir={tmp_path / "run"}').splitlines()[-1])
   assert [row['loops'] for row in found[0]] == [1, 2] and found[1][0]['threshold'] == 0.5
   assert 1 <= float(found[1][0]['mean exit step'].split()[0]) <= 4
   with pytest.raises(ConfigError, match='a decoder whose layers run'):

@@ -21,13 +21,13 @@ from loopformer.inference import exits
 from loopformer.inference.engine import Engine, generate
 from loopformer.model import init_params, make_readout, parameter_count, parameter_roles, run_batch
 from loopformer.nn import stack as stacks
-from loopformer.nn.embed import Head
 from loopformer.nn.blocks import Chain
+from loopformer.nn.embed import Head
 from loopformer.nn.layers import Identity, RMSNorm
 from loopformer.nn.positions import Alibi, Rotary
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Own, Rollout, Weighted
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.melt import cell as cells
 from loopformer.papers.melt.attention import Constant, Elementwise, Flight, LatentAttention, Mean, Scalar
 from loopformer.papers.melt.cell import Gated, Latest
@@ -210,7 +210,8 @@ def value_and_gradient(model, weights, plan):
   return jax.jit(jax.value_and_grad(loss))(weights)
 
 
-@pytest.mark.parametrize('plan', [padded(3), UNIFORM.replace(rows={BLEND: jnp.full(L, 0.6)})], ids=['skipped', 'blended'])
+@pytest.mark.parametrize('plan', [padded(3), UNIFORM.replace(rows={BLEND: jnp.full(L, 0.6)})],
+                         ids=['skipped', 'blended'])
 def test_gradients_are_those_of_automatic_differentiation(plan, monkeypatch):
   """Of the loop over chunks as it stands, saving everything."""
   model = melt()
@@ -463,8 +464,9 @@ def test_groups():
   assert part.routes(tree) == {'a': {'b': 'named', 'd': 'others'}, 'c': {'e': 'named'}, 'f': 'others'}
   with pytest.raises(ConfigError, match="optim.paths names 'a/x'"):
     dataclasses.replace(part, paths=('a/x',)).make(5, Roles()).init(tree)
-  updates, _ = optax.with_extra_args_support(part.make(5, Roles())).update(jax.tree.map(jnp.ones_like, tree), part.make(5, Roles()).init(
-      jax.tree.map(jnp.ones_like, tree)), jax.tree.map(jnp.ones_like, tree))
+  updates, _ = optax.with_extra_args_support(part.make(5, Roles())).update(
+      jax.tree.map(jnp.ones_like, tree), part.make(5, Roles()).init(jax.tree.map(jnp.ones_like, tree)),
+      jax.tree.map(jnp.ones_like, tree))
   close(updates, {'a': {'b': -2.0, 'd': -1.0}, 'c': {'e': -2.0}, 'f': -1.0}, 1e-6)
 
 
@@ -554,7 +556,8 @@ ORDERED = ROWS['ordered'].model
 @pytest.mark.parametrize('model, order', [
     (CHAINED, [('blocks_0', 0), ('blocks_1', 0), ('blocks_0', 1), ('blocks_1', 1)]),
     (ORDERED, [('', layer) for layer in range(5)])], ids=['chain', 'ordered'])
-@pytest.mark.parametrize('unrolled, remat', [(False, loop.KeepAll()), (False, loop.PerLayer()), (True, loop.PerLayer())],
+@pytest.mark.parametrize('unrolled, remat',
+                         [(False, loop.KeepAll()), (False, loop.PerLayer()), (True, loop.PerLayer())],
                          ids=['scanned', 'per_layer', 'unrolled'])
 def test_layers_are_told_in_the_order_in_which_they_run(model, order, unrolled, remat, monkeypatch):
   """Against what Linen sees of the calls of attention, where layers are scanned."""

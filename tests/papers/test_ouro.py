@@ -26,7 +26,7 @@ from loopformer.nn.kernels import Bidirectional
 from loopformer.nn.layers import Linear, RMSNorm
 from loopformer.nn.stack import Stack
 from loopformer.objective import Objective, Rollout, Weighted
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.ouro.terms import Improvement, Prospective, Retrospective
 from loopformer.roles import Roles
 from loopformer.sharding import Mesh
@@ -292,7 +292,8 @@ def test_the_term_is_given_the_gate_of_the_cell():
   """Of a cell with another gate, and of one that has its gate elsewhere."""
   xs, table, halt, batch = made()
   for cell in ({'gate': {'out': {'kernel': jnp.ones((D, 1))}}}, {'gate': {'kernel': jnp.ones((D + 1, 1))}}, {}):
-    with pytest.raises(ConfigError, match=r'Improvement\.gate = Linear: .*give the term the gate that stands in model\.cell'):
+    with pytest.raises(ConfigError,
+                       match=r'Improvement\.gate = Linear: .*give the term the gate that stands in model\.cell'):
       value(Improvement(roll='all'), xs, table, halt, batch, {'cell': cell})
 
 
@@ -301,7 +302,8 @@ def test_the_gate_is_taught_on_the_states_that_it_reads():
   term, inner = Improvement(roll='all'), MODEL.cell.clone(of=Damped(MODEL.cell.of, 0.5))
   term.check(MODEL.clone(cell=inner))
   config = paper.get_config('pointers,gate=literal')
-  for cell, told in ((Damped(config.model.cell, 0.5), 'Damped has none'), (config.model.cell.of, 'has none: .*put Halting around'),
+  for cell, told in ((Damped(config.model.cell, 0.5), 'Damped has none'),
+                     (config.model.cell.of, 'has none: .*put Halting around'),
                      (config.model.cell.clone(gate=Linear(1)), r"model\.cell\.gate = Linear.*the cell's gate")):
     with pytest.raises(ConfigError, match=told):
       configs.check(dataclasses.replace(config, model=config.model.clone(cell=cell)))

@@ -322,7 +322,8 @@ def test_scores_of_problems_without_rounds():
   true = [of.draw(np.random.default_rng(i), 3) for i in range(3)]
   other = {YES: NO, NO: YES}
   form = Chain(of=of)
-  for write in (lambda p, *words: dataclasses.replace(p, rounds=tuple((word,) for word in words[:-1]), answer=words[-1]),
+  for write in (lambda p, *words: dataclasses.replace(p, rounds=tuple((word,) for word in words[:-1]),
+                                                      answer=words[-1]),
                 lambda p, *words: form.read(p, words)):
     found = chains.scored(true, [write(true[0], true[0].answer), write(true[1], '1', true[1].answer),
                                  write(true[2], other[true[2].answer])])
@@ -358,7 +359,8 @@ def test_plans_and_cells_that_do_not_fit():
     ('gpu,task=left', "task = 'left'"),
     ('cpu,kind=tuned', 'start = .* needs both'), ('cpu,kind=tuned,start=runs/a', 'chains = .* needs both'),
     ('cpu,start=runs/a', 'starts from no other run'), ('cpu,kind=chain,chains=a', 'starts from no other run'),
-    ('cpu,relay=-0.5', 'rounds would be learned not to be shown'), ('cpu,kind=chain,relay=2', 'kind = chain shows no rounds')])
+    ('cpu,relay=-0.5', 'rounds would be learned not to be shown'),
+    ('cpu,kind=chain,relay=2', 'kind = chain shows no rounds')])
 def test_arguments(argument, message):
   with pytest.raises(ConfigError, match=message):
     configs.load(f'experiments/configs/relay.py:{argument}')
@@ -415,12 +417,15 @@ def test_stage_two_merges_by_table_and_writes_once(stage, tmp_path):
 
 
 def test_chains_of_other_flags_are_not_taken(stage, tmp_path, monkeypatch):
-  """Neither of other --tries, nor of another table; an interrupted stage is made whole, and one of no known flags is refused."""
+  """Neither of other --tries, nor of another table; an interrupted stage is made whole, and one of no known flags is
+  refused.
+  """
   ask = functools.partial(study.taught, tmp_path / 'taught', 3, tmp_path / 'loop', tmp_path / 'decoder')
   told = ask()
   with monkeypatch.context() as changed:
     changed.setattr(study.FLAGS, 'tries', 4)
-    with pytest.raises(ConfigError, match='taught: it was made with tries = 3, not with 4; give the same, or another --workdir'):
+    with pytest.raises(ConfigError,
+                       match='taught: it was made with tries = 3, not with 4; give the same, or another --workdir'):
       ask()
   with monkeypatch.context() as changed:
     changed.setitem(study.TABLES, 'cpu', {'LEFT': study.Tables(5, (4, 2), (2, 1))})

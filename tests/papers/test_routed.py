@@ -17,10 +17,25 @@ from loopformer.loop import Every
 from loopformer.model import make_readout, parameter_count
 from loopformer.nn.layers import Normal
 from loopformer.nn.positions import Rotary
-from loopformer.optim import AdamW, WSD
+from loopformer.optim import WSD, AdamW
 from loopformer.papers.mor import routing
-from loopformer.papers.mor.cell import (AtExit, Auxiliary, Chance, EveryStep, ExpertChoice, LinearScore, MLPScore,
-                                        Moved, Open, Routed, Sigmoid, Softmax, Threshold, TokenChoice, TopK)
+from loopformer.papers.mor.cell import (
+  AtExit,
+  Auxiliary,
+  Chance,
+  EveryStep,
+  ExpertChoice,
+  LinearScore,
+  MLPScore,
+  Moved,
+  Open,
+  Routed,
+  Sigmoid,
+  Softmax,
+  Threshold,
+  TokenChoice,
+  TopK,
+)
 from loopformer.papers.mor.memory import Compact
 from loopformer.papers.mor.terms import Balance, LoadBias, RouterBCE, SquaredLogSum, SquaredScore
 from loopformer.roles import Roles
@@ -214,14 +229,15 @@ def test_padding_is_taken_last_and_changes_nothing():
 
 
 def test_padding_of_a_row_of_documents_takes_no_place():
-  """Packed, ragged, padded rows: whatever the padding holds, and however much there is of it, tokens are the same. k counts tokens
-  alone."""
+  """Packed, ragged, padded rows: whatever the padding holds, and however much there is of it, tokens are the same. k
+  counts tokens alone."""
   model, batch = expert(read_in=parts.nowhere()), parts.batch(4)
   weights, own = params(expert(read_in=parts.nowhere())), np.asarray(batch['segments']) > 0
   trace = learned(model, weights, batch)
   taken = np.asarray(trace.aux['taken'])
   assert not taken[:, ~own].any() and not np.asarray(trace.aux['candidate'])[:, ~own].any()
-  assert taken.sum(-1).T.tolist() == [[max(1, int(c * n + 1e-6)) for c in model.cell.router.capacities] for n in own.sum(-1)]
+  assert taken.sum(-1).T.tolist() == [[max(1, int(c * n + 1e-6)) for c in model.cell.router.capacities]
+                                      for n in own.sum(-1)]
   others = {**batch, 'tokens': jnp.where(own, batch['tokens'], (batch['tokens'] + 5) % V)}
   longer = {name: jnp.pad(leaf, ((0, 0), (0, 3))) for name, leaf in batch.items()}
   for given in (others, longer):
@@ -424,7 +440,8 @@ def test_routers_learn_through_their_gates(name):
 
 def mean_of(values, among):
   """The sum over recursions of the mean over sequences of the mean over their candidates."""
-  return sum(np.mean([row[own].mean() for row, own in zip(*pair)]) for pair in zip(np.asarray(values), np.asarray(among)))
+  return sum(np.mean([row[own].mean() for row, own in zip(*pair)])
+             for pair in zip(np.asarray(values), np.asarray(among)))
 
 
 def test_the_routers_loss_by_hand_and_its_gradient():

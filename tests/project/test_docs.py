@@ -1,6 +1,6 @@
-"""Examples of the documents and reports, as they are written: every command's module and flags are there and take what they
-are given, configurations are found, fields exist; and every name of the library that Python examples use. Nothing is
-trained."""
+"""Examples of the documents and reports, as they are written: every command's module and flags are there and take what
+they are given, configurations are found, fields exist; and every name of the library that Python examples use. Nothing
+is trained."""
 import ast
 import importlib
 import json
@@ -110,14 +110,17 @@ MISTAKES = [['--colour=red'], ['--mode=eval', '--workdir=w', '--budget=8'], ['--
 
 
 def test_commands_take_the_flags_that_they_are_given():
-  """And of each kind of mistake, in a flag, its mode, a configuration, a field, a number, it is seen that it is found."""
+  """And of each kind of mistake, in a flag, its mode, a configuration, a field, a number, it is seen that it is found.
+  """
   given = {'experiments.main': [(f'mistake {n}', words) for n, words in enumerate(MISTAKES)]}
   for where, words in EVERY:
     if found := command(words):
       given.setdefault(found[0], []).append((where, [word for word in found[1] if word != '...']))
-  assert sum(map(len, given.values())) > 90 and len(given) > 20 and {'experiments.main', 'experiments.tools.export'} <= set(given)
+  assert (sum(map(len, given.values())) > 90 and len(given) > 20
+          and {'experiments.main', 'experiments.tools.export'} <= set(given))
   wrong = json.loads(parts.python(CHECK, json.dumps(given)).splitlines()[-1])
-  assert [line.partition(':')[0] for line in wrong[:len(MISTAKES)]] == [f'mistake {n}' for n in range(len(MISTAKES))], wrong
+  assert [line.partition(':')[0] for line in wrong[:len(MISTAKES)]] == [
+      f'mistake {n}' for n in range(len(MISTAKES))], wrong
   assert wrong[len(MISTAKES):] == []
 
 

@@ -12,7 +12,8 @@ from tests import parts, tidy
 
 def test_ruff_finds_nothing():
   pytest.importorskip('ruff', reason='ruff is not installed (extra `dev`)')
-  done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '.'], cwd=parts.ROOT, capture_output=True, text=True)
+  done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '.'], cwd=parts.ROOT, capture_output=True,
+                        text=True)
   assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -56,8 +57,9 @@ def test_hooks_are_programs_of_this_environment():
   assert all(hook['language'] == 'system' and hook['entry'].startswith('python -m ') for hook in hooks.values())
   assert set(hooks) == {'ruff', 'mypy', 'tidy'}
   kept = re.compile(hooks['tidy']['exclude'])
-  texts = [path for pattern in ('*.md', '*.toml', '*.cfg', '*.cff', 'loopformer/**/*.py', 'experiments/**/*.py', 'tests/**/*.py',
-                                'launch/*', 'docs/*.md') for path in parts.ROOT.glob(pattern) if path.is_file()]
+  texts = [path for pattern in ('*.md', '*.toml', '*.cfg', '*.cff', 'loopformer/**/*.py', 'experiments/**/*.py',
+                                'tests/**/*.py', 'launch/*', 'docs/*.md') for path in parts.ROOT.glob(pattern)
+           if path.is_file()]
   names = [name for path in texts if not kept.search(name := str(path.relative_to(parts.ROOT)))]
   assert len(names) > 200
   assert [fault for name in names for fault in tidy.faults(name, (parts.ROOT / name).read_text())] == []

@@ -1,4 +1,5 @@
-"""What the library says of a socket is what its parts have: every Protocol of types.py against the parts that fill it."""
+"""What the library says of a socket is what its parts have: every Protocol of types.py against the parts that fill it.
+"""
 import inspect
 import re
 from typing import Protocol
@@ -14,7 +15,7 @@ from loopformer.diffusion.noise import Masking
 from loopformer.diffusion.sampler import Denoising
 from loopformer.diffusion.terms import NELBO
 from loopformer.inference import evaluate, exits, measures, sampler
-from loopformer.nn import (attention, blocks, embed, inject, kernels, layers, low_rank, positions)
+from loopformer.nn import attention, blocks, embed, inject, kernels, layers, low_rank, positions
 from loopformer.papers.ccdd.blocks import TwoStreams
 from loopformer.papers.ccdd.cell import Doubled, Summed
 from loopformer.papers.ccdd.measures import JointBound
@@ -55,10 +56,10 @@ from loopformer.training.averages import Averaged
 from loopformer.training.masters import Masters
 
 PARTS = {
-    types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged, plans.RandomSupervision,
-                    plans.LogDepth, Transition, Apart, RoundByRound, WithLatents],
-    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed, Shifted,
-                 Gated, Showing, Thinking, ToldHidden, Summed, Doubled, WithAttention],
+    types.Planner: [plans.Uniform, plans.Partition, plans.RandomDepth, plans.Truncated, plans.Given, plans.Staged,
+                    plans.RandomSupervision, plans.LogDepth, Transition, Apart, RoundByRound, WithLatents],
+    types.Cell: [plain.Plain, plain.Normed, timed.Timed, recur.Recur, halting.Halting, damped.Damped, Selective, Routed,
+                 Shifted, Gated, Showing, Thinking, ToldHidden, Summed, Doubled, WithAttention],
     types.Teacher: [objective.Own, objective.Lent, OwnWithAttention],
     types.Memory: [memories.PerLoop, memories.First, memories.Ring, memories.Mean, Streams, Compact, Latest],
     types.Term: [cross_entropy.CE, match.ShortcutConsistency, squared.MSE, expected.Expected, Improvement,
@@ -116,7 +117,8 @@ def test_a_part_has_what_its_socket_asks_for(socket, part):
 def test_parts_are_described_whole():
   """Of every module and part of a socket a docstring, and one of what calls it."""
   for _, part in CASES:
-    assert part.__doc__ and not re.match(rf'{part.__name__}\((\w+:|\*)', part.__doc__), part  # which Python writes itself
+    # which Python writes itself
+    assert part.__doc__ and not re.match(rf'{part.__name__}\((\w+:|\*)', part.__doc__), part
     assert issubclass(part, nn.Module) or part.__dataclass_params__.frozen, part
 
 

@@ -38,8 +38,8 @@ def checkout(tmp_path):
 
 
 def run(checkout, *words, **environment):
-  done = subprocess.run(['bash', 'launch/quickstart.sh', *words], cwd=checkout, capture_output=True, text=True, timeout=60,
-                        env=os.environ | environment, start_new_session=True)
+  done = subprocess.run(['bash', 'launch/quickstart.sh', *words], cwd=checkout, capture_output=True, text=True,
+                        timeout=60, env=os.environ | environment, start_new_session=True)
   return done, [shlex.split(line) for line in (checkout / 'said').read_text().splitlines()]
 
 
@@ -50,7 +50,8 @@ def test_both_runs_are_trained_and_shown(checkout):
   both = ['-m', 'experiments.tools.quickstart', '--workdir=runs/tiny', '--reasoning=runs/tiny-pointers']
   assert told == [*both, '--mode=train', '--set', 'train.steps=30'] and shown == [*both, '--mode=eval']
   for name, found, folder in (('text', text, 'runs/tiny'), ('pointers', pointers, 'runs/tiny-pointers')):
-    assert found[2:] == [f'--workdir={folder}', f'--config=experiments/configs/quickstart.py:{name}', '--set', 'train.steps=30']
+    assert found[2:] == [f'--workdir={folder}', f'--config=experiments/configs/quickstart.py:{name}', '--set',
+                         'train.steps=30']
   assert [found[2:] for found in evaluated] == [[f'--workdir=runs/tiny{end}', '--mode=eval', '--depths=1,2,4,8']
                                                 for end in ('', '-pointers')]
   assert [found[4] for found in (first, second)] == ['--budget=1', '--budget=8']
@@ -68,10 +69,12 @@ def test_time_is_that_of_steps_evaluations_and_compilation():
   pace, model = quickstart.Pace(first=10.0, step=0.5), config.model
   forward = sum(model.flops(8, n) for n in (1, 2, 4, 8)) / config.objective.flops(model, 8)  # in steps, of a batch
   splits = len(config.task.splits)
-  assert quickstart.left(config, 0, pace, 2) == pytest.approx(0.5 * (20 + forward * 3 * (3 + splits)) + 20)  # at 8, 16, 20
+  # at 8, 16, 20
+  assert quickstart.left(config, 0, pace, 2) == pytest.approx(0.5 * (20 + forward * 3 * (3 + splits)) + 20)
   assert quickstart.left(config, 16, pace, 2) == pytest.approx(0.5 * (4 + forward * 3 * (1 + splits)) + 20)
   assert 0.1 < forward < 1
-  assert [quickstart.told(seconds) for seconds in (1, 60, 61)] == ['about 1 minute', 'about 1 minute', 'about 2 minutes']
+  assert [quickstart.told(seconds) for seconds in (1, 60, 61)] == [
+      'about 1 minute', 'about 1 minute', 'about 2 minutes']
 
 
 def test_a_pace_is_measured(monkeypatch):
@@ -87,11 +90,13 @@ def test_what_is_ready_takes_no_time(monkeypatch, tmp_path, capsys):
   steps = {name: configs.load(f'quickstart:{name}').train.steps for name in ('text', 'pointers')}
   monkeypatch.setattr(quickstart, 'trained', lambda folder: steps['pointers'] if folder == 'p' else 100)
   asked = []
-  monkeypatch.setattr(quickstart, 'pace', lambda config: asked.append(config.name) or quickstart.Pace(first=30.0, step=0.25))
+  monkeypatch.setattr(quickstart, 'pace',
+                      lambda config: asked.append(config.name) or quickstart.Pace(first=30.0, step=0.25))
   monkeypatch.setattr(quickstart, 'FLAGS', {'set': SimpleNamespace(value=[])})
   quickstart.run_train({'text': 't', 'pointers': 'p'})
   out = capsys.readouterr().out
-  assert asked == ['quickstart text'] and f'text: {steps["text"] - 100} steps of 0.25 s' in out and 'pointers' not in out
+  assert (asked == ['quickstart text'] and f'text: {steps["text"] - 100} steps of 0.25 s' in out
+          and 'pointers' not in out)
   assert out.splitlines()[-1].startswith('this will take about ')
   monkeypatch.setattr(quickstart, 'FLAGS', {'set': SimpleNamespace(value=['task.documents.x=1'])})
   with pytest.raises(ConfigError, match='task.documents.x'):

@@ -46,7 +46,8 @@ def source(tmp_path_factory):
   """A folder with a tokenizer, chats and a text."""
   folder = tmp_path_factory.mktemp('source')
   chat_tokenizer(folder)
-  written(folder, [*ROWS, {'messages': TALK}, {'prompt': 'y' * 30, 'answer': 'z' * 90}, {'prompt': 'w' * 90, 'answer': 'v'}])
+  written(folder,
+          [*ROWS, {'messages': TALK}, {'prompt': 'y' * 30, 'answer': 'z' * 90}, {'prompt': 'w' * 90, 'answer': 'v'}])
   written(folder, ['{"prompt": "held", "answer": "out"}', '', '{"prompt": "0", "answer": "x"}'], 'held.jsonl')
   for i in range(8):
     (folder / f'{i}.txt').write_text(f'text {i} ' * 40)
@@ -67,7 +68,8 @@ def prepared(source, tmp_path_factory):
 
 
 def test_rows_hold_whole_conversations_whose_answers_alone_are_asked_for(prepared):
-  """Every one once, each in a segment of its own; but for one that is cut and one whose answer does not begin in time."""
+  """Every one once, each in a segment of its own; but for one that is cut and one whose answer does not begin in time.
+  """
   task, workdir, said = prepared
   rows, found, tokenizer = task.rows(workdir, 'train'), [], task.tokenizer_of(workdir)
   for i in range(len(rows)):
@@ -180,7 +182,8 @@ def test_the_tokenizer_of_a_run_is_found_wherever_its_data_lie(source, tmp_path)
   """Runs that share their data, as studies' do, and runs of several tasks."""
   config, text = configs.load('loopformer:tiny'), mixed_of(source).of['text']
   own = SavedTokenizer(path=str(source)).build()
-  for name, task in {'shared': dataclasses.replace(text, folder=str(tmp_path / 'data')), 'several': mixed_of(source)}.items():
+  for name, task in {'shared': dataclasses.replace(text, folder=str(tmp_path / 'data')),
+                     'several': mixed_of(source)}.items():
     configs.save(dataclasses.replace(config, task=task), tmp_path / name)
     task.prepare(tmp_path / name, quiet)
     found = SavedTokenizer(path=str(tmp_path / name)).build()
@@ -275,7 +278,8 @@ def test_names_of_tasks_may_begin_alike_and_weights_be_of_other_libraries(source
                  weights={'chats': np.float32(1), 'chats-validation': np.int64(1)})
   task.prepare(tmp_path, quiet)
   other = tasks['text'].examples(tmp_path / 'mixture/chats-validation', 'validation', 0)
-  np.testing.assert_array_equal(task.examples(tmp_path, 'chats-validation-validation', 0)[0]['tokens'], other[0]['tokens'])
+  np.testing.assert_array_equal(task.examples(tmp_path, 'chats-validation-validation', 0)[0]['tokens'],
+                                other[0]['tokens'])
   assert task.shares() == (Fraction(1, 2), Fraction(1, 2))
   for name in ('', '../x', 'a/b', '.'):
     with pytest.raises(ConfigError, match='is no name of a task'):

@@ -102,7 +102,8 @@ def test_what_is_told_in_part_is_a_source_like_the_one_in_it():
     assert part.concluded((('N',),), 'B') == 'FALSE'
 
 
-@pytest.mark.parametrize('of', [WORD, GRAPHS, Increasing(longest=17, shortest=8, group=4, spread=9), EditRows(longest=6)],
+@pytest.mark.parametrize('of',
+                         [WORD, GRAPHS, Increasing(longest=17, shortest=8, group=4, spread=9), EditRows(longest=6)],
                          ids=lambda of: type(of).__name__)
 def test_rounds_in_part_lead_to_no_other_answer(of):
   cut = (Internalised(of=of, smoothing=smoothing) for smoothing in (0.5, np.inf))

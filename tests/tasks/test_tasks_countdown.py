@@ -61,7 +61,8 @@ def test_the_checker_accepts_what_brute_force_finds_and_nothing_near_it():
 
 def test_what_names_no_numbers_solves_nothing():
   row = rows(SMALL, '+ + 3 : 5 ,', ['+ + + = 5 , 5 - 3 = 2'])
-  weights, asked = np.float32(np.arange(SMALL.length) >= SMALL.given)[None], SMALL(np.random.default_rng(0))['targets'][None]
+  weights, asked = (np.float32(np.arange(SMALL.length) >= SMALL.given)[None],
+                    SMALL(np.random.default_rng(0))['targets'][None])
   assert SMALL.solved(row, asked, weights).tolist() == [False]
 
 

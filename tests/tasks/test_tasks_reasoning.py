@@ -1,5 +1,5 @@
-"""Problems solved in rounds: the papers' examples token for token, solutions against other ways to them, examples made of
-both kinds, and files of problems."""
+"""Problems solved in rounds: the papers' examples token for token, solutions against other ways to them, examples made
+of both kinds, and files of problems."""
 import dataclasses
 import itertools
 import json
@@ -99,14 +99,16 @@ class Number:
     return self._with(other, operator.mul)
 
   def __truediv__(self, other):
-    found, = [x for x in range(self.modulus) if (x * other.value - self.value) % self.modulus == 0]  # one: b is not zero
+    # one: b is not zero
+    found, = [x for x in range(self.modulus) if (x * other.value - self.value) % self.modulus == 0]
     return Number(found, self.modulus)
 
 
 def value(words, modulus, flat):
   words = [f'Number({word}, {modulus})' if word.isdigit() else word for word in words if word != '=']
   if flat:  # brackets from the left
-    words = ['('] * (len(words) // 2) + [word + ')' * (place % 2 == 0 and place > 0) for place, word in enumerate(words)]
+    words = ['('] * (len(words) // 2) + [word + ')' * (place % 2 == 0 and place > 0)
+                                         for place, word in enumerate(words)]
   return eval(''.join(words), {'Number': Number}).value
 
 
@@ -324,7 +326,8 @@ def test_rounds_are_cut_at_the_last_padding():
 
 def test_what_does_not_fit():
   small, large = LeftToRight(longest=2, limit=5), LeftToRight(longest=5).draw(rng(0), 5)
-  with pytest.raises(ConfigError, match=r'LeftToRight.room: a problem of size 5 has 5 rounds and 12 tokens.* raise room'):
+  with pytest.raises(ConfigError,
+                     match=r'LeftToRight.room: a problem of size 5 has 5 rounds and 12 tokens.* raise room'):
     Rounds(of=small).example(large)
   with pytest.raises(ConfigError, match='0 rounds'):
     Rounds(of=small).example(dataclasses.replace(small.problem(rng(0)), rounds=()))
@@ -370,14 +373,16 @@ def test_problems_come_back_from_a_file(tmp_path):
     return tuple(example['tokens'].tolist())
 
   wanted = sorted(key(task.of.of.example(p)) for p in made)
-  assert sorted(map(key, first)) == sorted(map(key, second)) == wanted and list(map(key, first)) != list(map(key, second))
+  assert (sorted(map(key, first)) == sorted(map(key, second)) == wanted
+          and list(map(key, first)) != list(map(key, second)))
   held_out = task.examples(tmp_path, 'validation', 3)
   assert len(held_out) == 8 and key(held_out[0]) == key(task.of.examples(tmp_path, 'validation', 0)[0])
   assert (task.length, task.splits, task.measure) == (task.of.length, task.of.splits, task.of.measure)
 
 
 @pytest.mark.parametrize('form', [Filled(of=Chain(of=SEVERAL), fillers=3), Filled(of=Asked(of=SEVERAL), fillers=2),
-                                  Filled(of=Chain(of=ONE), fillers=Power(power=1.0)), Filled(of=Slots(of=ONE), fillers=1)])
+                                  Filled(of=Chain(of=ONE), fillers=Power(power=1.0)),
+                                  Filled(of=Slots(of=ONE), fillers=1)])
 def test_problems_of_a_file_with_fillers(form, tmp_path):
   of = form.of.of
   made = problems(of) if of is SEVERAL else [of.draw(np.random.default_rng(i), 1 + i % of.room) for i in range(6)]
@@ -398,7 +403,8 @@ def test_forms_of_sources_that_they_cannot_show():
   with pytest.raises(ConfigError, match='Rounds.of = Connectivity: its problems have no rounds to show'):
     Rounds(of=Connectivity(longest=3, shortest=3))
   for part, count in ((Selected(of=words, rounds=2), 2), (Internalised(of=words, smoothing=1e-6), 0)):
-    with pytest.raises(ConfigError, match=rf'Prefixes.of = {type(part).__name__}: a problem of 6 tokens has {count} rounds of'):
+    with pytest.raises(ConfigError,
+                       match=rf'Prefixes.of = {type(part).__name__}: a problem of 6 tokens has {count} rounds of'):
       Prefixes(of=part)(rng(0))
   for of in (Pointers(places=4, hops=2), Filled(of=Prefixes(of=words), fillers=2)):
     with pytest.raises(ConfigError, match=f'Filled.of = {type(of).__name__}: it is no form of problems'):
@@ -409,7 +415,8 @@ def test_what_a_file_of_problems_cannot_be():
   with pytest.raises(ConfigError, match='task.of.of = Pointers: it makes examples of no problems'):
     Recorded(of=Generated(of=Pointers(places=4, hops=2)), file='p.jsonl')
   form = Filled(of=Chain(of=ONE), fillers=Power(power=1.0))
-  with pytest.raises(ConfigError, match='Filled.fillers: a problem of size 9 has 9, but rows have place for 4, those of size 4'):
+  with pytest.raises(ConfigError,
+                     match='Filled.fillers: a problem of size 9 has 9, but rows have place for 4, those of size 4'):
     form.example(dataclasses.replace(ONE.draw(np.random.default_rng(0), 2), size=9))
 
 
@@ -420,9 +427,12 @@ GOOD = {'task': 'ARI', 'size': 1, 'prompt': '[ARI] 3 + 4 =', 'rounds': ['7'], 'a
     ('nonsense', 'line 2 is damaged: it is not JSON'), ([3], 'line 2 is damaged: it holds list'),
     ({**GOOD, 'answer': 7}, 'line 2: a value is missing or of another kind.*texts'),
     ({k: v for k, v in GOOD.items() if k != 'rounds'}, 'line 2: a value is missing'),
-    ({**GOOD, 'rounds': 3}, 'line 2: a value is missing'), ({**GOOD, 'rounds': '77'}, 'line 2: a value is missing.*a list'),
-    ({**GOOD, 'size': 1.5}, 'line 2: a value is missing'), ({**GOOD, 'prompt': ' '}, 'line 2: a value is missing.*not empty'),
-    ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'), ({**GOOD, 'size': -1}, 'line 2: a value is missing.*0 or more'),
+    ({**GOOD, 'rounds': 3}, 'line 2: a value is missing'),
+    ({**GOOD, 'rounds': '77'}, 'line 2: a value is missing.*a list'),
+    ({**GOOD, 'size': 1.5}, 'line 2: a value is missing'),
+    ({**GOOD, 'prompt': ' '}, 'line 2: a value is missing.*not empty'),
+    ({**GOOD, 'size': 'x'}, 'line 2: a value is missing'),
+    ({**GOOD, 'size': -1}, 'line 2: a value is missing.*0 or more'),
     ({**GOOD, 'size': True}, 'line 2: a value is missing'),
     ({**GOOD, 'answer': '777'}, "line 2: problem .*'777' is not a symbol"),
     ({**GOOD, 'task': 'XX'}, "line 2: task = 'XX': no such source of problems here"),
@@ -438,7 +448,8 @@ def test_files_that_cannot_be_learned_from(row, message, tmp_path):
 
 def test_text_that_can_be_read_two_ways_is_refused():
   tokenizer = SymbolTokenizer(Chain(of=Arithmetic(longest=2)).symbols)
-  assert tokenizer.encode('3*2=') == tokenizer.encode('3 * 2 =') and tokenizer.decode(tokenizer.encode('10 + 1 =')) == '10 + 1 ='
+  assert (tokenizer.encode('3*2=') == tokenizer.encode('3 * 2 =')
+          and tokenizer.decode(tokenizer.encode('10 + 1 =')) == '10 + 1 =')
   assert tokenizer.encode('10') == [10]
   with pytest.raises(ConfigError, match="prompt '10\\+1=': '10' is one symbol of this task, or 2; put spaces"):
     tokenizer.encode('10+1=')

@@ -15,8 +15,13 @@ from loopformer.tasks import algorithms
 from loopformer.tasks.addition import Addition
 from loopformer.tasks.assignment import Assignment, Code
 from loopformer.tasks.countdown import Countdown
-from loopformer.tasks.edit_distance import (EditDistance, EditRows, LongestCommonSubsequence, common_subsequence,
-                                            edit_distance)
+from loopformer.tasks.edit_distance import (
+  EditDistance,
+  EditRows,
+  LongestCommonSubsequence,
+  common_subsequence,
+  edit_distance,
+)
 from loopformer.tasks.generated import Generated, Grow, Rise
 from loopformer.tasks.igsm import LEVELS, SymbolicGSM, evaluate
 from loopformer.tasks.increasing import Increasing

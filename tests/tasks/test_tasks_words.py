@@ -12,8 +12,19 @@ from loopformer import config as configs, plans
 from loopformer.tasks.arithmetic import LeftToRight
 from loopformer.tasks.generated import Double, Generated, Grow
 from loopformer.tasks.reasoning import Chain, Slots
-from loopformer.tasks.words import (AB, NO_AA_BB, PARITY, Alternating, Automaton, Cyclic, Prefixes, Regular, Symmetric,
-                                    Word, products)
+from loopformer.tasks.words import (
+  AB,
+  NO_AA_BB,
+  PARITY,
+  Alternating,
+  Automaton,
+  Cyclic,
+  Prefixes,
+  Regular,
+  Symmetric,
+  Word,
+  products,
+)
 from loopformer.types import ConfigError
 from tests import parts
 
@@ -119,11 +130,13 @@ def test_every_prefix_is_asked_for(of):
     form.example(dataclasses.replace(of, longest=12, room=12, limit=12).draw(np.random.default_rng(0), 12))
 
 
-SLOTTED = [Word(longest=9, group=Symmetric(degree=3)), Regular(longest=6, automaton=NO_AA_BB, room=8), LeftToRight(longest=3)]
+SLOTTED = [Word(longest=9, group=Symmetric(degree=3)), Regular(longest=6, automaton=NO_AA_BB, room=8),
+           LeftToRight(longest=3)]
 
 
 @pytest.mark.parametrize('of, answer', [*((of, True) for of in SLOTTED), (SLOTTED[0], False)],
-                         ids=lambda value: 'rounds alone' if value is False else '' if value is True else type(value).__name__)
+                         ids=lambda value: ('rounds alone' if value is False
+                                            else '' if value is True else type(value).__name__))
 def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of, answer):
   form = Slots(of=of, answer=answer)
   for problem in many(of):
@@ -141,7 +154,8 @@ def test_denoisers_get_a_slot_for_every_token_of_the_rounds(of, answer):
 
 def test_an_answer_that_no_round_ends_with_keeps_its_slot():
   of = SLOTTED[1]
-  with pytest.raises(ConfigError, match='Slots.answer = False: the rounds of a problem of Regular do not end with its answer'):
+  with pytest.raises(ConfigError,
+                     match='Slots.answer = False: the rounds of a problem of Regular do not end with its answer'):
     Slots(of=of, answer=False).example(many(of)[0])
   for name, length in (('parity', 33), ('ab', 34)):  # of sixteen letters
     assert configs.load(f'masked_diffusion:cpu,task={name}').task.length == length
@@ -179,7 +193,8 @@ def test_a_chain_of_products_and_a_curriculum_that_doubles():
     (lambda: Automaton(letters='a$', next=((0, 0),), accepting=()), "letters = 'a\\$'"),
     (lambda: Automaton(letters='a+', next=((0, 0),), accepting=()), "letters = 'a\\+'"),
     (lambda: Automaton(letters='a ', next=((0, 0),), accepting=()), "letters = 'a '"),
-    (lambda: Generated(of=Prefixes(of=Word(longest=2, group=Cyclic(degree=2))), tests={'train': None}), "task.tests names 'train'"),
+    (lambda: Generated(of=Prefixes(of=Word(longest=2, group=Cyclic(degree=2))), tests={'train': None}),
+     "task.tests names 'train'"),
     (lambda: Automaton(letters='ab', next=((0, 2),), accepting=()), r'Automaton.next = \(\(0, 2\),\).* 0..0'),
     (lambda: Automaton(letters='ab', next=((0,),), accepting=()), 'Automaton.next'),
     (lambda: Automaton(letters='a', next=((0,),), accepting=(1,)), r'Automaton.accepting = \(1,\)'),

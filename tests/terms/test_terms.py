@@ -20,7 +20,7 @@ from loopformer.terms.cross_entropy import CE, nll_sum
 from loopformer.terms.expected import Expected
 from loopformer.terms.match import ShortcutConsistency
 from loopformer.terms.ponder import Averaged, Geometric, Ponder
-from loopformer.types import ConfigError, PlanContext, Plan, Readout, Trace
+from loopformer.types import ConfigError, Plan, PlanContext, Readout, Trace
 from tests import parts
 from tests.parts import ROWS, D, L, T, V, close, over, params
 
@@ -300,7 +300,7 @@ def test_longest_plan_and_arithmetic():
   np.testing.assert_allclose(objective.flops(model, T), 3 * (2 * one + (8 - 1 + 4 - 1) * (two - one)))
 
 
-# In somebody's own loop ------------------------------------------------------------------------------------------------
+# In somebody's own loop -----------------------------------------------------------------------------------------------
 
 CROSS = {'lm': Weighted(1.0, CE(roll='all'))}
 OWN = {

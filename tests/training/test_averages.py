@@ -11,7 +11,7 @@ import pytest
 import loopformer
 from loopformer import config as configs
 from loopformer.model import parameter_roles
-from loopformer.optim import AdamW, WSD, WarmupCosine
+from loopformer.optim import WSD, AdamW, WarmupCosine
 from loopformer.training import averages
 from loopformer.training.averages import Averaged, AveragedState
 from loopformer.training.frozen import Freeze
@@ -48,7 +48,8 @@ def test_an_average_is_its_formula_and_training_is_not_touched():
 def test_what_is_frozen_is_served_as_it_was():
   model = ROWS['ouro'].model
   weights = jax.tree.map(jnp.asarray, params(model))  # a tree of its own, which is taken apart
-  own = Averaged(of=Freeze(of=AdamW(schedule=WSD(peak=0.1), decay=0.1), paths=('cell/gate',))).make(10, parameter_roles(model))
+  own = Averaged(of=Freeze(of=AdamW(schedule=WSD(peak=0.1), decay=0.1), paths=('cell/gate',))).make(
+      10, parameter_roles(model))
   now, state = weights, own.init(weights)
   for _ in range(4):
     updates, state = own.update(jax.tree.map(jnp.ones_like, weights), state, now)

@@ -64,7 +64,8 @@ def test_the_last_and_the_best_stay(tmp_path):
 
 
 def test_a_number_that_is_not_reported_is_never_the_best(tmp_path):
-  with pytest.raises(configs.ConfigError, match="train.best = 'bits_per_byte@2': the evaluations .* choose one of loss@2, x"):
+  with pytest.raises(configs.ConfigError,
+                     match="train.best = 'bits_per_byte@2': the evaluations .* choose one of loss@2, x"):
     save(tmp_path, [1], best=Best(name='bits_per_byte@2', sign=LESS), losses=[1.0])
 
 
@@ -114,7 +115,8 @@ def test_files_in_buckets_are_larger(remote, least, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.storage, 'remote', lambda path: remote)
   small, whole = (jax.ShapeDtypeStruct((rows, 256), np.float32) for rows in (16, 1_000_003))
   with Checkpoints(tmp_path) as checkpoints:
-    sizes = [checkpoints._written(tree).ocdbt_target_data_file_size for tree in ({'a': small}, {'a': small, 'b': whole})]
+    sizes = [checkpoints._written(tree).ocdbt_target_data_file_size
+             for tree in ({'a': small}, {'a': small, 'b': whole})]
   assert sizes == [least * 2**20, 1_000_003 * 1024]
 
 
@@ -133,7 +135,8 @@ def test_no_array_is_written_in_very_many_chunks(tmp_path, monkeypatch):
     checkpoints.resumes()  # which waits for it
   import tensorstore
   for name, most in (('prime', 1), ('even', 8)):
-    spec = {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': f'file://{tmp_path}/checkpoints/0/params', 'path': f'{name}/'}}
+    spec = {'driver': 'zarr',
+            'kvstore': {'driver': 'ocdbt', 'base': f'file://{tmp_path}/checkpoints/0/params', 'path': f'{name}/'}}
     array = tensorstore.open(spec, open=True).result()
     assert -(-8209 // array.chunk_layout.read_chunk.shape[0]) <= most + 1
 
@@ -233,7 +236,8 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_saved(copy, tmp_path):
   before = {path: path.read_bytes() for path in (copy / 'checkpoints').rglob('*') if path.is_file()}
   configuration = (copy / 'config.json').read_text().replace('"steps": 24', '"steps": 48')
   (copy / 'config.json').write_text(configuration)
-  environment = {**test_cli.environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}  # its entries are cut too
+  # its entries are cut too
+  environment = {**test_cli.environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
   limited = ['bash', '-c', 'ulimit -f 20 && exec "$@"', 'bash', *test_cli.command(copy)]  # no file over 20 KiB
   done = subprocess.run(limited, cwd=test_cli.ROOT, capture_output=True, text=True, timeout=300, env=environment)
   assert done.returncode != 0

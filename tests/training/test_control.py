@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loopformer.training.control import Plateau, NoControl
+from loopformer.training.control import NoControl, Plateau
 from loopformer.types import ConfigError
 
 EVERY = 50

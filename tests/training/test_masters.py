@@ -42,14 +42,16 @@ def same(one, two):
 
 @pytest.mark.parametrize('whole, plain', [
     (Masters(of=PLAIN), PLAIN), (Masters(of=Averaged(of=PLAIN, decay=0.5)), Averaged(of=PLAIN, decay=0.5)),
-    (Averaged(of=Masters(of=PLAIN), decay=0.5), Averaged(of=PLAIN, decay=0.5))], ids=['alone', 'around averages', 'averaged'])
+    (Averaged(of=Masters(of=PLAIN), decay=0.5), Averaged(of=PLAIN, decay=0.5))],
+                         ids=['alone', 'around averages', 'averaged'])
 def test_masters_are_trained_as_float32_and_the_weights_are_these_rounded(whole, plain, params):
   """And averages are of the masters, whichever is around the other."""
   own, plain = whole.make(10, ROLES), plain.make(10, ROLES)
   state, other, theirs = own.init(params), plain.init(params), params
   weights = masters.shortened(params, state)
   short = {path for path, leaf in flatten_dict(weights, sep='/').items() if leaf.dtype == jnp.bfloat16}
-  assert short == {path for path in flatten_dict(params, sep='/') if path.endswith('kernel') and path.startswith('cell')}
+  assert short == {path for path in flatten_dict(params, sep='/')
+                   if path.endswith('kernel') and path.startswith('cell')}
   for t in range(5):
     grads = jax.tree.map(lambda leaf: jnp.sin(1e3 * leaf + t), params)
     updates, state = own.update(grads, state, weights)
@@ -68,7 +70,8 @@ def test_small_steps_are_not_lost(params):
   """Each below what bfloat16 can tell from nothing beside the weight."""
   own = Masters(of=AdamW(schedule=WSD(peak=1e-5), decay=0.0)).make(400, ROLES)
   state, weights = own.init(params), masters.shortened(params, own.init(params))
-  step = jax.jit(lambda weights, state: own.update(jax.tree.map(lambda leaf: -jnp.ones(leaf.shape), params), state, weights))
+  step = jax.jit(lambda weights, state: own.update(jax.tree.map(lambda leaf: -jnp.ones(leaf.shape), params), state,
+                                                   weights))
   for _ in range(300):
     updates, state = step(weights, state)
     weights = optax.apply_updates(weights, updates)

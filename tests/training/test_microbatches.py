@@ -67,7 +67,8 @@ class Weighed:
 
 def test_parts_add_up_to_the_batch():
   weights = {'w': jnp.float32(0.1)}
-  (whole, values), (summed, in_parts) = (after(parts.ROWS['base_loop'].model, weights, Weighed(), count) for count in (1, 4))
+  (whole, values), (summed, in_parts) = (after(parts.ROWS['base_loop'].model, weights, Weighed(), count)
+                                         for count in (1, 4))
   assert abs(whole['w'] - 0.1) > 1e-2
   parts.close(summed, whole, 1e-6)
   assert {name: float(value) for name, value in in_parts.items()} == pytest.approx(
@@ -103,7 +104,8 @@ def test_every_microbatch_draws_a_plan_of_its_own():
   assert all(len(set(counts)) == 4 for counts in expected) and sorted(expected[0]) != sorted(expected[1])
   for taken, counts in enumerate(expected):
     for accumulate, total in ((4, sum(2.0 ** count for count in counts)), (1, 2.0 ** drawn(None, taken))):
-      assert after(parts.ROWS['base_loop'].model, {'w': jnp.float32(0)}, Counted(), accumulate, taken)[1]['loss'] == total
+      assert after(parts.ROWS['base_loop'].model, {'w': jnp.float32(0)}, Counted(), accumulate,
+                   taken)[1]['loss'] == total
 
 
 def test_names_give_keys_of_their_own():

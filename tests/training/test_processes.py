@@ -116,7 +116,8 @@ def evaluated(workdir) -> dict[str, float]:
 
 
 def test_weights_of_two_processes_are_evaluated_where_they_are(two):
-  """Divided between processes (fsdp) and within them (tensor); what training logged of the same state is the measure."""
+  """Divided between processes (fsdp) and within them (tensor); what training logged of the same state is the measure.
+  """
   logged = test_cli.rows(two, 'eval')[-1]
   assert evaluated(two) == pytest.approx({name: logged[name] for name in ('loss@1', 'loss@4')}, rel=1e-5)
 

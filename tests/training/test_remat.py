@@ -1,4 +1,5 @@
-"""What the backward pass saves: memory of every kind of cell under every policy, from compiled programs; and gradients."""
+"""What the backward pass saves: memory of every kind of cell under every policy, from compiled programs; and gradients.
+"""
 import functools
 
 import jax
@@ -19,7 +20,8 @@ MODELS = {
     'routed': parts.looped(Routed(parts.stack(2), ExpertChoice(capacities=(1.0,) * LOOPS)), read_in=LONG),
     'token': parts.looped(Routed(parts.stack(2), TokenChoice(recursions=LOOPS)), read_in=LONG),
     'shifted': parts.looped(**{**parts.shifted(), 'read_in': parts.Tokens(vocab=parts.V, width=parts.D, length=T)}),
-    'melt': ROWS['melt'].model.clone(read_in=parts.Tokens(vocab=parts.V, width=parts.D, length=T), memory=parts.Latest(chunk=T)),
+    'melt': ROWS['melt'].model.clone(read_in=parts.Tokens(vocab=parts.V, width=parts.D, length=T),
+                                     memory=parts.Latest(chunk=T)),
 }
 
 

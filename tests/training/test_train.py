@@ -238,7 +238,8 @@ def test_time_is_counted_as_what_it_was_spent_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, value', [('batch', 0), ('steps', 0), ('seed', -1), ('keep', 0), ('accumulate', -2)])
 def test_numbers_out_of_range_are_refused(name, value):
-  with pytest.raises(ConfigError, match=rf'train\.{name} = {value}: must be {"0 to" if name == "seed" else "1 or more"}'):
+  with pytest.raises(ConfigError,
+                     match=rf'train\.{name} = {value}: must be {"0 to" if name == "seed" else "1 or more"}'):
     training.Train(**{name: value})
   training.Train(**{name: 0 if name == 'seed' else 1})
 

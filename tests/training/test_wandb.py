@@ -16,7 +16,8 @@ def offline(monkeypatch, tmp_path):
   """wandb, which sends nothing."""
   module = pytest.importorskip('wandb', reason='wandb is not installed (extra `wandb`)')
   for name, value in {'WANDB_PROJECT': 'looped', 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true',
-                      'WANDB_CACHE_DIR': str(tmp_path / 'cache'), 'WANDB_CONFIG_DIR': str(tmp_path / 'settings')}.items():
+                      'WANDB_CACHE_DIR': str(tmp_path / 'cache'),
+                      'WANDB_CONFIG_DIR': str(tmp_path / 'settings')}.items():
     monkeypatch.setenv(name, value)
   return module
 
@@ -29,7 +30,8 @@ def write(folder, first, rows):
 
 
 def records(data: bytes):
-  """What a .wandb file holds: after 7 bytes blocks of 32 KB, of pieces that say (checksum, length, type) before them."""
+  """What a .wandb file holds: after 7 bytes blocks of 32 KB, of pieces that say (checksum, length, type) before them.
+  """
   place, piece, block = 7, b'', 1 << 15
   while place < len(data):
     if block - place % block < 7:
@@ -45,8 +47,8 @@ def records(data: bytes):
 
 
 def told(folder) -> tuple[list[dict], list[dict]]:
-  """What wandb has written of a work folder, in order: the numbers of every step, and its runs. Its own process may still
-  be writing the last."""
+  """What wandb has written of a work folder, in order: the numbers of every step, and its runs. Its own process may
+  still be writing the last."""
   from wandb.proto import wandb_internal_pb2
   history, runs, patience = [], [], time.monotonic() + 60
   for path in sorted((folder / 'wandb').glob('offline-run-*/*.wandb')):  # named by their time
@@ -59,7 +61,8 @@ def told(folder) -> tuple[list[dict], list[dict]]:
         runs.append({'id': record.run.run_id, 'project': record.run.project, 'name': record.run.display_name})
       if record.WhichOneof('record_type') == 'history':
         items = {item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        history.append({'step': record.history.step.num} | {name: value for name, value in items.items() if name[0] != '_'})
+        history.append({'step': record.history.step.num} | {name: value for name, value in items.items()
+                                                            if name[0] != '_'})
   return history, runs
 
 

@@ -1,7 +1,6 @@
 """Layers of CCDD's larger networks: two streams that read each other, and experts."""
 from __future__ import annotations
 
-
 import dataclasses
 
 from flax import linen as nn

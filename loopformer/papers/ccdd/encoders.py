@@ -1,7 +1,6 @@
 """Encoders of clean sequences: what the latents of CCDD are noised from. Frozen parts, that learn nothing."""
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 

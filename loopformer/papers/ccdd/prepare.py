@@ -13,7 +13,6 @@ from loopformer.papers.ccdd.plans import LATENT_TIME, LATENTS
 from loopformer.papers.ccdd.process import VP, Flow, InverseSNR, Quadratic, Signal, noised
 from loopformer.types import Array, Batch, Params, PlanContext, config_dataclass, real
 
-
 # What is encoded -----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from loopformer.types import Array, config_dataclass, real
 
-
 # Noise ---------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,6 @@ from loopformer.papers.ccdd.prepare import Apart, Slower, Together
 from loopformer.papers.ccdd.process import DDIM, DDPM, VP, Flow, Quadratic
 from loopformer.types import Array, ConfigError, Params, Plan, config_dataclass, whole
 
-
 LEAST = 1e-3  # time of tokens and latents but for their end; training has none before it
 
 
@@ -69,9 +68,8 @@ class Both:
 class Coevolving(Denoising):
   """As Denoising, with latents that begin as noise and are denoised beside the tokens; no encoder is needed.
 
-  latents: d, their channels; process: their noise in training; update: how they step back; times: of
-  latents, as they were trained. guidance: w of logits (1 + w) c - w u, u being without latents (the paper's weight is
-  1 + w).
+  latents: d, their channels; process: their noise in training; update: how they step back; times: of latents, as they
+  were trained. guidance: w of logits (1 + w) c - w u, u being without latents (the paper's weight is 1 + w).
   """
   latents: int
   process: VP | Flow | Quadratic = VP()

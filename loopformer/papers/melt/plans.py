@@ -1,9 +1,9 @@
 """Plans that lead from rows of every loop to shared ones (MELT, section 4)."""
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 import dataclasses
+
+import jax.numpy as jnp
 
 from loopformer.plans import Around
 from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass

@@ -1,9 +1,9 @@
 """Plans whose steps know the rounds that they are to show (RELAY, section 3.1)."""
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 import dataclasses
+
+import jax.numpy as jnp
 
 from loopformer import plans
 from loopformer.types import ConfigError, Plan, PlanContext, Planner, config_dataclass
