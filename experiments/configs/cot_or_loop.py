@@ -5,7 +5,7 @@ tasks (Xu and Sato, 2505.19245; its successor 2509.25239, ICML 2026, which adds 
 
 Argument: size, then any of
 
-    size        cpu    one layer of width 32: a minute or two on two CPU cores
+    size        cpu    one layer of width 32, two for graphs, sums and edits: a minute or two on two CPU cores
                 gpu    width 256, words of S5: one GPU
                 paper  as published
     kind        chain    a decoder that writes the rounds of the solution, and the answer
@@ -92,29 +92,31 @@ class Size:
 
 
 def _tasks(group: Symmetric, words: int, parity: int, vertices: int, operators: int, letters: int, using: int,
-           layers: int) -> dict[str, Source]:
-  """The problems of a size, each of one length."""
+           layers: int, searched: int = 1) -> dict[str, Source]:
+  """The problems of a size, each of one length; layers: for words; searched: for graphs, sums and edits, whose chains
+  are found by what stands before what is copied."""
   def one(kind, size, **options):
     return kind(shortest=size, longest=size, **options)
 
   return {
       'parity': Source(of=one(Word, parity, group=Cyclic(degree=2)), first=4, add=2),
       'word': Source(of=one(Word, words, group=group), layers=layers, first=4, add=2),
-      'connectivity': Source(of=one(Reachable, vertices), looped=one(ReachableByEdges, vertices), first=4, add=4),
-      'arithmetic': Source(of=one(Arithmetic, operators, modulus=3), first=4, add=4),
-      'edit': Source(of=one(EditRows, letters, using=using)),
+      'connectivity': Source(of=one(Reachable, vertices), looped=one(ReachableByEdges, vertices), layers=searched,
+                             first=4, add=4),
+      'arithmetic': Source(of=one(Arithmetic, operators, modulus=3), layers=searched, first=4, add=4),
+      'edit': Source(of=one(EditRows, letters, using=using), layers=searched),
       'colouring': Source(of=one(Colouring, 40)),
       'dnf': Source(of=one(Trials, 10), looped=one(Count, 10))}
 
 
 SIZES = {
     'cpu': Size(
-        width=32, std=32 ** -0.5, tasks=_tasks(Symmetric(degree=3), 8, 16, 8, 3, 6, 2, 1),
+        width=32, std=32 ** -0.5, tasks=_tasks(Symmetric(degree=3), 8, 16, 8, 3, 6, 2, 1, searched=2),
         steps={'loop': 8, 'timed': 8, 'thought': 8},
         train=Train(steps=1500, batch=64, log_every=50, eval_every=500, save_every=500),
         schedule=WarmupCosine(peak=5e-3, end=0.0, warmup=50)),
     'gpu': Size(
-        width=256, std=1 / 16, tasks=_tasks(Symmetric(degree=5), 32, 64, 16, 8, 12, 8, 2),
+        width=256, std=1 / 16, tasks=_tasks(Symmetric(degree=5), 32, 64, 16, 8, 12, 8, 2, searched=2),
         steps={'loop': 8, 'timed': 8, 'thought': 8},
         train=Train(steps=20_000, batch=1024, log_every=100, eval_every=2000, save_every=2000),
         schedule=WarmupCosine(peak=3e-4, end=0.0, warmup=500), dtype='bfloat16'),
