@@ -139,7 +139,8 @@ def prepare(corpus: Corpus, tokenizer_part: TokenizerPart, folder: str | os.Path
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
-def _prepare_shared(corpus: Corpus, tokenizer_part: TokenizerPart, shared: Any, shard_tokens: int, log: Log) -> Prepared:
+def _prepare_shared(corpus: Corpus, tokenizer_part: TokenizerPart, shared: Any, shard_tokens: int,
+                    log: Log) -> Prepared:
   """`prepare` of a folder in a bucket, which the first process makes and others copy."""
   if not (shared / MANIFEST).exists():
     making = storage.cache() / 'data' / f'making-{_hash(str(shared), repr(corpus), repr(tokenizer_part))}'
@@ -259,16 +260,17 @@ def _reuse(folder: str, corpus: Corpus, tokenizer_part: TokenizerPart, log: Log)
   if tokenizer.fingerprint() != manifest['fingerprint']:
     raise ValueError(f'{folder}/tokenizer is not the one the data was made with: delete the folder and prepare again')
   if manifest.get('start') != start_between(tokenizer):
-    log(f'data: texts in {folder} do not begin with the token that begins a text, because an earlier version prepared them; a run '
-        'that goes on reads them as they are, for another delete the folder and prepare again')
+    log(f'data: texts in {folder} do not begin with the token that begins a text, because an earlier version prepared '
+        'them; a run that goes on reads them as they are, for another delete the folder and prepare again')
   log(f'data: {_counts(manifest)}; reused from {folder}')
   return Prepared(folder=folder, manifest=manifest, tokenizer=tokenizer)
 
 
 def _compare(folder: str, manifest: dict, corpus: Corpus, tokenizer_part: TokenizerPart, log: Log,
              everything: bool = False) -> None:
-  """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the files
-  that are not known, by their times, to be right; these are noted. Sources that are not there are told, and not missed.
+  """Compares parts, sources and shards with the manifest: names and sizes, and the contents of everything or of the
+  files that are not known, by their times, to be right; these are noted. Sources that are not there are told, and not
+  missed.
   """
   parts: tuple[tuple[str, Corpus | TokenizerPart], ...] = ('corpus', corpus), ('tokenizer', tokenizer_part)
   for name, part in parts:
@@ -415,7 +417,8 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, work: str, stored: np.dtype,
       raise ConfigError(f'{file} row {int(row) + 1}: {error}') from error
     for document, ids in zip(batch, encoded, strict=True):
       # By way of an array, which takes less than half the time of NumPy's own reading of a list.
-      data = np.array(array.array('I', [*(ids if start is None else begun(tokenizer, ids)), tokenizer.eos])).astype(stored).tobytes()
+      data = np.array(array.array(
+          'I', [*(ids if start is None else begun(tokenizer, ids)), tokenizer.eos])).astype(stored).tobytes()
       key = hashlib.blake2b(document.name.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
       entries += [ENTRY.pack(key, SPLITS.index(document.split), _text_bytes(document), len(data)), data]
     _write_chunk(paths[-1], b''.join(entries))

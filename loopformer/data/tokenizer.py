@@ -675,7 +675,8 @@ class Words:
   whole: bool = False
 
 
-def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool], words: Words = Words()) -> str:
+def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added: dict[int, bool],
+                   words: Words = Words()) -> str:
   """The tokenizer.json of a byte-level vocabulary.
 
   vocab: pieces by id; merges: pairs, oldest first; added: ids that are found in texts as they are spelt, and whether
@@ -686,8 +687,8 @@ def byte_level_bpe(vocab: Sequence[str], merges: Iterable[Sequence[str]], added:
                [_added(i, vocab[i], special) for i, special in added.items()], ignore_merges=words.whole)
 
 
-def bpe_pieces(vocab: Sequence[str], scores: Sequence[float], types: Sequence[int], *, unk: int, bos: int | None, eos: int,
-               prefix: bool) -> PieceTokenizer:
+def bpe_pieces(vocab: Sequence[str], scores: Sequence[float], types: Sequence[int], *, unk: int, bos: int | None,
+               eos: int, prefix: bool) -> PieceTokenizer:
   """A sentencepiece model (BPE, with bytes for what is no piece, texts as they are) of its pieces, scores and types.
 
   prefix: whether a space is put before a text. Raises RuntimeError or ValueError where they are no such model.

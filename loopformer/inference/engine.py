@@ -8,8 +8,8 @@ With a draft, decoding speculates across depth: a few loops propose tokens, one 
 is kept follows exactly the distribution of all loops (greedy: the very same text).
 
 On a mesh every device has rows of its own (of those of one tensor group, heads of the same rows), and both functions
-run on these alone: nothing that grows with rows or caches is exchanged, and a device waits for the others only where the
-host looks.
+run on these alone: nothing that grows with rows or caches is exchanged, and a device waits for the others only where
+the host looks.
 """
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def prefill(model: Any, params: Params, rows: DecodeState, new: PrefillBatch, dr
             mesh: jax.sharding.Mesh | None = None, contrast: Contrast | None = None) -> tuple[DecodeState, Array]:
   """Reads prompts into their rows, and draws the first token of each, i32[R].
 
-  ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one. contrast: as of `decode`.
+  ends: i32[E], each of which ends a row. mesh: of several devices that divide the rows; None for one. contrast: as of
+  `decode`.
   """
   each: Any = P(sharding.BATCH)  # in the places of arrays
   columns: Any = P(None, sharding.BATCH)
@@ -334,7 +335,8 @@ def _decode(model: Any, max_steps: int, num_draft: int, exit_policy: Any, contra
       kept = jnp.zeros(batch, jnp.int32)
       logits = logits_of(trace.z[:, 0])
       if contrast is not None:
-        shallow = model.apply(variables, current, draft_plan, positions(rows, 0, 1), kv=rows.draft, precomputed=draft_code)
+        shallow = model.apply(variables, current, draft_plan, positions(rows, 0, 1), kv=rows.draft,
+                              precomputed=draft_code)
         logits = contrast.logits(logits, logits_of(shallow.z[:, 0]), rows.control.vocab)
         rows = dataclasses.replace(rows, draft=shallow.kv)
       tokens = sample(sampling_logits(logits, rows.control), keys)[:, None]
@@ -492,13 +494,13 @@ class Engine:
     return {**result, 'accepted': kept / max(passes * self.num_draft, 1)} if self.num_draft else result
 
   def submit(self, prompt: str | Sequence[int] | Sequence[chat.Message], *, budget: int | Sequence[float] | None = None,
-             max_new_tokens: int = NEW_TOKENS, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-             seed: int = 0, number: int = 0, stop: Sequence[str] = ()) -> int:
+             max_new_tokens: int = NEW_TOKENS, temperature: float = 1.0, top_k: int | None = None,
+             top_p: float | None = None, seed: int = 0, number: int = 0, stop: Sequence[str] = ()) -> int:
     """Queues a request and returns its number, 0, 1, ...
 
     Args:
-      prompt: a text, its ids, or the messages of a chat ({'role': 'user', 'content': ...}), which the tokenizer's template
-        writes; an empty one starts a document.
+      prompt: a text, its ids, or the messages of a chat ({'role': 'user', 'content': ...}), which the tokenizer's
+        template writes; an empty one starts a document.
       budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; all loops by default.
       max_new_tokens: at most this many tokens; fewer where the model ends the document, or its turn (`Tokenizer.ends`).
       temperature, top_k, top_p: 0 takes the likeliest token.
@@ -522,8 +524,8 @@ class Engine:
                         f'is more than the {self.length} positions of the model (read_in.length); shorten the prompt '
                         'or ask for fewer tokens')
     control = controls(self._vocab, temperature, top_k, top_p)
-    self._waiting.append(_Request(self._requests, ids, anchor(self.tokenizer, ids), steps, max_new_tokens, control, seed,
-                                  number, stop))
+    self._waiting.append(_Request(self._requests, ids, anchor(self.tokenizer, ids), steps, max_new_tokens, control,
+                                  seed, number, stop))
     self._requests += 1
     return self._requests - 1
 
@@ -636,10 +638,11 @@ class Engine:
 def _ids(prompt: Any, number: int, tokenizer: Any, vocab: int) -> list[int]:
   """Of a prompt. Raises ConfigError where it has others than tokenizer and model know, `vocab` of them."""
   if isinstance(prompt, str) or chat.is_messages(prompt):
-    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else chat.begun(tokenizer, prompt, f'prompt {number}')
+    ids = (prompt_ids(tokenizer, prompt) if isinstance(prompt, str)
+           else chat.begun(tokenizer, prompt, f'prompt {number}'))
     if max(ids, default=0) >= vocab:
-      raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} (read_in.vocab); '
-                        'give the tokenizer that it was trained with')
+      raise ConfigError(f'prompt {number}: the tokenizer gives the id {max(ids)}, but the model has {vocab} '
+                        '(read_in.vocab); give the tokenizer that it was trained with')
     return ids
   return [whole(f'prompt {number}: the id', token, 0, vocab - 1) for token in chat.listed(prompt, f'prompt {number}')]
 
@@ -653,8 +656,8 @@ def _pending(text: str, ends: Sequence[str]) -> int:
 def _check_text(model: Any, tokenizer: Any):
   """Raises ConfigError where there is no text that could be generated."""
   if tokenizer is None or not model.read_in.vocab:
-    raise ConfigError('tokenizer = None: no text can be generated; give one, such as loopformer.data.tokenizer.GivenPieces('
-                      'path=...).build(())' if model.read_in.vocab else
+    raise ConfigError('tokenizer = None: no text can be generated; give one, such as '
+                      'loopformer.data.tokenizer.GivenPieces(path=...).build(())' if model.read_in.vocab else
                       'model: its inputs are vectors, and it has no text that could be generated')
 
 
@@ -675,8 +678,8 @@ def generate(model: Any, params: Params, tokenizer: Any,
     prompts: texts, lists of ids, or chats, lists of messages ({'role': 'user', 'content': ...}) that the tokenizer's
       template writes; of any lengths; an empty one starts a document.
     budget: loops a token (a number of equal steps), or a tuple of step sizes with sum one; the model's own by default.
-    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document, or its turn. None: 64;
-      of a masked diffusion model, which writes all positions at once, as many as it has after the prompt.
+    max_new_tokens: at most this many tokens each; a row ends early where the model ends the document, or its turn.
+      None: 64; of a masked diffusion model, which writes all positions at once, as many as it has after the prompt.
     temperature, top_k, top_p: 0 takes the likeliest token.
     seed: the same seed, prompts and controls give the same texts.
     stop: texts before the first of which a continuation ends.

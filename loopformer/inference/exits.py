@@ -52,8 +52,8 @@ class Confidence:
   def run(self, model: Any, params: Params, batch: Batch, plan: Plan, threshold: Array | None) -> tuple[Trace, Readout]:
     """As Final.run."""
     if plan.no_grad_steps is not None:
-      raise ConfigError(f'exit = {self}: the plan has steps without gradient, whose states are not kept to pick from; give a plan '
-                        'without them, such as Uniform, or exit = Final()')
+      raise ConfigError(f'exit = {self}: the plan has steps without gradient, whose states are not kept to pick from; '
+                        'give a plan without them, such as Uniform, or exit = Final()')
     trace = run_batch(model, params, batch, plan, keep=loop.Every())
     readout = make_readout(model, params, batch)
     z, steps = self.pick(readout, trace, batch)
@@ -89,8 +89,8 @@ class Copy:
 
 @config_dataclass
 class Recompute:
-  """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly. Where a
-  rule reads answers through a coda it could not, and is refused when tokens are decoded (ConfigError)."""
+  """What the kept state gives: all steps run, no time is saved, and decoding equals the pass without cache exactly.
+  Where a rule reads answers through a coda it could not, and is refused when tokens are decoded (ConfigError)."""
   runs = True
 
 
@@ -139,8 +139,8 @@ def check(model: Any, exit_policy: Any, name: str):
   if not hasattr(exit_policy, 'decides'):
     raise ConfigError(f'{name} = {exit_policy!r}: give an exits.Adaptive, such as Adaptive(rule=KL(threshold=1e-3))')
   if not exit_policy.decides:
-    raise ConfigError(f'{name} = {exit_policy}: it picks from the states of a whole plan, and does not stop token by token; '
-                      'use exits.Adaptive with a rule, or no exit for all steps')
+    raise ConfigError(f'{name} = {exit_policy}: it picks from the states of a whole plan, and does not stop token by '
+                      'token; use exits.Adaptive with a rule, or no exit for all steps')
   plan = Plan(t=jnp.zeros(2), dt=jnp.full(2, 0.5))
   params = parameter_shapes(model)
   try:

@@ -43,8 +43,8 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
 
   White space at the end of the context is moved to the continuation, and the two are encoded together; what exceeds the
   context's own number of ids is the continuation. Two cases are left open there. An empty context is the token that
-  begins documents, or else the one that ends them. Where the tokenizer joins all of the continuation to the context's last piece, that
-  joint piece is scored.
+  begins documents, or else the one that ends them. Where the tokenizer joins all of the continuation to the context's
+  last piece, that joint piece is scored.
   """
   bare = context.rstrip()
   continuation = context[len(bare):] + continuation
@@ -159,7 +159,8 @@ class Scorer:
                exit: Any = None, batch: int = 16, log: Callable[[str], None] | None = None):
     if tokenizer is None or not model.read_in.vocab:
       raise ConfigError('tokenizer = None: no text can be scored; import the model again with its tokenizer beside it'
-                        if model.read_in.vocab else 'model: its inputs are vectors, and it has no text that could be scored')
+                        if model.read_in.vocab else
+                        'model: its inputs are vectors, and it has no text that could be scored')
     if tokenizer.vocab_size > model.read_in.vocab:
       raise ConfigError(f'tokenizer: {tokenizer.vocab_size} ids, but the model has {model.read_in.vocab} '
                         '(read_in.vocab); give the tokenizer that it was trained with')
@@ -322,8 +323,8 @@ def _harness_class() -> Any:
 
     def get_model_info(self) -> dict[str, Any]:
       """What the harness writes beside its results."""
-      return {'likelihood': self.scorer.likelihood, 'steps': list(self.scorer.steps), 'exit': self.scorer.exit and str(self.scorer.exit),
-              'mean_loops': self.mean_loops}
+      return {'likelihood': self.scorer.likelihood, 'steps': list(self.scorer.steps),
+              'exit': self.scorer.exit and str(self.scorer.exit), 'mean_loops': self.mean_loops}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
       """Of every (context, continuation): (sum of log-probabilities, is greedy)."""
@@ -393,7 +394,8 @@ def run_harness(workdir: str | Path, tasks: Sequence[str], depths: Sequence[int]
   params = sharding.gathered(params)
   for name, given in (('memory', memory), ('exits', exits)) if model.sampler.denoises else ():
     if given:
-      raise ConfigError(f'{name} = {given}: {workdir} holds a denoiser, which writes and scores all tokens at once; leave it out')
+      raise ConfigError(f'{name} = {given}: {workdir} holds a denoiser, which writes and scores all tokens at once; '
+                        'leave it out')
   model = model if memory is None else model.clone(memory=memory)
   for called, exit_policy in (exits or {}).items():
     check(model, exit_policy, f'exits = {called}')

@@ -87,7 +87,8 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # of Orbax, TensorStore, or the client of a bucket
-      raise Unsaved(f'{self._folder}: a checkpoint cannot be written ({storage.reason(error)}); {self.resumes()}') from error
+      raise Unsaved(f'{self._folder}: a checkpoint cannot be written ({storage.reason(error)}); '
+                    f'{self.resumes()}') from error
     self._good, self._begun = self._begun, None
 
   def last_good(self) -> str:
@@ -119,11 +120,12 @@ class Checkpoints:
     """Starts to save; returns as soon as the arrays may be overwritten.
 
     `data` is the state of the data iterator, `control` the state of the run's controller, `values` the numbers of an
-    evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are kept.
+    evaluation of this step, among them that of `best`, if there was one. optimizer: None where parameters alone are
+    kept.
     """
     if self._best and values and self._best.name not in values:
-      raise ConfigError(f'train.best = {self._best.name!r}: the evaluations of this task do not report it; choose one of '
-                        f'{", ".join(values)}')
+      raise ConfigError(f'train.best = {self._best.name!r}: the evaluations of this task do not report it; choose one '
+                        f'of {", ".join(values)}')
     known = {self._best.name: values[self._best.name]} if self._best and values else None
     with self._saving():
       self._manager.save(step, metrics=known, args=self._ocp.args.Composite(
@@ -238,8 +240,8 @@ class Checkpoints:
 def chunk_bytes(leaf: Any) -> int:
   """The most bytes that a chunk of an array is to have: CHUNK_BYTES, or all that a device holds of it.
 
-  Orbax makes chunks by dividing the largest axis by its divisors, until they are small enough. A large prime number of rows,
-  as of some vocabularies, would be as many chunks: an array that has no better divisors stays whole.
+  Orbax makes chunks by dividing the largest axis by its divisors, until they are small enough. A large prime number of
+  rows, as of some vocabularies, would be as many chunks: an array that has no better divisors stays whole.
   """
   shape = leaf.shape
   own = leaf.sharding.shard_shape(shape) if isinstance(leaf, jax.Array) else shape
@@ -268,8 +270,8 @@ def trained(workdir: str | Path) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps back what Orbax, asyncio and TensorStore print of a save or a restore that fails, which `Checkpoints` tells in
-  one line: hundreds of lines of their threads. What TensorStore tells a closed loop comes after the error, too."""
+  """Keeps back what Orbax, asyncio and TensorStore print of a save or a restore that fails, which `Checkpoints` tells
+  in one line: hundreds of lines of their threads. What TensorStore tells a closed loop comes after the error, too."""
   def told(record: logging.LogRecord) -> bool:
     return not (record.exc_info and ('orbax' in record.pathname or 'asyncio' in record.pathname))
 

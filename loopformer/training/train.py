@@ -30,12 +30,13 @@ from loopformer.types import SEEDS, Array, ConfigError, Params, config_dataclass
 class Train:
   """How long, how much at a time, and how often to report.
 
-  batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into, which draw plans
-  of their own.
+  batch: sequences a step, over all devices; accumulate: microbatches that each step's batch is cut into, which draw
+  plans of their own.
   keep: so many last checkpoints stay, and the one of the best `best`, a number of the task's measure at a depth of
   `evals`, such as 'loss@8' (None: the last alone); with `best` every evaluated state is saved.
-  start: a work folder whose last checkpoint gives the first values of the parameters that both models have. As many layers
-  may be cut into prelude, loop and coda otherwise there; a head of its own starts as the embedding if it was tied there.
+  start: a work folder whose last checkpoint gives the first values of the parameters that both models have. As many
+  layers may be cut into prelude, loop and coda otherwise there; a head of its own starts as the embedding if it was
+  tied there.
   extended: the numbers of steps that the run had before it was told to go on. Up to each of them the schedules are
   those of a run of so many steps, from the last one on those of a run of `steps`.
   """
@@ -97,8 +98,8 @@ def train(config: Any, workdir: str | Path, log: Callable[[str], None] = print,
   Args:
     profile: the first and the last step of a profile, which goes to `workdir`/profile; None for none.
     verify: whether all data are read first, and compared with what was prepared.
-    params: the first values of the parameters, a tree like that of `model.init_params`; random ones if absent. A run that
-      is resumed has its own.
+    params: the first values of the parameters, a tree like that of `model.init_params`; random ones if absent. A run
+      that is resumed has its own.
 
   Raises:
     NotFinite: a term of the loss is not a number any more; the checkpoints before it are kept.
@@ -158,10 +159,11 @@ def _train(config: Any, workdir: Any, log: Callable[[str], None], profile: tuple
 
   stream = iter(batches('train', options.seed))
   held_out = [batch for batch, _ in zip(batches('validation', 0), range(options.eval_batches))]
-  positions, most = max((1 + int(np.max(batch['positions'])) for batch in held_out), default=0), config.model.read_in.length
+  positions, most = (max((1 + int(np.max(batch['positions'])) for batch in held_out), default=0),
+                     config.model.read_in.length)
   if positions > most:
-    raise ConfigError(f'task: its examples stand at positions up to {positions - 1}, but model.read_in.length = {most}; '
-                      'raise it, or let positions begin at 0')
+    raise ConfigError(f'task: its examples stand at positions up to {positions - 1}, but model.read_in.length = '
+                      f'{most}; raise it, or let positions begin at 0')
   held_out = [sharding.put_batch({**batch, 'row': rows}, mesh) for batch in held_out]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
@@ -261,8 +263,8 @@ def _started(params: Params, start: str, mesh: jax.sharding.Mesh, log: Callable,
       if (section := sections.section_of(path)) is not None and path.removeprefix(section) in cut:
         mine = None
       if mine is not None and mine.shape != leaf.shape:
-        raise ConfigError(f'{where} = {start}: {path} has the shape {leaf.shape} there, {mine.shape} here; give a run of '
-                          'the same sizes')
+        raise ConfigError(f'{where} = {start}: {path} has the shape {leaf.shape} there, {mine.shape} here; give a run '
+                          'of the same sizes')
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=elsewhere if mine is None else mine.sharding)
 
     step, given = checkpoints.restore_params(None, jax.tree_util.tree_map_with_path(
@@ -310,7 +312,8 @@ class _Run:
     for number in range(first + 1, options.steps + 1):
       self.profile.at(number)
       with clock.timed('data'):
-        rows = {**next(stream), 'row': self.rows, 'stop': np.full(len(self.rows), self.caught.told.is_set(), np.float32)}
+        rows = {**next(stream), 'row': self.rows,
+                'stop': np.full(len(self.rows), self.caught.told.is_set(), np.float32)}
       with clock.timed('step'):
         batch = sharding.put_batch(rows, self.mesh, options.accumulate)
         stage = self.config.control.stage(self.control_state)
@@ -374,7 +377,8 @@ class _Run:
                   default=())
     if longest:
       batch = config.task.measure.asked(self.held_out[0])
-      moved = processes.fetch(motion(config.model, params, batch, config.task.measure.told(plans.schedule(longest), batch)))
+      moved = processes.fetch(motion(config.model, params, batch,
+                                     config.task.measure.told(plans.schedule(longest), batch)))
       self.writer.write('loops', number, {name: values.tolist() for name, values in moved.items()})
     first = main_number(config.task.measure)
     self.log(f'step {number}  validation {first} at ' + '  '.join(
