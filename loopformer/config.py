@@ -49,8 +49,8 @@ from loopformer.types import SEEDS, ConfigError, Planner, config_dataclass, real
 FILE = 'config.json'
 LOADED = 'loopformer_config_'  # modules of configuration files are known by this prefix and the file's name
 # Where parts and the functions that they may name come from; others are found where trust is given.
-PARTS, FUNCTIONS = ('loopformer.', 'experiments.configs.'), (
-    'loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions')
+PARTS = 'loopformer.', 'experiments.configs.'
+FUNCTIONS = 'loopformer.nn.layers', 'loopformer.plans', 'jax._src.nn.functions'
 _TRUST = contextvars.ContextVar('trust', default=False)
 # Fields that change what is reported and kept, and never what is computed: a resumed run may differ in them.
 FREE = ('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.save_every', 'train.keep', 'train.best',
