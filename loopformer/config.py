@@ -561,7 +561,13 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
       values[name] = choose(name, value, {'0': False, '1': True})
     else:
       kind = defaults[name] if isinstance(defaults[name], type) else type(defaults[name])
-      values[name] = _parse(value, values[name], kind, f'config argument {name}')
+      try:
+        values[name] = _parse(value, values[name], kind, f'config argument {name}')
+      except ConfigError as error:
+        if isinstance(defaults[name], type):
+          number = 'a whole' if kind is int else 'a finite'
+          raise ConfigError(f'config argument {name} = {value}: give {number} number, or leave it out') from error
+        raise
   return values
 
 

@@ -187,7 +187,9 @@ def test_load_of_a_file_with_argument_and_overrides():
     (f'{FILE}:tiny,depth=4', r"config argument 'depth=4': no 'depth' here; there are size, kind, ee, loops, dtype"),
     (f'{FILE}:tiny,loops=few', r'config argument loops = few: expected int, got str; it was 8'),
     (f'{FILE}:tiny,ee=1', r'config argument ee = 1: early exit is a variant'),
-], ids=['missing', 'size', 'kind', 'name', 'type', 'ee'])
+    ('ouro:tiny,loops=x', r'config argument loops = x: give a whole number, or leave it out'),
+    ('finetune:from=a,text=b,peak=none', r'config argument peak = none: give a finite number, or leave it out'),
+], ids=['missing', 'size', 'kind', 'name', 'type', 'ee', 'whole', 'finite'])
 def test_load_refuses(spec, message):
   with pytest.raises(ConfigError, match=message):
     configs.load(spec)
@@ -209,7 +211,8 @@ def test_arguments():
 @pytest.mark.parametrize('argument', [
     'ouro:tiny,loops=0', 'ouro:tiny,layers=-1', 'act:pointers,loops=0', 'pondernet:pointers,loops=0',
     'leaderboard:cpu,loops=0', 'leaderboard:cpu,width=0', 'leaderboard:cpu,steps=0', 'loopus:cpu,start=there,loops=0',
-    'loopus:cpu,start=there,graded=0', 'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0'])
+    'loopus:cpu,start=there,graded=0', 'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0',
+    'masked_diffusion:cpu,loops=0', 'masked_diffusion:cpu,task=s3,letters=0', 'ccdd:cpu,loops=0'])
 def test_a_number_that_is_given_is_not_taken_for_one_that_is_left_out(argument):
   name, _, value = argument.rpartition(',')[2].partition('=')
   with pytest.raises(ConfigError, match=f'config argument {name} = {value}: must be 1 or more'):

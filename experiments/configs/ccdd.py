@@ -19,7 +19,7 @@ Argument: size, then any of
     noise    of latents: vp, flow or quadratic
     times    of latents: together (as tokens), apart, or slower (t^3)
     weights  of tokens: bound (1/t) or dynamic (2 (1 - t), the paper's)
-    loops    K, in every denoising step; 0: the size's
+    loops    K, in every denoising step; the size's by default
     experts  of moe, how many of two a token takes: 1 or 2
     drop     the chance that a sequence's latents are 0, for guidance (`--guidance`)
 
@@ -36,7 +36,7 @@ from typing import Any
 from loopformer import loop, plans
 from loopformer.cells.recur import Recur
 from loopformer.cells.timed import Timed
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import TrainedPieces
 from loopformer.diffusion.noise import Masking
 from loopformer.diffusion.terms import NELBO
@@ -119,7 +119,7 @@ def cell(kind: str, size: Size, channels: int, experts: int) -> Any:
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,encoder=tokens` or `gpu,kind=mmdit,encoder=runs/encoder`."""
   given = arguments(argument, size='cpu', kind='', encoder='', source='clean', noise='vp', times='together', weights='bound',
-                    loops=0, experts=2, drop=0.0)
+                    loops=int, experts=2, drop=0.0)
   size = choose('size', given['size'], SIZES)
   kind = given['kind'] or size.kind
   choose('kind', kind, dict.fromkeys(('sum', 'mdit', 'moe', 'mmdit')))
@@ -127,7 +127,7 @@ def get_config(argument: str = '') -> Experiment:
   times = choose('times', given['times'], {'together': Together(), 'apart': Apart(), 'slower': Slower()})
   source = choose('source', given['source'], {'clean': Clean(), 'corrupted': Corrupted()})
   weights = choose('weights', given['weights'], {'bound': OfBound(), 'dynamic': Dynamic()})
-  loops, vocab = given['loops'] or size.loops, len(size.grid.symbols) if size.grid else size.vocab
+  loops, vocab = counted(given, 'loops', size.loops), len(size.grid.symbols) if size.grid else size.vocab
   named = given['encoder'] or ('context' if size.grid else 'tokens')
   encoder = {'context': RandomContext(vocab=vocab - 1, length=size.length),
              'tokens': RandomTokens(vocab=vocab, width=size.channels)}.get(named) or Hidden(folder=named, width=size.channels)

@@ -5,7 +5,7 @@ tasks (Xu and Sato, 2505.19245; its successor 2509.25239, ICML 2026, which adds 
 
 Argument: size, then any of
 
-    size        cpu    one layer of width 32, two for graphs, sums and edits: a minute or two on two CPU cores
+    size        cpu    one layer of width 32, two for graphs, sums and edits (every kind): a minute or two on two CPU cores
                 gpu    width 256, words of S5: one GPU
                 paper  as published
     kind        chain    a decoder that writes the rounds of the solution, and the answer

@@ -14,8 +14,8 @@ Argument: size, then any of
                  countdown            three numbers (size cpu) or four, and equations that come to a target
     kind         diffusion, or ar: the same layers, causal, that write a grid cell by cell (sudoku4), a text, or products,
                  states and equations one by one
-    loops        K, in every denoising step; 0: the size's
-    letters      of word problems and languages; 0: 16 of size cpu, else 32
+    loops        K, in every denoising step; the size's by default
+    letters      of word problems and languages; 16 of size cpu by default, else 32
     consistency  the weight of LoopFormer's shortcut consistency between fewer loops and K (it needs K of 2 or more)
     time         1: the layers hear what share of a sequence is hidden (MDLM leaves it out, as is the default)
     noise        linear or cosine
@@ -35,7 +35,7 @@ from experiments.configs import padded
 from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.cells.recur import Recur
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.diffusion.cell import ToldHidden
 from loopformer.diffusion.measures import Bound
 from loopformer.diffusion.noise import Cosine, Linear, Masking
@@ -109,20 +109,20 @@ def generators(letters: int, numbers: int, diffuses: bool) -> dict[str, Any]:
 
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `cpu,loops=4` or `cpu,kind=ar`."""
-  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=0, letters=0, consistency=0.0, time=False,
+  given = arguments(argument, size='cpu', task='', kind='diffusion', loops=int, letters=int, consistency=0.0, time=False,
                     noise='linear')
   size = choose('size', given['size'], SIZES)
   task = given['task'] or size.task
   diffuses = choose('kind', given['kind'], {'diffusion': True, 'ar': False})
-  of = choose('task', task, generators(given['letters'] or size.letters, size.numbers, diffuses))
+  of = choose('task', task, generators(counted(given, 'letters', size.letters), size.numbers, diffuses))
   noise = choose('noise', given['noise'], {'linear': Linear(), 'cosine': Cosine()})
-  loops = given['loops'] or size.loops
+  loops = counted(given, 'loops', size.loops)
   if not diffuses and task == 'sudoku9':
     raise ConfigError(f'config argument kind = ar: cells of {task} are told from those before them alone, and clues stand '
                       'behind, too; take task=sudoku4')
   if given['consistency'] and (loops < 2 or not diffuses):
     raise ConfigError(f'config argument consistency = {given["consistency"]}: it is of denoisers of loops=2 or more')
-  if given['letters'] and task not in padded.WORDS:
+  if given['letters'] is not None and task not in padded.WORDS:
     raise ConfigError(f'config argument letters = {given["letters"]}: {task} has no words; leave it out')
   if given['consistency'] < 0:
     raise ConfigError(f'config argument consistency = {given["consistency"]}: fewer loops would learn to disagree; give 0 or more')

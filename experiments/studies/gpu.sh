@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The experiments on reasoning at the size of one GPU, of many runs each, of some minutes on a fast one (expected, not
-# measured). What was trained stands in RUNS: the same command goes on where it was stopped.
+# measured). What was trained stands in RUNS: the same command goes on where it was stopped. Tables and pictures go to
+# OUT, but for `fillers`, whose evaluations stay in RUNS. Both folders are relative to the checkout.
 #   bash experiments/studies/gpu.sh RUNS OUT [NAME...]
 # NAME: of those below, all by default. PYTHON names another interpreter, SET further settings, apart by spaces
 # ("train.steps=100 optim.schedule.warmup=5").
 set -uo pipefail
+trap 'exit 130' INT  # a run that Ctrl-C reaches saves, and ends as if it were ready
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 runs=${1:?RUNS: a folder for what is trained} out=${2:?OUT: a folder for tables and pictures}

@@ -231,7 +231,8 @@ def main(argv):
   rates = [float(rate) for rate in numbers(','.join(FLAGS.rates), '--rates', float)]
   out, show = storage.path(FLAGS.out), show_of(FLAGS.task)
   command.check_once('rates', rates)
-  records.own(out, size=FLAGS.size, task=FLAGS.task, steps=FLAGS.steps, share=FLAGS.share, rates=rates,
+  records.own(out, {'seeds': FLAGS.seeds, 'systems': names}, size=FLAGS.size, task=FLAGS.task, steps=FLAGS.steps,
+              share=FLAGS.share if len(rates) > 1 else None, rates=rates, eval_batches=FLAGS.eval_batches,
               set=FLAGS['set'].value)
   study = Study(FLAGS.size, FLAGS.task, FLAGS.steps, FLAGS.share, rates)
   every = list(dict.fromkeys([*names, *(leaderboard.BEGINS[name] for name in names if name in leaderboard.BEGINS)]))

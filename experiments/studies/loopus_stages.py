@@ -54,7 +54,7 @@ def run_seed(seed: int, workdir: Path, budgets: list[int], thresholds: list[floa
   changes = (f"task.folder='{workdir / 'data'}'", *FLAGS['set'].value)
   if FLAGS['from'].value is None:
     start = workdir / f'pretrain-{seed}'
-    command.train('loopus:cpu', start, f"task.folder='{workdir / 'data'}'", f'train.seed={seed}')
+    command.train('loopus:cpu', start, *changes, f'train.seed={seed}')
     source = f'cpu,start={start}'
   else:
     start = storage.path(FLAGS['from'].value)

@@ -42,8 +42,8 @@ SHARED = {'rows of every loop': memories.PerLoop(), 'last loop, untrained': memo
 
 
 def train(argument: str, workdir: Path, seed: int, *changes: str):
-  """Runs or resumes a phase."""
-  command.train(f'{CONFIG}:{FLAGS.size}{argument}', workdir, *FLAGS['set'].value, f'train.seed={seed}', *changes)
+  """Runs or resumes a phase; what --set says comes after the changes, and holds."""
+  command.train(f'{CONFIG}:{FLAGS.size}{argument}', workdir, *changes, *FLAGS['set'].value, f'train.seed={seed}')
 
 
 def nll(model, params, batches) -> float:

@@ -72,14 +72,30 @@ def made_with(note: str | Path, done: bool, flag: str = '--workdir', **given: An
                         f'{now.get(name, "none")}; give the same, or another {flag}')
 
 
-def own(out: str | Path, **given: Any):
+def own(out: str | Path, more: Mapping[str, Sequence[str]] | None = None, **given: Any):
   """Writes down, in a folder of results, with which flags they are made, before they are.
 
+  Args:
+    more: flag -> its words, such as seeds, which may grow: results of the earlier ones are made again beside the new.
+    given: name -> value, of JSON, of all other flags that results depend on.
+
   Raises:
-    ConfigError: results stand there that were made with others, and would be replaced.
+    ConfigError: results stand there that were made with others, and would be replaced; or nothing says with which.
   """
   note = storage.path(out) / 'made_with.json'
-  made_with(note, note.exists() and (note.parent / 'results.json').exists(), '--out', **given)
+  done, more = (note.parent / 'results.json').exists(), more or {}
+  if done and note.exists():
+    before = reading.read_json(note, f'remove {note.parent}, or give another --out')
+    for name, words in more.items():
+      earlier = before.get(name, [])
+      if lost := [word for word in earlier if word not in words]:
+        every = ','.join(dict.fromkeys([*earlier, *words]))
+        raise ConfigError(f'{note.parent}: results of --{name}={",".join(earlier)} stand there, and those of {lost[0]} '
+                          f'would be lost; give --{name}={every}, or another --out')
+    made_with(note, True, '--out', **{name: before[name] for name in more if name in before}, **given)
+  else:
+    made_with(note, done, '--out', **given)
+  write(note, {**more, **given})
 
 
 def report(out: str | Path, results: Any, **tables: list[dict]):

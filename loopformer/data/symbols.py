@@ -40,8 +40,10 @@ class SymbolTokenizer(Tokenizer):
     return {symbol: i for i, symbol in enumerate(self.symbols)}
 
   def encode(self, text: str) -> list[int]:
-    apart = any(map(str.isspace, text))
-    words = [text] if text in self._ids else text.split() if apart else list(text)
+    words = [text] if text in self._ids else text.split()
+    if len(words) == 1 and words[0] not in self._ids:
+      text = words[0]
+      words = list(text)
     unknown = [word for word in words if word not in self._ids]
     if unknown:
       raise ConfigError(f'prompt {text!r}: {unknown[0]!r} is not a symbol of this task; its symbols: '

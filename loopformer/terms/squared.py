@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from loopformer.inference.measures import squared_error
 from loopformer.terms.term import Term
-from loopformer.types import Array, Batch, Params, Readout, Trace, config_dataclass
+from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
 
 
 @config_dataclass
@@ -29,7 +29,9 @@ class Window(Term):
 
   def __call__(self, rolls: Mapping[str, Trace], batch: Batch, readout: Readout, params: Params) -> Array:
     trace = rolls[self.roll]
-    assert trace.xs is not None and trace.plan is not None
+    if trace.xs is None or trace.plan is None:
+      raise ConfigError(f'objective: the rollout {self.roll!r} keeps the last state alone, and Window reads every one; '
+                        'give it keep=loop.Every()')
     error_KBT = squared_error(readout, readout.read(trace.xs), batch)
     active = trace.plan.active
     active = jnp.ones(error_KBT.shape[:2]) if active is None else active.reshape(len(error_KBT), -1)

@@ -373,6 +373,10 @@ def test_a_window_is_the_unrolled_net_cut_before_it():
     trace = model.apply({'params': weights}, batch['tokens'], plan, keep=Every())
     return Window(roll='x')({'x': trace}, batch, make_readout(model, weights, batch), weights)
 
+  last = model.apply({'params': weights}, batch['tokens'], plans.schedule((1.0,)))
+  with pytest.raises(ConfigError, match="the rollout 'x' keeps the last state alone, .* give it keep=loop.Every()"):
+    Window(roll='x')({'x': last}, batch, make_readout(model, weights, batch), weights)
+
   def by_hand(weights):
     ctx = parts.context(batch['tokens']).replace(tokens=batch['tokens'])
     e = model.apply({'params': weights}, batch['tokens'], ctx.pos, method=lambda m, t, p: m.read_in(t, p))

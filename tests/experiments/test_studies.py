@@ -2,7 +2,12 @@
 that other flags made."""
 import json
 
+import pytest
+
+from experiments.tools import records
+from loopformer.types import ConfigError
 from tests import parts
+from tests.project import test_docs
 
 # Of every (study, flags ..): what ends it, where nothing is trained.
 ENDS = """
@@ -59,6 +64,36 @@ def test_results_of_other_flags_are_not_replaced(tmp_path):
   assert ends(*runs(2), *runs(1)) == [
       *(f'error: {tmp_path}/{number}: it was made with {row[3]}; give the same, or another --out'
         for number, row in enumerate(FOLDERS)), *['training'] * len(FOLDERS)]
+
+
+def test_results_may_grow_and_lose_nothing(tmp_path):
+  records.own(tmp_path, {'seeds': ['0']}, size='cpu')
+  records.own(tmp_path, {'seeds': ['1']}, size='gpu')  # nothing was made yet
+  (tmp_path / 'results.json').write_text('{}')
+  for more in (['1'], ['0', '1'], ['1', '0', '2']):
+    records.own(tmp_path, {'seeds': more}, size='gpu')
+  with pytest.raises(ConfigError, match='results of --seeds=1,0,2 stand there, and those of 1 would be lost; give '
+                                        '--seeds=1,0,2,3, or another --out'):
+    records.own(tmp_path, {'seeds': ['0', '2', '3']}, size='gpu')
+  with pytest.raises(ConfigError, match='size = gpu, not with cpu'):
+    records.own(tmp_path, {'seeds': ['1', '0', '2']}, size='cpu')
+  records.own(tmp_path, {'seeds': ['1', '0', '2'], 'arms': ['a']}, size='gpu')  # of a note before there were arms
+  assert json.loads((tmp_path / 'made_with.json').read_text()) == {
+      'seeds': ['1', '0', '2'], 'arms': ['a'], 'size': 'gpu'}
+  (tmp_path / 'made_with.json').unlink()
+  with pytest.raises(ConfigError, match='nothing says with which flags it was made'):
+    records.own(tmp_path, {'seeds': ['1', '0', '2']}, size='gpu')
+
+
+def test_every_report_says_with_which_flags_it_was_made():
+  """Where its study asks; a command of its text goes on there."""
+  studies = (parts.ROOT / 'experiments/studies').glob('*.py')
+  asking = {path.stem for path in studies if 'records.own(' in path.read_text()}
+  given = [(words, folder[0]) for where, words in test_docs.EVERY
+           if (found := test_docs.command(words)) and found[0].rpartition('.')[2] in asking
+           and (folder := [word.partition('=')[2] for word in words if word.startswith('--out=experiments/reports')])]
+  assert len({folder for _, folder in given}) >= 7
+  assert [folder for _, folder in given if not (parts.ROOT / folder / 'made_with.json').is_file()] == []
 
 
 def test_lists_that_name_nothing_or_one_thing_twice(tmp_path):

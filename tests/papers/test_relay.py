@@ -31,6 +31,7 @@ from loopformer.tasks.connectivity import NO, YES, Connectivity
 from loopformer.tasks.increasing import Increasing
 from loopformer.tasks.reasoning import Chain, Even, Problem, Rounds, Several
 from loopformer.tasks.recorded import recorded
+from loopformer.tasks.shortened import Selected
 from loopformer.terms.cross_entropy import CE
 from loopformer.types import ConfigError
 from tests import parts
@@ -249,6 +250,14 @@ def fake(wrong=3):
             for i, p in enumerate(some)]
 
   return write, seen
+
+
+def test_what_leads_to_no_answer_is_never_consistent():
+  """Of solutions that are told in part every chain would be thrown away, in silence."""
+  part = Selected(of=LeftToRight(longest=4), rounds=1)
+  problem = part.draw(np.random.default_rng(0), 4)
+  with pytest.raises(ConfigError, match='Selected: its rounds lead to no answer'):
+    chains.consistent(part, problem, problem)
 
 
 @pytest.mark.parametrize('rows', [1, 7, 64])

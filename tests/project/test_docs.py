@@ -73,7 +73,7 @@ def lines(name: str) -> list[tuple[str, list[str]]]:
   """(place, words) of every line of shell: those of blocks, and those that are indented and begin with a command."""
   found, text = [], (parts.ROOT / name).read_text()
   indented = [(text[:line.start()].count('\n') + 1, line[1]) for line in re.finditer(
-      r'^    ((?:python -m|bash|loopformer) (?:.*\\\n)*.*\n)', text, re.MULTILINE)]
+      r'^ {4,}((?:python -m|bash|loopformer) (?:.*\\\n)*.*\n)', text, re.MULTILINE)]
   for start, block in [*blocks(name, 'bash'), *indented]:
     joined = block.replace('\\\n', ' ')
     found += [(f'{name}:{start}', words) for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
@@ -100,8 +100,15 @@ def started(script: str, *arguments: str) -> list[tuple[str, list[str]]]:
     return [(script, ['python', *shlex.split(line)]) for line in told.read_text().splitlines()]
 
 
+VARIABLES = {'file': 'ouro', 'seed': '0', 'EXITS': 'entropy:0.5'}  # of the shell, in loops that documents write
+
+
+def filled(words: list[str]) -> list[str]:
+  """With values of variables, and without dots, which stand for more words."""
+  return [re.sub(r'\$(\w+)', lambda name: VARIABLES.get(name[1], name[0]), word) for word in words if word != '...']
+
+
 EVERY = [(where, words) for name in DOCUMENTS for where, words in lines(name)]
-EVERY += started('experiments/studies/gpu.sh', 'runs', 'out')
 
 
 MISTAKES = [['--colour=red'], ['--mode=eval', '--workdir=w', '--budget=8'], ['--config=loopfromer:tiny', '--workdir=w'],
@@ -113,10 +120,11 @@ def test_commands_take_the_flags_that_they_are_given():
   """And of each kind of mistake, in a flag, its mode, a configuration, a field, a number, it is seen that it is found.
   """
   given = {'experiments.main': [(f'mistake {n}', words) for n, words in enumerate(MISTAKES)]}
-  for where, words in EVERY:
+  script = started('experiments/studies/gpu.sh', 'runs', 'out')
+  for where, words in (*EVERY, *script):
     if found := command(words):
-      given.setdefault(found[0], []).append((where, [word for word in found[1] if word != '...']))
-  assert (sum(map(len, given.values())) > 90 and len(given) > 20
+      given.setdefault(found[0], []).append((where, filled(found[1])))
+  assert (sum(map(len, given.values())) > 110 and len(given) > 20 and len(script) == 28
           and {'experiments.main', 'experiments.tools.export'} <= set(given))
   wrong = json.loads(parts.python(CHECK, json.dumps(given)).splitlines()[-1])
   assert [line.partition(':')[0] for line in wrong[:len(MISTAKES)]] == [

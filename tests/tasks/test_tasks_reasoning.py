@@ -450,7 +450,8 @@ def test_text_that_can_be_read_two_ways_is_refused():
   tokenizer = SymbolTokenizer(Chain(of=Arithmetic(longest=2)).symbols)
   assert (tokenizer.encode('3*2=') == tokenizer.encode('3 * 2 =')
           and tokenizer.decode(tokenizer.encode('10 + 1 =')) == '10 + 1 =')
-  assert tokenizer.encode('10') == [10]
+  assert tokenizer.encode('10') == tokenizer.encode(' 10\n') == [10] and tokenizer.encode(' \n') == []
+  assert tokenizer.encode('3*2=\n') == tokenizer.encode('\t3\n*  2 =') == tokenizer.encode('3*2=')
   with pytest.raises(ConfigError, match="prompt '10\\+1=': '10' is one symbol of this task, or 2; put spaces"):
     tokenizer.encode('10+1=')
 

@@ -75,7 +75,14 @@ def by_token(model: Any, params: Params, form: Chain, problems: Sequence[Problem
 
 def consistent(of: Any, problem: Problem, written: Problem) -> bool:
   """Whether the answer that was written is the one that its rounds lead to: what a chain may be asked without knowing
-  the solution. Written by a loop, two heads have to agree."""
+  the solution. Written by a loop, two heads have to agree.
+
+  Raises:
+    ConfigError: not even the problem's own rounds lead to its answer: they are told in part, or there are none.
+  """
+  if of.concluded(problem.rounds, problem.task) != problem.answer:
+    raise ConfigError(f'{type(of).__name__}: its rounds lead to no answer, so that no chain could be kept; give a '
+                      'source of whole solutions')
   return of.concluded(written.rounds, written.task) == written.answer
 
 
