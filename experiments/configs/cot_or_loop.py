@@ -93,8 +93,8 @@ class Size:
 
 def _tasks(group: Symmetric, words: int, parity: int, vertices: int, operators: int, letters: int, using: int,
            layers: int, searched: int = 1) -> dict[str, Source]:
-  """The problems of a size, each of one length; layers: for words; searched: for graphs, sums and edits, whose chains
-  are found by what stands before what is copied."""
+  """The problems of a size, each of one length. layers: of the block for words; searched: of that for graphs, sums and
+  edits, where one layer cannot find which token a chain has to copy next."""
   def one(kind, size, **options):
     return kind(shortest=size, longest=size, **options)
 

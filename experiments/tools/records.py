@@ -84,17 +84,14 @@ def own(out: str | Path, more: Mapping[str, Sequence[str]] | None = None, **give
   """
   note = storage.path(out) / 'made_with.json'
   done, more = (note.parent / 'results.json').exists(), more or {}
-  if done and note.exists():
-    before = reading.read_json(note, f'remove {note.parent}, or give another --out')
-    for name, words in more.items():
-      earlier = before.get(name, [])
-      if lost := [word for word in earlier if word not in words]:
-        every = ','.join(dict.fromkeys([*earlier, *words]))
-        raise ConfigError(f'{note.parent}: results of --{name}={",".join(earlier)} stand there, and those of {lost[0]} '
-                          f'would be lost; give --{name}={every}, or another --out')
-    made_with(note, True, '--out', **{name: before[name] for name in more if name in before}, **given)
-  else:
-    made_with(note, done, '--out', **given)
+  before = reading.read_json(note, f'remove {note.parent}, or give another --out') if done and note.exists() else {}
+  for name, words in more.items():
+    earlier = before.get(name, [])
+    if lost := [word for word in earlier if word not in words]:
+      every = ','.join(dict.fromkeys([*earlier, *words]))
+      raise ConfigError(f'{note.parent}: results of --{name}={",".join(earlier)} stand there, and those of {lost[0]} '
+                        f'would be lost; give --{name}={every}, or another --out')
+  made_with(note, done, '--out', **{name: before[name] for name in more if name in before}, **given)
   write(note, {**more, **given})
 
 
