@@ -18,7 +18,7 @@ import pytest
 
 import loopformer
 from loopformer import config as configs, memories
-from loopformer.training import metrics
+from loopformer.training import checkpoint, metrics
 from loopformer.types import ConfigError
 from tests import commands, quick
 
@@ -133,14 +133,25 @@ def assert_same_run(workdir, other):
   assert rows(workdir, 'eval') == rows(other, 'eval')
 
 
-def wait_for_step(process, workdir, step):
-  """Blocks until the run has logged `step`."""
+def wait_for(process, happened, what):
+  """Blocks until `happened` in the run of a process."""
   deadline = time.time() + 240
   while time.time() < deadline and process.poll() is None:
-    if any(row['step'] >= step for row in metrics.read_rows(workdir / 'metrics.jsonl')):
+    if happened():
       return
     time.sleep(0.02)
-  raise AssertionError(f'the run never came to step {step}')
+  raise AssertionError(f'the run never came to {what}')
+
+
+def wait_for_step(process, workdir, step):
+  """Blocks until the run has logged `step`; what it saved before is perhaps not whole yet."""
+  wait_for(process, lambda: any(row['step'] >= step for row in metrics.read_rows(workdir / 'metrics.jsonl')),
+           f'step {step}')
+
+
+def wait_for_save(process, workdir):
+  """Blocks until the run has a checkpoint that is whole, from which a killed one resumes."""
+  wait_for(process, lambda: checkpoint.trained(workdir) is not None, 'a checkpoint')
 
 
 def test_training_reports_and_learns(undisturbed):
@@ -158,7 +169,7 @@ def test_a_killed_run_resumes_bit_for_bit(setting, undisturbed, tmp_path, number
   workdir = tmp_path / 'killed'
   process = subprocess.Popen(command(workdir, setting), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              env=environment())
-  wait_for_step(process, workdir, 9)
+  wait_for_save(process, workdir)
   os.kill(process.pid, number)
   process.wait(60)
   reached = max(row['step'] for row in metrics.read_rows(workdir / 'metrics.jsonl'))

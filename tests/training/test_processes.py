@@ -139,10 +139,10 @@ def test_a_layer_divided_between_processes(alone, setting, tmp_path):
   and exported."""
   options = (setting, *SMALL, '--set', 'mesh.tensor=2', '--set', 'train.best=loss@4')
   started = cluster.start(tmp_path, 2, 1, *options)
-  test_cli.wait_for_step(started[0], tmp_path, 4)
+  test_cli.wait_for_save(started[0], tmp_path)
   assert_ends(started, 1, tmp_path)
   reached = max(row['step'] for row in metrics.read_rows(tmp_path / 'metrics.jsonl'))
-  assert 4 <= reached < 12
+  assert 3 <= reached < 12
   prompts, out = ('one two', 'again'), tmp_path / 'export'
   asked = ('--mode=generate', *(f'--prompt={prompt}' for prompt in prompts), '--temperature=0', '--max_new_tokens=12')
   commands(tmp_path, 2, 1, ['experiments.main', *options], ['experiments.main', *EVAL],  # on the run's own mesh
