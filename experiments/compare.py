@@ -123,7 +123,7 @@ def main(argv):
                                  for n in numbers(','.join(FLAGS.budgets), '--budgets', int)]
   except ConfigError as error:
     sys.exit(f'error: {error}')
-  out.mkdir(parents=True, exist_ok=True)
+  command.own('budgets', 'eval_batches', 'set', grow=('run', 'seeds'))
   # All models with one seed before the next, so that a stopped comparison compares all.
   jobs = [(name, spec, int(seed), workdir / f'{name}-{seed}') for seed in FLAGS.seeds for name, spec in named]
   runs = {name: [] for name, _ in named}

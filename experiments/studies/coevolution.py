@@ -105,6 +105,7 @@ def main(argv):
   for flag, known in (('arms', ARMS), ('orders', ORDERS), ('size', ('cpu', 'gpu'))):
     command.check_chosen(flag, FLAGS[flag].value, known)
   command.check_whole(seeds=FLAGS.seeds, steps=FLAGS.steps)
+  command.own('size', 'samples', 'set', grow=('seeds', 'arms', 'steps', 'orders'))
   out, results = storage.path(FLAGS.out), {}
   for seed in FLAGS.seeds:
     for arm in FLAGS.arms:

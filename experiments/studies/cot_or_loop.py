@@ -175,8 +175,7 @@ def main(argv):
   arms, seeds = [arm(text) for text in FLAGS.arms], [int(seed) for seed in FLAGS.seeds]
   command.check_once('arms', [own.name for own in arms])
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  records.own(out, {name: FLAGS[name].value for name in ('on', 'seeds', 'arms')}, size=FLAGS.size,
-              problems=FLAGS.problems, set=FLAGS['set'].value)
+  command.own('size', 'problems', 'set', grow=('on', 'seeds', 'arms'))
   results = {}
   for task in FLAGS.on:
     for seed in seeds:

@@ -125,7 +125,7 @@ def main(argv):
   check_command('set', 'seed')
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  records.own(out, seed=FLAGS.seed, samples=FLAGS.samples, formulas=FLAGS.formulas, set=FLAGS['set'].value)
+  command.own('seed', 'samples', 'formulas', 'set')
   found = {'counts': counts()}
   storage.write(out / 'counts.md', metrics.table(found['counts']) + '\n')
   draw(out / 'counts.png', found['counts'])

@@ -193,6 +193,7 @@ def main(argv):
   command.check_whole(seeds=FLAGS.seeds, depths=FLAGS.depths, steps=FLAGS.steps)
   if FLAGS.ar and not (FLAGS.ar.isdigit() and int(FLAGS.ar)):
     sys.exit(f'error: --ar={FLAGS.ar}: give a number of loops')
+  command.own('size', 'ar', 'consistency', 'samples', 'set', grow=('seeds', 'steps', 'orders'), depths=given_loops())
   workdir, out, results = storage.path(FLAGS.workdir), storage.path(FLAGS.out), {}
   for seed in FLAGS.seeds:
     for results[seed] in run(int(seed), workdir):

@@ -130,6 +130,8 @@ def main(argv):
   if letters() > most:
     sys.exit(f'error: --letters={letters()}: {PADDED} has positions for words of {most}; give fewer')
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
+  command.own('size', 'task', 'samples', 'set', grow=('seeds', 'steps', 'orders', 'padded'),
+              letters=letters(), depths=given_loops())
   results = {seed: [] for seed in FLAGS.seeds}
   for seed, rows in results.items():
     for row in run(int(seed), workdir):

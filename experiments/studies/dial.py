@@ -103,8 +103,7 @@ def main(argv):
   command.check_chosen('kinds', FLAGS.kinds, KINDS)
   command.check_whole(seeds=FLAGS.seeds)
   out, results = storage.path(FLAGS.out), {}
-  records.own(out, {'seeds': FLAGS.seeds, 'kinds': FLAGS.kinds}, task=FLAGS.task, eval_batches=FLAGS.eval_batches,
-              set=FLAGS['set'].value)
+  command.own('task', 'eval_batches', 'set', grow=('seeds', 'kinds'))
   for seed in FLAGS.seeds:
     for kind in FLAGS.kinds:
       results.setdefault(seed, {})[kind] = run(kind, int(seed))

@@ -261,6 +261,8 @@ def define_flags():
 
 
 def main(argv):
+  if FLAGS.out:
+    command.own('inputs', 'examples', 'thoughts', 'descent', 'rate', 'steps', 'batch', 'seed', 'full')
   d, n, k = FLAGS.inputs, FLAGS.examples, FLAGS.thoughts
   with_chain = functools.partial(loss_with_chain, thoughts=k, descent=FLAGS.descent)
   jobs = {'without': (Sparse(inputs=d), loss_without_chain), 'with': (Sparse(inputs=d), with_chain)}

@@ -133,11 +133,12 @@ def main(argv):
                       'add --from')
   command.check_chosen('arms', FLAGS.arms, ARMS)
   workdir, out = storage.path(FLAGS.workdir).absolute(), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
   command.check_whole(seeds=FLAGS.seeds, budgets=FLAGS.budgets)
   budgets = [len(plans.resolve(int(budget), '--budgets')) for budget in FLAGS.budgets]
   thresholds = list(numbers(','.join(FLAGS.thresholds), '--thresholds'))
   command.check_once('thresholds', thresholds)
+  command.own('from', 'encoder', 'decoder', 'text', 'loops', 'eval_rows', 'set',
+              grow=('seeds', 'arms', 'budgets', 'thresholds'))
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir, budgets, thresholds):

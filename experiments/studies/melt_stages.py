@@ -168,7 +168,7 @@ def main(argv):
   command.check_whole(seeds=FLAGS.seeds, chunks=FLAGS.chunks)
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
+  command.own('size', 'batches', 'set', grow=('seeds', 'chunks'))
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir):

@@ -131,6 +131,8 @@ def define_flags():
 
 
 def main(argv):
+  if FLAGS.out:
+    command.own('seeds', 'steps', 'rate', grow=('loops',))
   rows = []
   for loops in FLAGS.loops:
     for kind in KINDS:

@@ -170,7 +170,7 @@ def main(argv):
   command.check_whole(seeds=FLAGS.seeds)
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every restore otherwise
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
+  command.own('set', grow=('seeds',))
   results = {}
   for seed in FLAGS.seeds:
     results[seed] = run_seed(int(seed), workdir)

@@ -154,7 +154,7 @@ def main(argv):
     command.check_chosen(name, FLAGS[name].value, allowed)
   command.check_whole(seeds=FLAGS.seeds)
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  records.own(out, {'seeds': FLAGS.seeds}, size=FLAGS.size, task=FLAGS.task, set=FLAGS['set'].value)
+  command.own('size', 'task', 'set', grow=('seeds',))
   results, models = {}, arms(padded.SIZES[FLAGS.size].longest[FLAGS.task])
   for seed in FLAGS.seeds:
     results[seed] = {}

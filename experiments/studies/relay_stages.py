@@ -299,8 +299,7 @@ def main(argv):
   if task() not in names:
     sys.exit(f'error: --task={task()}: size {FLAGS.size} has no such task; choose from {", ".join(names)}')
   workdir, out = storage.path(FLAGS.workdir), storage.path(FLAGS.out)
-  records.own(out, {'seeds': FLAGS.seeds}, size=FLAGS.size, task=task(), inject=FLAGS.inject, problems=FLAGS.problems,
-              tries=FLAGS.tries, set=FLAGS['set'].value)
+  command.own('size', 'inject', 'problems', 'tries', 'set', grow=('seeds',), task=task())
   results = {}
   for seed in FLAGS.seeds:
     for results[seed] in run_seed(int(seed), workdir):

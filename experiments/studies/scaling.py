@@ -116,8 +116,7 @@ def main(argv):
                                                            (FLAGS.widths, '--widths', int, True),
                                                            (FLAGS.operations, '--operations', float, False)))
   out = storage.path(FLAGS.out)
-  records.own(out, {name: FLAGS[name].value for name in ('trained_loops', 'widths', 'operations')}, size=FLAGS.size,
-              system=FLAGS.system, rate=FLAGS.rate, draws=FLAGS.draws, set=FLAGS['set'].value)
+  command.own('size', 'system', 'rate', 'draws', 'set', grow=('trained_loops', 'widths', 'operations'))
   jobs = [(width, count, cost) for cost in costs for width in widths for count in loops]
   rows = []
   with concurrent.futures.ThreadPoolExecutor(FLAGS.together) as pool:

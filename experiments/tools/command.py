@@ -11,9 +11,11 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+from typing import Any
 
 from absl import app, flags
 
+from experiments.tools import records
 from loopformer import storage
 from loopformer.training import interrupts
 from loopformer.training.train import NotFinite
@@ -98,6 +100,21 @@ def named(runs: Sequence[str], once: bool = True) -> list[tuple[str, str]]:
   if once:
     check_once('run', [name for name, _ in pairs])
   return pairs
+
+
+def own(*read: str, grow: Sequence[str] = (), **given: Any):
+  """Keeps results in --out that other flags made, as `records.own` does.
+
+  Args:
+    read: the flags on which the results depend.
+    grow: those of them that are lists, such as seeds, and may have more words when the command is given again.
+    given: in the place of flags, what they come to.
+
+  Raises:
+    ConfigError: results of other flags stand there, or of these without a word that they had.
+  """
+  records.own(FLAGS.out, {name: [str(word) for word in FLAGS[name].value] for name in grow},
+              **{name: FLAGS[name].value for name in read}, **given)
 
 
 def begin(main: Callable, argv: list[str]):

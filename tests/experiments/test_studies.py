@@ -1,6 +1,7 @@
 """What studies refuse before they train anything: lists that are empty or say something twice, and a folder of results
 that other flags made."""
 import json
+import re
 
 import pytest
 
@@ -13,7 +14,8 @@ from tests.project import test_docs
 ENDS = """
 import importlib, json, pathlib, sys
 from absl import flags
-from experiments import main
+if json.loads(sys.argv[2]):
+  from experiments import main
 from experiments.tools import command
 
 def train(*arguments):
@@ -25,6 +27,8 @@ for name, *arguments in json.loads(sys.argv[1]):
   study = importlib.import_module(f'experiments.{name}')
   for flag in set(flags.FLAGS) - own:
     delattr(flags.FLAGS, flag)
+  for doing in {'train', 'imported'} & set(vars(study)):
+    setattr(study, doing, train)
   study.define_flags()
   for flag in own:
     flags.FLAGS[flag].unparse()
@@ -36,34 +40,54 @@ for name, *arguments in json.loads(sys.argv[1]):
 """
 
 
-def ends(*runs) -> list[str]:
-  return [json.loads(line) for line in parts.python(ENDS, json.dumps(runs)).splitlines() if line.startswith('"')]
+def ends(*runs, main: bool = True) -> list[str]:
+  """How each (command, flags ..) ends; main: whether they have flags of experiments.main beside their own."""
+  out = parts.python(ENDS, json.dumps(runs), json.dumps(main))
+  return [json.loads(line) for line in out.splitlines() if line.startswith('"')]
 
 
+ONE = ['--widths=32', '--trained_loops=1', '--operations=3e10']
+HEAL = ['--from=a', '--loops=2', '--damped=0.5', '--corpus=b']
 FOLDERS = [  # study, flags, others, what is said of these
-    ('relay_stages', [], ['--inject'], 'inject = False, not with True'),
-    ('relay_stages', [], ['--task=ari'], 'task = left, not with ari'),
-    ('padded_depth', [], ['--task=s3'], 'task = parity, not with s3'),
-    ('cot_or_loop', ['--set=train.steps=4'], [], "set = ['train.steps=4'], not with []"),
-    ('cot_sampling', ['--formulas=1'], ['--formulas=1', '--seed=1'], 'seed = 0, not with 1'),
-    ('dial', [], ['--task=p_hop'], 'task = pointers, not with p_hop'),
-    ('leaderboard', ['--systems=base', '--rates=1e-3', '--steps=4'], ['--systems=base', '--rates=1e-3', '--steps=8'],
-     'steps = 4, not with 8'),
-    ('scaling', ['--widths=32'], ['--widths=32', '--system=huginn'], 'system = middle, not with huginn')]
+    ('studies.relay_stages', [], ['--inject'], 'inject = False, not with True'),
+    ('studies.relay_stages', [], ['--task=ari'], 'task = left, not with ari'),
+    ('studies.padded_depth', [], ['--task=s3'], 'task = parity, not with s3'),
+    ('studies.cot_or_loop', ['--set=train.steps=4'], [], "set = ['train.steps=4'], not with []"),
+    ('studies.cot_sampling', ['--formulas=1'], ['--formulas=1', '--seed=1'], 'seed = 0, not with 1'),
+    ('studies.dial', [], ['--task=p_hop'], 'task = pointers, not with p_hop'),
+    ('studies.leaderboard', ['--systems=base', '--rates=1e-3', '--steps=4'],
+     ['--systems=base', '--rates=1e-3', '--steps=8'], 'steps = 4, not with 8'),
+    ('studies.scaling', ONE, [*ONE, '--system=huginn'], 'system = middle, not with huginn'),
+    ('studies.ouro_stages', [], ['--set=train.steps=4'], "set = [], not with ['train.steps=4']"),
+    ('studies.melt_stages', [], ['--size=gpu'], 'size = cpu, not with gpu'),
+    ('studies.loopus_stages', [], ['--eval_rows=4'], 'eval_rows = 512, not with 4'),
+    ('studies.coevolution', [], ['--samples=4'], 'samples = 512, not with 4'),
+    ('studies.denoising', [], ['--depths=1,2'], 'depths = [1, 2, 4], not with [1, 2]'),
+    ('studies.denoising_words', ['--letters=4'], ['--letters=8'], 'letters = 4, not with 8'),
+    ('studies.heal', HEAL, [*HEAL, '--batch=4'], 'batch = 8, not with 4'),
+    ('compare', ['--run=a=loopformer:tiny'], ['--run=a=loopformer:tiny', '--budgets=1'],
+     "budgets = None, not with ['1']")]
+ALONE = [  # of those that have no flags of experiments.main
+    ('studies.linear_cot', ['--seed=1'], [], 'seed = 1, not with 0'),
+    ('studies.memorise', ['--loops=2'], ['--loops=2', '--steps=4'], 'steps = 3000, not with 4')]
 
 
-def test_results_of_other_flags_are_not_replaced(tmp_path):
+@pytest.mark.parametrize('rows', [FOLDERS, ALONE], ids=['with main', 'alone'])
+def test_results_of_other_flags_are_not_replaced(rows, tmp_path):
   """They are where there are none yet, and the same flags go on."""
   def runs(which):
-    return [[f'studies.{row[0]}', f'--workdir={tmp_path}/work', f'--out={tmp_path}/{number}', *row[which]]
-            for number, row in enumerate(FOLDERS)]
+    work = [f'--workdir={tmp_path}/work'] if rows is FOLDERS else []
+    return [[row[0], *work, f'--out={tmp_path}/{number}', *row[which]] for number, row in enumerate(rows)]
 
-  assert ends(*runs(2), *runs(1)) == ['training'] * 2 * len(FOLDERS)
-  for number in range(len(FOLDERS)):
+  def ended(*given):
+    return ends(*given, main=rows is FOLDERS)
+
+  assert ended(*runs(2), *runs(1)) == ['training'] * 2 * len(rows)
+  for number in range(len(rows)):
     (tmp_path / f'{number}/results.json').write_text('{}')
-  assert ends(*runs(2), *runs(1)) == [
+  assert ended(*runs(2), *runs(1)) == [
       *(f'error: {tmp_path}/{number}: it was made with {row[3]}; give the same, or another --out'
-        for number, row in enumerate(FOLDERS)), *['training'] * len(FOLDERS)]
+        for number, row in enumerate(rows)), *['training'] * len(rows)]
 
 
 def test_results_may_grow_and_lose_nothing(tmp_path):
@@ -86,14 +110,20 @@ def test_results_may_grow_and_lose_nothing(tmp_path):
 
 
 def test_every_report_says_with_which_flags_it_was_made():
-  """Where its study asks; a command of its text goes on there."""
-  studies = (parts.ROOT / 'experiments/studies').glob('*.py')
-  asking = {path.stem for path in studies if 'records.own(' in path.read_text()}
-  given = [(words, folder[0]) for where, words in test_docs.EVERY
-           if (found := test_docs.command(words)) and found[0].rpartition('.')[2] in asking
-           and (folder := [word.partition('=')[2] for word in words if word.startswith('--out=experiments/reports')])]
-  assert len({folder for _, folder in given}) >= 7
-  assert [folder for _, folder in given if not (parts.ROOT / folder / 'made_with.json').is_file()] == []
+  """A command of its text goes on there."""
+  training = {row[0] for row in (*FOLDERS, *ALONE)}
+  given = {folder for _, words in test_docs.EVERY
+           if (found := test_docs.command(words)) and found[0].removeprefix('experiments.') in training
+           for word in words if (folder := word.removeprefix('--out=')) != word and folder.startswith('experiments/')}
+  assert len(given) >= 40
+  assert [folder for folder in given if not (parts.ROOT / folder / 'made_with.json').is_file()] == []
+
+
+def test_every_command_that_trains_is_tried_above():
+  """Those that ask whose the folder of results is; others make tables of what stands elsewhere."""
+  files = [*(parts.ROOT / 'experiments/studies').glob('*.py'), parts.ROOT / 'experiments/compare.py']
+  trains = {path.stem for path in files if re.search(r'command\.train\(|\btrain\(', path.read_text())}
+  assert trains == {row[0].rpartition('.')[2] for row in (*FOLDERS, *ALONE)}
 
 
 def test_lists_that_name_nothing_or_one_thing_twice(tmp_path):
