@@ -148,8 +148,7 @@ def draw(path: Path, results: dict[str, dict], sizes: list[dict]):
   right.set_ylabel('cache, bytes a token')
   right.set_ylim(0)
   right.legend()
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  plots.save(figure, path, 150)
 
 
 def define_flags():

@@ -272,9 +272,12 @@ def draw(path: Path, results: dict[str, dict]):
   panels[0].legend(fontsize=7)
   for name, axes in zip(shown, panels[2:]):
     hits = [found[name]['scores'][sizes[-1]]['hits'] for found in results.values() if name in found]
-    axes.imshow(np.mean(np.array(hits, float), 0), vmin=0, vmax=1, aspect='auto')
+    image = axes.imshow(np.mean(np.array(hits, float), 0), vmin=0, vmax=1, aspect='auto')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f'{name},\nsize {sizes[-1].rsplit(" ", 1)[-1]}', fontsize=8)
     axes.set(xlabel='place', ylabel='round')
+  if shown:
+    figure.colorbar(image, ax=panels[-1], label='right tokens')
   plots.save(figure, path, 150)
 
 

@@ -194,6 +194,7 @@ def growth(path: Path, rows: Rows):
               label='as the arithmetic')
     doubling(axes, sizes)
     axes.set_yscale('log', base=2)
+    axes.yaxis.set_major_formatter('{x:.10g}')
     axes.set_xlabel(name)
     axes.grid(alpha=0.3)
   for left in grid[:, 0]:

@@ -133,3 +133,18 @@ def test_logarithmic_axes_are_told_in_plain_numbers():
           and not any('10' in text or '^' in text for text in told[0]))
   assert [axes.get_xscale() for axes in (wide, given, short)] == ['log', 'log', 'linear']
   pyplot.close(figure)
+
+
+def test_growth_is_told_in_plain_numbers(tmp_path, monkeypatch):
+  """Seconds as well as sizes."""
+  pytest.importorskip('matplotlib')
+  labels = []
+
+  def keep(figure, path, dpi):
+    figure.canvas.draw()
+    labels.extend(label.get_text() for label in figure.axes[0].get_yticklabels())
+
+  monkeypatch.setattr(plots, 'save', keep)
+  plots.growth(tmp_path / 'growth.png', [{'grows': 'loops', 'to': 2 ** n, 's/step': 0.5 * 2 ** n, 'GFLOP': 2.0 ** n}
+                                         for n in range(4)])
+  assert {'0.5', '1', '2', '4'} <= set(labels) and not any('^' in label for label in labels), labels

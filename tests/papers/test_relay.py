@@ -489,3 +489,17 @@ def test_the_papers_tables():
     assert abs(of.originals + sum(of.written) - 100_000) < 10, name
     assert len(of.written) == len(study.relay.SIZES['paper'].tasks[name.lower()].beyond)
   assert study.PAPER['ED'].written[::9] == (4195, 3636) and study.PAPER['LIS'].written[::19] == (1479, 1198)
+
+
+def test_the_picture_says_what_its_colours_mean(tmp_path, monkeypatch):
+  """A scale beside the maps, and rounds and places in whole numbers."""
+  pytest.importorskip('matplotlib')
+  figures = []
+  monkeypatch.setattr(study.plots, 'save', lambda figure, path, dpi: figures.append(figure))
+  scores = {f'left {n}': {'answer': 1.0, 'chain': 0.5, 'hits': np.full((2, 3), 0.25).tolist()} for n in (1, 2)}
+  study.draw(tmp_path / 'relay.png', {'0': {name: {'scores': scores} for name in (study.LOOP, study.TUNED)}})
+  figure, = figures
+  figure.canvas.draw()
+  assert figure.axes[-1].get_ylabel() == 'right tokens'
+  maps = [axes for axes in figure.axes if axes.get_xlabel() == 'place']
+  assert len(maps) == 2 and all(float(tick).is_integer() for axes in maps for tick in axes.get_xticks())
