@@ -14,6 +14,14 @@ REPORTS = ROOT / 'experiments/reports'
 LINK = re.compile(r'(!?)\[([^\]]*)\]\(([^()\s]+)\)')
 DOUBT = re.compile(r'doubt|not measured|not done|did not|not reproduce|what it does not|limits', re.I)
 LACKING = re.compile(r'(not measured|not done|left out|departures?|not trained|what is not)\b', re.I)
+
+
+def modules(folder: str) -> list[str]:
+  """Names of the modules in a folder of the library, and in the folders within it."""
+  return ['.'.join(path.relative_to(ROOT).with_suffix('').parts)
+          for path in sorted((ROOT / 'loopformer' / folder).rglob('*.py')) if path.name != '__init__.py']
+
+
 API = {
     'The functions': ['loopformer.api', 'loopformer.inference.tracing'],
     'Types and sockets': ['loopformer.types'],
@@ -21,18 +29,20 @@ API = {
     'Plans': ['loopformer.plans'],
     'Cells': ['loopformer.cells.cell', 'loopformer.cells.plain', 'loopformer.cells.timed', 'loopformer.cells.recur',
               'loopformer.cells.halting', 'loopformer.cells.damped'],
-    'Layers': ['loopformer.nn.blocks', 'loopformer.nn.stack', 'loopformer.nn.attention', 'loopformer.nn.kernels',
-               'loopformer.nn.positions', 'loopformer.nn.embed', 'loopformer.nn.inject', 'loopformer.nn.condition',
-               'loopformer.nn.low_rank'],
-    'Objectives and terms': ['loopformer.objective', 'loopformer.terms.cross_entropy', 'loopformer.terms.match',
-                             'loopformer.terms.expected', 'loopformer.terms.distill', 'loopformer.terms.ponder',
-                             'loopformer.terms.squared'],
-    'Training': ['loopformer.config', 'loopformer.training.train', 'loopformer.training.control', 'loopformer.optim',
-                 'loopformer.sharding'],
+    'Layers': ['loopformer.nn.layers', 'loopformer.nn.blocks', 'loopformer.nn.stack', 'loopformer.nn.attention',
+               'loopformer.nn.kernels', 'loopformer.nn.positions', 'loopformer.nn.embed', 'loopformer.nn.inject',
+               'loopformer.nn.condition', 'loopformer.nn.low_rank', 'loopformer.roles'],
+    'Objectives and terms': ['loopformer.objective', *modules('terms')],
+    'Training': ['loopformer.config', 'loopformer.training.train', 'loopformer.training.step',
+                 'loopformer.training.control', 'loopformer.optim', 'loopformer.training.averages',
+                 'loopformer.training.masters', 'loopformer.training.frozen', 'loopformer.sharding'],
     'Inference': ['loopformer.inference.engine', 'loopformer.inference.exits', 'loopformer.inference.evaluate',
                   'loopformer.inference.measures', 'loopformer.inference.sampler', 'loopformer.inference.sampling'],
-    'Converting': ['loopformer.convert'],
-    'Masked diffusion': ['loopformer.diffusion.noise', 'loopformer.diffusion.orders', 'loopformer.diffusion.sampler'],
+    'Converting': ['loopformer.convert', 'loopformer.convert.relaxed', 'loopformer.convert.retrofit'],
+    'Masked diffusion': modules('diffusion'),
+    'Tasks': modules('tasks'),
+    'Data': modules('data'),
+    'Parts of papers': modules('papers'),
 }
 
 
@@ -78,7 +88,24 @@ def relinked(text: str, source: Path, page: str) -> str:
     relative = os.path.relpath(shown, Path(page).parent).replace(os.sep, '/')
     return f'{picture}[{words}]({relative}{"#" + anchor if anchor and there.is_relative_to(ROOT / "docs") else ""})'
 
-  return LINK.sub(link, text)
+  return LINK.sub(link, spaced(text))
+
+
+def spaced(text: str) -> str:
+  """The same Markdown with what the site's reader of it needs and GitHub's does not: an empty line before a list that
+  follows a paragraph or code, and the code within a list eight spaces in, not six."""
+  lines, fenced, listed, code = [], False, False, False
+  for line in text.splitlines():
+    before = lines[-1].strip() if lines else ''
+    fenced ^= line.startswith('```')
+    if not fenced and line.strip():
+      begins = line.startswith(('- ', '1. '))
+      if begins and before and (code or not listed):
+        lines.append('')
+      listed = begins or listed and line.startswith(' ')
+      code = listed and line.startswith(' ' * 6) and (code or not before)
+    lines.append('  ' + line if code and line.strip() else line)
+  return '\n'.join(lines) + '\n' * text.endswith('\n')
 
 
 def _shown(path, picture):

@@ -1,4 +1,5 @@
 """The documentation site: its pages cover what there is, and it builds without a warning and without the network."""
+import ast
 import importlib.util
 import os
 import re
@@ -69,6 +70,27 @@ def test_links_of_the_docs_lead_to_files():
         assert (page.parent / target.partition('#')[0]).exists(), (page.name, target)
 
 
+def test_lists_and_code_are_what_they_are_on_github():
+  """A list needs an empty line before it, and code within one eight spaces."""
+  code = 'a:\n- b\n  c\n- d:\n\n      python -m x \\\n        --y\n- e\n\n  f\n\nx\n- g\n\n    h\n'
+  assert hooks.spaced(code) == (
+      'a:\n\n- b\n  c\n- d:\n\n        python -m x \\\n          --y\n\n- e\n\n  f\n\nx\n\n- g\n\n    h\n')
+  for as_it_is in ('- a\n- b\n\n- c', '```\nx\n- y\n```\n', 'a\n\n    code\n', '- a\n      b\n'):
+    assert hooks.spaced(as_it_is) == as_it_is
+
+
+def test_parts_of_the_design_are_in_the_api():
+  """Each that its table of sockets names."""
+  table = re.search(r'(?ms)^\| socket \|.*?\n\n', (ROOT / 'docs/design.md').read_text())[0]
+  named = set(re.findall(r'`([A-Z]\w+)`', table))
+  shown = {node.name for names in hooks.API.values() for name in names
+           for path in [ROOT / (name.replace('.', '/') + '.py')] if path.is_file()
+           for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
+  assert len(named) > 100 and named <= shown, named - shown
+  for folder in ('tasks', 'papers'):
+    assert set(hooks.modules(folder)) <= {name for names in hooks.API.values() for name in names}
+
+
 def test_limits_are_the_reports_own_words():
   page = hooks.limits_page()
   assert re.search(r'^## Not measured', (ROOT / 'experiments/reports/ouro/README.md').read_text(), re.M)
@@ -102,6 +124,8 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path):
   for name, page in pages.items():
     assert not re.search(r'<(script|img|iframe)[^>]*src="?https?:', page), name
     assert not re.search(r'<link[^>]*rel="(stylesheet|preconnect)"[^>]*href="?https?:', page), name
+    if not name.startswith('api/'):  # lists and commands are no running text
+      assert not re.search(r'<p>(python -m|bash) |<p>[^<]*\n- ', page), name
   assert 'loopformer.inference.tracing.trace' in pages['api/the_functions/index.html']
   assert '<li><code>active</code>: None (every step runs)' in pages['api/types_and_sockets/index.html']
   assert (tmp_path / 'site/search/search_index.json').exists()
