@@ -2,6 +2,7 @@
 they are given, configurations are found, fields exist; and every name of the library that Python examples use. Nothing
 is trained."""
 import ast
+import configparser
 import importlib
 import json
 import os
@@ -136,6 +137,48 @@ def test_scripts_are_there():
   scripts = {(where, word) for where, words in EVERY for word in words[:2] if re.match(r'(\./)?launch/', word)}
   assert len(scripts) > 5
   assert [(where, script) for where, script in scripts if not (parts.ROOT / script).is_file()] == []
+
+
+def missing(text: str) -> list[str]:
+  """Paths of the repository that running text names, and where nothing is; blocks of code may name what will be."""
+  text = re.sub(r'(?ms)^```.*?^```|^ {4,}\S.*?$', '', text)
+  paths = re.findall(r'(?<![\w/.-])(?<!\]\()((?:loopformer|experiments|tests|docs|launch|notebooks)/[\w./-]*\w)', text)
+  return [path for path in paths if not (parts.ROOT / path).exists()]
+
+
+@pytest.mark.parametrize('name', [*DOCUMENTS, 'CHANGELOG.md'])
+def test_paths_are_there(name):
+  assert missing((parts.ROOT / name).read_text()) == []
+
+
+def test_paths_that_are_not_there_are_seen():
+  text = '(tests/test_layout.py), `docs/nothing.md`, [a](docs/other.md); loopformer/types.py, tests/project.\n\n    cat docs/nothing2.md\n'
+  assert missing(text) == ['tests/test_layout.py', 'docs/nothing.md']
+
+
+def test_figures_of_the_first_page_are_those_of_the_reports():
+  """Jumps along pointers, of the first command's checkpoint; and how the leaderboard's rates were chosen."""
+  def results(name):
+    return json.loads((parts.ROOT / f'experiments/reports/{name}/results.json').read_text())
+
+  page, jumps = (parts.ROOT / 'README.md').read_text(), results('dial')
+  told = re.search(r'^\| jumps along pointers: right answers \|(.*)\|$', page, re.MULTILINE)[1].split('|')
+  of_loops = {row['loops']: row['validation'] for row in jumps['0']['loopformer']}
+  assert [float(number) for number in told] == pytest.approx([of_loops[n] for n in (1, 2, 4, 8)], abs=0.005)
+  worse = float(re.search(r'Another seed of the puzzle .* ends at (0\.\d+)', page)[1])
+  assert worse == pytest.approx(jumps['1']['loopformer'][-1]['validation'], abs=0.005)
+  assert page.count('best of three learning rates') == 1
+  rates = {task: json.loads((parts.ROOT / f'experiments/reports/leaderboard/{task}/made_with.json').read_text())['rates']
+           for task in ('text', 'p_hop')}
+  assert len(rates['text']) == 3 and (len(rates['p_hop']) == 3) != ('on hops at one' in page)
+
+
+def test_extras_are_all_told_of():
+  """In one line of the guide, which one can copy."""
+  setup = configparser.ConfigParser()
+  setup.read(parts.ROOT / 'setup.cfg')
+  told = re.search(r"pip install -e '\.\[([\w,]+)\]'", (parts.ROOT / 'docs/guide.md').read_text())[1]
+  assert sorted(told.split(',')) == sorted(setup['options.extras_require'])
 
 
 def test_fields_exist_that_lines_replace():
