@@ -20,6 +20,7 @@ import math
 from pathlib import Path
 import re
 import sys
+import textwrap
 import time
 from typing import Any
 
@@ -587,8 +588,10 @@ def run_configs():
       raise ConfigError(f'--config={FLAGS.config}: no configuration of the library; there are {", ".join(about)}')
     print(f'{files[name]}\n\n{about[name]}')
     return
+  column = max(map(len, about)) + 2
   for name, text in about.items():
-    print(f'{name:{max(map(len, about))}}  {text.partition(chr(10))[0]}')
+    print(textwrap.fill(f'{name:{column}}{" ".join(text.partition(chr(10) * 2)[0].split())}', 120 + column,
+                        subsequent_indent=' ' * column, break_long_words=False))
   print('\n--mode=configs --config=NAME tells what arguments one has; --config=NAME:ARGUMENTS trains it')
 
 

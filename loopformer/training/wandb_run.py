@@ -10,6 +10,7 @@ from typing import Any
 import warnings
 
 from loopformer import reading, storage
+from loopformer.types import ConfigError
 
 PROJECT = 'WANDB_PROJECT'
 FILE = 'wandb.json'  # of a work folder: the id of its run
@@ -32,10 +33,13 @@ class WandbRun:
     kept = self._folder / FILE
     if not kept.exists():
       storage.write(kept, f'{{"id": "{secrets.token_hex(4)}"}}\n')
+    told = reading.read_json(kept, 'remove it, and another run begins').get('id')
+    if not isinstance(told, str) or not told:
+      raise ConfigError(f'{kept}: no id of a run; remove it, and another run begins')
     place = storage.cache() if storage.remote(self._folder) else self._folder
     place.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(project=os.environ[PROJECT], id=reading.read_json(kept, 'remove it, and another run begins')['id'],
-                     name=self._folder.name, resume='allow', dir=str(place), settings=wandb.Settings(console='off'))
+    run = wandb.init(project=os.environ[PROJECT], id=told, name=self._folder.name, resume='allow', dir=str(place),
+                     settings=wandb.Settings(console='off'))
     config = self._folder / 'config.json'
     if config.exists():  # fields that a resumed run may change have changed
       run.config.update(reading.read_json(config, 'put the file back'), allow_val_change=True)

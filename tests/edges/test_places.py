@@ -261,7 +261,9 @@ def test_the_list_of_configurations(home):
   status, out, _ = run_here(None, '--mode=configs')
   assert status == 0
   for name, file in configs.published().items():
-    assert f'{name} ' in out and ast.get_docstring(ast.parse(file.read_text())).splitlines()[0] in out
+    about = ast.get_docstring(ast.parse(file.read_text())).partition('\n\n')[0]
+    assert f'{name} ' in out and ' '.join(about.split()) in ' '.join(out.split())  # to its end, over lines
+  assert max(map(len, out.splitlines())) <= 143
   status, out, _ = run_here(None, '--mode=configs', '--config=mor:tiny')
   assert status == 0 and 'Mixture-of-Recursions' in out and 'Argument: size' in out
   status, out, err = run_here(None, '--mode=configs', '--config=more')

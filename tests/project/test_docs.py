@@ -152,24 +152,24 @@ def test_paths_are_there(name):
 
 
 def test_paths_that_are_not_there_are_seen():
-  text = '(tests/test_layout.py), `docs/nothing.md`, [a](docs/other.md); loopformer/types.py, tests/project.\n\n    cat docs/nothing2.md\n'
+  text = ('(tests/test_layout.py), `docs/nothing.md`, [a](docs/other.md); loopformer/types.py, tests/project.\n\n'
+          '    cat docs/nothing2.md\n')
   assert missing(text) == ['tests/test_layout.py', 'docs/nothing.md']
 
 
 def test_figures_of_the_first_page_are_those_of_the_reports():
   """Jumps along pointers, of the first command's checkpoint; and how the leaderboard's rates were chosen."""
-  def results(name):
-    return json.loads((parts.ROOT / f'experiments/reports/{name}/results.json').read_text())
+  def report(name):
+    return json.loads((parts.ROOT / 'experiments/reports' / name).read_text())
 
-  page, jumps = (parts.ROOT / 'README.md').read_text(), results('dial')
+  page, jumps = (parts.ROOT / 'README.md').read_text(), report('dial/results.json')
   told = re.search(r'^\| jumps along pointers: right answers \|(.*)\|$', page, re.MULTILINE)[1].split('|')
   of_loops = {row['loops']: row['validation'] for row in jumps['0']['loopformer']}
   assert [float(number) for number in told] == pytest.approx([of_loops[n] for n in (1, 2, 4, 8)], abs=0.005)
   worse = float(re.search(r'Another seed of the puzzle .* ends at (0\.\d+)', page)[1])
   assert worse == pytest.approx(jumps['1']['loopformer'][-1]['validation'], abs=0.005)
   assert page.count('best of three learning rates') == 1
-  rates = {task: json.loads((parts.ROOT / f'experiments/reports/leaderboard/{task}/made_with.json').read_text())['rates']
-           for task in ('text', 'p_hop')}
+  rates = {task: report(f'leaderboard/{task}/made_with.json')['rates'] for task in ('text', 'p_hop')}
   assert len(rates['text']) == 3 and (len(rates['p_hop']) == 3) != ('on hops at one' in page)
 
 

@@ -48,6 +48,8 @@ def test_every_paper_of_a_configuration_can_be_cited():
   cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
   assert cited['license'] == installed()['license'] and cited['title'] == installed()['name']
   assert {'cff-version', 'message', 'authors'} <= set(cited)
+  assert [author['name'] for author in cited['authors']] == [installed()['author']]
+  assert ', '.join(cited['keywords']) == installed()['keywords']
   references = {}
   for reference in cited['references']:
     assert {'type', 'title', 'authors', 'year', 'url', 'notes'} <= set(reference), reference
@@ -105,7 +107,7 @@ assert {module}.__file__.startswith({str(tmp_path)!r}), {module}.__file__
                                             'JAX_PLATFORMS': 'cpu', 'HOME': str(tmp_path)})
   done = run('configs')
   assert done.returncode == 0, done.stderr
-  assert {line.split()[0] for line in done.stdout.split('\n\n')[0].splitlines()} == {
+  assert {line.split()[0] for line in done.stdout.split('\n\n')[0].splitlines() if line[0] != ' '} == {
       file.stem for file in (ROOT / 'experiments/configs').glob('*.py')} - {'__init__'}
   done = run('train', '--config=loopformer:tiny,kind=nonsense', '--workdir=w')
   assert done.returncode == 1 and 'nonsense' in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -92,6 +92,16 @@ def test_what_fails_in_it_is_one_warning(offline, tmp_path, monkeypatch):
   assert len(metrics.read_rows(tmp_path / 'metrics.jsonl')) == 3
 
 
+@pytest.mark.parametrize('text, why', [('{"id": 5}', 'no id of a run'), ('{"id": ""}', 'no id of a run'),
+                                       ('{}', 'no id of a run'), ('[]', 'is damaged'), ('{', 'is damaged')])
+def test_a_damaged_id_is_named_with_its_file(offline, tmp_path, monkeypatch, text, why):
+  monkeypatch.setattr(offline, 'init', lambda **_: pytest.fail('it was begun'))
+  (tmp_path / wandb_run.FILE).write_text(text)
+  with pytest.warns(UserWarning, match=f'goes on: .*wandb.json:? {why}.*; remove it, and another run begins$'):
+    write(tmp_path, 0, ROWS)
+  assert len(metrics.read_rows(tmp_path / 'metrics.jsonl')) == 3
+
+
 def test_without_a_project_nothing_is_told(tmp_path, monkeypatch):
   monkeypatch.delenv('WANDB_PROJECT', raising=False)
   assert wandb_run.begin(tmp_path) is None
