@@ -281,8 +281,11 @@ def decoder_of(model: Looped) -> tuple[Decoder | None, str]:
 
 
 def _rotary(position: Any) -> Rotary:
-  """The positions, if they are such as a decoder can have."""
-  return position if type(position) in (Rotary, StretchedRotary) else Rotary(base=position.base)
+  """The positions, if they are such as a decoder can have. Raises ConfigError for others, and none."""
+  if type(position) not in (Rotary, StretchedRotary):
+    name = position if position is None else f'{type(position).__module__}.{type(position).__qualname__}'
+    raise ConfigError(f'cell.core.block.attn.position = {name}, not {Rotary.__module__}.{Rotary.__qualname__}')
+  return position
 
 
 # What a decoder computes does not depend on these: how weights began, how gradients and attention are computed, and in

@@ -139,6 +139,8 @@ CHANGES = {  # of a decoder; each is a function that no decoder of transformers 
         attn=SelfAttention(heads=H, position=Rotary(), norm_qk=RMSNorm())))), 'norm_qk'),
     'norms and biases': (looped(stack(1, normed=True, biased=('q', 'k', 'v'))), 'biased'),
     'some biases': (looped(stack(1, biased=('q',))), 'biased'),
+    'no positions of attention': (looped(stack(1).clone(block=stack(1).block.clone(attn=SelfAttention(heads=H)))),
+                                  'attn.position = None, not loopformer.nn.positions.Rotary'),
     'zeros': (looped(stack(1), start=parts.Zeros()), 'start'),
 }
 

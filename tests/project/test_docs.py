@@ -173,6 +173,21 @@ def test_figures_of_the_first_page_are_those_of_the_reports():
   assert len(rates['text']) == 3 and (len(rates['p_hop']) == 3) != ('on hops at one' in page)
 
 
+def test_reports_of_systems_quote_the_leaderboard_as_it_is():
+  """What stands there of losses and accuracies, to two places and more."""
+  folder, quoted = parts.ROOT / 'experiments/reports', 0
+  board = {float(number) for task in ('text', 'p_hop') for name in ('table', 'budgets')
+           for number in re.findall(r'\d+\.\d+', (folder / f'leaderboard/{task}/{name}.md').read_text())}
+  for report in folder.glob('*/README.md'):
+    _, found, said = report.read_text().partition('**Beside all others, at equal operations of training**')
+    for number in re.findall(r'\d\.\d\d+', said.partition('\n\n')[0]):
+      places = len(number) - 2
+      assert any(abs(float(number) - value) <= 0.501 * 10 ** -places for value in board), (report.parent.name, number)
+      quoted += 1
+    assert found or report.parent.name not in {'ouro', 'mor', 'plt', 'parcae', 'huginn', 'shift', 'melt', 'loopus'}
+  assert quoted > 10
+
+
 def test_extras_are_all_told_of():
   """In one line of the guide, which one can copy."""
   setup = configparser.ConfigParser()
