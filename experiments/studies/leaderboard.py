@@ -170,7 +170,9 @@ def draw(out: Path, results: dict[str, list[dict]], show: str):
   if pyplot is None:
     return
   found = means(results, show)
-  colours = {name: pyplot.cm.tab20(i % 20) for i, name in enumerate(found)}
+  apart = [pyplot.cm.tab20(i) for i in range(20) if i not in (14, 15)]  # grey are the others, in systems.png
+  apart += [pyplot.cm.tab20b(i) for i in (0, 4)]
+  colours = {name: apart[i % len(apart)] for i, name in enumerate(found)}
   figure, axes = pyplot.subplots(figsize=(9, 5.5), layout='constrained')
   for name, rows in found.items():
     axes.plot([row['MFLOP a token'] for row in rows], [row[show] for row in rows], marker='o' if len(rows) > 1 else 's',

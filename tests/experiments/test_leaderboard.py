@@ -162,6 +162,18 @@ def results():
           'noisy': [run([4.0, 3.5], 2, cache=None)]}
 
 
+def test_every_system_has_a_colour_of_its_own(tmp_path, monkeypatch):
+  """None is grey, as all others are behind it in systems.png."""
+  pytest.importorskip('matplotlib')
+  figures = []
+  monkeypatch.setattr(study.plots, 'save', lambda figure, path, dpi: figures.append(figure))
+  row = {'loops': 4, 'loss': 3.5, 'MFLOP a token': 1.0}
+  study.draw(tmp_path, {name: [{'loops': 4, 'rows': [row]}] for name in SYSTEMS}, 'loss')
+  colours = [line.get_color() for line in figures[0].axes[0].lines]
+  assert len(colours) == len(set(colours)) == len(SYSTEMS)
+  assert min(max(colour[:3]) - min(colour[:3]) for colour in colours) > 0.1
+
+
 def test_tables_say_what_was_measured(tmp_path):
   rows = study.table(results(), {'looped': 1.234, 'base': None}, 'loss')
   assert [row['system'] for row in rows] == ['looped', 'base', 'noisy']
