@@ -169,14 +169,15 @@ def test_figures_of_the_first_page_are_those_of_the_reports():
   worse = float(re.search(r'Another seed of the puzzle .* ends at (0\.\d+)', page)[1])
   assert worse == pytest.approx(jumps['1']['loopformer'][-1]['validation'], abs=0.005)
   assert page.count('best of three learning rates') == 1
-  rates = {task: report(f'leaderboard/{task}/made_with.json')['rates'] for task in ('text', 'p_hop')}
-  assert len(rates['text']) == 3 and (len(rates['p_hop']) == 3) != ('on hops at one' in page)
+  rates = {task: report(f'leaderboard/{task}/made_with.json')['rates'] for task in ('text', 'p_hop', 'arithmetic')}
+  assert {task: len(tried) for task, tried in rates.items()} == {'text': 3, 'p_hop': 1, 'arithmetic': 1}
+  assert 'on hops and sums at one' in page
 
 
 def test_reports_of_systems_quote_the_leaderboard_as_it_is():
   """What stands there of losses and accuracies, to two places and more."""
   folder, quoted = parts.ROOT / 'experiments/reports', 0
-  board = {float(number) for task in ('text', 'p_hop') for name in ('table', 'budgets')
+  board = {float(number) for task in ('text', 'p_hop', 'arithmetic') for name in ('table', 'budgets')
            for number in re.findall(r'\d+\.\d+', (folder / f'leaderboard/{task}/{name}.md').read_text())}
   for report in folder.glob('*/README.md'):
     _, found, said = report.read_text().partition('**Beside all others, at equal operations of training**')
