@@ -158,10 +158,11 @@ def parse(argv: list[str]) -> list[str]:
 
 def _told(text: str) -> str:
   """What a flag was given, and what it takes: absl says how its conversion failed. Or which flags are missing."""
-  text = re.sub(r'^flags [^\n]*?: (?=--)', '', text)  # what else a check of several flags has read
-  missing = re.findall(r'^flag --(\w+)=None: Flag --\1 must have a value other than None\.$', text, re.MULTILINE)
-  if missing and len(missing) == len(text.splitlines()):
-    return '; '.join(f'--{name} is missing: {FLAGS[name].help}'.rstrip('.') for name in missing)
+  text = re.sub(r'^flags [^\n]*?: (?=--)', '', text, flags=re.MULTILINE)  # what else a check of several flags has read
+  missing = r'^flag --(\w+)=None: Flag --\1 must have a value other than None\.$'
+  if re.search(missing, text, re.MULTILINE):
+    return '; '.join(re.sub(missing, lambda flag: f'--{flag[1]} is missing: {FLAGS[flag[1]].help}'.rstrip('.'), line)
+                     for line in text.splitlines())
   found = re.match(r'flag (--(\w+)(?:=.*?)?): ', text, re.DOTALL)
   takes = found and found[2] in FLAGS and FLAGS[found[2]].parser.syntactic_help
   kinds = {'an integer': 'a whole number', 'a number': 'a finite number',

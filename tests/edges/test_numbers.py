@@ -59,7 +59,11 @@ def test_help_is_no_failure(monkeypatch):
 
 def test_flags_that_are_missing():
   text = 'flag --workdir=None: Flag --workdir must have a value other than None.'
-  assert command._told(text) == f'--workdir is missing: {main.FLAGS["workdir"].help}'.rstrip('.')
+  told = f'--workdir is missing: {main.FLAGS["workdir"].help}'.rstrip('.')
+  assert command._told(text) == told
+  other = 'flags mode=train: --config is missing'  # of a check of several, in any order
+  assert command._told(f'{other}\n{text}') == f'--config is missing; {told}'
+  assert command._told(f'{text}\n{other}') == f'{told}; --config is missing'
 
 
 @pytest.mark.parametrize('words, expected', [
