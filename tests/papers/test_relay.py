@@ -12,6 +12,7 @@ import pytest
 from experiments.studies import relay_stages as study
 from loopformer import config as configs, loop, plans
 from loopformer.api import Loaded
+from loopformer.cells.damped import Damped
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
 from loopformer.model import Looped
@@ -279,6 +280,13 @@ def test_tables_that_cannot_be_filled_are_told():
                          ({'A': {3: 0}}, r"table\['A'\]\[3\] = 0")):
     with pytest.raises(ConfigError, match=message):
       chains.filled(table, TWO, 0, write, chains.correct, tries=5)
+  for options, message in ((dict(tries=0), 'tries = 0'), (dict(tries=0.5), 'tries = 0.5'),
+                           (dict(tries=5, rows=0), 'rows = 0')):  # 0 rows at a time took for ever
+    with pytest.raises(ConfigError, match=message):
+      chains.filled({'A': {3: 1}}, TWO, 0, write, chains.correct, **options)
+  for count in (-3, 1.5):
+    with pytest.raises(ConfigError, match=rf"counts\['A'\] = {count}"):
+      chains.originals(TWO, 0, {'A': count})
 
 
 def test_no_chain_is_kept_that_is_longer_than_any_may_be():
@@ -354,6 +362,18 @@ def test_plans_and_cells_that_do_not_fit():
     RoundByRound(most=2)(parts.plan_context(jax.random.key(0), BATCH))
   with pytest.raises(ConfigError, match='most = 0'):
     RoundByRound(most=0)
+  for name in ('loops', 'rounds', 'round_weights'):
+    context = parts.plan_context(jax.random.key(0), {key: rows for key, rows in BATCH.items() if key != name})
+    with pytest.raises(ConfigError, match=f"most = 3: it reads '{name}' of a batch"):
+      RoundByRound(most=3)(context)
+  short = {**BATCH, 'round_weights': BATCH['round_weights'][:, :2]}
+  with pytest.raises(ConfigError, match=r'has room for 2 rounds \(round_weights\)'):
+    RoundByRound(most=3)(parts.plan_context(jax.random.key(0), short))
+  few = MODEL.clone(cell=Showing(Damped(Plain(Stack(BLOCK, 1))), RoundHead(outputs=V - 1)))
+  for model in (few, few.clone(cell=Damped(few.cell))):
+    with pytest.raises(ConfigError, match=f'head.outputs = {V - 1}: rounds are written in the {V} symbols'):
+      RoundCE(roll='all').check(model)
+  RoundCE(roll='all').check(MODEL)
   with pytest.raises(ConfigError, match='the batch has no rounds, so that RoundCE has nothing to ask for'):
     RoundCE(roll='all').weight({name: rows for name, rows in BATCH.items() if name != 'round_weights'})
   shows_none = objective(plans.Given(most=3), rounds=Weighted(1.0, RoundCE(roll='all')))

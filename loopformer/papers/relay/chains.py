@@ -115,8 +115,10 @@ def filled(table: Table, of: Any, stream: Any, write: Writer, keep: Callable[[Pr
   are enough of a row, or `tries` times as many were tried. None is kept that is longer than any of `of` may be.
 
   Raises:
-    ConfigError: a task that `of` does not have, a size that it has no problems of, a count below 1.
+    ConfigError: a task that `of` does not have, a size that it has no problems of, a count, tries or rows below 1.
   """
+  whole('tries', tries, 1)
+  whole('rows', rows, 1)
   problems, told = [], []
   for task, counts in table.items():
     for size, count in counts.items():
@@ -143,6 +145,7 @@ def originals(of: Any, stream: Any, counts: Mapping[str, int]) -> list[Problem]:
   for task, count in counts.items():
     if task not in of.tasks:
       raise ConfigError(f'task = {task!r}: no such source of problems; choose one of {", ".join(map(repr, of.tasks))}')
+    whole(f'counts[{task!r}]', count, 0)
     source, rng = of.tasks[task], np.random.default_rng(seed_of('originals', stream, task))
     problems += [of.draw(rng, source.sizes.pick(rng, source.shortest, source.longest), task) for _ in range(count)]
   return problems
