@@ -368,10 +368,13 @@ def test_what_is_said_of_colourings(monkeypatch, tmp_path):
   monkeypatch.setattr(cot_sampling.command, 'train', lambda spec, folder, *changes: specs.append((spec, changes)))
   monkeypatch.setattr(cot_sampling.loopformer, 'load', lambda folder: Loaded(
       None, None, None, config_of(forms[folder.name.split('-')[1]], None)))
-  monkeypatch.setattr(cot_sampling, 'generate', lambda model, params, tokenizer, prompts, **options: [
-      f'0 1 2 {"-".join(map(str, of.proper[i % 60]))}' for i in range(len(prompts))])
+  asked = {}
+  monkeypatch.setattr(cot_sampling, 'generate', lambda model, params, tokenizer, prompts, **options: asked.update(
+      options, prompts=prompts) or [f'0 1 2 {"-".join(map(str, of.proper[i % 60]))}' for i in range(len(prompts))])
   monkeypatch.setattr(cot_sampling, 'logits', lambda model, params, batch, place: flat[None])
   rows = {row['way']: row for row in cot_sampling.colourings(tmp_path)}
+  assert asked.pop('prompts') == [forms['chain'].ids('0 1 | 0 2 | 1 2 | <sep>'.split())] * 600
+  assert asked == {'temperature': 1.0, 'seed': 3, 'max_new_tokens': 3 * 6 + 2, 'rows': 8}
   assert [spec.split(':')[1] for spec, _ in specs] == ['cpu,task=colouring,kind=chain,steps=40',
                                                        'cpu,task=colouring,kind=loop,steps=4']
   assert all(changes == ('train.seed=3',) for _, changes in specs)

@@ -503,6 +503,42 @@ def test_injection_is_of_the_loops_alone(stage, inject, tmp_path, monkeypatch):
                    (f',kind=vanilla{told}', f'vanilla{"-inject" * inject}-3'), (',kind=chain', 'chain-3')]
 
 
+def test_what_problems_cost_by_hand():
+  """Of a loop, its own tokens and rounds; of a decoder that reads and writes everything once, all but the last token."""
+  some = problems(1, 3)  # 4 and 8 tokens; rounds of 1, and of 6, 4 and 1
+  block, head = 2 * (4 * D * D + 2 * D * 24), 2 * D * V  # products of layers and heads, a token
+  each = [4 * ((block + 4 * D * 4 + head) + head), 8 * (3 * (block + 4 * D * 8 + head) + head)]
+  assert study.costs(MODEL, FORM, some, True) == {'MFLOP': round(np.mean(each) / 1e6, 3), 'steps': 2.0}
+  plain = [4 * (block + 4 * D * 4 + head), 8 * (3 * (block + 4 * D * 8) + head)]
+  assert study.costs(PLAIN, FORM, some, True) == {'MFLOP': round(np.mean(plain) / 1e6, 3), 'steps': 2.0}
+  tokens, steps = [4 + 3 - 1, 8 + 13 - 1], [3, 13]  # with the answer and the end
+  each = [n * (block + 4 * D * (n + 1) / 2 + head) for n in tokens]
+  assert study.costs(WRITER, Chain(of=OF), some, False) == {'MFLOP': round(np.mean(each) / 1e6, 3),
+                                                            'steps': np.mean(steps)}
+
+
+def test_what_is_measured_of_every_size(stage, monkeypatch, tmp_path):
+  """Of writers of the truth, all is right, at sizes that were trained on and beyond; rows are no wider than they need."""
+  seen = []
+  monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, None, None, None))
+  for name in ('by_loop', 'by_token'):
+    monkeypatch.setattr(study, name, lambda model, params, form, some, name=name: seen.append((name, form.of.room)) or [
+        *some[:-1], dataclasses.replace(some[-1], answer='?', rounds=())])
+  for kind, name in (('aligned', 'by_loop'), ('vanilla', 'by_loop'), ('chain', 'by_token')):
+    seen.clear()
+    found = study.measure(tmp_path, kind)
+    assert list(found) == [f'left {size}' for size in (1, 3, 4, 6, 7, 8)]
+    assert seen == [(name, size) for size in (1, 3, 4, 6, 7, 8) for _ in range(2)]  # the first compiles
+    assert all(row['answer'] == 0.75 and row['most frequent'] >= 0.25 for row in found.values())
+    assert ['chain' in row for row in found.values()] == [kind != 'vanilla'] * 6
+    assert ['hits' in row for row in found.values()] == [False] * 5 + [kind != 'vanilla']
+    if kind != 'vanilla':
+      assert {row['chain'] for row in found.values()} == {0.75} and len(found['left 8']['hits']) == 8
+      assert found['left 8']['hits'][7] == [0.75] + [None] * 15
+  rows = study.rows_of({'0': {'loop': {'scores': found}}})
+  assert [row['size'] for row in rows] == list(found) and rows[0]['answer'] == 0.75 and rows[0]['model'] == 'loop'
+
+
 def test_the_papers_tables():
   """Sums by the paper: 100,000 problems a task."""
   for name, of in study.PAPER.items():
