@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from loopformer.types import (
-  AnyBatch, Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, shown, whole)
+  AnyBatch,
+  Array,
+  ConfigError,
+  Plan,
+  PlanContext,
+  Planner,
+  config_dataclass,
+  real,
+  shown,
+  whole,
+)
 
 SUM_TOLERANCE = 1e-6
 LONGEST = 10_000  # loops of a plan

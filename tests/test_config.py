@@ -225,7 +225,8 @@ def test_a_number_that_is_given_is_not_taken_for_one_that_is_left_out(argument):
     'loopformer:tiny,kind=base,loops', 'ouro:tiny,layers'])
 def test_a_number_of_what_each_has_an_entry_is_bounded(argument):
   """Lists of two thousand million entries took minutes, or all memory, before anything was said."""
-  with pytest.raises(ConfigError, match=f'config argument {argument.rpartition(",")[2]} = 2147483648: must be 1 to 10000'):
+  name = argument.rpartition(',')[2]
+  with pytest.raises(ConfigError, match=f'config argument {name} = 2147483648: must be 1 to 10000'):
     configs.load(f'{argument}=2147483648')
 
 

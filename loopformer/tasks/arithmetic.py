@@ -171,7 +171,7 @@ def reduced(words: Sequence[str], operate: Callable[[int, str, int], int]) -> li
     if before < own >= after:
       words[place - 1:place + 2] = [str(operate(int(words[place - 1]), words[place], int(words[place + 1])))]
       place -= 1
-      if place and words[place - 1] == '(' and words[place + 1] == ')':
+      if place and words[place - 1] == '(' and words[place + 1:place + 2] == [')']:
         words[place - 1:place + 2] = [words[place]]
       return words
   raise ValueError(f'{" ".join(words)}: no operation can be done')

@@ -14,7 +14,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, most_frequent
 from loopformer.tasks.generated import Example, aligned
-from loopformer.types import ConfigError, config_dataclass, whole
+from loopformer.types import config_dataclass, whole
 
 
 @config_dataclass

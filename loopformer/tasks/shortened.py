@@ -96,8 +96,8 @@ class Internalised(_Told):
   than 128, then 8 more, until 8 are left of it (`stages`); shorter solutions are left with none before.
 
   Every problem loses o tokens more, with probability (1 - e^-smoothing) e^(-smoothing o), so that a new stage comes as
-  no surprise; smoothing = None, or inf: none. stage: from 1, in which nothing is removed, to the last, by default. `Grow` with a
-  `Rise` of `of/stage` goes from one to the next.
+  no surprise; smoothing = None, or inf: none. stage: from 1, in which nothing is removed, to the last, by default.
+  `Grow` with a `Rise` of `of/stage` goes from one to the next.
   """
   of: Any
   stage: int | None = None

@@ -228,8 +228,8 @@ def _check_batch(config: Any, batch: AnyBatch):
   """Raises ConfigError where examples are such as the model or its plans make nothing of, in silence: answers that it
   does not have, tokens of which the cell makes nothing in so many steps, steps that a plan does not have."""
   model, objective = config.model, config.objective
-  targets = np.asarray(batch['targets'])
-  asked = targets[np.asarray(batch['weights']) > 0] if np.issubdtype(targets.dtype, np.integer) else targets[:0]
+  targets, weights = (np.asarray(batch.get(name, 0)) for name in ('targets', 'weights'))
+  asked = targets[weights > 0] if np.issubdtype(targets.dtype, np.integer) else targets[:0]
   if asked.size and asked.max() >= model.outputs > 1:
     raise ConfigError(f'model.read_out.outputs = {model.outputs}: the task asks for the answer {asked.max()}, and the '
                       f'model has 0 to {model.outputs - 1}; raise it to {asked.max() + 1} or more')

@@ -31,13 +31,14 @@ def test_what_the_study_measures(monkeypatch, tmp_path):
   monkeypatch.setattr(study, 'FLAGS', type('Flags', (), {
       'workdir': str(tmp_path), 'task': 'pointers', 'eval_batches': None,
       '__getitem__': lambda self, name: SimpleNamespace(value=['train.steps=5'])})())
-  monkeypatch.setattr(study.command, 'train', lambda spec, folder, *changes: trained.append((spec, folder.name, changes)))
+  monkeypatch.setattr(study.command, 'train', lambda spec, folder, *rest: trained.append((spec, folder.name, rest)))
   monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, weights, None, config))
   monkeypatch.setattr(study, 'held_out', lambda config, folder, count, split: [batches[split]])
   monkeypatch.setattr(study, 'TOGETHER', 6)
   monkeypatch.setattr(study.costs, '_milliseconds', lambda call, repeats: 12.0)
   rows = study.run('tmlt+ee', 3)
-  assert trained == [(f'{study.CONFIG}:pointers,kind=tmlt,ee=1', 'pointers-tmlt+ee-3', ('train.steps=5', 'train.seed=3'))]
+  assert trained == [
+      (f'{study.CONFIG}:pointers,kind=tmlt,ee=1', 'pointers-tmlt+ee-3', ('train.steps=5', 'train.seed=3'))]
   assert [row['loops'] for row in rows] == [1, 2, 3] == [row['steps'] for row in rows]
   for row in rows:
     plan = plans.schedule(plans.resolve(row['loops']))
@@ -54,7 +55,10 @@ def test_means_over_seeds():
     return [{'loops': n, 'validation': a, '1 hops': a / 2, 'MFLOP': 2.0 * n, 'steps': n, 'ms': 0.5}
             for n, a in enumerate(accuracies, 1)]
 
-  table = study.table({'0': {'loopformer': rows(0.5, 1.0), 'tmlt': rows(0.25, 0.5)}, '1': {'loopformer': rows(0.7, 1.0)}})
+  table = study.table({'0': {'loopformer': rows(0.5, 1.0), 'tmlt': rows(0.25, 0.5)},
+                       '1': {'loopformer': rows(0.7, 1.0)}})
   assert [(row['kind'], row['loops'], row['accuracy'], row['+-']) for row in table] == [
-      ('loopformer', 1, 0.6, pytest.approx(0.1)), ('loopformer', 2, 1.0, 0.0), ('tmlt', 1, 0.25, ''), ('tmlt', 2, 0.5, '')]
-  assert [row['1 hops'] for row in table] == [0.3, 0.5, 0.125, 0.25] and table[1]['MFLOP'] == 4 and table[1]['steps'] == 2
+      ('loopformer', 1, 0.6, pytest.approx(0.1)), ('loopformer', 2, 1.0, 0.0), ('tmlt', 1, 0.25, ''),
+      ('tmlt', 2, 0.5, '')]
+  assert [row['1 hops'] for row in table] == [0.3, 0.5, 0.125, 0.25]
+  assert table[1]['MFLOP'] == 4 and table[1]['steps'] == 2

@@ -236,6 +236,13 @@ def test_chains_that_do_not_fit():
     chains.by_loop(MODEL, {}, Rounds(of=LeftToRight(longest=1, limit=2)), problems(2))
   with pytest.raises(ConfigError, match='positions'):
     chains.by_token(WRITER, parts.params(WRITER), Chain(of=far), problems(30, of=far))
+  other = LeftToRight(longest=3, modulus=3)
+  for write, model, form in ((chains.by_loop, MODEL, Rounds), (chains.by_token, WRITER, Chain)):
+    with pytest.raises(ConfigError, match=rf'LeftToRight writes them in {V - 2} symbols, and the model reads {V} and'):
+      write(model, {}, form(of=other), problems(3, of=other))
+  for rows in (0, 1.5):
+    with pytest.raises(ConfigError, match=f'rows = {rows}'):
+      chains.by_loop(MODEL, {}, FORM, problems(3), rows=rows)
 
 
 TWO = Several(of={'A': LeftToRight(longest=2, room=4), 'B': Increasing(longest=4, room=8, group=2, spread=9)})
@@ -504,7 +511,7 @@ def test_injection_is_of_the_loops_alone(stage, inject, tmp_path, monkeypatch):
 
 
 def test_what_problems_cost_by_hand():
-  """Of a loop, its own tokens and rounds; of a decoder that reads and writes everything once, all but the last token."""
+  """Of a loop, its own tokens and rounds; of a decoder that reads everything once, all but the last token."""
   some = problems(1, 3)  # 4 and 8 tokens; rounds of 1, and of 6, 4 and 1
   block, head = 2 * (4 * D * D + 2 * D * 24), 2 * D * V  # products of layers and heads, a token
   each = [4 * ((block + 4 * D * 4 + head) + head), 8 * (3 * (block + 4 * D * 8 + head) + head)]
@@ -518,7 +525,7 @@ def test_what_problems_cost_by_hand():
 
 
 def test_what_is_measured_of_every_size(stage, monkeypatch, tmp_path):
-  """Of writers of the truth, all is right, at sizes that were trained on and beyond; rows are no wider than they need."""
+  """Of writers of three truths and a question mark, at sizes of the training and beyond, in rows of their own width."""
   seen = []
   monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, None, None, None))
   for name in ('by_loop', 'by_token'):

@@ -234,11 +234,14 @@ def test_sizes_are_drawn_by_their_law():
     (lambda: Arithmetic(longest=2, modulus=1), 'modulus = 1'),
     (lambda: LeftToRight(longest=2, operators='+^'), r"operators = '\+\^'"),
     (lambda: LeftToRight(longest=2, operators=''), "operators = ''"),
-    *((lambda of=of, text=text: of(longest=2).solved(text.split()), f'expression = {re.escape(repr(text))}: {why}.*; give one of')
+    *((lambda of=of, text=text: of(longest=2).solved(text.split()),
+       f'expression = {re.escape(repr(text))}: {why}.*; give one of')
       for of in (Arithmetic, LeftToRight)
       for text, why in (('', 'it is empty'), ('3 +', '.*no operation'), ('1 / 0', '1 / 0 divides by zero'),
                         ('12 + 1', 'numbers are 0 to'), ('+', '. is no number'), ('1 2 3', '.*no operation'))),
     (lambda: Arithmetic(longest=2).solved('3 / ( 2 - 2 )'.split()), '3 / 0 divides by zero'),
+    *((lambda text=text: Arithmetic(longest=2).solved(text.split()), f'{re.escape(left)}: no operation')
+      for text, left in (('( 1 + 2', '( 3'), ('1 + 2 )', '3 )'), ('4 ( 1 + 2 )', '4 3'), ('( )', '( )'))),
     (lambda: Increasing(longest=5).solved([]), 'numbers = .*: they are empty'),
     *((lambda pair=pair: EditRows(longest=5).solved(*pair, 5), f"first = '{pair[0]}', second = '{pair[1]}'")
       for pair in (('', ''), ('', 'ab'), ('abc', 'ab'), ('AB', 'ab'), ('a|', 'abc'))),

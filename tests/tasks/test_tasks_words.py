@@ -248,7 +248,8 @@ def test_every_sequence_takes_its_own_steps():
     plans.LogDepth(size=8)(parts.plan_context(jax.random.key(0), batch))
 
 
-@pytest.mark.parametrize('sizes, wrong', [([1, 9], None), ([3, 10], 10), ([0, 3], 0), ([-1], -1), ([10 ** 6, 1], 10 ** 6)])
+@pytest.mark.parametrize('sizes, wrong',
+                         [([1, 9], None), ([3, 10], 10), ([0, 3], 0), ([-1], -1), ([10 ** 6, 1], 10 ** 6)])
 def test_an_input_beyond_the_longest_is_no_other_input(sizes, wrong):
   """Of a batch on the host: it would take the steps of the longest."""
   for of in (plans.LogDepth(size=9), Apart(of=plans.LogDepth(size=9))):

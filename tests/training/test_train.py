@@ -255,7 +255,7 @@ def test_speeds_are_told_in_three_digits(count, told):
     ('cot_or_loop', 'cpu,kind=thought', 'model.cell.filler=0', 'row 0 has .* tokens of a problem and .* fillers'),
     ('padded', 'cpu,loops=log', 'objective.rolls.all.plan.size=8',
      'LogDepth.size = 8: the batch has an input of size 16,'),
-    ('padded', 'cpu,task=s3', 'model.read_out.outputs=3', 'model.read_out.outputs = 3: the task asks for the answer 5,'),
+    ('padded', 'cpu,task=s3', 'model.read_out.outputs=3', 'outputs = 3: the task asks for the answer 5,'),
     ('loopformer', 'pointers,kind=tmlt', 'task.of.hops=9', r'model.read_in.inputs = 16: .* \(64, 8, 17\)')])
 def test_examples_that_the_model_makes_nothing_of(name, arguments, changes, message, tmp_path):
   """Before a step: such runs went on in silence, or ended with a loss that is no number, or another package's error."""
