@@ -268,6 +268,7 @@ class Planner(Protocol):
 
   def check_batch(self, batch: AnyBatch):
     """Raises ConfigError where a batch on the host asks for steps that its plans do not have: never."""
+    return
 
   def __call__(self, context: PlanContext) -> Plan: ...
 

@@ -259,8 +259,9 @@ class Colouring(Sized):
     degree = max(np.bincount(np.array(self.edges).ravel()))
     if self.colours is None:
       object.__setattr__(self, 'colours', 2 * int(degree) + 1)
-    whole('Colouring.colours', self.colours, int(degree) + 2, 36, why='with fewer, chains may not reach all colourings')
-    if self.vertices * math.log(self.colours) > math.log(MOST_COLOURINGS) + 1e-9:
+    colours = whole('Colouring.colours', self.colours, int(degree) + 2, 36,
+                    why='with fewer, chains may not reach all colourings')
+    if self.vertices * math.log(colours) > math.log(MOST_COLOURINGS) + 1e-9:
       raise ConfigError(f'Colouring.edges = {shown(self.edges)}: {self.vertices} vertices have {self.colours} ^ '
                         f'{self.vertices} colourings, which are listed; give a graph with {MOST_COLOURINGS} at most')
 
