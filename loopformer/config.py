@@ -74,6 +74,7 @@ SOCKETS = {'attn': sockets.Attention, 'block': sockets.Block, 'cell': sockets.Ce
            'prepare': sockets.Preparation, 'read_in': sockets.ReadIn,
            'read_out': sockets.ReadOut, 'remat': sockets.Remat, 'rule': sockets.Rule, 'sampler': sockets.Sampler,
            'start': sockets.Start, 'task': sockets.Task, 'term': sockets.Term}
+EACH = 'layers', 'loops', 'recursions'  # arguments of configurations, which may have an entry for every one
 PLAIN = {'int', 'float', 'str', 'bool'}  # words of the types of fields that hold no parts
 WATCHED = ('train.eval_every', 'train.eval_batches', 'evals')  # but a controller decides by what they say
 
@@ -572,8 +573,10 @@ def arguments(text: str, /, **defaults: Any) -> dict[str, Any]:
 
 
 def counted(given: Mapping[str, Any], name: str, default: int) -> int:
-  """The number that an argument of `arguments` gives, where it is left out the default. Raises ConfigError below 1."""
-  return default if given[name] is None else whole(f'config argument {name}', given[name], 1)
+  """The number that an argument of `arguments` gives, where it is left out the default. Raises ConfigError below 1, and
+  where it counts what a configuration has an entry for each of, above the most loops of a plan."""
+  most = plans.LONGEST if name in EACH else None
+  return default if given[name] is None else whole(f'config argument {name}', given[name], 1, most)
 
 
 def choose(name: str, value: Any, table: Mapping[Any, Any]) -> Any:

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopformer.types import Array, ConfigError, Plan, PlanContext, Planner, config_dataclass, real, shown, whole
+from loopformer.types import (
+  AnyBatch,
+  Array,
+  ConfigError,
+  Plan,
+  PlanContext,
+  Planner,
+  config_dataclass,
+  real,
+  shown,
+  whole,
+)
 
 SUM_TOLERANCE = 1e-6
 LONGEST = 10_000  # loops of a plan
@@ -380,7 +391,16 @@ class LogDepth(Planner):
   def loops(self, n: int) -> int:
     """Steps for an input of n tokens. Raises ConfigError where n is not from 1 to `size`."""
     whole('n', n, 1, self.size, why='LogDepth.size is the longest input')
-    return max(1, math.ceil(self.scale * math.log2(n) ** self.power)) + self.more
+    steps = self.scale * math.log2(n) ** self.power
+    return max(1, math.ceil(round(steps, 9))) + self.more  # a whole number of steps is no step more for rounding
+
+  def check_batch(self, batch: AnyBatch):
+    sizes = np.asarray(batch.get('size', ()))
+    wrong = sizes[(sizes < 1) | (sizes > self.size)]
+    if wrong.size:
+      raise ConfigError(f'LogDepth.size = {self.size}: the batch has an input of size {wrong[0]}, which would take the '
+                        f'steps of another; set LogDepth.size to {max(self.size, sizes.max())}, and let sizes begin '
+                        'at 1')
 
   def __call__(self, context: PlanContext) -> Plan:
     rows = context.batch['tokens'].shape[1]
@@ -449,6 +469,9 @@ class Around(Planner):
   @property
   def stages(self) -> tuple[int, ...]:
     return self.of.stages
+
+  def check_batch(self, batch: AnyBatch):
+    self.of.check_batch(batch)
 
 
 def check_steps(steps: Sequence[float], most: int | None = None, name: str = 'steps') -> tuple[float, ...]:

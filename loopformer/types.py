@@ -266,6 +266,10 @@ class Planner(Protocol):
     """The loops of every stage of a controller that it waits for: none."""
     return ()
 
+  def check_batch(self, batch: AnyBatch):
+    """Raises ConfigError where a batch on the host asks for steps that its plans do not have: never."""
+    return
+
   def __call__(self, context: PlanContext) -> Plan: ...
 
 

@@ -210,13 +210,24 @@ def test_arguments():
 
 @pytest.mark.parametrize('argument', [
     'ouro:tiny,loops=0', 'ouro:tiny,layers=-1', 'act:pointers,loops=0', 'pondernet:pointers,loops=0',
+    'loopformer:pointers,kind=base,loops=0', 'loopformer:tiny,kind=base,loops=-1', 'mor:tiny,recursions=0',
     'leaderboard:cpu,loops=0', 'leaderboard:cpu,width=0', 'leaderboard:cpu,steps=0', 'loopus:cpu,start=there,loops=0',
     'loopus:cpu,start=there,graded=0', 'mor:tiny,layers=0', 'mor:tiny,steps=0', 'plt:tiny,loops=0',
     'masked_diffusion:cpu,loops=0', 'masked_diffusion:cpu,task=s3,letters=0', 'ccdd:cpu,loops=0'])
 def test_a_number_that_is_given_is_not_taken_for_one_that_is_left_out(argument):
   name, _, value = argument.rpartition(',')[2].partition('=')
-  with pytest.raises(ConfigError, match=f'config argument {name} = {value}: must be 1 or more'):
+  with pytest.raises(ConfigError, match=f'config argument {name} = {value}: must be 1 (or more|to 10000)'):
     configs.load(argument)
+
+
+@pytest.mark.parametrize('argument', [
+    'leaderboard:cpu,loops', 'mor:tiny,recursions', 'mor:tiny,layers', 'mor:tiny,kind=vanilla,layers', 'plt:tiny,loops',
+    'loopformer:tiny,kind=base,loops', 'ouro:tiny,layers'])
+def test_a_number_of_what_each_has_an_entry_is_bounded(argument):
+  """Lists of two thousand million entries took minutes, or all memory, before anything was said."""
+  name = argument.rpartition(',')[2]
+  with pytest.raises(ConfigError, match=f'config argument {name} = 2147483648: must be 1 to 10000'):
+    configs.load(f'{argument}=2147483648')
 
 
 @pytest.mark.parametrize('argument, message', [

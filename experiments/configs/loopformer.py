@@ -27,7 +27,7 @@ import math
 from loopformer import loop, plans
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
-from loopformer.config import Experiment, arguments, choose
+from loopformer.config import Experiment, arguments, choose, counted
 from loopformer.data.tokenizer import TrainedPieces
 from loopformer.inference.evaluate import Depths
 from loopformer.model import Looped
@@ -123,7 +123,7 @@ KINDS = ('loopformer', 'base', 'base_loop', 'tmlt')
 def get_config(argument: str = '') -> Experiment:
   """The experiment of an argument such as `tiny`, `small,kind=tmlt,ee=1` or `tiny,loops=4`."""
   given = arguments(argument, size='tiny', kind='loopformer', ee=False, loops=8, dtype='')
-  size, kind, loops = choose('size', given['size'], SIZES), given['kind'], given['loops']
+  size, kind, loops = choose('size', given['size'], SIZES), given['kind'], counted(given, 'loops', 8)
   choose('kind', kind, dict.fromkeys(KINDS))
   if given['ee'] and kind not in ('base_loop', 'tmlt'):
     raise ConfigError('config argument ee = 1: early exit is a variant of base_loop and tmlt, '

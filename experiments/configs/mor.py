@@ -122,9 +122,7 @@ def get_config(argument: str = '') -> Experiment:
   size, kind, sharing = choose('size', given['size'], SIZES), given['kind'], given['sharing']
   choose('kind', kind, dict.fromkeys(KINDS))
   layers = counted(given, 'layers', size.layers)
-  recursions = 1 if kind == 'vanilla' else given['recursions']
-  if recursions < 1:
-    raise ConfigError(f'config argument recursions = {recursions}: must be 1 or more')
+  recursions = 1 if kind == 'vanilla' else counted(given, 'recursions', 3)
   ends = 2 if sharing.startswith('middle') else 0
   each = math.ceil((layers - ends) / recursions)  # the paper adds layers where they do not divide
   layer_map(sharing, each * recursions + ends, recursions)

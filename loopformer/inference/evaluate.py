@@ -104,7 +104,7 @@ def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules:
   Raises:
     ConfigError: no batch, or none that asks for anything; a batch that lacks rows, or has longer ones than the model
       has positions; or, of arrays on the host, ids that the model does not have, or tokens that its cell makes nothing
-      of in so many steps.
+      of in so many steps, or a `Run`'s plan.
   """
   mesh = sharding.mesh_of(params)
   schedules = {name: steps if isinstance(steps, Run) else plans.resolve(steps, name=f'schedules[{name!r}]')
@@ -123,6 +123,9 @@ def evaluate(model: Any, params: Params, batches: Iterable[AnyBatch], schedules:
     if not isinstance(batch['tokens'], jax.Array):
       _check_ids(model, batch)
       model.cell.check_tokens(batch['tokens'], longest, batch.get('segments'))
+      for steps in schedules.values():
+        if isinstance(steps, Run):
+          steps.plan.check_batch(batch)
     batch = {'row': np.arange(len(batch['tokens']), dtype=np.int32), **batch}
     if mesh is not None and sharding.mesh_of(batch['tokens']) is None:
       batch = sharding.spread(_filled(batch, sharding.row_parts(mesh)), mesh)

@@ -49,12 +49,22 @@ class _Expressions(Sized):
       """What every kind says for itself: the words after a round."""
 
   def solved(self, expression: Sequence[str]) -> Problem:
-    """The problem of an expression, without its `=`."""
+    """The problem of an expression, without its `=`. Raises ConfigError where it is none, or divides by zero."""
     operate = functools.partial(modular, self.modulus)
     rounds, words = [], list(expression)
-    while len(words) > 1:
-      words = self.reduced(words, operate)
-      rounds.append(tuple(words) if len(words) == 1 else (*words, EQUALS))
+    try:
+      if not words:
+        raise ValueError('it is empty')
+      if any(word.isdigit() and int(word) >= self.modulus for word in words):
+        raise ValueError(f'numbers are 0 to {self.modulus - 1}')
+      while len(words) > 1:
+        words = self.reduced(words, operate)
+        rounds.append(tuple(words) if len(words) == 1 else (*words, EQUALS))
+      if not words[0].isdigit():
+        raise ValueError(f'{words[0]} is no number')
+    except ValueError as error:
+      raise ConfigError(f'expression = {" ".join(expression)!r}: {error}; give one of numbers and '
+                        f'{" ".join(PRECEDENCE)}') from error
     return Problem(prompt=(*expression, EQUALS), rounds=tuple(rounds), answer=words[0], size=len(rounds))
 
   @property
@@ -130,13 +140,17 @@ class LeftToRight(_Expressions):
     return self.solved(words)
 
   def reduced(self, words: Sequence[str], operate: Callable[[int, str, int], int]) -> list[str]:
-    """The expression after its first operation."""
+    """The expression after its first operation. Raises ValueError where there is none."""
+    if len(words) < 3 or words[1] not in PRECEDENCE or not (words[0].isdigit() and words[2].isdigit()):
+      raise ValueError(f'{" ".join(words)}: no operation can be done')
     return [str(operate(int(words[0]), words[1], int(words[2]))), *words[3:]]
 
 
 def modular(modulus: int, a: int, operator: str, b: int) -> int:
   """a operator b mod `modulus`. Raises ValueError where b does not divide."""
   if operator == '/':
+    if not b % modulus:
+      raise ValueError(f'{a} / {b} divides by zero')
     operator, b = '*', pow(b, -1, modulus)
   return {'+': a + b, '-': a - b, '*': a * b}[operator] % modulus
 
@@ -157,7 +171,7 @@ def reduced(words: Sequence[str], operate: Callable[[int, str, int], int]) -> li
     if before < own >= after:
       words[place - 1:place + 2] = [str(operate(int(words[place - 1]), words[place], int(words[place + 1])))]
       place -= 1
-      if place and words[place - 1] == '(' and words[place + 1] == ')':
+      if place and words[place - 1] == '(' and words[place + 1:place + 2] == [')']:
         words[place - 1:place + 2] = [words[place]]
       return words
   raise ValueError(f'{" ".join(words)}: no operation can be done')

@@ -72,9 +72,15 @@ class Connectivity(Sized):
                       'number of edges, or a distance that is more common')
 
   def solved(self, adjacency: np.ndarray, start: int, end: int) -> Problem:
-    """The problem of a graph, 0 or 1 of [n, n], and two vertices."""
+    """The problem of a graph, 0 or 1 of [n, n], and two vertices. Raises ConfigError where it is no such matrix, or
+    the two are one, or none of the graph's."""
+    adjacency = np.asarray(adjacency)
+    if adjacency.ndim != 2 or len(adjacency) != adjacency.shape[1] or not np.isin(adjacency, (0, 1)).all():
+      raise ConfigError(f'adjacency: its shape is {adjacency.shape}; give a matrix [n, n] of 0 and 1')
+    if start == end or not {start, end} <= set(range(len(adjacency))):
+      raise ConfigError(f'start = {start}, end = {end}: give two different vertices of 0..{len(adjacency) - 1}')
     cells = (str(int(edge)) for edge in np.reshape(adjacency, -1))
-    answer = YES if distances(np.asarray(adjacency))[start, end] >= 0 else NO
+    answer = YES if distances(adjacency)[start, end] >= 0 else NO
     return Problem(prompt=(*cells, f's{start}', f't{end}'), rounds=(), answer=answer, size=len(adjacency))
 
   def concluded(self, rounds: Sequence[Round], task: str = '') -> str | None:

@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 import functools
 import itertools
+import math
 
 import numpy as np
 
 from loopformer.tasks.reasoning import Extent, Problem, Round, Sized
-from loopformer.types import ConfigError, config_dataclass, whole
+from loopformer.types import ConfigError, config_dataclass, shown, whole
 
 SEP = '<sep>'
 SUCCESS, FAILURE = 'Success', 'Failure'
 ACCEPTED, REFUSED = 'accept', 'refuse'
-MOST_VARIABLES = 16  # assignments are listed
+MOST_VARIABLES, MOST_COLOURINGS = 16, 2 ** 20  # assignments and colourings are listed
 
 Formula = np.ndarray  # i64[m, w]: v for variable v, -v for its negation, v from 1; clauses are ors of ands
 
@@ -31,18 +32,22 @@ Formula = np.ndarray  # i64[m, w]: v for variable v, -v for its negation, v from
 
 
 def assignments(variables: int) -> np.ndarray:
-  """bool[2^n, n]: all of them."""
+  """bool[2^n, n]: all of them. Raises ConfigError where there are too many."""
+  whole('variables', variables, 1, MOST_VARIABLES, why='their assignments are counted one by one')
   return (np.arange(2 ** variables)[:, None] >> np.arange(variables) & 1).astype(bool)
 
 
 def satisfied(formula: Formula, values: np.ndarray) -> np.ndarray:
   """bool[A, m]: which clauses the assignments bool[A, n] satisfy. Raises ConfigError where the formula has no clause,
   or one without a literal, or with one of a variable that there is not."""
-  formula = np.asarray(formula)
+  try:
+    formula = np.asarray(formula)
+  except ValueError:
+    raise ConfigError(f'formula = {formula}: its clauses have different lengths; give all as many literals') from None
   if formula.ndim != 2 or not formula.size:
     raise ConfigError(f'formula = {formula.tolist()}: it is empty; give one or more clauses, each of one or '
                       'more literals')
-  if (formula == 0).any() or np.abs(formula).max() > values.shape[1]:
+  if not np.issubdtype(formula.dtype, np.integer) or (formula == 0).any() or np.abs(formula).max() > values.shape[1]:
     raise ConfigError(f'formula = {formula.tolist()}: literals are 1..{values.shape[1]}, negated with a minus')
   return (values[:, np.abs(formula) - 1] == (formula > 0)).all(-1)
 
@@ -50,6 +55,18 @@ def satisfied(formula: Formula, values: np.ndarray) -> np.ndarray:
 def cover(formula: Formula, variables: int) -> np.ndarray:
   """i64[2^n]: by how many clauses every assignment is satisfied."""
   return satisfied(formula, assignments(variables)).sum(1)
+
+
+def checked(formula: Formula, variables: int) -> Formula:
+  """The formula as an array. Raises ConfigError as `satisfied`, and where a clause has a variable twice, of which an
+  assignment cannot be drawn, or is counted for too little."""
+  formula = np.asarray(formula) if satisfied(formula, assignments(variables)[:1]).size else formula
+  named = np.sort(np.abs(formula), 1)
+  twice = (named[:, 1:] == named[:, :-1]).any(1)
+  if twice.any():
+    raise ConfigError(f'formula: its clause {formula[twice.argmax()].tolist()} has a variable twice; give clauses of '
+                      'different variables')
+  return formula
 
 
 def count(formula: Formula, variables: int) -> int:
@@ -79,7 +96,8 @@ def estimate(formula: Formula, variables: int, draws: int, successes: int) -> fl
 def self_adjusting(rng: np.random.Generator, formula: Formula, variables: int, draws: int) -> float:
   """The count, as Karp, Luby and Madras estimate it: an assignment is kept until a second clause, uniform, is one that
   it satisfies."""
-  successes, values = 0, None
+  successes, values, formula = 0, None, checked(formula, variables)
+  whole('draws', draws, 1)
   for _ in range(draws):
     if values is None:
       values = drawn(rng, variables, formula)[1]
@@ -91,7 +109,8 @@ def self_adjusting(rng: np.random.Generator, formula: Formula, variables: int, d
 def resampling(rng: np.random.Generator, formula: Formula, variables: int, draws: int) -> float:
   """The estimate of the paper's published code: a new assignment with every second clause. It does not tend to the
   count but to `resampling_limit`."""
-  successes = 0
+  successes, formula = 0, checked(formula, variables)
+  whole('draws', draws, 1)
   for _ in range(draws):
     values = drawn(rng, variables, formula)[1]
     successes += int(satisfied(formula[[rng.integers(len(formula))]], values[None])[0, 0])
@@ -146,8 +165,9 @@ class Trials(Sized):
     return picked * np.where(rng.random(picked.shape) < 0.5, -1, 1)
 
   def written(self, formula: Formula) -> Round:
-    """How a formula is written. Raises ConfigError where it is empty, or has variables that there are not."""
-    satisfied(formula, assignments(self.variables)[:1])
+    """How a formula is written. Raises ConfigError where it is empty, has variables that there are not, or one twice in
+    a clause."""
+    formula = checked(formula, self.variables)
     return (*(word for clause in formula for word in (*map(_literal, clause), '|')), SEP)
 
   def solved(self, rng: np.random.Generator, formula: Formula) -> Problem:
@@ -210,8 +230,8 @@ def total_variation(drawn: Iterable[tuple[int, ...] | None], among: Sequence[tup
     total += 1
     if each in counts:
       counts[each] += 1
-  if not total:
-    raise ConfigError('drawn is empty: give one or more colourings')
+  if not total or not counts:
+    raise ConfigError(f'{"among" if total else "drawn"} is empty: give one or more colourings')
   shares = np.array(list(counts.values())) / total
   return float((np.abs(shares - 1 / len(among)).sum() + 1 - shares.sum()) / 2)
 
@@ -232,12 +252,18 @@ class Colouring(Sized):
 
   def __post_init__(self):
     Sized.__post_init__(self)
-    if not self.edges or any(u == v or min(u, v) < 0 for u, v in self.edges):
+    if not self.edges or any(len(edge) != 2 or edge[0] == edge[1] for edge in self.edges):
       raise ConfigError(f'Colouring.edges = {self.edges}: give one or more pairs of different vertices 0, 1 ..')
+    for vertex in sum(map(tuple, self.edges), ()):
+      whole('Colouring.edges: a vertex', vertex, 0, MOST_COLOURINGS)
     degree = max(np.bincount(np.array(self.edges).ravel()))
     if self.colours is None:
       object.__setattr__(self, 'colours', 2 * int(degree) + 1)
-    whole('Colouring.colours', self.colours, int(degree) + 2, 36, why='with fewer, chains may not reach all colourings')
+    colours = whole('Colouring.colours', self.colours, int(degree) + 2, 36,
+                    why='with fewer, chains may not reach all colourings')
+    if self.vertices * math.log(colours) > math.log(MOST_COLOURINGS) + 1e-9:
+      raise ConfigError(f'Colouring.edges = {shown(self.edges)}: {self.vertices} vertices have {self.colours} ^ '
+                        f'{self.vertices} colourings, which are listed; give a graph with {MOST_COLOURINGS} at most')
 
   @property
   def vertices(self) -> int:

@@ -43,9 +43,8 @@ class EditDistance:
 
   def __post_init__(self):
     whole('EditDistance.letters', self.letters, SHORTER + 1, why='the second string, 3 shorter at most, is not empty')
-    if not 1 <= self.using <= LETTERS - FEWEST + 1:
-      raise ConfigError(f'EditDistance.using = {self.using}: alphabets have 3 to using + 2 of {LETTERS} letters; set '
-                        f'EditDistance.using to 1..{LETTERS - FEWEST + 1}')
+    whole('EditDistance.using', self.using, 1, LETTERS - FEWEST + 1,
+          why=f'alphabets have {FEWEST} to using + {FEWEST - 1} of {LETTERS} letters')
 
   @property
   def length(self) -> int:
@@ -119,7 +118,10 @@ class EditRows(Sized):
     return self.solved(first, second, size)
 
   def solved(self, first: str, second: str, size: int) -> Problem:
-    """The problem of two strings, the shorter one first."""
+    """The problem of two strings, the shorter one first. Raises ConfigError where they are not, or one is empty."""
+    if not 0 < len(first) <= len(second) or set(first + second) - set(string.ascii_lowercase):
+      raise ConfigError(f'first = {first!r}, second = {second!r}: give two strings of letters a to z, of which the '
+                        'second is not the shorter one')
     table = distances(*(np.array(list(text)) for text in (first, second)))
     rounds = tuple((*map(str, row[1:]), ',') for row in table[1:])
     return Problem(prompt=(*first, '|', *second, '<sep>'), rounds=rounds, answer=str(table[-1, -1]), size=size)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopformer.tasks.reasoning import Extent, Problem, Round, Sized
-from loopformer.types import config_dataclass, whole
+from loopformer.types import ConfigError, config_dataclass, whole
 
 SEP = '<sep>'
 
@@ -50,7 +50,9 @@ class Increasing(Sized):
     return self.solved(numbers.tolist())
 
   def solved(self, numbers: Sequence[int]) -> Problem:
-    """The problem of any numbers."""
+    """The problem of any numbers, one or more. Raises ConfigError where there are none."""
+    if not len(numbers):
+      raise ConfigError('numbers = []: they are empty; give one or more')
     counts = ending(numbers)
     counts += counts[-1:] * (-len(counts) % self.group)
     rounds = [(*map(str, counts[i:i + self.group]), SEP) for i in range(0, len(counts), self.group)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from loopformer.tasks.algorithms import accuracy, answers, most_frequent
 from loopformer.tasks.generated import Example, aligned
-from loopformer.types import ConfigError, config_dataclass, whole
+from loopformer.types import config_dataclass, whole
 
 
 @config_dataclass
@@ -79,9 +79,7 @@ class PHop:
   def __post_init__(self):
     whole('PHop.hops', self.hops, 1, why='an answer takes a hop')
     whole('PHop.length', self.length, self.hops + self.letters.spare, why=f'hops = {self.hops} need more letters')
-    if not 2 <= self.alphabet <= 26:
-      raise ConfigError(f'PHop.alphabet = {self.alphabet}: letters are a to z, and one alone says nothing; set '
-                        'PHop.alphabet to 2..26')
+    whole('PHop.alphabet', self.alphabet, 2, 26, why='letters are a to z, and one alone says nothing')
 
   @property
   def symbols(self) -> tuple[str, ...]:

@@ -167,6 +167,12 @@ class Several:
   def __post_init__(self):
     if not self.of:
       raise ConfigError('Several.of is empty: name one or more sources of problems')
+    for name, of in self.of.items():
+      if not name or name.split() != [name]:
+        raise ConfigError(f'Several.of names {name!r}: a name is a symbol of the text; give one without spaces')
+      if set(of.tasks) != {''}:
+        raise ConfigError(f'Several.of[{name!r}] = {type(of).__name__}: its problems have names of their own, '
+                          f'{", ".join(of.tasks)}; name them all in one Several')
     for name, weight in self.weights.items():
       if name not in self.of:
         raise ConfigError(f'Several.weights names {name!r}, which Several.of does not have; '
@@ -279,6 +285,7 @@ class Chain(Shown):
     if self.length is None:
       extent = self.of.extent
       object.__setattr__(self, 'length', extent.prompt + extent.chain + 1)
+    whole('Chain.length', self.length, 1)
 
   def example(self, problem: Problem) -> Example:
     """Of a problem. Raises ConfigError where its trace does not fit a row."""
@@ -335,6 +342,7 @@ class Asked(Shown):
     whole('Asked.thoughts', self.thoughts, 0)
     if self.length is None:
       object.__setattr__(self, 'length', self.of.extent.prompt + self.thoughts)
+    whole('Asked.length', self.length, 1)
 
   def example(self, problem: Problem) -> Example:
     """Of a problem. Raises ConfigError where it is longer than a row."""

@@ -20,6 +20,7 @@ from loopformer.types import ConfigError, config_dataclass, real, whole
 
 LONG = 128  # tokens; of longer traces a stage removes more
 FAST, SLOW = 16, 8  # tokens that a stage removes of long traces, and of others
+LEAST = 1e-12  # probability that no more goes
 SHORTEST = 8  # tokens of the trace in the last stage
 
 
@@ -95,19 +96,20 @@ class Internalised(_Told):
   than 128, then 8 more, until 8 are left of it (`stages`); shorter solutions are left with none before.
 
   Every problem loses o tokens more, with probability (1 - e^-smoothing) e^(-smoothing o), so that a new stage comes as
-  no surprise; smoothing = inf: none. stage: from 1, in which nothing is removed, to the last, by default. `Grow` with a
-  `Rise` of `of/stage` goes from one to the next.
+  no surprise; smoothing = None, or inf: none. stage: from 1, in which nothing is removed, to the last, by default.
+  `Grow` with a `Rise` of `of/stage` goes from one to the next.
   """
   of: Any
   stage: int | None = None
-  smoothing: float = 4.0
+  smoothing: float | None = 4.0
 
   def __post_init__(self):
     last = len(stages(self.of.extent.chain))
     if self.stage is None:
       object.__setattr__(self, 'stage', last)
     whole('Internalised.stage', self.stage, 1, last, why=f'traces of {self.of.extent.chain} tokens have so many')
-    real('Internalised.smoothing', self.smoothing, '(0, inf]')
+    if self.smoothing is not None:
+      real('Internalised.smoothing', self.smoothing, '(0, inf]')
 
   @property
   def extent(self) -> Extent:
@@ -115,15 +117,15 @@ class Internalised(_Told):
 
   @property
   def whole(self) -> bool:
-    return self.stage == 1 and self.smoothing == np.inf
+    return self.stage == 1 and self.smoothing in (None, np.inf)
 
   def told(self, problem: Problem, rng: np.random.Generator) -> Problem:
     """The problem without the first tokens of its rounds; a round that has lost all is gone."""
     longest = self.of.extent.chain
     assert self.stage is not None
     cut = longest - stages(longest)[self.stage - 1]
-    if self.smoothing < np.inf:
-      cut += int(rng.geometric(1 - np.exp(-self.smoothing))) - 1
+    if self.smoothing is not None and self.smoothing < np.inf:
+      cut += int(rng.geometric(max(1 - np.exp(-self.smoothing), LEAST))) - 1
     rounds = []
     for each in problem.rounds:
       rounds += [each[cut:]] if len(each) > cut else []

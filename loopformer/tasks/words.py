@@ -18,7 +18,7 @@ import numpy as np
 
 from loopformer.tasks.generated import Example
 from loopformer.tasks.reasoning import Even, Extent, Problem, Proportional, Round, Shown, Sized, left_aligned
-from loopformer.types import ConfigError, config_dataclass, whole
+from loopformer.types import ConfigError, config_dataclass, real, whole
 
 EQUALS, END_OF_WORD, ACCEPTED, REFUSED = '=', '$', '+', '-'
 
@@ -89,8 +89,12 @@ class Word(Sized):
     return self.solved(rng.integers(len(products(self.group)), size=self.checked(size, task)).tolist())
 
   def solved(self, word: Sequence[int]) -> Problem:
-    """The problem of elements by their numbers."""
+    """The problem of elements by their numbers. Raises ConfigError where there are none, or other numbers."""
     table = products(self.group)
+    wrong = [number for number in word if number not in range(len(table))]
+    if wrong or not len(word):
+      raise ConfigError(f'word = {list(word)}: give one or more elements of the group by their numbers, 0 to '
+                        f'{len(table) - 1}')
     running = [str(number) for number in itertools.accumulate(word, lambda a, b: int(table[a, b]))]
     return Problem(prompt=(*map(str, word), EQUALS), rounds=tuple((one,) for one in running), answer=running[-1],
                    size=len(word))
@@ -114,7 +118,7 @@ class Automaton:
   def __post_init__(self):
     taken = {END_OF_WORD, ACCEPTED, REFUSED}
     if (not self.letters or len(set(self.letters)) < len(self.letters) or taken & set(self.letters)
-        or ' ' in self.letters):
+        or any(letter.isspace() for letter in self.letters)):
       raise ConfigError(f'Automaton.letters = {self.letters!r}: give one or more different letters, and no space nor '
                         f'{" ".join(sorted(taken))} among them, which say other things')
     states = range(len(self.next))
@@ -144,8 +148,7 @@ class Regular(Sized):
 
   def __post_init__(self):
     Sized.__post_init__(self)
-    if not 0 <= self.walks <= 1:
-      raise ConfigError(f'Regular.walks = {self.walks}: it is a share of the words; set it to 0.0..1.0')
+    real('Regular.walks', self.walks, '[0, 1]', why='it is a share of the words')
 
   @property
   def symbols(self) -> tuple[str, ...]:
@@ -169,7 +172,9 @@ class Regular(Sized):
     return self.solved(''.join(word))
 
   def solved(self, word: str) -> Problem:
-    """The problem of a word."""
+    """The problem of a word. Raises ConfigError where it is empty, or has letters that the automaton does not read."""
+    if not word or set(word) - set(self.automaton.letters):
+      raise ConfigError(f'word = {word!r}: give one or more letters of {self.automaton.letters!r}')
     letters = [self.automaton.letters.index(letter) for letter in word]
     states = list(itertools.accumulate(letters, lambda state, letter: self.automaton.next[state][letter], initial=0))
     answer = ACCEPTED if states[-1] in self.automaton.accepting else REFUSED

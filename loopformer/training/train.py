@@ -23,7 +23,7 @@ from loopformer.training import averages, interrupts, masters, metrics, processe
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, Unsaved, abstract, restore_model, trained
 from loopformer.training.lock import Lock
 from loopformer.training.step import State, init_state, make_step
-from loopformer.types import SEEDS, Array, ConfigError, Params, config_dataclass, whole
+from loopformer.types import SEEDS, AnyBatch, Array, ConfigError, Params, config_dataclass, whole
 
 
 @config_dataclass
@@ -164,6 +164,8 @@ def _train(config: Any, workdir: Any, log: Callable[[str], None], profile: tuple
   if positions > most:
     raise ConfigError(f'task: its examples stand at positions up to {positions - 1}, but model.read_in.length = '
                       f'{most}; raise it, or let positions begin at 0')
+  for batch in held_out:
+    _check_batch(config, batch)
   held_out = [sharding.put_batch({**batch, 'row': rows}, mesh) for batch in held_out]
 
   make = functools.partial(init_state, config.model, optimizer, options.seed)
@@ -220,6 +222,20 @@ def _train(config: Any, workdir: Any, log: Callable[[str], None], profile: tuple
     log(f'stopped by a signal after step {end}; the same command resumes there')
     raise SystemExit(0)
   return end, state
+
+
+def _check_batch(config: Any, batch: AnyBatch):
+  """Raises ConfigError where examples are such as the model or its plans make nothing of, in silence: answers that it
+  does not have, tokens of which the cell makes nothing in so many steps, steps that a plan does not have."""
+  model, objective = config.model, config.objective
+  targets, weights = (np.asarray(batch.get(name, 0)) for name in ('targets', 'weights'))
+  asked = targets[weights > 0] if np.issubdtype(targets.dtype, np.integer) else targets[:0]
+  if asked.size and asked.max() >= model.outputs > 1:
+    raise ConfigError(f'model.read_out.outputs = {model.outputs}: the task asks for the answer {asked.max()}, and the '
+                      f'model has 0 to {model.outputs - 1}; raise it to {asked.max() + 1} or more')
+  model.cell.check_tokens(batch['tokens'], objective.longest, batch.get('segments'))
+  for plan in (roll.plan for roll in objective.rolls.values()):
+    plan.check_batch(batch)
 
 
 def _words(workdir: Any, reached: int | None) -> str:

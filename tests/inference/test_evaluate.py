@@ -162,6 +162,12 @@ def test_batches_that_say_nothing_are_refused(batches, message):
     evaluate(MODEL, params(MODEL), batches, {'4': 4}, measure=measures.Answers())
 
 
+def test_a_batch_on_the_host_asks_for_no_steps_that_a_plan_has_not():
+  run = Run(plan=plans.LogDepth(size=T))
+  with pytest.raises(ConfigError, match=f'LogDepth.size = {T}: the batch has an input of size {T + 1}'):
+    evaluate(MODEL, params(MODEL), [on_host(size=np.array([1, T + 1]))], {'by size': run}, measure=measures.Answers())
+
+
 def test_without_the_bytes_of_tokens_there_are_no_bits_of_a_byte():
   row, = evaluate(MODEL, params(MODEL), [on_host()], {'4': 4})
   assert (np.isnan(row['bits_per_byte']) and row['perplexity'] == pytest.approx(np.exp(row['loss']))

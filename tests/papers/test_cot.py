@@ -101,17 +101,28 @@ def test_without_thoughts_it_is_the_decoder():
 
 
 def test_gradients_reach_the_problem_through_thoughts_alone():
-  """The last thought's answer moves with the first token; and no answer that is read reads a filler."""
-  weights, batch = parts.params(THINKER), batch_of(THOUGHTS, 2, 4, 3)
+  """Those of inputs that are appended, through all thoughts; and no answer that is read reads a filler."""
+  weights, batch = parts.params(THINKER), batch_of(THOUGHTS, 3)
+  ids, along = np.array(THOUGHTS.ids(problems(3)[0].prompt)), np.arange(1.0, D + 1)
 
-  def loss(weights, batch):
+  def loss(weights):
     z = run_batch(THINKER, weights, batch, plans.schedule((1 / (T + 1),) * (T + 1))).z
-    return (z * batch['weights'][..., None]).sum()
+    return (z * batch['weights'][..., None] * along).sum()
 
-  grads = jax.jit(jax.grad(loss))(weights, batch)['read_in']['embedding']
-  assert np.abs(grads[THOUGHTS.pad]).max() == 0
-  used = np.unique(np.asarray(batch['tokens']))
-  assert all(np.abs(grads[i]).max() > 0 for i in used if i != THOUGHTS.pad)
+  def appended(weights):
+    x = weights['read_in']['embedding'][ids][None]
+    for k in range(T + 1):
+      pos = jnp.arange(x.shape[1])[None]
+      out = LAYERS.apply({'params': weights['cell']['core']}, x, Context(pos=pos), None, None)[0][:, -1:]
+      own = weights['cell']['norm'] if k < T else weights['read_out']['norm']
+      x = jnp.concatenate([x, RMSNorm().apply({'params': own}, out)], 1)
+    return (x[0, -1] * along).sum()
+
+  grads, wanted = (jax.jit(jax.grad(of))(weights) for of in (loss, appended))
+  parts.close(grads, wanted, 1e-4)
+  assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(wanted['cell']))  # the norm is of thoughts alone
+  table = grads['read_in']['embedding']
+  assert np.abs(table[THOUGHTS.pad]).max() == 0 and all(np.abs(table[i]).max() > 0 for i in ids)
 
 
 @pytest.mark.parametrize('cell', [THINKER.cell, Damped(Halting(THINKER.cell))], ids=['alone', 'within others'])
@@ -225,7 +236,9 @@ def test_costs_are_counted_by_hand():
   layer = 2 * (4 * D * D + 2 * D * 24) + 4 * D * (tokens + 1) / 2  # products; attention, half of it before a token
   assert cost.flops == pytest.approx(tokens * (layer + 2 * D * V)) and cost.steps == 6 and cost.milliseconds > 0
   batch = batch_of(Asked(of=OF), 4, 4)
-  cost = costs.of_pass(TWO_WAYS, parts.params(TWO_WAYS), batch, plans.schedule((0.5, 0.5)), repeats=1)
+  context = parts.plan_context(jax.random.key(0), {**batch, 'loops': jnp.array([1, 2])})
+  plan = plans.Given(most=3)(context)  # the deeper of the two, whatever rows there are
+  cost = costs.of_pass(TWO_WAYS, parts.params(TWO_WAYS), batch, plan, repeats=1)
   layer = 2 * (4 * D * D + 2 * D * 24) + 4 * D * 5  # which reads all of it
   assert cost.flops == pytest.approx(5 * (2 * layer + 2 * D * V)) and cost.steps == 2 and cost.milliseconds > 0
   with pytest.raises(ConfigError, match='repeats = 0'):
@@ -368,10 +381,13 @@ def test_what_is_said_of_colourings(monkeypatch, tmp_path):
   monkeypatch.setattr(cot_sampling.command, 'train', lambda spec, folder, *changes: specs.append((spec, changes)))
   monkeypatch.setattr(cot_sampling.loopformer, 'load', lambda folder: Loaded(
       None, None, None, config_of(forms[folder.name.split('-')[1]], None)))
-  monkeypatch.setattr(cot_sampling, 'generate', lambda model, params, tokenizer, prompts, **options: [
-      f'0 1 2 {"-".join(map(str, of.proper[i % 60]))}' for i in range(len(prompts))])
+  asked = {}
+  monkeypatch.setattr(cot_sampling, 'generate', lambda model, params, tokenizer, prompts, **options: asked.update(
+      options, prompts=prompts) or [f'0 1 2 {"-".join(map(str, of.proper[i % 60]))}' for i in range(len(prompts))])
   monkeypatch.setattr(cot_sampling, 'logits', lambda model, params, batch, place: flat[None])
   rows = {row['way']: row for row in cot_sampling.colourings(tmp_path)}
+  assert asked.pop('prompts') == [forms['chain'].ids('0 1 | 0 2 | 1 2 | <sep>'.split())] * 600
+  assert asked == {'temperature': 1.0, 'seed': 3, 'max_new_tokens': 3 * 6 + 2, 'rows': 8}
   assert [spec.split(':')[1] for spec, _ in specs] == ['cpu,task=colouring,kind=chain,steps=40',
                                                        'cpu,task=colouring,kind=loop,steps=4']
   assert all(changes == ('train.seed=3',) for _, changes in specs)

@@ -336,6 +336,10 @@ def test_fillers_before_the_input():
     (lambda: Connectivity(shortest=4, longest=4, edges=0.0), 'Connectivity.edges = 0.0'),
     (lambda: Connectivity(shortest=4, longest=4, edges=100.0, distance=2).problem(np.random.default_rng(0)),
      'Connectivity.edges = 100.0: none of 10000 graphs of 4 vertices has a pair of vertices at distance 2'),
+    *((lambda ends=ends: GRAPHS.solved(np.zeros((3, 3)), *ends), f'start = {ends[0]}, end = {ends[1]}: .* 0..2')
+      for ends in ((1, 1), (0, 3), (-1, 0))),
+    (lambda: GRAPHS.solved(np.zeros((3, 2)), 0, 1), r'adjacency: its shape is \(3, 2\)'),
+    (lambda: GRAPHS.solved(np.full((3, 3), 2), 0, 1), 'of 0 and 1'),
     (lambda: constructed.model(0), 'vertices = 0'), (lambda: constructed.model(2.0), 'vertices = 2.0'),
 ])
 def test_what_cannot_be(make, message):
@@ -357,6 +361,12 @@ def searched(problem, n, limit):
         at[other] = at[vertex] + 1
         queue.append(other)
   return cells, start, end, at.get(end)
+
+
+def test_a_graph_without_edges_leads_nowhere():
+  problem = GRAPHS.solved(np.zeros((3, 3)), 0, 2)
+  assert problem.answer == '-' and problem.prompt == (*'000000000', 's0', 't2')
+  assert GRAPHS.solved(np.eye(3, k=1), 0, 2).answer == '+'
 
 
 @pytest.mark.parametrize('directed', [False, True])

@@ -12,6 +12,7 @@ import pytest
 from experiments.studies import relay_stages as study
 from loopformer import config as configs, loop, plans
 from loopformer.api import Loaded
+from loopformer.cells.damped import Damped
 from loopformer.cells.plain import Plain
 from loopformer.cells.timed import Timed
 from loopformer.model import Looped
@@ -235,6 +236,13 @@ def test_chains_that_do_not_fit():
     chains.by_loop(MODEL, {}, Rounds(of=LeftToRight(longest=1, limit=2)), problems(2))
   with pytest.raises(ConfigError, match='positions'):
     chains.by_token(WRITER, parts.params(WRITER), Chain(of=far), problems(30, of=far))
+  other = LeftToRight(longest=3, modulus=3)
+  for write, model, form in ((chains.by_loop, MODEL, Rounds), (chains.by_token, WRITER, Chain)):
+    with pytest.raises(ConfigError, match=rf'LeftToRight writes them in {V - 2} symbols, and the model reads {V} and'):
+      write(model, {}, form(of=other), problems(3, of=other))
+  for rows in (0, 1.5):
+    with pytest.raises(ConfigError, match=f'rows = {rows}'):
+      chains.by_loop(MODEL, {}, FORM, problems(3), rows=rows)
 
 
 TWO = Several(of={'A': LeftToRight(longest=2, room=4), 'B': Increasing(longest=4, room=8, group=2, spread=9)})
@@ -279,6 +287,13 @@ def test_tables_that_cannot_be_filled_are_told():
                          ({'A': {3: 0}}, r"table\['A'\]\[3\] = 0")):
     with pytest.raises(ConfigError, match=message):
       chains.filled(table, TWO, 0, write, chains.correct, tries=5)
+  for options, message in ((dict(tries=0), 'tries = 0'), (dict(tries=0.5), 'tries = 0.5'),
+                           (dict(tries=5, rows=0), 'rows = 0')):  # 0 rows at a time took for ever
+    with pytest.raises(ConfigError, match=message):
+      chains.filled({'A': {3: 1}}, TWO, 0, write, chains.correct, **options)
+  for count in (-3, 1.5):
+    with pytest.raises(ConfigError, match=rf"counts\['A'\] = {count}"):
+      chains.originals(TWO, 0, {'A': count})
 
 
 def test_no_chain_is_kept_that_is_longer_than_any_may_be():
@@ -354,6 +369,18 @@ def test_plans_and_cells_that_do_not_fit():
     RoundByRound(most=2)(parts.plan_context(jax.random.key(0), BATCH))
   with pytest.raises(ConfigError, match='most = 0'):
     RoundByRound(most=0)
+  for name in ('loops', 'rounds', 'round_weights'):
+    context = parts.plan_context(jax.random.key(0), {key: rows for key, rows in BATCH.items() if key != name})
+    with pytest.raises(ConfigError, match=f"most = 3: it reads '{name}' of a batch"):
+      RoundByRound(most=3)(context)
+  short = {**BATCH, 'round_weights': BATCH['round_weights'][:, :2]}
+  with pytest.raises(ConfigError, match=r'has room for 2 rounds \(round_weights\)'):
+    RoundByRound(most=3)(parts.plan_context(jax.random.key(0), short))
+  few = MODEL.clone(cell=Showing(Damped(Plain(Stack(BLOCK, 1))), RoundHead(outputs=V - 1)))
+  for model in (few, few.clone(cell=Damped(few.cell))):
+    with pytest.raises(ConfigError, match=f'head.outputs = {V - 1}: rounds are written in the {V} symbols'):
+      RoundCE(roll='all').check(model)
+  RoundCE(roll='all').check(MODEL)
   with pytest.raises(ConfigError, match='the batch has no rounds, so that RoundCE has nothing to ask for'):
     RoundCE(roll='all').weight({name: rows for name, rows in BATCH.items() if name != 'round_weights'})
   shows_none = objective(plans.Given(most=3), rounds=Weighted(1.0, RoundCE(roll='all')))
@@ -481,6 +508,42 @@ def test_injection_is_of_the_loops_alone(stage, inject, tmp_path, monkeypatch):
   first = [(run[0], run[1].name) for run in stage if run[0].startswith(',') and 'tuned' not in run[0]]
   assert first == [(f',kind=aligned{told}', f'aligned{"-inject" * inject}-3'),
                    (f',kind=vanilla{told}', f'vanilla{"-inject" * inject}-3'), (',kind=chain', 'chain-3')]
+
+
+def test_what_problems_cost_by_hand():
+  """Of a loop, its own tokens and rounds; of a decoder that reads everything once, all but the last token."""
+  some = problems(1, 3)  # 4 and 8 tokens; rounds of 1, and of 6, 4 and 1
+  block, head = 2 * (4 * D * D + 2 * D * 24), 2 * D * V  # products of layers and heads, a token
+  each = [4 * ((block + 4 * D * 4 + head) + head), 8 * (3 * (block + 4 * D * 8 + head) + head)]
+  assert study.costs(MODEL, FORM, some, True) == {'MFLOP': round(np.mean(each) / 1e6, 3), 'steps': 2.0}
+  plain = [4 * (block + 4 * D * 4 + head), 8 * (3 * (block + 4 * D * 8) + head)]
+  assert study.costs(PLAIN, FORM, some, True) == {'MFLOP': round(np.mean(plain) / 1e6, 3), 'steps': 2.0}
+  tokens, steps = [4 + 3 - 1, 8 + 13 - 1], [3, 13]  # with the answer and the end
+  each = [n * (block + 4 * D * (n + 1) / 2 + head) for n in tokens]
+  assert study.costs(WRITER, Chain(of=OF), some, False) == {'MFLOP': round(np.mean(each) / 1e6, 3),
+                                                            'steps': np.mean(steps)}
+
+
+def test_what_is_measured_of_every_size(stage, monkeypatch, tmp_path):
+  """Of writers of three truths and a question mark, at sizes of the training and beyond, in rows of their own width."""
+  seen = []
+  monkeypatch.setattr(study.loopformer, 'load', lambda folder: Loaded(MODEL, None, None, None))
+  for name in ('by_loop', 'by_token'):
+    monkeypatch.setattr(study, name, lambda model, params, form, some, name=name: seen.append((name, form.of.room)) or [
+        *some[:-1], dataclasses.replace(some[-1], answer='?', rounds=())])
+  for kind, name in (('aligned', 'by_loop'), ('vanilla', 'by_loop'), ('chain', 'by_token')):
+    seen.clear()
+    found = study.measure(tmp_path, kind)
+    assert list(found) == [f'left {size}' for size in (1, 3, 4, 6, 7, 8)]
+    assert seen == [(name, size) for size in (1, 3, 4, 6, 7, 8) for _ in range(2)]  # the first compiles
+    assert all(row['answer'] == 0.75 and row['most frequent'] >= 0.25 for row in found.values())
+    assert ['chain' in row for row in found.values()] == [kind != 'vanilla'] * 6
+    assert ['hits' in row for row in found.values()] == [False] * 5 + [kind != 'vanilla']
+    if kind != 'vanilla':
+      assert {row['chain'] for row in found.values()} == {0.75} and len(found['left 8']['hits']) == 8
+      assert found['left 8']['hits'][7] == [0.75] + [None] * 15
+  rows = study.rows_of({'0': {'loop': {'scores': found}}})
+  assert [row['size'] for row in rows] == list(found) and rows[0]['answer'] == 0.75 and rows[0]['model'] == 'loop'
 
 
 def test_the_papers_tables():

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from loopformer import config as configs
 from loopformer.tasks import counting
 from loopformer.tasks.arithmetic import Arithmetic
 from loopformer.tasks.counting import Colouring, Count, Trials
@@ -159,6 +160,21 @@ def test_stages_that_there_are_not(options, message):
     Internalised(**{'of': WORD, **options})
 
 
+@pytest.mark.parametrize('smoothing', [1e-300, 1e-17, 1e-9])
+def test_hardly_any_smoothing_leaves_nothing(smoothing):
+  assert not any(problem.rounds for problem in many(Internalised(of=WORD, stage=1, smoothing=smoothing)))
+
+
+def test_no_smoothing_can_be_told_in_a_configuration(tmp_path):
+  """Where numbers are finite."""
+  config = configs.load('cot_or_loop:cpu,internalise=5', ['task.of.of.smoothing=None'])
+  configs.check(config)
+  configs.save(config, tmp_path)
+  of = configs.read(tmp_path).task.of.of
+  assert of.smoothing is None and many(of) == many(dataclasses.replace(of, smoothing=np.inf))
+  assert [dataclasses.replace(of, stage=1, smoothing=s).whole for s in (None, np.inf, 4.0)] == [True, True, False]
+
+
 def test_a_trace_longer_than_the_row_is_refused():
   problem = GRAPHS.draw(rng(0), 8)
   with pytest.raises(ConfigError, match='Chain.length = 12: a problem of size 8 with its trace has'):
@@ -275,8 +291,21 @@ def test_the_limit_of_the_published_estimate():
     (lambda: counting.count(np.array([[1, 0]]), 5), 'literals are'),
     (lambda: Trials(longest=3, width=6), 'Trials.width = 6'),
     (lambda: Trials(longest=3, variables=40), 'variables = 40'),
-    (lambda: Colouring(longest=3, edges=()), 'Colouring.edges'),
-    (lambda: Colouring(longest=3, edges=((1, 1),)), 'edges'),
+    (lambda: Trials(longest=3).written([[1, 2, 3], [1]]), 'its clauses have different lengths'),
+    (lambda: Trials(longest=3).written(np.array([[1.5, 2, 3]])), 'literals are 1..5'),
+    (lambda: Trials(longest=3).written([['a']]), 'literals are 1..5'),
+    *((lambda of=of, formula=formula: of(rng(0), np.array(formula), 2, 9), message)
+      for of in (counting.self_adjusting, counting.resampling)
+      for formula, message in (([[1, -1]], r'its clause \[1, -1\] has a variable twice'),
+                               ([[1, 2], [2, 2]], r'\[2, 2\] has a variable twice'),
+                               (np.zeros((0, 2), int), 'it is empty'), ([[1, 9]], 'literals are 1..2'))),
+    (lambda: counting.self_adjusting(rng(0), np.array([[1, 2]]), 2, 0), 'draws = 0'),
+    (lambda: counting.resampling(rng(0), np.array([[1, 2]]), 2, -3), 'draws = -3'),
+    (lambda: counting.count(np.array([[1, 2]]), 40), 'variables = 40: their assignments are counted'),
+    *((lambda edges=edges: Colouring(longest=3, edges=edges), 'Colouring.edges')
+      for edges in ((), ((1, 1),), ((0, 1, 2),), ((-1, 0),), ((0.5, 1),), ((0, 100_000),))),
+    (lambda: Colouring(longest=3, edges=tuple((i, i + 1) for i in range(30))), r'31 vertices have 5 \^ 31 colourings'),
+    (lambda: counting.total_variation([(0,)], []), 'among is empty'),
     (lambda: Colouring(longest=3, colours=3), 'Colouring.colours = 3'),
     (lambda: counting.total_variation([], [(0,)]), 'drawn is empty')])
 def test_formulas_and_graphs_that_there_are_not(made, message):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import operator
+import re
 
 import numpy as np
 import pytest
@@ -233,6 +234,24 @@ def test_sizes_are_drawn_by_their_law():
     (lambda: Arithmetic(longest=2, modulus=1), 'modulus = 1'),
     (lambda: LeftToRight(longest=2, operators='+^'), r"operators = '\+\^'"),
     (lambda: LeftToRight(longest=2, operators=''), "operators = ''"),
+    *((lambda of=of, text=text: of(longest=2).solved(text.split()),
+       f'expression = {re.escape(repr(text))}: {why}.*; give one of')
+      for of in (Arithmetic, LeftToRight)
+      for text, why in (('', 'it is empty'), ('3 +', '.*no operation'), ('1 / 0', '1 / 0 divides by zero'),
+                        ('12 + 1', 'numbers are 0 to'), ('+', '. is no number'), ('1 2 3', '.*no operation'))),
+    (lambda: Arithmetic(longest=2).solved('3 / ( 2 - 2 )'.split()), '3 / 0 divides by zero'),
+    *((lambda text=text: Arithmetic(longest=2).solved(text.split()), f'{re.escape(left)}: no operation')
+      for text, left in (('( 1 + 2', '( 3'), ('1 + 2 )', '3 )'), ('4 ( 1 + 2 )', '4 3'), ('( )', '( )'))),
+    (lambda: Increasing(longest=5).solved([]), 'numbers = .*: they are empty'),
+    *((lambda pair=pair: EditRows(longest=5).solved(*pair, 5), f"first = '{pair[0]}', second = '{pair[1]}'")
+      for pair in (('', ''), ('', 'ab'), ('abc', 'ab'), ('AB', 'ab'), ('a|', 'abc'))),
+    (lambda: EditRows(longest=5, using=2.5), 'using = 2.5'),
+    *((lambda change=change: dataclasses.replace(Chain(of=ONE), length=change), f'Chain.length = {change}')
+      for change in (0, -1, 9.5)),
+    *((lambda change=change: Asked(of=ONE, length=change), f'Asked.length = {change}') for change in (0, 9.5)),
+    (lambda: Several(of={'A B': ONE}), "names 'A B': a name is a symbol"), (lambda: Several(of={'': ONE}), "names ''"),
+    (lambda: Several(of={'X': SEVERAL}), r"Several.of\['X'\] = Several: .* ARI, ED, LIS; name them all"),
+    (lambda: Several(of={'X': Selected(of=SEVERAL, rounds=1)}), r"Several.of\['X'\] = Selected"),
     (lambda: EditRows(longest=5, using=99), 'using = 99'),
     (lambda: Increasing(longest=5, group=0), 'group = 0'), (lambda: Increasing(longest=5, spread=0), 'spread = 0'),
     (lambda: Several(of={}), 'Several.of is empty'),

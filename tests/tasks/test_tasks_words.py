@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loopformer import config as configs, plans
+from loopformer.papers.melt.plans import Apart
 from loopformer.tasks.arithmetic import LeftToRight
 from loopformer.tasks.generated import Double, Generated, Grow
 from loopformer.tasks.reasoning import Chain, Slots
@@ -198,7 +199,13 @@ def test_a_chain_of_products_and_a_curriculum_that_doubles():
     (lambda: Automaton(letters='ab', next=((0, 2),), accepting=()), r'Automaton.next = \(\(0, 2\),\).* 0..0'),
     (lambda: Automaton(letters='ab', next=((0,),), accepting=()), 'Automaton.next'),
     (lambda: Automaton(letters='a', next=((0,),), accepting=(1,)), r'Automaton.accepting = \(1,\)'),
-    (lambda: Regular(longest=3, automaton=AB, walks=1.5), 'Regular.walks = 1.5'),
+    (lambda: Automaton(letters='a\n', next=((0, 0),), accepting=()), "letters = 'a"),
+    *((lambda walks=walks: Regular(longest=3, automaton=AB, walks=walks), f'Regular.walks = {walks}: .* a share')
+      for walks in (1.5, -0.1, float('nan'), True)),
+    *((lambda word=word: Word(longest=3, group=Symmetric(degree=3)).solved(word), r'word = .*0 to 5')
+      for word in ([], [6], [-1], [0, 6], [0.5])),
+    *((lambda word=word: Regular(longest=3, automaton=AB).solved(word), f"word = '{word}': .* of 'ab'")
+      for word in ('', 'c', 'abx')),
     (lambda: Prefixes(of=LeftToRight(longest=3)), r'Prefixes.of = LeftToRight: its rounds have up to \d+ tokens'),
     (lambda: Double(first=0, every=1), 'first = 0'), (lambda: Double(first=1, every=0), 'every = 0'),
 ])
@@ -217,6 +224,9 @@ def test_loops_by_the_length_of_the_input():
     assert plan.loops(2 ** n) == n and plan.longest == 10
   squared = plans.LogDepth(size=64, power=2.0, scale=0.5, more=2)
   assert [squared.loops(n) for n in (1, 2, 4, 8, 64)] == [3, 3, 4, 7, 20]
+  for scale in (1.1, 2.2, 0.07):  # whole in exact arithmetic, a little more in floating point
+    assert plans.LogDepth(size=1024, power=2.0, scale=scale).loops(1024) == round(100 * scale)
+  assert plans.LogDepth(size=1024, power=2.0, scale=1.101).loops(1024) == 111
   fixed = plans.LogDepth(size=64, power=0.0, scale=3.0)
   assert fixed.loops(1) == fixed.loops(64) == 3
   for own in (plan, squared):
@@ -236,6 +246,20 @@ def test_every_sequence_takes_its_own_steps():
   assert np.asarray(plan.active).tolist() == sorted(np.asarray(plan.active).tolist(), reverse=True)
   with pytest.raises(ConfigError, match='LogDepth.size = 8: the rows of the batch have 10 tokens.* to 9'):
     plans.LogDepth(size=8)(parts.plan_context(jax.random.key(0), batch))
+
+
+@pytest.mark.parametrize('sizes, wrong',
+                         [([1, 9], None), ([3, 10], 10), ([0, 3], 0), ([-1], -1), ([10 ** 6, 1], 10 ** 6)])
+def test_an_input_beyond_the_longest_is_no_other_input(sizes, wrong):
+  """Of a batch on the host: it would take the steps of the longest."""
+  for of in (plans.LogDepth(size=9), Apart(of=plans.LogDepth(size=9))):
+    of.check_batch({'tokens': np.zeros((2, 10))})
+    if wrong is None:
+      of.check_batch({'size': np.array(sizes)})
+      continue
+    with pytest.raises(ConfigError, match=f'LogDepth.size = 9: the batch has an input of size {wrong},.*to '
+                                          f'{max(9, *sizes)}, and'):
+      of.check_batch({'size': np.array(sizes)})
 
 
 @pytest.mark.parametrize('field, value', [('size', 0), ('size', 2.0), ('scale', 0.0), ('scale', float('nan')),

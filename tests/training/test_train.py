@@ -248,3 +248,18 @@ def test_numbers_out_of_range_are_refused(name, value):
                                          (999_600, '1.0M'), (2.34e6, '2.3M')])
 def test_speeds_are_told_in_three_digits(count, told):
   assert metrics.rounded(count) == told
+
+
+@pytest.mark.parametrize('name, arguments, changes, message', [
+    ('cot_or_loop', 'cpu,kind=thought', 'task.of.thoughts=2', 'puts 8 thoughts into the places of fillers'),
+    ('cot_or_loop', 'cpu,kind=thought', 'model.cell.filler=0', 'row 0 has .* tokens of a problem and .* fillers'),
+    ('padded', 'cpu,loops=log', 'objective.rolls.all.plan.size=8',
+     'LogDepth.size = 8: the batch has an input of size 16,'),
+    ('padded', 'cpu,task=s3', 'model.read_out.outputs=3', 'outputs = 3: the task asks for the answer 5,'),
+    ('loopformer', 'pointers,kind=tmlt', 'task.of.hops=9', r'model.read_in.inputs = 16: .* \(64, 8, 17\)')])
+def test_examples_that_the_model_makes_nothing_of(name, arguments, changes, message, tmp_path):
+  """Before a step: such runs went on in silence, or ended with a loss that is no number, or another package's error."""
+  config = configs.load(f'{name}:{arguments}', [changes, 'train.eval_batches=1', 'task.held_out=64'])
+  configs.check(config)
+  with pytest.raises(ConfigError, match=message):
+    run(config, tmp_path)

@@ -40,8 +40,11 @@ def by_loop(model: Any, params: Params, form: Rounds, problems: Sequence[Problem
   Steps and width are those of the problem, which follow from its size. All passes are of `rows` problems.
 
   Raises:
-    ConfigError: a problem has more rounds, or is wider, than `form` has place for, or the model's positions.
+    ConfigError: a problem has more rounds, or is wider, than `form` has place for, or the model's positions; the model
+      was made for other symbols; rows below 1.
   """
+  _check_symbols(model, form)
+  whole('rows', rows, 1)
   if form.length > model.read_in.length:
     raise ConfigError(f'problems: {form.length} tokens, more than the {model.read_in.length} positions of the model '
                       '(read_in.length); take smaller problems')
@@ -64,13 +67,21 @@ def by_token(model: Any, params: Params, form: Chain, problems: Sequence[Problem
   It may write as much as the longest trace that `form` has place for.
 
   Raises:
-    ConfigError: that does not fit the model's positions.
+    ConfigError: that does not fit the model's positions, or the model was made for other symbols.
   """
+  _check_symbols(model, form)
   prompts = [form.ids(problem.prompt) for problem in problems]
   most = form.of.extent.chain + 2
   texts = generate(model, params, SymbolTokenizer(form.symbols), prompts, temperature=0.0, max_new_tokens=most,
                    rows=rows)
   return [form.read(problem, text.split()) for problem, text in zip(problems, texts)]
+
+
+def _check_symbols(model, form):
+  count, name = len(form.symbols), type(form.of).__name__
+  if model.outputs != count or model.read_in.vocab < count:
+    raise ConfigError(f'problems: {name} writes them in {count} symbols, and the model reads {model.read_in.vocab} and '
+                      f'answers {model.outputs}; take the source that it was trained on, or one with its limit')
 
 
 def consistent(of: Any, problem: Problem, written: Problem) -> bool:
@@ -115,8 +126,10 @@ def filled(table: Table, of: Any, stream: Any, write: Writer, keep: Callable[[Pr
   are enough of a row, or `tries` times as many were tried. None is kept that is longer than any of `of` may be.
 
   Raises:
-    ConfigError: a task that `of` does not have, a size that it has no problems of, a count below 1.
+    ConfigError: a task that `of` does not have, a size that it has no problems of, a count, tries or rows below 1.
   """
+  whole('tries', tries, 1)
+  whole('rows', rows, 1)
   problems, told = [], []
   for task, counts in table.items():
     for size, count in counts.items():
@@ -143,6 +156,7 @@ def originals(of: Any, stream: Any, counts: Mapping[str, int]) -> list[Problem]:
   for task, count in counts.items():
     if task not in of.tasks:
       raise ConfigError(f'task = {task!r}: no such source of problems; choose one of {", ".join(map(repr, of.tasks))}')
+    whole(f'counts[{task!r}]', count, 0)
     source, rng = of.tasks[task], np.random.default_rng(seed_of('originals', stream, task))
     problems += [of.draw(rng, source.sizes.pick(rng, source.shortest, source.longest), task) for _ in range(count)]
   return problems

@@ -31,9 +31,10 @@ class RoundByRound(Planner):
     return float(self.most)
 
   def __call__(self, context: PlanContext) -> Plan:
-    rounds = context.read(ROUNDS, f'RoundByRound.most = {self.most}').shape[1]
-    if rounds != self.most:
-      raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rounds} rounds; a plan has a row '
-                        f'for each, set RoundByRound.most to {rounds}')
+    given = {name: context.read(name, f'RoundByRound.most = {self.most}') for name in (ROUNDS, WEIGHTS)}
+    for name, rows in given.items():
+      if rows.shape[1] != self.most:
+        raise ConfigError(f'RoundByRound.most = {self.most}: the batch has room for {rows.shape[1]} rounds ({name}); a '
+                          f'plan has a row for each, set RoundByRound.most to {rows.shape[1]}')
     plan = plans.Given(most=self.most)(context)
-    return dataclasses.replace(plan, rows={name: jnp.swapaxes(context.batch[name], 0, 1) for name in (ROUNDS, WEIGHTS)})
+    return dataclasses.replace(plan, rows={name: jnp.swapaxes(rows, 0, 1) for name, rows in given.items()})

@@ -1,11 +1,12 @@
 """What teaches a loop to show the rounds of a solution (RELAY, section 3.1)."""
 from __future__ import annotations
 
-from typing import Mapping
+from typing import Any, Mapping
 
 import jax.numpy as jnp
 
-from loopformer.papers.relay.cell import LOSS
+from loopformer.nn import modules
+from loopformer.papers.relay.cell import LOSS, RoundHead
 from loopformer.papers.relay.plans import WEIGHTS
 from loopformer.terms.term import Term
 from loopformer.types import Array, Batch, ConfigError, Params, Readout, Trace, config_dataclass
@@ -19,6 +20,14 @@ class RoundCE(Term):
   Showing.
   """
   roll: str
+
+  def check(self, model: Any):
+    """Raises ConfigError where the head of rounds has fewer answers than there are symbols: the loss of those that it
+    lacks is no number."""
+    for head in modules.held(model.cell, 'head'):
+      if isinstance(head, RoundHead) and head.outputs < model.read_in.vocab:
+        raise ConfigError(f'model.cell.head.outputs = {head.outputs}: rounds are written in the {model.read_in.vocab} '
+                          f'symbols of model.read_in.vocab; set it to {model.read_in.vocab}')
 
   def weight(self, batch: Batch) -> Array:
     """f32[]: the weights of the problems."""
