@@ -146,7 +146,7 @@ def main(argv):
                       'name a decoder and how it is to loop')
   check_looped(given)
   schedules = budgets(given['loops'])
-  command.own('from', 'corpus', 'steps', 'batch', 'window', *given, grow=('depths',) if FLAGS.depths else ())
+  command.own('from', 'corpus', 'steps', 'batch', 'window', *given, depths=sorted(map(int, schedules)))
   table = []
   for name, options, measured in (('looped', given, schedules), ('plain', {}, {'1': (1.0,)})):
     table += arm(name, options, measured, workdir)

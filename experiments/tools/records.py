@@ -88,9 +88,10 @@ def own(out: str | Path, more: Mapping[str, Sequence[str]] | None = None, **give
   for name, words in more.items():
     earlier = before.get(name, [])
     if lost := [word for word in earlier if word not in words]:
-      every = ','.join(dict.fromkeys([*earlier, *words]))
-      raise ConfigError(f'{note.parent}: results of --{name}={",".join(earlier)} stand there, and those of {lost[0]} '
-                        f'would be lost; give --{name}={every}, or another --out')
+      every = ', '.join(dict.fromkeys([*earlier, *words]))
+      raise ConfigError(f'{note.parent}: results of --{name} {", ".join(earlier)} stand there, and those of {lost[0]} '
+                        f'would be lost; give all of {every}, or another --out; of a run that failed, strike its word '
+                        f'from {note.name}')
   made_with(note, done, '--out', **{name: before[name] for name in more if name in before}, **given)
   write(note, {**more, **given})
 

@@ -97,10 +97,10 @@ class Vectors(nn.Module):
   def __call__(self, tokens: Array, pos: Array) -> Array:
     """f32[B, T, inputs], i32[B, T] -> [B, T, D]. Raises ConfigError where T is more than `length`, or vectors have
     another width."""
-    check_length(tokens.shape[1], self.length)
     if tokens.ndim != 3 or tokens.shape[2] != self.inputs:
       raise ConfigError(f'model.read_in.inputs = {self.inputs}: the tokens of the batch have the shape {tokens.shape}, '
                         f'and are to be vectors [B, T, {self.inputs}]; set it to their width, or take another task')
+    check_length(tokens.shape[1], self.length)
     positions = self.param('positions', Normal(self.std), (self.length, self.width))
     x = Linear(self.width, (3 * self.inputs) ** -0.5, bias=Normal(0.0), name='vectors')(tokens)
     return (x + positions[jnp.maximum(pos, 0)]).astype(self.dtype)

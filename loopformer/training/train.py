@@ -18,6 +18,7 @@ from loopformer import plans, sharding, storage
 from loopformer.inference.evaluate import evaluate, motion
 from loopformer.inference.measures import main_number, text_bytes
 from loopformer.model import parameter_roles
+from loopformer.objective import AsGiven
 from loopformer.roles import Roles
 from loopformer.training import averages, interrupts, masters, metrics, processes, sections
 from loopformer.training.checkpoint import FOLDER, Best, Checkpoints, Unsaved, abstract, restore_model, trained
@@ -226,14 +227,19 @@ def _train(config: Any, workdir: Any, log: Callable[[str], None], profile: tuple
 
 def _check_batch(config: Any, batch: AnyBatch):
   """Raises ConfigError where examples are such as the model or its plans make nothing of, in silence: answers that it
-  does not have, tokens of which the cell makes nothing in so many steps, steps that a plan does not have."""
+  does not have, tokens of which the cell makes nothing in so many steps, steps that a plan does not have. Not of
+  examples that a `prepare` changes first."""
   model, objective = config.model, config.objective
+  if not isinstance(objective.prepare, AsGiven):
+    return
   targets, weights = (np.asarray(batch.get(name, 0)) for name in ('targets', 'weights'))
-  asked = targets[weights > 0] if np.issubdtype(targets.dtype, np.integer) else targets[:0]
+  placed = np.issubdtype(targets.dtype, np.integer) and targets.shape == weights.shape
+  asked = targets[weights > 0] if placed else np.zeros(0, int)
   if asked.size and asked.max() >= model.outputs > 1:
     raise ConfigError(f'model.read_out.outputs = {model.outputs}: the task asks for the answer {asked.max()}, and the '
                       f'model has 0 to {model.outputs - 1}; raise it to {asked.max() + 1} or more')
-  model.cell.check_tokens(batch['tokens'], objective.longest, batch.get('segments'))
+  longest = max((roll.plan.longest for roll in objective.rolls.values() if roll.teacher is None), default=1)
+  model.cell.check_tokens(batch['tokens'], longest, batch.get('segments'))
   for plan in (roll.plan for roll in objective.rolls.values()):
     plan.check_batch(batch)
 

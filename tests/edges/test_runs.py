@@ -421,7 +421,7 @@ def test_a_run_is_refused_killed_resumed_and_interrupted(tmp_path):
                             stderr=subprocess.PIPE, env=test_cli.environment())
 
   first = start()
-  test_cli.wait_for_step(first, workdir, 5)
+  test_cli.wait_for_save(first, workdir)
   status, _, err = test_cli.run(workdir, *option)
   assert status == 1 and err.splitlines()[-1].startswith(
       f'error: workdir = {workdir}: another run is training there (process {first.pid} on {socket.gethostname()}, ')

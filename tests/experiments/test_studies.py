@@ -96,8 +96,9 @@ def test_results_may_grow_and_lose_nothing(tmp_path):
   (tmp_path / 'results.json').write_text('{}')
   for more in (['1'], ['0', '1'], ['1', '0', '2']):
     records.own(tmp_path, {'seeds': more}, size='gpu')
-  with pytest.raises(ConfigError, match='results of --seeds=1,0,2 stand there, and those of 1 would be lost; give '
-                                        '--seeds=1,0,2,3, or another --out'):
+  with pytest.raises(ConfigError, match='results of --seeds 1, 0, 2 stand there, and those of 1 would be lost; give '
+                                        'all of 1, 0, 2, 3, or another --out; of a run that failed, strike its word '
+                                        'from made_with.json'):
     records.own(tmp_path, {'seeds': ['0', '2', '3']}, size='gpu')
   with pytest.raises(ConfigError, match='size = gpu, not with cpu'):
     records.own(tmp_path, {'seeds': ['1', '0', '2']}, size='cpu')

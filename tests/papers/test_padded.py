@@ -478,6 +478,7 @@ def test_the_study(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(study, 'FLAGS', type('Flags', (), {'__getitem__': lambda self, name: SimpleNamespace(
       value=names[name]), **vars(flags)})())
   monkeypatch.setattr(study, 'check_command', lambda *allowed: None)
+  monkeypatch.setattr(study.command, 'own', lambda *read, **more: None)
   monkeypatch.setattr(study.command, 'train', lambda spec, folder, *changes: runs.append((spec, folder.name, changes)))
   monkeypatch.setattr(study, 'measure', lambda folder: {
       'n*': len(runs), 'accuracy': 0.5, 'last': 0.5, 'loops': 1, 'layers in order': 1, 'MFLOP': 1.0, 'ms': 1.0,
