@@ -60,7 +60,8 @@ def cover(formula: Formula, variables: int) -> np.ndarray:
 def checked(formula: Formula, variables: int) -> Formula:
   """The formula as an array. Raises ConfigError as `satisfied`, and where a clause has a variable twice, of which an
   assignment cannot be drawn, or is counted for too little."""
-  formula = np.asarray(formula) if satisfied(formula, assignments(variables)[:1]).size else formula
+  satisfied(formula, assignments(variables)[:1])
+  formula = np.asarray(formula)
   named = np.sort(np.abs(formula), 1)
   twice = (named[:, 1:] == named[:, :-1]).any(1)
   if twice.any():

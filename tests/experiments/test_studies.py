@@ -65,6 +65,7 @@ FOLDERS = [  # study, flags, others, what is said of these
     ('studies.denoising', [], ['--depths=1,2'], 'depths = [1, 2, 4], not with [1, 2]'),
     ('studies.denoising_words', ['--letters=4'], ['--letters=8'], 'letters = 4, not with 8'),
     ('studies.heal', HEAL, [*HEAL, '--batch=4'], 'batch = 8, not with 4'),
+    ('studies.heal', HEAL, [*HEAL, '--depths=1'], 'depths = [1, 2], not with [1]'),
     ('compare', ['--run=a=loopformer:tiny'], ['--run=a=loopformer:tiny', '--budgets=1'],
      "budgets = None, not with ['1']")]
 ALONE = [  # of those that have no flags of experiments.main

@@ -12,7 +12,7 @@ import pytest
 from loopformer import config as configs, plans, sharding
 from loopformer.data import batches as data
 from loopformer.inference.evaluate import Depths
-from loopformer.objective import Objective, Rollout, Weighted
+from loopformer.objective import AsGiven, Objective, Rollout, Weighted
 from loopformer.optim import AdamW, WarmupCosine
 from loopformer.starts import Noise
 from loopformer.tasks.generated import Generated, sequence
@@ -263,3 +263,28 @@ def test_examples_that_the_model_makes_nothing_of(name, arguments, changes, mess
   configs.check(config)
   with pytest.raises(ConfigError, match=message):
     run(config, tmp_path)
+
+
+def test_examples_are_judged_as_the_step_reads_them():
+  """Not where a preparation changes them, a batch has no answers a place, or a teacher takes the steps."""
+  asked = []
+  cell = types.SimpleNamespace(check_tokens=lambda tokens, steps, segments: asked.append(steps))
+
+  def roll(steps, teacher=None):
+    return types.SimpleNamespace(plan=plans.Uniform(steps), teacher=teacher)
+
+  def check(batch, prepare=AsGiven()):
+    rolls = {'own': roll(2), 'taught': roll(8, teacher='one')}
+    training._check_batch(types.SimpleNamespace(model=types.SimpleNamespace(outputs=4, cell=cell),
+                                                objective=types.SimpleNamespace(prepare=prepare, rolls=rolls)), batch)
+
+  tokens, four = np.zeros((2, 3), int), np.full((2, 3), 4)
+  with pytest.raises(ConfigError, match='asks for the answer 4'):
+    check({'tokens': tokens, 'targets': four, 'weights': np.ones((2, 3))})
+  assert asked == []
+  check({'tokens': tokens, 'targets': four, 'weights': np.ones((2, 3))}, prepare=lambda context: context.batch)
+  assert asked == []
+  for batch in ({'weights': np.ones((2, 3))}, {'targets': four}, {'targets': four[:, 0], 'weights': np.ones((2, 3))},
+                {'targets': four, 'weights': np.zeros((2, 3))}):
+    check({'tokens': tokens, **batch})
+  assert asked == [2] * 4
